@@ -1,0 +1,25 @@
+"""The original DALL·E (Ramesh et al. 2021): captions and image tokens as one stream, sampled and ranked."""
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dalle.model import DALLE, DALLEConfig
+    from dalle.pipeline import Pipeline
+    from dalle.tokenizer import Tokenizer
+
+__all__ = ["DALLE", "DALLEConfig", "Pipeline", "Tokenizer"]
+
+_HOMES = {
+    "DALLE": "dalle.model",
+    "DALLEConfig": "dalle.model",
+    "Pipeline": "dalle.pipeline",
+    "Tokenizer": "dalle.tokenizer",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import a public name on first use, so that a program pays only for the modules it needs."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'dalle' has no attribute {name!r}")
+    return getattr(import_module(_HOMES[name]), name)

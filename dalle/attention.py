@@ -1,0 +1,126 @@
+"""Sparse attention over the stream (Ramesh et al. 2021, §2.2, B.1, Fig 11; Child et al. 2019).
+
+An image position may attend to all text positions and to some image positions: those whose raster distance to
+it, i - j with i the query and j the key, is among the `offsets` of the layer's kind. Since only the raster
+distance counts, every kind wraps around at the border of the grid, as the paper's masks do. W is the grid's
+width:
+
+    row      0 … W            the last W + 1 positions, itself included: 33 of a 32×32 grid
+    column   0, W, 2W, …      the same column, itself included
+    conv     dr·W + dc ≥ 0    the causal half of a centred k×k window, 0 ≤ dr ≤ k//2 and |dc| ≤ k//2: 61 for k = 11
+    dense    0, 1, 2, …       everything before, and itself
+
+Text is causal and never sees the image. `mask` draws this for the whole stream and is the truth; `keys` lists
+the same for one position and is what decoding reads.
+
+Legend: B batch  S stream = T+I  T text positions  I image positions  D width  H heads  K head dim
+"""
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle.stream import Stream
+
+Kind = Literal["row", "column", "conv", "dense"]
+KINDS: tuple[Kind, ...] = get_args(Kind)
+
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""How queries meet keys and values: (q, k, v), each (B, H, S, K) -> (B, H, S, K)."""
+
+
+def layer_kinds(n_layers: int) -> tuple[Kind, ...]:
+    """Return the paper's order of attention kinds for a depth: 47 row, 16 column and 1 conv for 64 layers.
+
+    Counted from 1, layer i is a column layer if (i - 2) mod 4 = 0 and else a row layer; the last is the only
+    conv layer (B.1).
+    """
+    if n_layers < 1:
+        raise ValueError(f"n_layers ({n_layers}) must be at least 1")
+    kinds: list[Kind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, n_layers)]
+    return (*kinds, "conv")
+
+
+@lru_cache(maxsize=64)
+def offsets(kind: Kind, grid: int, kernel: int) -> tuple[int, ...]:
+    """Return the raster distances i - j at which image position i may attend to j, ascending, from 0.
+
+    Args:
+        kind: which attention.
+        grid: W, the width and height of the image-token grid.
+        kernel: odd width of the conv window; the other kinds do not use it.
+
+    Raises:
+        ValueError: for an unknown kind or an even kernel.
+    """
+    n_image = grid * grid
+    if kind == "row":
+        distances = set(range(grid + 1))
+    elif kind == "column":
+        distances = set(range(0, n_image, grid))
+    elif kind == "conv":
+        if kernel < 1 or kernel % 2 == 0:
+            raise ValueError(f"the conv kernel must be odd and positive, got {kernel}")
+        half = kernel // 2
+        distances = {dr * grid + dc for dr in range(half + 1) for dc in range(-half, half + 1)}
+    elif kind == "dense":
+        distances = set(range(n_image))
+    else:
+        raise ValueError(f"unknown attention kind {kind!r}: expected one of {', '.join(KINDS)}")
+    return tuple(sorted(d for d in distances if 0 <= d < n_image))
+
+
+def keys(kind: Kind, position: int, grid: int, kernel: int = 11) -> list[int]:
+    """Return the image positions that image position `position` may attend to, ascending, itself last."""
+    return [position - d for d in reversed(offsets(kind, grid, kernel)) if d <= position]
+
+
+def mask(kind: Kind, text_len: int, grid: int, kernel: int = 11, device: torch.device | str = "cpu") -> Tensor:
+    """Return who may attend to whom, bool (S, S): True at [query, key] where attention is allowed."""
+    stream = Stream(text_len, grid)
+    position_S = torch.arange(stream.length, device=device)
+    distance_SS = position_S[:, None] - position_S[None, :]
+    allowed_I = torch.zeros(stream.n_image, dtype=torch.bool, device=device)
+    allowed_I[list(offsets(kind, grid, kernel))] = True
+    key_is_text_S = position_S < text_len
+    return (distance_SS >= 0) & (key_is_text_S | allowed_I[distance_SS.clamp(0, stream.n_image - 1)])
+
+
+@lru_cache(maxsize=32)
+def stored_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch.device) -> Tensor:
+    """Return `mask`, computed once per device and shared by all layers and models. Do not modify it.
+
+    Kept here and not in the modules: a mask is a function of sizes, so it has no place in a state dict and
+    must not be lost when a model leaves the meta device.
+    """
+    # A tensor made in inference mode could not be saved for a later backward pass.
+    with torch.inference_mode(False):
+        return mask(kind, text_len, grid, kernel, device)
+
+
+def masked_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_SS: Tensor) -> Tensor:
+    """Attend where the mask allows it: one softmax over text and image keys. O(S²) whatever the mask."""
+    return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
+
+
+class Attention(nn.Module):
+    """Projections to heads and back.
+
+    How queries meet keys is the caller's: training gives a mask, decoding reads a cache.
+    """
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.qkv = nn.Linear(d_model, 3 * d_model)
+        self.out = nn.Linear(d_model, d_model)
+
+    def forward(self, x_BSD: Tensor, attend: Attend) -> Tensor:
+        """Return the attention branch, (B, S, D)."""
+        qkv_BSD = self.qkv(x_BSD).unflatten(-1, (3, self.n_heads, -1))
+        q_BHSK, k_BHSK, v_BHSK = qkv_BSD.permute(2, 0, 3, 1, 4).unbind(0)
+        return self.out(attend(q_BHSK, k_BHSK, v_BHSK).transpose(1, 2).flatten(2))

@@ -1,0 +1,523 @@
+"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae.
+
+Results go to files and stdout, messages to stderr. What a user can cause ends in one line and exit code 1.
+`run_program` and `run_command` are shared with the training programs.
+"""
+
+import dataclasses
+import json
+import logging
+import math
+import sys
+import tempfile
+import traceback
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import tyro
+from PIL import Image
+
+from dalle.gallery import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
+from dalle.pictures import Pictures, in_batches
+from dalle.pipeline import Pipeline, Result, bundle_part, check_request
+from dalle.progress import CLEAR_LINE, Progress
+from dalle.reconstruction import Measures, Reconstruction, mean, reconstructions
+from dalle.results import ResultWriter
+from dalle.search import EMBEDDING_BATCH, clip_input, folder_features
+from dvae import DVAE
+from dvae.directory import directory_hash
+from dvae.images import open_image, to_image
+from dvae.openai import import_openai
+from rerank import CLIP
+from rerank.score import embed_captions, embed_images
+
+logger = logging.getLogger(__name__)
+
+OUR_PACKAGES = ("dalle", "dvae", "rerank", "training")
+DEFAULT_BUNDLE = Path("runs/demo")
+PAPER_KEEP_SHARE = 15 / 32
+"""Share of the rows that is kept by default when completing: 15 of 32 in the paper."""
+SHEET_CAPTIONS = 100
+SHEET_PICTURES = 16
+"""Most captions, and pictures of a ranking, on a contact sheet, which would otherwise grow without limit."""
+SHOWN_REASONS = 5
+MEASURE_HEADS = ("PSNR dB", "SSIM", "MS-SSIM", "bits/pixel", "codes", "picture")
+
+Device = Annotated[str, tyro.conf.arg(help="Where to compute: cpu, cuda or cuda:1; auto takes cuda if there is one.")]
+Caption = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION", help="What the pictures should show.")]
+PictureSources = Annotated[
+    tuple[Path, ...],
+    tyro.conf.Positional,
+    tyro.conf.arg(metavar="PICTURE...", help="Pictures, folders or shards (.tar)."),
+]
+Bundle = Annotated[Path, tyro.conf.arg(help="Directory with tokenizer.json, dvae/, dalle/ and clip/.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Sample pictures for captions and keep those that CLIP finds fit best."""
+
+    captions: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION...")] = ()
+    """What the pictures should show; several captions are several sets of pictures."""
+    captions_file: Annotated[Path | None, tyro.conf.arg(name="captions")] = None
+    """A text file with more captions, one on each line."""
+    bundle: Bundle = DEFAULT_BUNDLE
+    n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
+    """Candidates sampled for each caption."""
+    keep: int = 8
+    """How many of them to keep, best first."""
+    seed: int = 0
+    """Same seed, same pictures."""
+    temperature: float = 1.0
+    """Below 1 the pictures are less varied; 0 always takes the likeliest token."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability only."""
+    guidance: float = 1.0
+    """Above 1 follows the caption more closely, at twice the computation; 1 is none."""
+    image: Path | None = None
+    """A picture whose top is kept and whose rest is made new."""
+    keep_rows: int | None = None
+    """Rows of tokens of that picture to keep; by default 15 of 32, as in the paper."""
+    batch_size: int | None = None
+    """Candidates sampled at the same time; by default as many as fit the memory."""
+    out: Path = Path("runs/samples")
+    """Folder for a folder of PNGs per caption, sheet.png and results.jsonl."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Sample, rank and write the pictures, caption by caption."""
+        captions = self._all_captions()
+        check_request(captions, n=self.n, keep=self.keep)
+        if self.keep_rows is not None and self.image is None:
+            raise ValueError(f"--keep-rows is {self.keep_rows}, but no picture is given: add --image PICTURE")
+        image = open_image(self.image) if self.image is not None else None
+        pipe = Pipeline.load(self.bundle, resolve_device(self.device))
+        keep_rows, prefix = None, None
+        if image is not None:
+            keep_rows = self._rows(pipe.dalle.config.grid)
+            prefix = pipe.prefix(image, keep_rows)
+        writer = ResultWriter(self.out)
+        sections = []
+        with Progress("candidates") as progress:
+            for i, caption in enumerate(captions):
+                following = progress.after(i * self.n, len(captions) * self.n)
+                result = self._generate(pipe, caption, prefix, following)
+                writer.add(result, self._settings(keep_rows), pipe.hashes)
+                if i < SHEET_CAPTIONS:
+                    sections.append(_section(result))
+        if len(captions) > SHEET_CAPTIONS:
+            logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(captions))
+        title = f"best {self.keep} of {self.n}, seed {self.seed}"
+        save_png(contact_sheet(sections, title=title), self.out / "sheet.png")
+        print(f"{len(captions) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl")
+
+    def _generate(
+        self,
+        pipe: Pipeline,
+        caption: str,
+        prefix: torch.Tensor | None,
+        progress: Callable[[float, int], None],
+    ) -> Result:
+        return pipe.generate(
+            caption,
+            n=self.n,
+            keep=self.keep,
+            seed=self.seed,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            top_p=self.top_p,
+            guidance=self.guidance,
+            prefix=prefix,
+            batch_size=self.batch_size,
+            progress=progress,
+        )
+
+    def _all_captions(self) -> list[str]:
+        """The captions given and those in the file, each once."""
+        captions = [*self.captions, *(read_captions(self.captions_file) if self.captions_file else ())]
+        if not captions:
+            raise ValueError('no captions: give some, as in `dalle generate "a red cube"`, or --captions FILE')
+        different = list(dict.fromkeys(captions))
+        if len(different) < len(captions):
+            logger.info("%d captions are given more than once: each is used once", len(captions) - len(different))
+        return different
+
+    def _rows(self, grid: int) -> int:
+        return self.keep_rows if self.keep_rows is not None else int(grid * PAPER_KEEP_SHARE)
+
+    def _settings(self, keep_rows: int | None) -> dict[str, Any]:
+        """What else a picture depends on, for its metadata; options that are off are left out."""
+        settings = {
+            "seed": self.seed,
+            "temperature": self.temperature,
+            "top_k": self.top_k,
+            "top_p": self.top_p,
+            "guidance": self.guidance,
+            "image": None if self.image is None else str(self.image),
+            "keep_rows": keep_rows,
+        }
+        return {name: value for name, value in settings.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rank:
+    """Score any pictures against a caption with CLIP, best first."""
+
+    caption: Caption
+    pictures: PictureSources
+    bundle: Bundle = DEFAULT_BUNDLE
+    clip: Path | None = None
+    """Directory of a CLIP; by default the bundle's."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object per picture instead of a table."""
+    out: Path | None = None
+    """Folder for a contact sheet of the best; by default none is made."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Print the pictures with their scores."""
+        check_request([self.caption], n=1, keep=1)
+        pictures = Pictures(self.pictures)
+        if self.out is not None:
+            check_writable(self.out)
+        clip = load_clip(self.clip, self.bundle, self.device)
+        caption_E = embed_captions(clip, [self.caption])[0]
+        ranking: list[tuple[float, str]] = []
+        shown: list[tuple[float, str, Image.Image]] = []
+        # pictures can be large and many: of each only what CLIP sees is held, and what the sheet shows of the best
+        reduced = ((name, clip_input(clip, image), thumbnail(image)) for name, image in pictures)
+        for batch in in_batches(reduced, EMBEDDING_BATCH):
+            scores = (embed_images(clip, torch.stack([pixels for _, pixels, _ in batch])) @ caption_E).tolist()
+            for (name, _, image), score in zip(batch, scores, strict=True):
+                ranking.append((score, name))
+                shown.append((score, name, image))
+            shown = sorted(shown, key=lambda entry: -entry[0])[:SHEET_PICTURES]
+        report_skipped(pictures.skipped)
+        print_ranking(sorted(ranking, key=lambda entry: -entry[0]), as_json=self.as_json)
+        if self.out is not None:
+            write_ranking(self.caption, shown, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Find the pictures of a folder that fit a caption best; what CLIP sees in them is kept in the folder."""
+
+    caption: Caption
+    folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
+    """Searched with the folders in it."""
+    top: int = 16
+    """How many pictures to show."""
+    bundle: Bundle = DEFAULT_BUNDLE
+    clip: Path | None = None
+    """Directory of a CLIP; by default the bundle's."""
+    as_json: Annotated[bool, tyro.conf.arg(name="json")] = False
+    """Print one JSON object per picture instead of a table."""
+    out: Path = Path("runs/search")
+    """Folder for a contact sheet, named for the caption."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Print the best pictures with their scores, and write the sheet."""
+        check_request([self.caption], n=1, keep=1)
+        if self.top < 1:
+            raise ValueError(f"--top is {self.top}; it must be at least 1")
+        check_writable(self.out)
+        clip = load_clip(self.clip, self.bundle, self.device)
+        clip_hash = directory_hash(self.clip or self.bundle / "clip")
+        with Progress("pictures") as progress:
+            found = folder_features(clip, clip_hash, self.folder, progress=progress.update)
+        report_skipped(found.unreadable)
+        logger.info("%d pictures, %d of them new or changed", len(found.files), found.n_embedded)
+        caption_E = embed_captions(clip, [self.caption])[0].cpu()
+        scores_N, order_N = (found.features @ caption_E).sort(descending=True, stable=True)
+        files = [found.files[i] for i in order_N[: self.top].tolist()]
+        ranking = list(zip(scores_N.tolist(), map(str, files), strict=False))
+        print_ranking(ranking, as_json=self.as_json)
+        shown = [(score, name, thumbnail(open_image(Path(name)))) for score, name in ranking[:SHEET_PICTURES]]
+        write_ranking(self.caption, shown, self.out)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Show pictures beside what a dVAE makes of their tokens, and measure how close it comes."""
+
+    pictures: PictureSources
+    bundle: Bundle = DEFAULT_BUNDLE
+    dvae: Path | None = None
+    """Directory of a dVAE; by default the bundle's."""
+    size: int | None = None
+    """Pixels per side to resize and crop to; by default the dVAE's."""
+    sheet_limit: int = 16
+    """Most pictures on the side-by-side sheet; all are measured."""
+    out: Path = Path("runs/reconstructions")
+    """Folder for reconstructions.png and metrics.json."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Print the table, and write the sheet and the numbers."""
+        if self.sheet_limit < 1:
+            raise ValueError(f"--sheet-limit is {self.sheet_limit}; it must be at least 1")
+        pictures = Pictures(self.pictures)
+        check_writable(self.out)
+        path = self.dvae if self.dvae is not None else bundle_part(self.bundle, "dvae")
+        dvae = DVAE.load(path).to(resolve_device(self.device))
+        size = self.size if self.size is not None else dvae.config.image_size
+        measures: list[tuple[str, Measures]] = []
+        shown: list[Reconstruction] = []
+        for one in reconstructions(dvae, pictures, size):
+            measures.append((one.name, one.measures))
+            if len(shown) < self.sheet_limit:
+                shown.append(one)
+        report_skipped(pictures.skipped)
+        means = mean([row for _, row in measures])
+        print_table(MEASURE_HEADS, [_measure_row(name, row) for name, row in [*measures, ("mean", means)]])
+        sheet = side_by_side(
+            [one.original for one in shown],
+            [one.image for one in shown],
+            [f"{Path(one.name).name}\n{one.measures.psnr:.2f} dB" for one in shown],
+        )
+        save_png(sheet, self.out / "reconstructions.png")
+        report = {
+            "dvae": directory_hash(path),
+            "size": size,
+            "mean": _finite(means),
+            "pictures": [{"name": name, **_finite(row)} for name, row in measures],
+            "skipped": pictures.skipped,
+        }
+        text = json.dumps(report, indent=2)
+        replace_file(self.out / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        print(f"{len(measures)} pictures measured: see reconstructions.png and metrics.json in {self.out}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportDVAE:
+    """Turn OpenAI's published encoder.pkl and decoder.pkl into a dVAE directory, executing nothing of them."""
+
+    encoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="ENCODER")]
+    """The published encoder.pkl."""
+    decoder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="DECODER")]
+    """The published decoder.pkl."""
+    out: Path = Path("runs/openai-dvae")
+    """The directory to write."""
+
+    def run(self) -> None:
+        """Read both files and write the directory."""
+        check_writable(self.out.parent)
+        import_openai(self.encoder, self.decoder).save(self.out, metadata={"source": "OpenAI's published weights"})
+        print(f"dVAE {directory_hash(self.out)} in {self.out}")
+
+
+Commands = (
+    Annotated[Generate, tyro.conf.subcommand("generate")]
+    | Annotated[Rank, tyro.conf.subcommand("rank")]
+    | Annotated[Search, tyro.conf.subcommand("search")]
+    | Annotated[Reconstruct, tyro.conf.subcommand("reconstruct")]
+    | Annotated[ImportDVAE, tyro.conf.subcommand("import-dvae")]
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dalle`; returns the exit code."""
+    description = "Pictures from captions, and what belongs to it: ranking, searching, reconstructing."
+    return run_program(Commands, lambda command: command.run(), argv, prog="dalle", description=description)
+
+
+def run_program(
+    commands: Any,
+    run: Callable[[Any], None],
+    argv: Sequence[str] | None = None,
+    *,
+    prog: str,
+    description: str,
+) -> int:
+    """Parse a command line and run the command; `--debug` anywhere shows tracebacks.
+
+    Args:
+        commands: a union of dataclasses, one per verb, as tyro reads it.
+        run: does what the parsed dataclass says.
+        argv: the arguments; by default those of the process.
+        prog: the name of the program.
+        description: the first lines of its help.
+
+    Returns:
+        The exit code: 0, or 1 after any error, also one of usage.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in arguments
+    arguments = [argument for argument in arguments if argument != "--debug"]
+    try:
+        command = tyro.cli(
+            commands,
+            args=arguments,
+            prog=prog,
+            description=f"{description} Add --debug to see the traceback of an error.",
+            config=(tyro.conf.FlagCreatePairsOff,),
+        )
+    except SystemExit as stop:  # help, or a usage error that tyro has explained on stderr
+        return 1 if stop.code else 0
+    return run_command(lambda: run(command), debug=debug)
+
+
+def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
+    """Call a function that is a command: messages to stderr, errors of the user as one line.
+
+    Args:
+        function: prints results, and raises ValueError or OSError for what a user can cause.
+        debug: show the traceback of any error.
+
+    Returns:
+        The exit code, 0 or 1.
+    """
+    set_up_logging()
+    try:
+        function()
+    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
+        if debug:
+            traceback.print_exc()
+        print(f"error: {error_line(error)}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def error_line(error: BaseException) -> str:
+    """What went wrong, in one line."""
+    if isinstance(error, KeyboardInterrupt):
+        return "stopped"
+    if isinstance(error, torch.OutOfMemoryError):
+        return f"not enough memory on the device, use a smaller batch size ({error})".split(". ")[0]
+    if isinstance(error, OSError) and error.strerror is not None:
+        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def resolve_device(name: str) -> torch.device:
+    """Return the device of a name, with "auto" for the GPU if there is one.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}: give cpu, cuda, cuda:1 … or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"no device {name} here, there are {torch.cuda.device_count()} CUDA devices: give --device cpu"
+        )
+    return device
+
+
+def check_writable(folder: Path) -> None:
+    """Make a folder if need be, and raise OSError now, not after an hour of computing, if it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryFile(dir=folder):
+        pass
+
+
+def load_clip(clip: Path | None, bundle: Path, device: str) -> CLIP:
+    """Load a CLIP directory, by default that of the bundle."""
+    return CLIP.load(clip or bundle_part(bundle, "clip")).to(resolve_device(device))
+
+
+def read_captions(file: Path) -> list[str]:
+    """The captions in a text file, one on each line; blank lines do not count.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: it is not UTF-8, or has no captions.
+    """
+    if not file.is_file():
+        raise FileNotFoundError(f"no captions at {file}: expected a text file with one caption on each line")
+    try:
+        lines = file.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
+        ) from error
+    captions = [line.strip() for line in lines if line.strip()]
+    if not captions:
+        raise ValueError(f"no captions in {file}: expected one on each line")
+    return captions
+
+
+def report_skipped(reasons: Sequence[str]) -> None:
+    """Warn of pictures that were left out: how many, and the reasons of the first."""
+    if reasons:
+        more = f"; and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
+        logger.warning("%d pictures were skipped: %s%s", len(reasons), "; ".join(reasons[:SHOWN_REASONS]), more)
+
+
+def thumbnail(image: Image.Image) -> Image.Image:
+    """A picture no larger than its place on a contact sheet."""
+    small = image.copy()
+    small.thumbnail((MAX_CELL, MAX_CELL))
+    return small
+
+
+def print_ranking(ranking: Sequence[tuple[float, str]], *, as_json: bool) -> None:
+    """Print scores and names of pictures."""
+    if as_json:
+        for score, name in ranking:
+            print(json.dumps({"score": score, "picture": name}))
+    else:
+        print_table(["score", "picture"], [[f"{score:.4f}", name] for score, name in ranking])
+
+
+def write_ranking(caption: str, pictures: Sequence[tuple[float, str, Image.Image]], out: Path) -> None:
+    """Write a contact sheet named for the caption, with (score, name, picture) in the given order."""
+    images = [image for _, _, image in pictures]
+    labels = [f"{score:.3f}  {Path(name).name}" for score, name, _ in pictures]
+    path = out / f"{slug(caption)}.png"
+    save_png(contact_sheet([Section(caption, images, labels)], columns=4), path, {"caption": caption})
+    logger.info("the best %d are shown in %s", len(images), path)
+
+
+def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print columns: numbers to the right, and the last column, which is a name, to the left."""
+    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads) - 1)]
+    for row in [heads, *rows]:
+        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
+        print("  ".join([*cells, row[-1]]))
+
+
+def _section(result: Result) -> Section:
+    scores = result.scores.tolist()
+    labels = [f"#{k}  {score:.3f}" for k, score in zip(result.candidates, scores, strict=True)]
+    return Section(result.caption, [to_image(image) for image in result.images], labels)
+
+
+def _measure_row(name: str, measures: Measures) -> list[str]:
+    ms_ssim = "-" if measures.ms_ssim is None else f"{measures.ms_ssim:.4f}"
+    row = [f"{measures.psnr:.2f}", f"{measures.ssim:.4f}", ms_ssim, f"{measures.bits_per_pixel:.3f}"]
+    return [*row, f"{measures.codes_used:.4g}", name]
+
+
+def _finite(measures: Measures) -> dict[str, float | None]:
+    """The measures for JSON, which has no infinity: the PSNR of an exact copy, for example."""
+    values = dataclasses.asdict(measures)
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
+
+
+class _StderrHandler(logging.Handler):
+    """One line per message: "warning: …", or "note: …" for what is only good to know."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        prefix = "warning" if record.levelno >= logging.WARNING else "note"
+        clear = CLEAR_LINE if sys.stderr.isatty() else ""
+        print(f"{clear}{prefix}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+
+
+def set_up_logging() -> None:
+    """Show warnings of all libraries, and notes of our own packages; calling it again changes nothing."""
+    root = logging.getLogger()
+    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
+        root.addHandler(_StderrHandler(logging.INFO))
+    for name in OUR_PACKAGES:
+        logging.getLogger(name).setLevel(logging.INFO)

@@ -1,0 +1,323 @@
+"""DALL·E: a decoder-only sparse transformer over text and image tokens (Ramesh et al. 2021, §2.2, B.1, Fig 10).
+
+What is particular about it:
+
+- One stream: T text positions, then I image positions. Text and image have separate embeddings and separate,
+  untied heads.
+- A text position carries its text id's embedding and a text-position embedding; pads have an id, and so a
+  vector, per position.
+- An image position carries the embedding of the token before it (the first: start of image), and the row and
+  column embedding of the position it predicts.
+- Each layer attends sparsely, of the kind `DALLEConfig.kinds` says (see attention.py).
+- Pre-LN residual blocks, GELU as x·σ(1.702x), biases, no dropout. The initialisation is the Sparse
+  Transformer's (Child et al. 2019), to whose configuration the paper refers.
+
+The model maps ids to logits and does nothing else: loss.py, cache.py and sampling.py take a model.
+
+Legend: B batch  S stream = T+I  T text positions  I image positions  J some image positions  D width
+        V vocabulary
+"""
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, masked_attention, stored_mask
+from dalle.stream import Stream, image_inputs, n_image_ids, n_text_ids
+from dvae.directory import load_directory, save_directory
+
+KIND = "dalle"
+"""What a directory with such a model is called in its config.json."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DALLEConfig:
+    """Sizes of the transformer; the defaults are the paper's 12-billion-parameter model (B.1)."""
+
+    n_layers: int = 64
+    """Transformer layers, each an attention and an MLP residual block."""
+    d_model: int = 3968
+    """Width of the residual stream."""
+    n_heads: int = 62
+    """Attention heads; d_model must be a multiple of it."""
+    text_len: int = 256
+    """Text positions, start of text included."""
+    grid: int = 32
+    """Rows, and columns, of image tokens: the dVAE's grid."""
+    text_vocab: int = 16_384
+    """BPE tokens: the tokenizer's vocabulary size."""
+    image_vocab: int = 8_192
+    """Image tokens: the dVAE's vocabulary size."""
+    conv_kernel: int = 11
+    """Width of the window of conv layers in image positions, odd."""
+    attention: Literal["paper", "row", "column", "conv", "dense"] = "paper"
+    """The paper's order of kinds (row and column, conv last), or one kind in every layer."""
+
+    def __post_init__(self) -> None:
+        for name in ("n_layers", "d_model", "n_heads", "text_vocab", "image_vocab", "conv_kernel"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} ({getattr(self, name)}) must be at least 1")
+        if self.d_model % self.n_heads:
+            raise ValueError(f"d_model ({self.d_model}) must be a multiple of n_heads ({self.n_heads})")
+        if self.conv_kernel % 2 == 0:
+            raise ValueError(f"conv_kernel ({self.conv_kernel}) must be odd: the window is centred on its query")
+        if self.attention not in ("paper", *KINDS):
+            raise ValueError(f"unknown attention {self.attention!r}: expected paper, {', '.join(KINDS)}")
+        Stream(self.text_len, self.grid)  # raises for sizes that make no stream
+
+    @property
+    def stream(self) -> Stream:
+        """The layout of the stream."""
+        return Stream(self.text_len, self.grid)
+
+    @property
+    def kinds(self) -> tuple[Kind, ...]:
+        """The attention kind of every layer."""
+        if self.attention == "paper":
+            return layer_kinds(self.n_layers)
+        return (self.attention,) * self.n_layers
+
+    @property
+    def d_head(self) -> int:
+        """Width of one attention head."""
+        return self.d_model // self.n_heads
+
+
+class MLP(nn.Module):
+    """Two linear layers, 4·D wide between them, with GELU in its sigmoid form (Child et al. 2019)."""
+
+    def __init__(self, d_model: int) -> None:
+        super().__init__()
+        self.wide = nn.Linear(d_model, 4 * d_model)
+        self.out = nn.Linear(4 * d_model, d_model)
+
+    def forward(self, x_BSD: Tensor) -> Tensor:
+        """Return the MLP branch, (B, S, D)."""
+        wide_BSD = self.wide(x_BSD)
+        return self.out(wide_BSD * torch.sigmoid(1.702 * wide_BSD))
+
+
+class Block(nn.Module):
+    """One layer: attention and MLP, each normalised first and added to the residual stream."""
+
+    def __init__(self, d_model: int, n_heads: int) -> None:
+        super().__init__()
+        self.attention_norm = nn.LayerNorm(d_model)
+        self.attention = Attention(d_model, n_heads)
+        self.mlp_norm = nn.LayerNorm(d_model)
+        self.mlp = MLP(d_model)
+
+    def forward(self, h_BSD: Tensor, attend: Attend) -> Tensor:
+        """Return the residual stream after this layer, (B, S, D)."""
+        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), attend)
+        return h_BSD + self.mlp(self.mlp_norm(h_BSD))
+
+
+class Head(nn.Linear):
+    """Residual stream to logits, without bias; in float32 whatever the weights or autocast are (B.2, D)."""
+
+    def __init__(self, d_model: int, vocab: int) -> None:
+        super().__init__(d_model, vocab, bias=False)
+
+    def forward(self, h_BSD: Tensor) -> Tensor:
+        """Return logits, float32 (B, S, V)."""
+        with torch.autocast(h_BSD.device.type, enabled=False):
+            return F.linear(h_BSD.float(), self.weight.float())
+
+
+class DALLE(nn.Module):
+    """The transformer: text ids and image tokens in, next-token logits out."""
+
+    def __init__(self, config: DALLEConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.metadata: dict[str, Any] = {}
+        """What the directory said that this model was loaded from; empty for a new model."""
+        self.activation_checkpointing = False
+        """Whether the backward pass recomputes each layer rather than keep its activations."""
+        d = config.d_model
+        self.text_embedding = nn.Embedding(n_text_ids(config.text_vocab, config.text_len), d)
+        self.text_position_embedding = nn.Embedding(config.text_len, d)
+        self.image_embedding = nn.Embedding(n_image_ids(config.image_vocab), d)
+        self.row_embedding = nn.Embedding(config.grid, d)
+        self.column_embedding = nn.Embedding(config.grid, d)
+        self.blocks = nn.ModuleList(Block(d, config.n_heads) for _ in range(config.n_layers))
+        self.final_norm = nn.LayerNorm(d)
+        self.text_head = Head(d, config.text_vocab)
+        self.image_head = Head(d, config.image_vocab)
+        self.initialise()
+
+    @torch.no_grad()
+    def initialise(self, generator: torch.Generator | None = None) -> None:
+        """Set all parameters anew, as the Sparse Transformer does (Child et al. 2019, §5.2 and §6).
+
+        | parameter                                   | value                                               |
+        |---------------------------------------------|-----------------------------------------------------|
+        | text and image embeddings                   | N(0, 0.125 / √d)                                    |
+        | text-position embedding                     | N(0, 0.125 / √d), one position embedding is added   |
+        | row and column embeddings                   | N(0, 0.125 / √(2d)), two are added                  |
+        | weights of qkv and of the MLP's first layer | N(0, 0.125 / √d_in)                                 |
+        | weights that end a residual branch          | N(0, 0.125 / √d_in / √(2 · n_layers))               |
+        | text and image heads                        | 0                                                   |
+        | biases                                      | 0                                                   |
+        | layer norms                                 | gain 1, bias 0                                      |
+
+        The second number of N is the standard deviation. Uses torch's global generator unless one is given.
+        """
+        d = self.config.d_model
+        normal = partial(nn.init.normal_, generator=generator)
+        for embedding in (self.text_embedding, self.image_embedding, self.text_position_embedding):
+            normal(embedding.weight, std=0.125 / math.sqrt(d))
+        for embedding in (self.row_embedding, self.column_embedding):
+            normal(embedding.weight, std=0.125 / math.sqrt(2 * d))
+        for block in self._blocks():
+            for linear in (block.attention.qkv, block.mlp.wide):
+                normal(linear.weight, std=0.125 / math.sqrt(linear.in_features))
+            for linear in (block.attention.out, block.mlp.out):
+                normal(linear.weight, std=0.125 / math.sqrt(linear.in_features * 2 * self.config.n_layers))
+            for linear in (block.attention.qkv, block.attention.out, block.mlp.wide, block.mlp.out):
+                nn.init.zeros_(linear.bias)
+            block.attention_norm.reset_parameters()
+            block.mlp_norm.reset_parameters()
+        self.final_norm.reset_parameters()
+        nn.init.zeros_(self.text_head.weight)
+        nn.init.zeros_(self.image_head.weight)
+
+    def forward(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the logits of every position's next token.
+
+        Args:
+            text: int64 (B, T), text ids as `Tokenizer.text` makes them.
+            image_tokens: int64 (B, I), raster order. The last one is not an input, only a target.
+
+        Returns:
+            Text logits, float32 (B, T, V_text): position t predicts the token of text position t+1. Image
+            logits, float32 (B, I, V_image): position i predicts image token i.
+
+        Raises:
+            ValueError: for a wrong shape or dtype; on the CPU also for ids out of range.
+        """
+        h_BSD = self.states(text, image_tokens)
+        T = self.config.text_len
+        return self.text_head(h_BSD[:, :T]), self.image_head(h_BSD[:, T:])
+
+    def states(self, text: Tensor, image_tokens: Tensor) -> Tensor:
+        """Return what the heads read, (B, S, D): the final residual stream, normalised. Takes `forward`'s arguments."""
+        config = self.config
+        check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
+        check_ids("image_tokens", image_tokens, config.stream.n_image, config.image_vocab)
+        if len(text) != len(image_tokens):
+            raise ValueError(f"{len(text)} captions and {len(image_tokens)} images: expected one caption per image")
+        inputs_BI = image_inputs(image_tokens, config.image_vocab)
+        h_BSD = torch.cat([self.embed_text(text), self.embed_image(inputs_BI)], dim=1)
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for block, kind in zip(self.blocks, config.kinds, strict=True):
+            attend = partial(masked_attention, mask_SS=self.mask(kind))
+            h_BSD = checkpoint(block, h_BSD, attend, use_reentrant=False) if recompute else block(h_BSD, attend)
+        return self.final_norm(h_BSD)
+
+    def embed_text(self, text_BT: Tensor) -> Tensor:
+        """Return the residual stream of the text positions before the first layer, (B, T, D)."""
+        positions_T = torch.arange(self.config.text_len, device=text_BT.device)
+        return self.text_embedding(text_BT) + self.text_position_embedding(positions_T)
+
+    def embed_image(self, inputs_BJ: Tensor, first: int = 0) -> Tensor:
+        """Return the residual stream of image positions before the first layer, (B, J, D).
+
+        Args:
+            inputs_BJ: image ids fed to consecutive positions, see `stream.image_inputs`.
+            first: the first of these positions.
+        """
+        stream, device = self.config.stream, inputs_BJ.device
+        here = slice(first, first + inputs_BJ.shape[1])
+        row_JD = self.row_embedding(stream.rows(device)[here])
+        column_JD = self.column_embedding(stream.columns(device)[here])
+        return self.image_embedding(inputs_BJ) + row_JD + column_JD
+
+    def mask(self, kind: Kind) -> Tensor:
+        """Return the attention mask of a kind on this model's device, bool (S, S)."""
+        config = self.config
+        return stored_mask(kind, config.text_len, config.grid, config.conv_kernel, self.device)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the parameters are."""
+        return self.final_norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The type of the residual stream's parameters."""
+        return self.final_norm.weight.dtype
+
+    def n_parameters(self) -> dict[str, int]:
+        """Return the number of parameters by group: embeddings, attention, mlp, norms, heads; and "total"."""
+        blocks = self._blocks()
+        groups: dict[str, Iterable[nn.Module]] = {
+            "embeddings": [module for module in self.children() if isinstance(module, nn.Embedding)],
+            "attention": [block.attention for block in blocks],
+            "mlp": [block.mlp for block in blocks],
+            "norms": [self.final_norm, *(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks)],
+            "heads": [self.text_head, self.image_head],
+        }
+        counts = {name: sum(map(_size, modules)) for name, modules in groups.items()}
+        total = _size(self)
+        assert sum(counts.values()) == total, "a parameter belongs to no group, or to two"
+        return {**counts, "total": total}
+
+    def _blocks(self) -> list[Block]:
+        """The layers, with their type: a ModuleList knows only Modules."""
+        return [block for block in self.blocks if isinstance(block, Block)]
+
+    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write config and weights as a directory, atomically.
+
+        Args:
+            path: the directory to write.
+            metadata: what else to remember, such as `tokenizer_hash` and `dvae_hash`; values must be JSON.
+        """
+        kept = dict(self.metadata if metadata is None else metadata)
+        save_directory(Path(path), KIND, self.config, self.state_dict(), metadata=kept)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
+
+        Raises:
+            FileNotFoundError: if there is no such directory.
+            ValueError: if it holds something else, or is damaged.
+        """
+        config, state, metadata = load_directory(Path(path), KIND, DALLEConfig)
+        with torch.device("meta"):
+            model = cls(config)
+        try:
+            model.load_state_dict(state, assign=True)
+        except RuntimeError as error:
+            raise ValueError(f"the weights in {path} do not fit its config.json: {error}") from error
+        model.metadata = dict(metadata)
+        return model
+
+
+def check_ids(name: str, ids: Tensor, length: int, n_ids: int) -> None:
+    """Raise ValueError unless `ids` is int64 (B ≥ 1, length) and, on the CPU, within 0 … n_ids-1."""
+    if ids.ndim != 2 or ids.shape[1] != length or len(ids) == 0:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected (batch, {length}) with a batch of at least 1")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} is {ids.dtype}, expected torch.int64 ids")
+    # On a GPU looking at the values would wait for all queued work.
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_ids:
+        raise ValueError(
+            f"{name} has ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {n_ids - 1}: was it made with"
+            " another tokenizer, dVAE or configuration?"
+        )
+
+
+def _size(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

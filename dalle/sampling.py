@@ -1,0 +1,212 @@
+"""Sampling image tokens: temperature, top-k, top-p, guidance, and the policy of randomness.
+
+Ramesh et al. 2021 (§2.6, §3.3) sample at temperature 1 without truncation; those are the defaults.
+
+Randomness: a candidate has a seed (`candidate_seed` of the run's seed, the caption and the candidate's
+number). Its generator yields one uniform number per image position, all drawn beforehand, and position i's
+token is where the cumulative distribution passes the i-th of them. So a candidate does not depend on which
+others are sampled beside it or on the batch size, up to the rounding of matrix products.
+
+Guidance: logits = unconditional + scale · (conditional - unconditional), Ho & Salimans 2021 applied to token
+logits. The unconditional half is the same model given the empty caption, which it must have met in training.
+Not in the paper.
+
+Legend: P prompts  n candidates per prompt  B = P·n  I image positions  m known image positions  V image vocabulary
+"""
+
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.cache import Decoder
+from dalle.model import DALLE, check_ids
+from dalle.stream import n_text_ids, null_caption, start_of_image_id
+
+
+def candidate_seed(seed: int, caption: str, k: int) -> int:
+    """Return the seed of candidate `k` of a caption in a run with `seed`: 63 bits, equal on every machine."""
+    digest = blake2b(f"{seed}\0{k}\0{caption}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, "big") >> 1
+
+
+def uniforms(seeds: Sequence[int], n_image: int) -> Tensor:
+    """Return the random numbers of candidates, float64 in [0, 1), (B, I): row b depends on seeds[b] alone."""
+    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(n_image) for seed in seeds]))
+
+
+def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
+    """Return the logits with -inf where a token is ruled out.
+
+    Args:
+        logits: float (B, V).
+        top_k: keep the k likeliest tokens; of equally likely ones those with the lower id. None keeps all.
+        top_p: keep the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020), at least
+            one; applied to what top_k leaves. None keeps all.
+    """
+    if top_k is None and top_p is None:
+        return logits
+    sorted_BV, order_BV = logits.sort(dim=-1, descending=True, stable=True)
+    if top_k is not None:
+        beyond_V = torch.arange(logits.shape[-1], device=logits.device) >= top_k
+        sorted_BV = sorted_BV.masked_fill(beyond_V, -torch.inf)
+    if top_p is not None:
+        probabilities_BV = sorted_BV.double().softmax(-1)
+        likelier_BV = probabilities_BV.cumsum(-1) - probabilities_BV
+        likelier_BV[:, 0] = 0.0  # exactly, so that the likeliest token always stays
+        sorted_BV = sorted_BV.masked_fill(likelier_BV >= top_p, -torch.inf)
+    return torch.empty_like(logits).scatter(-1, order_BV, sorted_BV)
+
+
+def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
+    """Return one token per row by inverting the cumulative distribution.
+
+    Args:
+        logits: float (B, V); tokens at -inf are never drawn.
+        uniforms_B: float64 (B,) in [0, 1).
+
+    Returns:
+        int64 (B,).
+    """
+    # Float64: over 8,192 tokens the rounding of a float32 sum would be larger than rare tokens'
+    # probabilities.
+    cumulative_BV = logits.double().softmax(-1).cumsum(-1)
+    # At most 1 - 2^-53 times the total, which rounds to less than the total: some token is always past it.
+    threshold_B = uniforms_B * cumulative_BV[:, -1]
+    return torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
+
+
+def choose(logits: Tensor, uniforms_B: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
+    """Return one token per row, int64 (B,): the likeliest at temperature 0, else drawn."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    return draw(filter_logits(logits / temperature, top_k, top_p), uniforms_B)
+
+
+def guide(logits: Tensor, guidance: float) -> Tensor:
+    """Return guided logits (B, V) from those of B conditional rows and then B unconditional ones, (2B, V)."""
+    conditional_BV, unconditional_BV = logits.chunk(2)
+    return unconditional_BV + guidance * (conditional_BV - unconditional_BV)
+
+
+def sample(
+    model: DALLE,
+    text: Tensor,
+    *,
+    seeds: Sequence[int],
+    n: int,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    guidance: float = 1.0,
+    prefix: Tensor | None = None,
+    on_step: Callable[[int, int], None] | None = None,
+) -> Tensor:
+    """Sample n candidates of each prompt, all as one batch; the caller decides how many fit.
+
+    Args:
+        model: the transformer; sampling happens on its device and in its dtype.
+        text: int64 (P, T), text ids of the prompts.
+        seeds: P·n seeds, prompt by prompt; see `candidate_seed`.
+        n: candidates per prompt.
+        temperature: divides the logits; 0 takes the likeliest token and ignores the seeds.
+        top_k: see `filter_logits`.
+        top_p: see `filter_logits`.
+        guidance: 1 is none and costs nothing; above 1 follows the caption more closely, at twice the
+            computation.
+        prefix: int64 (m,), (1, m) or (P, m): the first m image tokens, kept verbatim. The paper completes pictures
+            from 480.
+        on_step: called with (step, total) after each of the `total` sampled positions, from step 1.
+
+    Returns:
+        int64 (P, n, I) image tokens in raster order, on the model's device.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+    config = model.config
+    check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
+    _check_options(model, len(text), n, seeds, temperature, top_k, top_p, guidance)
+    text = text.to(model.device)
+    n_image = config.stream.n_image
+    known = torch.empty(0, dtype=torch.int64) if prefix is None else prefix
+    known = known[None] if known.ndim == 1 else known
+    _check_prefix(model, known, len(text))
+    known = known.to(model.device)
+    guided = guidance != 1.0
+    with torch.inference_mode():
+        uniforms_BI = uniforms(seeds, n_image).to(model.device)
+        tokens_BI = torch.zeros((len(text) * n, n_image), dtype=torch.int64, device=model.device)
+        m = known.shape[1]
+        tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)
+        decoder = _decoder(model, text, n, known, guided=guided)
+        inputs_B = torch.full_like(tokens_BI[:, 0], start_of_image_id(config.image_vocab))
+        for position in range(m, n_image):
+            if position > 0:
+                inputs_B = tokens_BI[:, position - 1]
+            logits_BV = decoder.step(inputs_B.repeat(2) if guided else inputs_B)
+            if guided:
+                logits_BV = guide(logits_BV, guidance)
+            tokens_BI[:, position] = choose(logits_BV, uniforms_BI[:, position], temperature, top_k, top_p)
+            if on_step is not None:
+                on_step(position - m + 1, n_image - m)
+    # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
+    return tokens_BI.clone().reshape(len(text), n, n_image)
+
+
+def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, guided: bool) -> Decoder:
+    """Return a decoder of n candidates per prompt, followed, if guided, by as many with the empty caption."""
+    n_prompts = len(text_PT)
+    counts = [n] * n_prompts
+    prefix_Pm = prefix.expand(n_prompts, -1)
+    if guided:
+        # The empty caption is read once for all candidates, or once per known prefix.
+        n_null = len(prefix)
+        config = model.config
+        null_T = null_caption(config.text_vocab, config.text_len).to(text_PT.device)
+        text_PT = torch.cat([text_PT, null_T.expand(n_null, -1)])
+        counts = counts + [n_prompts * n // n_null] * n_null
+        prefix_Pm = torch.cat([prefix_Pm, prefix])
+    return Decoder(model, text_PT, counts, prefix_Pm)
+
+
+def _check_options(
+    model: DALLE,
+    n_prompts: int,
+    n: int,
+    seeds: Sequence[int],
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    guidance: float,
+) -> None:
+    vocab = model.config.image_vocab
+    if n < 1:
+        raise ValueError(f"n ({n}) must be at least 1: the number of candidates per caption")
+    if len(seeds) != n_prompts * n:
+        raise ValueError(
+            f"{len(seeds)} seeds for {n_prompts} prompts with {n} candidates each: expected {n_prompts * n}"
+        )
+    if min(seeds) < 0:
+        raise ValueError(f"seeds must not be negative, got {min(seeds)}")
+    if not 0 <= temperature < float("inf"):
+        raise ValueError(f"temperature ({temperature}) must be at least 0 (0: the likeliest token) and finite")
+    if top_k is not None and not 1 <= top_k <= vocab:
+        raise ValueError(f"top_k ({top_k}) must be from 1 to the image vocabulary, {vocab}; leave it out for all")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p ({top_p}) must be above 0 and at most 1; leave it out for all")
+    if not 0 <= guidance < float("inf"):
+        raise ValueError(f"guidance ({guidance}) must be at least 0 (1: none) and finite")
+
+
+def _check_prefix(model: DALLE, prefix: Tensor, n_prompts: int) -> None:
+    config = model.config
+    n_image = config.stream.n_image
+    if prefix.ndim != 2 or len(prefix) not in (1, n_prompts) or prefix.shape[1] > n_image:
+        raise ValueError(
+            f"prefix has shape {tuple(prefix.shape)}, expected (m,), (1, m) or ({n_prompts}, m) with m at most"
+            f" {n_image}, the image tokens of a picture"
+        )
+    check_ids("prefix", prefix, prefix.shape[1], config.image_vocab)

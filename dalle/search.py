@@ -1,0 +1,171 @@
+"""What CLIP sees in the pictures of a folder: computed once, and kept in the folder for the next search.
+
+The file `.dalle-search-<hash of the CLIP>.safetensors` holds one feature vector per picture, and in its
+metadata the name, size and time of change of each file. Only new and changed pictures are embedded again.
+
+Letters: N pictures  E features
+"""
+
+import json
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from PIL import Image
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dalle.gallery import replace_file
+from dalle.pictures import picture_files
+from dvae.images import open_image, resize_and_crop, to_tensor
+from rerank import CLIP
+from rerank.score import embed_images
+
+logger = logging.getLogger(__name__)
+
+EMBEDDING_BATCH = 32
+"""Pictures embedded at once."""
+
+
+class Entry(NamedTuple):
+    """One picture as it was when it was embedded."""
+
+    size: int
+    """Bytes of the file."""
+    changed_ns: int
+    """Time of its last change; a file that keeps both is taken to be the same."""
+    feature: Tensor
+    """Unit vector, float32 (E,), on the CPU."""
+
+
+class FolderFeatures(NamedTuple):
+    """What CLIP sees in a folder."""
+
+    files: list[Path]
+    """The N pictures that could be read."""
+    features: Tensor
+    """Unit vectors, float32 (N, E), on the CPU."""
+    unreadable: list[str]
+    """Why each of the others could not be read."""
+    n_embedded: int
+    """How many were embedded now, the rest being known."""
+
+
+def folder_features(
+    clip: CLIP, clip_hash: str, folder: str | Path, *, progress: Callable[[float, int], None] | None = None
+) -> FolderFeatures:
+    """Embed the pictures of a folder, using and updating the features kept in it.
+
+    Args:
+        clip: the model.
+        clip_hash: the hash of its directory, which names the file: features of two models are never mixed.
+        folder: searched with the folders in it.
+        progress: told (pictures looked at, pictures to look at) as it goes on.
+
+    Raises:
+        FileNotFoundError: no such folder.
+        ValueError: no picture in it can be read.
+    """
+    folder = Path(folder)
+    files = {str(file.relative_to(folder)): file for file in picture_files(folder)}
+    kept_at = feature_file(folder, clip_hash)
+    known = _read(kept_at, clip.config.embed_dim)
+    entries = {name: entry for name, entry in known.items() if name in files and _is_current(entry, files[name])}
+    n_known = len(entries)
+    unseen = [name for name in files if name not in entries]
+    unreadable: list[str] = []
+    try:
+        for start in range(0, len(unseen), EMBEDDING_BATCH):
+            batch = {name: files[name] for name in unseen[start : start + EMBEDDING_BATCH]}
+            entries |= _embed(clip, batch, unreadable)
+            if progress is not None:
+                progress(start + len(batch), len(unseen))
+    finally:
+        # also when interrupted: what was embedded is not embedded again
+        if len(entries) > n_known or n_known < len(known):
+            _write(kept_at, entries)
+    if not entries:
+        raise ValueError(f"none of the {len(files)} pictures in {folder} can be read; the first: {unreadable[0]}")
+    found = [name for name in files if name in entries]
+    return FolderFeatures(
+        files=[files[name] for name in found],
+        features=torch.stack([entries[name].feature for name in found]),
+        unreadable=unreadable,
+        n_embedded=len(entries) - n_known,
+    )
+
+
+def feature_file(folder: Path, clip_hash: str) -> Path:
+    """Where the features of a folder under one CLIP are kept."""
+    return folder / f".dalle-search-{clip_hash}.safetensors"
+
+
+def clip_input(clip: CLIP, image: Image.Image) -> Tensor:
+    """A picture as the CLIP sees it, float32 (3, S, S) in [0, 1]: resized and cropped to its square."""
+    return to_tensor(resize_and_crop(image, clip.config.image_size))
+
+
+def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict[str, Entry]:
+    """Entries for the files that can be read; the reasons for the others are added to `unreadable`."""
+    images: list[Tensor] = []
+    states: dict[str, tuple[int, int]] = {}
+    for name, file in files.items():
+        try:
+            state = _state(file)  # before reading: a change while reading shows next time
+            images.append(clip_input(clip, open_image(file)))
+        except (ValueError, OSError) as error:
+            unreadable.append(str(error))
+        else:
+            states[name] = state
+    if not images:
+        return {}
+    features_NE = embed_images(clip, torch.stack(images)).float().cpu()
+    return {name: Entry(*state, feature) for (name, state), feature in zip(states.items(), features_NE, strict=True)}
+
+
+def _state(file: Path) -> tuple[int, int]:
+    status = file.stat()
+    return status.st_size, status.st_mtime_ns
+
+
+def _is_current(entry: Entry, file: Path) -> bool:
+    try:
+        return (entry.size, entry.changed_ns) == _state(file)
+    except OSError:
+        return False
+
+
+def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
+    """What is kept, by name; nothing, with a warning, if the file is not what `_write` makes."""
+    if not path.exists():
+        return {}
+    try:
+        with safe_open(path, framework="pt") as file:
+            pictures = json.loads(file.metadata()["pictures"])
+            features_NE = file.get_tensor("features")
+        if features_NE.shape != (len(pictures), embed_dim):
+            raise ValueError(f"features of shape {tuple(features_NE.shape)} for {len(pictures)} pictures")
+        return {
+            str(name): Entry(int(size), int(changed_ns), feature)
+            for (name, size, changed_ns), feature in zip(pictures, features_NE, strict=True)
+        }
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+        logger.warning("%s cannot be used (%s): embedding the folder again", path, error)
+        return {}
+
+
+def _write(path: Path, entries: Mapping[str, Entry]) -> None:
+    """Keep the entries; a folder that cannot be written to costs time, not results."""
+    pictures = [[name, entry.size, entry.changed_ns] for name, entry in entries.items()]
+    features_NE = torch.stack([entry.feature for entry in entries.values()]) if entries else torch.empty(0, 0)
+    metadata = {"pictures": json.dumps(pictures)}
+    try:
+        replace_file(path, lambda partial: save_file({"features": features_NE}, partial, metadata=metadata))
+    except (SafetensorError, OSError) as error:
+        logger.warning(
+            "the features could not be kept beside the pictures (%s): the next search computes them again",
+            error,
+        )

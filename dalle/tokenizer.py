@@ -1,0 +1,250 @@
+"""Captions to text ids: byte-level BPE of lowercased text, seeded BPE dropout (Ramesh et al. 2021, §2.2, B.2).
+
+A caption is normalised (NFKC, lowercase, white space collapsed and stripped), split into words as GPT-2 does,
+each word spelled in bytes, and the bytes merged. Every text therefore has ids and decodes to its normalised
+self; there is no unknown.
+
+BPE dropout (Provilkov et al. 2020) leaves out candidate merges at random in training. The `tokenizers`
+library's own cannot be seeded and repeats itself in forked workers, so the merges are done here when dropout
+is wanted.
+"""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import pairwise
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+from torch import Tensor
+
+from dalle.stream import text_row
+
+N_BYTES = 256
+MAX_MERGE_LENGTH = 64
+"""With dropout, longer words are merged in stretches of this many bytes: the cost grows with the square."""
+
+
+class Tokenizer:
+    """A byte-level BPE. Its ids are 0 … vocab_size-1; start and pads are stream.py's."""
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
+        """Build from a vocabulary and its merges, best first; `train` and `load` call this."""
+        self._backend = _backend(vocab, merges)
+        self._vocab = vocab
+        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+
+    @classmethod
+    def train(cls, captions: Iterable[str], vocab_size: int = 16_384) -> Self:
+        """Learn a tokenizer; the same captions in the same order give the same one.
+
+        Args:
+            captions: the text to learn from.
+            vocab_size: ids wanted, 257 or more. There are fewer when the captions have no more pairs that
+                occur twice.
+
+        Raises:
+            ValueError: if vocab_size is too small or there is no caption.
+        """
+        if vocab_size <= N_BYTES:
+            raise ValueError(f"vocab_size ({vocab_size}) must be at least {N_BYTES + 1}: {N_BYTES} bytes and a merge")
+        n_captions = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal n_captions
+            for caption in captions:
+                n_captions += 1
+                yield _encodable(caption)
+
+        backend = _backend({}, [])
+        trainer = trainers.BpeTrainer(
+            vocab_size=vocab_size,
+            min_frequency=2,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[],
+            show_progress=False,
+        )
+        backend.train_from_iterator(counted(), trainer=trainer)
+        if not n_captions:
+            raise ValueError("no captions to train a tokenizer from: expected at least one")
+        return cls(*_vocab_and_merges(backend.to_str()))
+
+    @classmethod
+    def load(cls, file: Path | str) -> Self:
+        """Return the tokenizer saved in a file.
+
+        Raises:
+            FileNotFoundError: if there is no such file.
+            ValueError: if it is damaged or another kind of tokenizer.
+        """
+        file = Path(file)
+        try:
+            text = file.read_text(encoding="utf-8")
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f"no tokenizer at {file}: expected a tokenizer.json; train one with `dalle-train tokenizer`"
+            ) from None
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file} is not a tokenizer.json: it is no text ({error})") from error
+        try:
+            backend = Backend.from_str(text)
+            tokenizer = cls(*_vocab_and_merges(text))
+        except Exception as error:  # the library raises bare Exceptions
+            raise ValueError(f"{file} is damaged or not a tokenizer.json of this package: {error}") from error
+        if tokenizer._backend.to_str() != backend.to_str():
+            raise ValueError(
+                f"{file} is another kind of tokenizer: expected a byte-level BPE, as `dalle-train tokenizer` trains"
+            )
+        return tokenizer
+
+    def save(self, file: Path | str) -> None:
+        """Write the tokenizer to a file, atomically: a reader sees the old file or all of the new one."""
+        file = Path(file)
+        file.parent.mkdir(parents=True, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
+        try:
+            with os.fdopen(handle, "w", encoding="utf-8") as stream:
+                stream.write(self._backend.to_str(pretty=True))
+                stream.flush()
+                os.fsync(stream.fileno())
+            Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep the file from everybody else
+            Path(temporary).replace(file)
+        except BaseException:
+            Path(temporary).unlink(missing_ok=True)
+            raise
+
+    @property
+    def vocab_size(self) -> int:
+        """The number of BPE ids."""
+        return len(self._vocab)
+
+    @property
+    def hash(self) -> str:
+        """16 hex digits that name this tokenizer: equal if and only if it gives the same ids."""
+        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+
+    def normalise(self, caption: str) -> str:
+        """Return the caption as the model sees it: NFKC, lowercase, single spaces, none at the ends."""
+        return self._backend.normalizer.normalize_str(_encodable(caption))
+
+    def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
+        """Return the BPE ids of a caption, 0 … vocab_size-1; none if nothing is left after normalising.
+
+        Args:
+            caption: any text.
+            dropout: probability that a candidate merge is left out at each step; 0 is the one best
+                segmentation, 1 is bytes.
+            rng: where the choices of dropout come from; needed, and read, only with dropout.
+
+        Raises:
+            ValueError: if dropout is not a probability or lacks its rng.
+        """
+        if not 0 <= dropout <= 1:
+            raise ValueError(f"dropout ({dropout}) must be from 0 to 1")
+        if dropout == 0:
+            return self._backend.encode(_encodable(caption), add_special_tokens=False).ids
+        if rng is None:
+            raise ValueError(f"dropout ({dropout}) needs an rng, such as numpy.random.default_rng(0)")
+        ids: list[int] = []
+        for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(self.normalise(caption)):
+            for start in range(0, len(word), MAX_MERGE_LENGTH):
+                symbols = self._merged(word[start : start + MAX_MERGE_LENGTH], dropout, rng)
+                ids.extend(self._vocab[symbol] for symbol in symbols)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Return the text of BPE ids; bytes that are no UTF-8, as a cut caption can end in, become U+FFFD.
+
+        Raises:
+            ValueError: for an id that is not a BPE id, such as start or a pad.
+        """
+        listed = [int(i) for i in ids]
+        if listed and not 0 <= min(listed) <= max(listed) < self.vocab_size:
+            raise ValueError(
+                f"ids {min(listed)} to {max(listed)} cannot be decoded: BPE ids are 0 to {self.vocab_size - 1}"
+            )
+        return self._backend.decode(listed, skip_special_tokens=False)
+
+    def text(
+        self,
+        captions: Sequence[str],
+        text_len: int,
+        *,
+        dropout: float = 0.0,
+        rngs: Sequence[np.random.Generator] | None = None,
+    ) -> tuple[Tensor, int]:
+        """Return the text ids of captions as the model takes them.
+
+        Args:
+            captions: B captions; an empty one becomes the null caption.
+            text_len: T; start of text takes one of them.
+            dropout: see `encode`.
+            rngs: one generator per caption; needed only with dropout.
+
+        Returns:
+            int64 (B, T), each row start, BPE ids, pads (see stream.py); and how many captions had to be cut.
+        """
+        if rngs is not None and len(rngs) != len(captions):
+            raise ValueError(f"{len(rngs)} rngs for {len(captions)} captions: expected one each")
+        rows: list[list[int]] = []
+        n_cut = 0
+        for b, caption in enumerate(captions):
+            ids = self.encode(caption, dropout=dropout, rng=None if rngs is None else rngs[b])
+            n_cut += len(ids) > text_len - 1
+            rows.append(text_row(ids, self.vocab_size, text_len))
+        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), text_len), n_cut
+
+    def _merged(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
+        """Merge the bytes of a word: the best candidate that dropout leaves, again until it leaves none."""
+        symbols = list(word)
+        while True:
+            pairs = enumerate(pairwise(symbols))
+            candidates = [(self._ranks[pair], i) for i, pair in pairs if pair in self._ranks]
+            chances = rng.random(len(candidates)).tolist()
+            kept = [c for c, chance in zip(candidates, chances, strict=True) if chance >= dropout]
+            if not kept:
+                return symbols
+            _, i = min(kept)
+            symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
+
+
+def _backend(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
+    """Return the library's tokenizer: the only place that says how captions are normalised and split."""
+    backend = Backend(models.BPE(vocab=vocab, merges=list(merges)))
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _vocab_and_merges(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    """Return the vocabulary and merges of a tokenizer.json.
+
+    Raises:
+        ValueError: if the ids are not 0, 1, 2, … or a byte has none.
+    """
+    model = json.loads(text)["model"]
+    vocab: dict[str, int] = model["vocab"]
+    if sorted(vocab.values()) != list(range(len(vocab))):
+        raise ValueError("its ids are not 0, 1, 2, …")
+    if not set(pre_tokenizers.ByteLevel.alphabet()) <= vocab.keys():
+        raise ValueError("some of the 256 bytes have no id")
+    return vocab, [(left, right) for left, right in model["merges"]]
+
+
+def _encodable(caption: str) -> str:
+    """Return the caption with lone surrogates, which are no Unicode text, replaced by question marks."""
+    return caption.encode("utf-8", "replace").decode("utf-8")

@@ -1,0 +1,290 @@
+"""A model's directory on disk: config.json beside model.safetensors, replaced as a whole or not at all.
+
+Saving writes a temporary sibling directory and renames it into place; loading checks everything before a
+weight is used. This module knows no model: a `kind` ("dvae", "dalle", "clip") keeps the models apart, and a
+frozen dataclass is the configuration.
+"""
+
+import dataclasses
+import errno
+import hashlib
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TypeVar
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+CONFIG_FILE = "config.json"
+WEIGHTS_FILE = "model.safetensors"
+FORMAT_VERSION = 1
+"""Raised when a directory of this version could no longer be read by the code before it."""
+
+Config = TypeVar("Config")
+
+_CONFIG_KEYS = {"format", "kind", "config", "metadata", "weights_sha256"}
+
+
+def save_directory(
+    path: Path | str,
+    kind: str,
+    config: Any,
+    state: Mapping[str, Tensor],
+    *,
+    metadata: Mapping[str, Any] | None = None,
+    files: Mapping[str, bytes] | None = None,
+) -> None:
+    """Write config.json and model.safetensors as the directory `path`, replacing the model directory that was there.
+
+    Everything is written beside `path` first and renamed at the end, so that a crash or a full disk leaves
+    the old directory as it was.
+
+    Args:
+        path: the directory; its parents are made.
+        kind: what the model is, e.g. "dvae".
+        config: a dataclass whose fields are JSON values or tuples of them.
+        state: weights by name; on any device.
+        metadata: JSON values kept beside the configuration, no part of `directory_hash`.
+        files: further files of the directory, by name.
+
+    Raises:
+        ValueError: `path` is something other than a model directory, which is never overwritten, or
+            `metadata` is not JSON.
+        OSError: the disk is full or not writable; what was there before is intact.
+    """
+    path = Path(path).resolve()
+    _require_replaceable(path)
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
+    try:
+        temporary.mkdir(parents=True)
+        for name, data in (files or {}).items():
+            (temporary / name).write_bytes(data)
+        save_file(_storable(state), temporary / WEIGHTS_FILE)
+        description = _description(kind, config, metadata, _sha256(temporary / WEIGHTS_FILE))
+        (temporary / CONFIG_FILE).write_text(description, encoding="utf-8")
+        _flush(temporary)
+        _swap(temporary, path)
+    except (OSError, SafetensorError) as error:
+        code = _errno(error)
+        raise OSError(
+            code,
+            f"cannot save the {kind} in {path}: {os.strerror(code)}; "
+            "what was there before is unchanged; free space or choose another place",
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def load_directory(
+    path: Path | str, kind: str, config_type: type[Config]
+) -> tuple[Config, dict[str, Tensor], dict[str, Any]]:
+    """Read a directory written by `save_directory`.
+
+    Returns:
+        The configuration, the weights by name on the CPU, and the metadata.
+
+    Raises:
+        FileNotFoundError: there is no such directory, or one of its two files is missing.
+        ValueError: it is of another kind or a newer format, its configuration does not fit `config_type`,
+            or its weights are damaged.
+    """
+    path = Path(path)
+    description = _read_description(path, kind)
+    config = _config(path / CONFIG_FILE, description["config"], config_type)
+    weights = path / WEIGHTS_FILE
+    found, expected = _sha256(weights), description["weights_sha256"]
+    if found != expected:
+        raise ValueError(
+            f"{weights} is damaged: its sha256 is {found[:16]}…, but {CONFIG_FILE} says {str(expected)[:16]}…; "
+            "copy or save the directory again"
+        )
+    try:
+        state = load_file(weights, device="cpu")
+    except SafetensorError as error:
+        raise ValueError(
+            f"{weights} is no readable safetensors file ({error}); copy or save the directory again"
+        ) from error
+    return config, state, description["metadata"]
+
+
+def directory_hash(path: Path | str) -> str:
+    """Return 16 hexadecimal digits that name a model: its kind, configuration and weights, but not its metadata.
+
+    Cheap: the hash of the weights is read from config.json; `load_directory` is what compares it with the
+        weights.
+
+    Raises:
+        FileNotFoundError: there is no model directory at `path`.
+        ValueError: its config.json is not one of ours.
+    """
+    description = _read_description(Path(path), None)
+    identity = {key: description[key] for key in ("kind", "config", "weights_sha256")}
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
+    """Put `state` into `module`, which may be on the meta device: the tensors are assigned, not copied.
+
+    Raises:
+        ValueError: a weight is missing, unexpected or of another shape; `path` is named in the message.
+    """
+    expected = module.state_dict()
+    problems = [f"{name} is missing" for name in expected if name not in state]
+    problems += [f"{name} is unexpected" for name in state if name not in expected]
+    problems += [
+        f"{name} has the shape {tuple(state[name].shape)} instead of {tuple(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in state and state[name].shape != tensor.shape
+    ]
+    if problems:
+        shown = "; ".join(problems[:3]) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
+        raise ValueError(f"the weights in {path} do not fit its configuration: {shown}")
+    module.load_state_dict(dict(state), strict=True, assign=True)
+
+
+def _require_replaceable(path: Path) -> None:
+    if path.is_dir():
+        if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
+            raise ValueError(
+                f"{path} holds files that are no model: choose a new or empty directory, or that of a model"
+            )
+    elif path.exists() or path.is_symlink():
+        raise ValueError(f"{path} is a file: choose a new or empty directory, or that of a model")
+
+
+def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the weights as safetensors wants them: on the CPU, contiguous, and each with memory of its own."""
+    kept: dict[str, Tensor] = {}
+    seen: set[int] = set()
+    for name, value in state.items():
+        tensor = value.detach().cpu().contiguous()
+        # slices of a flat buffer and tied weights share memory, which safetensors refuses to write
+        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen:
+            tensor = tensor.clone()
+        seen.add(tensor.data_ptr())
+        kept[name] = tensor
+    return kept
+
+
+def _description(kind: str, config: Any, metadata: Mapping[str, Any] | None, weights_sha256: str) -> str:
+    description = {
+        "format": FORMAT_VERSION,
+        "kind": kind,
+        "config": dataclasses.asdict(config),
+        "metadata": dict(metadata or {}),
+        "weights_sha256": weights_sha256,
+    }
+    try:
+        return json.dumps(description, indent=2, allow_nan=False) + "\n"
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the configuration and metadata of a {kind} must be JSON values: {error}") from error
+
+
+def _swap(new: Path, path: Path) -> None:
+    """Rename `new` to `path`; the directory that was there is removed only afterwards."""
+    old = _aside(path)
+    if path.exists():
+        # left by a crash between the two renames of an earlier save; `path` has been written since
+        if old.exists():
+            shutil.rmtree(old)
+        path.rename(old)
+    try:
+        new.rename(path)
+    except OSError:
+        if old.exists():
+            old.rename(path)
+        raise
+    if old.exists():
+        shutil.rmtree(old, ignore_errors=True)
+
+
+def _aside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.old")
+
+
+def _flush(directory: Path) -> None:
+    """Wait until the files are on the disk: a rename may otherwise reach it before what they hold."""
+    for file in directory.iterdir():
+        with file.open("rb") as opened:
+            os.fsync(opened.fileno())
+
+
+def _errno(error: OSError | SafetensorError) -> int:
+    if isinstance(error, OSError) and error.errno is not None:
+        return error.errno
+    # safetensors words the system's error inside its own
+    code = re.search(r"(?:code: |os error )(\d+)", str(error))
+    return int(code[1]) if code else errno.EIO
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
+
+
+def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
+    """Return the checked contents of config.json; of any kind where `kind` is None."""
+    _require_files(path, kind or "model")
+    file = path / CONFIG_FILE
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ValueError(f"{file} is not valid JSON ({error}); copy or save the directory again") from error
+    if not isinstance(description, dict) or "format" not in description:
+        raise ValueError(
+            f"{file} does not describe a model: expected a JSON object with {', '.join(sorted(_CONFIG_KEYS))}"
+        )
+    if description["format"] != FORMAT_VERSION:
+        raise ValueError(
+            f"{file} has format {description['format']!r}, but this version reads {FORMAT_VERSION}: "
+            "update the program, or save the model again with this one"
+        )
+    if description.keys() != _CONFIG_KEYS:
+        raise ValueError(f"{file} {_difference(description.keys(), _CONFIG_KEYS)}")
+    if not isinstance(description["config"], dict) or not isinstance(description["metadata"], dict):
+        raise ValueError(f"{file}: config and metadata must be JSON objects")
+    if kind is not None and description["kind"] != kind:
+        raise ValueError(f"{path} holds a {description['kind']}, not a {kind}: give the directory of a {kind}")
+    return description
+
+
+def _require_files(path: Path, kind: str) -> None:
+    expected = f"expected {CONFIG_FILE} and {WEIGHTS_FILE}"
+    how = f"train one with `dalle-train` or copy one there (kind: {kind})"
+    if not path.is_dir():
+        found = f"{path} is a file, not a directory" if path.exists() else "there is no such directory"
+        if _aside(path).is_dir():
+            how = f"an interrupted save left the previous one in {_aside(path)}: rename it to {path.name}"
+        raise FileNotFoundError(f"no {kind} in {path}: {expected}, but {found}; {how}")
+    missing = [name for name in (CONFIG_FILE, WEIGHTS_FILE) if not (path / name).is_file()]
+    if missing:
+        raise FileNotFoundError(f"no {kind} in {path}: {expected}, but {' and '.join(missing)} is missing; {how}")
+
+
+def _config(file: Path, values: dict[str, Any], config_type: type[Config]) -> Config:
+    fields = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
+    if values.keys() != fields:
+        raise ValueError(f"the config of {file} {_difference(values.keys(), fields)}")
+    try:
+        return config_type(**{name: _tuples(value) for name, value in values.items()})
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"the config of {file} is not valid: {error}") from error
+
+
+def _tuples(value: Any) -> Any:
+    """JSON has no tuples; frozen configurations have no lists."""
+    return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
+
+
+def _difference(found: Any, expected: set[str]) -> str:
+    missing, unknown = sorted(expected - set(found)), sorted(set(found) - expected)
+    parts = ([f"lacks {', '.join(missing)}"] if missing else []) + (
+        [f"has unknown {', '.join(unknown)}"] if unknown else []
+    )
+    return " and ".join(parts) + "; it was written by another version: save the model again with this one"

@@ -1,0 +1,337 @@
+"""The discrete VAE: pictures to a grid of tokens and back.
+
+Sources: Ramesh et al. 2021, 2.1, A.1 and A.3; openai/DALL-E at 5be4b23 for what the paper leaves open.
+
+The encoder shrinks the picture by pooling and predicts, for every position of the grid, the logits of a
+categorical over the vocabulary. The decoder begins with a 1×1 convolution over that vocabulary, which is
+the codebook, and ends with the statistics of the logit-Laplace likelihood. Both are stacks of
+pre-activation bottleneck blocks without any normalisation.
+
+Shapes: B batch  C channels  H,W picture in pixels  Y,X grid of tokens  V vocabulary.
+"""
+
+import math
+from collections import OrderedDict
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvae.directory import load_directory, load_weights, save_directory
+from dvae.images import map_pixels, unmap_pixels
+
+KIND = "dvae"
+_ENCODER_KERNELS = (3, 3, 3, 1)
+_DECODER_KERNELS = (1, 3, 3, 3)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAEConfig:
+    """Sizes of a dVAE.
+
+    The defaults are the paper's: 53,786,240 parameters in the encoder and 43,829,766 in the decoder.
+    """
+
+    n_hid: int = 256
+    """Width of the encoder's first group; each later group is twice as wide. A multiple of 4."""
+    n_init: int = 128
+    """Width of the codebook: the channels that the decoder's input convolution makes of a token."""
+    n_groups: int = 4
+    """Groups of blocks in the encoder and in the decoder; the picture is halved between groups."""
+    n_blocks: int = 2
+    """Residual blocks per group."""
+    vocab_size: int = 8192
+    """Number of different image tokens."""
+    image_size: int = 256
+    """Side, in pixels, of the square pictures it is made for; it takes any multiple of `downsampling`."""
+
+    def __post_init__(self) -> None:
+        for name, least in {
+            "n_hid": 4,
+            "n_init": 1,
+            "n_groups": 1,
+            "n_blocks": 1,
+            "vocab_size": 2,
+            "image_size": 1,
+        }.items():
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < least:
+                raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if self.n_hid % 4:
+            raise ValueError(
+                f"n_hid ({self.n_hid}) must be a multiple of 4: a block's bottleneck is a quarter of its width"
+            )
+        if self.image_size % self.downsampling:
+            raise ValueError(
+                f"image_size ({self.image_size}) must be a multiple of {self.downsampling}, "
+                f"by which {self.n_groups} groups shrink a picture"
+            )
+
+    @property
+    def downsampling(self) -> int:
+        """Pixels per token along a side: 8 in the paper."""
+        return int(2 ** (self.n_groups - 1))
+
+    @property
+    def grid(self) -> int:
+        """Tokens along a side of a picture of `image_size`: 32 in the paper."""
+        return self.image_size // self.downsampling
+
+    @property
+    def n_layers(self) -> int:
+        """Blocks in the encoder, and in the decoder: 8 in the paper."""
+        return self.n_groups * self.n_blocks
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution that keeps the size of the picture.
+
+    Args:
+        n_in: channels in.
+        n_out: channels out.
+        kernel: odd side of the kernel.
+        in_float32: compute in float32 even under autocast and with weights of a lower precision.
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernel: int, *, in_float32: bool = False) -> None:
+        super().__init__(n_in, n_out, kernel, padding=(kernel - 1) // 2)
+        self.in_float32 = in_float32
+
+    def reset_parameters(self) -> None:
+        """Do nothing: `DVAE` initialises all of its convolutions in one place, with its generator."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B,n_out,H,W) for (B,n_in,H,W)."""
+        assert self.bias is not None
+        if not self.in_float32:
+            return super().forward(x.to(self.weight.dtype))
+        # the meta device, on which shapes are planned, has no autocast to switch off
+        has_autocast = torch.amp.is_autocast_available(x.device.type)
+        with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
+            return self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+
+
+class Block(nn.Module):
+    """A residual block: four convolutions, each after a ReLU, at a quarter of the width.
+
+    Args:
+        n_in: channels in.
+        n_out: channels out; where they differ, the skip path is a 1×1 convolution.
+        kernels: sides of the four kernels.
+        post_gain: factor on the residual path; small, so that a deep stack starts near the identity (A.1).
+    """
+
+    def __init__(self, n_in: int, n_out: int, kernels: tuple[int, ...], post_gain: float) -> None:
+        super().__init__()
+        self.post_gain = post_gain
+        self.id_path = Conv2d(n_in, n_out, 1) if n_in != n_out else nn.Identity()
+        widths = (n_in, n_out // 4, n_out // 4, n_out // 4, n_out)
+        layers: OrderedDict[str, nn.Module] = OrderedDict()
+        for i, kernel in enumerate(kernels):
+            layers[f"relu_{i + 1}"] = nn.ReLU()
+            layers[f"conv_{i + 1}"] = Conv2d(widths[i], widths[i + 1], kernel)
+        self.res_path = nn.Sequential(layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return (B,n_out,H,W) for (B,n_in,H,W)."""
+        return self.id_path(x) + self.post_gain * self.res_path(x)
+
+
+class Encoder(nn.Module):
+    """Pictures to logits over the vocabulary; the last convolution is always computed in float32."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        widths = [config.n_hid * 2**g for g in range(config.n_groups)]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, config.n_hid, 7))
+        n_in = config.n_hid
+        for g, n_out in enumerate(widths):
+            group = _group(config, n_in, n_out, _ENCODER_KERNELS)
+            if g < config.n_groups - 1:
+                group["pool"] = nn.MaxPool2d(2)
+            blocks[f"group_{g + 1}"] = nn.Sequential(group)
+            n_in = n_out
+        blocks["output"] = _output(n_in, config.vocab_size, in_float32=True)
+        self.blocks = nn.Sequential(blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logits of every position.
+
+        Args:
+            x: (B,3,H,W) pictures after `map_pixels`.
+
+        Returns:
+            (B,V,Y,X) float32 logits.
+        """
+        return self.blocks(x)
+
+
+class Decoder(nn.Module):
+    """Probabilities of tokens to statistics of pixels; the first convolution is always computed in float32."""
+
+    def __init__(self, config: DVAEConfig) -> None:
+        super().__init__()
+        widths = [config.n_hid * 2**g for g in reversed(range(config.n_groups))]
+        blocks: OrderedDict[str, nn.Module] = OrderedDict(
+            input=Conv2d(config.vocab_size, config.n_init, 1, in_float32=True)
+        )
+        n_in = config.n_init
+        for g, n_out in enumerate(widths):
+            group = _group(config, n_in, n_out, _DECODER_KERNELS)
+            if g < config.n_groups - 1:
+                group["upsample"] = nn.Upsample(scale_factor=2, mode="nearest")
+            blocks[f"group_{g + 1}"] = nn.Sequential(group)
+            n_in = n_out
+        blocks["output"] = _output(n_in, 6, in_float32=False)
+        self.blocks = nn.Sequential(blocks)
+
+    def forward(self, probabilities: Tensor) -> Tensor:
+        """Return the likelihood's statistics for distributions over the vocabulary.
+
+        Args:
+            probabilities: (B,V,Y,X) floats that sum to 1 over V: one-hot, or relaxed.
+
+        Returns:
+            (B,6,H,W) float32: the location μ of red, green and blue, then the logarithm of the scale b of
+            each.
+        """
+        return self.blocks(probabilities).float()
+
+    def from_tokens(self, tokens: Tensor) -> Tensor:
+        """Return what `forward` returns for one-hot probabilities, without making them.
+
+        The input convolution of a one-hot vector is a row of the codebook: a lookup instead of a product
+        with V-1 zeros.
+
+        Args:
+            tokens: (B,Y,X) int64 in 0 … V-1.
+
+        Returns:
+            (B,6,H,W) float32, as `forward`.
+        """
+        codebook = self.blocks.get_submodule("input")
+        assert isinstance(codebook, Conv2d)
+        assert codebook.bias is not None
+        rows_BYXC = F.embedding(tokens, codebook.weight.float()[:, :, 0, 0].T) + codebook.bias.float()
+        return self.blocks[1:](rows_BYXC.permute(0, 3, 1, 2).contiguous()).float()
+
+
+class DVAE(nn.Module):
+    """A discrete VAE: `encode` makes tokens of pictures, `decode` pictures of tokens.
+
+    Training goes through `encoder` and `decoder` (see dvae/loss.py), which take mapped pixels and relaxed
+    tokens.
+
+    Args:
+        config: the sizes.
+        generator: of the random weights; torch's global one if not given.
+    """
+
+    def __init__(self, config: DVAEConfig, *, generator: torch.Generator | None = None) -> None:
+        super().__init__()
+        self.config = config
+        self.encoder = Encoder(config)
+        self.decoder = Decoder(config)
+        for module in self.modules():
+            if isinstance(module, Conv2d):
+                _initialise(module, generator)
+
+    @torch.no_grad()
+    def encode(self, images: Tensor) -> Tensor:
+        """Return the most likely token of every position: argmax, without noise (footnote 6 of the paper).
+
+        Args:
+            images: (B,3,H,W) floats in [0, 1]; H and W multiples of `config.downsampling`.
+
+        Returns:
+            (B,H/f,W/f) int64 in 0 … V-1.
+
+        Raises:
+            ValueError: the pictures have another shape or are not floats.
+        """
+        shape, f = tuple(images.shape), self.config.downsampling
+        if images.ndim != 4 or shape[1] != 3:
+            raise ValueError(
+                f"encode was given pictures of shape {shape}, expected (batch, 3, height, width): RGB, channels first"
+            )
+        if not images.is_floating_point():
+            raise ValueError(
+                f"encode was given {images.dtype} pictures, expected floats in [0, 1]: divide 8-bit pixels by 255"
+            )
+        if 0 in shape[2:] or shape[2] % f or shape[3] % f:
+            raise ValueError(
+                f"encode was given pictures of {shape[2]}×{shape[3]} pixels, "
+                f"expected multiples of {f}: resize or crop them"
+            )
+        return self.encoder(map_pixels(images)).argmax(dim=1)
+
+    @torch.no_grad()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return the mode of the pixels' location, x̂ = unmap(sigmoid(μ)), which ignores the scale (A.3).
+
+        Args:
+            tokens: (B,Y,X) int64 in 0 … V-1.
+
+        Returns:
+            (B,3,f·Y,f·X) float32 in [0, 1].
+
+        Raises:
+            ValueError: the tokens have another shape or type, or are not in the vocabulary.
+        """
+        if tokens.ndim != 3 or tokens.dtype != torch.int64:
+            raise ValueError(
+                f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
+                "expected int64 of shape (batch, rows, columns)"
+            )
+        if tokens.numel():
+            low, high = (int(value) for value in tokens.aminmax())
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"decode was given tokens from {low} to {high}, expected 0 … {self.config.vocab_size - 1}: "
+                    "are they of another dVAE, or of a stream with text?"
+                )
+        return unmap_pixels(self.decoder.from_tokens(tokens)[:, :3].sigmoid())
+
+    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the model as a directory; see `save_directory`."""
+        save_directory(path, KIND, self.config, self.state_dict(), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path | str, device: torch.device | str = "cpu") -> Self:
+        """Read a directory written by `save`, for use (in evaluation mode).
+
+        Raises:
+            FileNotFoundError: there is no dVAE at `path`.
+            ValueError: the directory holds something else or is damaged.
+        """
+        config, state, _ = load_directory(path, KIND, DVAEConfig)
+        with torch.device("meta"):
+            dvae = cls(config)
+        load_weights(dvae, state, path)
+        return dvae.to(device).eval()
+
+
+def _group(config: DVAEConfig, n_in: int, n_out: int, kernels: tuple[int, ...]) -> OrderedDict[str, nn.Module]:
+    """Blocks at one resolution."""
+    post_gain = 1 / config.n_layers**2
+    return OrderedDict(
+        (f"block_{b + 1}", Block(n_in if b == 0 else n_out, n_out, kernels, post_gain)) for b in range(config.n_blocks)
+    )
+
+
+def _output(n_in: int, n_out: int, *, in_float32: bool) -> nn.Sequential:
+    return nn.Sequential(OrderedDict(relu=nn.ReLU(), conv=Conv2d(n_in, n_out, 1, in_float32=in_float32)))
+
+
+@torch.no_grad()
+def _initialise(convolution: Conv2d, generator: torch.Generator | None) -> None:
+    """Draw weights from N(0, 1/fan-in) and set biases to 0, as the released package does."""
+    assert convolution.bias is not None
+    fan_in = convolution.weight[0].numel()
+    convolution.weight.normal_(std=1 / math.sqrt(fan_in), generator=generator)
+    convolution.bias.zero_()

@@ -1,0 +1,430 @@
+"""CLIP: an image tower and a text tower whose unit features agree for a picture and its caption.
+
+Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", §2.4,
+§2.5, figure 3; sizes and initialisation of the published ViT-B/32 (https://github.com/openai/CLIP). Unusual:
+
+- QuickGELU, x · sigmoid(1.702 x), in place of GELU;
+- the image feature is read at a class token, with a LayerNorm before and after the transformer;
+- the text tower is causal and its feature is read at end-of-text, the highest id of the row;
+- LayerNorm computes in float32 whatever the weights are; both features leave in float32 with unit length;
+- resizing, cropping and normalising the pixels is part of `encode_image`.
+
+Letters: B batch  C channels  P patches  S positions (P+1 image, L text)  L text positions  D width  H heads
+         K head dim  E features shared by both towers
+"""
+
+import hashlib
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dvae.directory import load_directory, load_weights, save_directory
+from rerank.tokenizer import CLIPTokenizer
+
+KIND = "clip"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_HASH = "tokenizer_sha256"
+PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
+PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
+INITIAL_TEMPERATURE = 0.07
+MAX_LOGIT_SCALE = 100.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPConfig:
+    """Sizes of both towers; the defaults are the published ViT-B/32 (151,277,313 parameters)."""
+
+    image_size: int = 224
+    """Side in pixels of the square that the image tower sees."""
+    patch_size: int = 32
+    """Side in pixels of one patch; divides image_size."""
+    vision_width: int = 768
+    """Width of the image tower."""
+    vision_layers: int = 12
+    """Number of blocks of the image tower."""
+    vision_heads: int = 12
+    """Attention heads of the image tower; divides vision_width."""
+    context_length: int = 77
+    """Number of text positions, start and end of text included."""
+    vocab_size: int = 49408
+    """Number of text ids; the last one is end-of-text, the one before it start-of-text."""
+    text_width: int = 512
+    """Width of the text tower."""
+    text_layers: int = 12
+    """Number of blocks of the text tower."""
+    text_heads: int = 8
+    """Attention heads of the text tower; divides text_width."""
+    embed_dim: int = 512
+    """Length of the feature vectors that are compared."""
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
+        for total, divisor in (
+            ("image_size", "patch_size"),
+            ("vision_width", "vision_heads"),
+            ("text_width", "text_heads"),
+        ):
+            whole, part = getattr(self, total), getattr(self, divisor)
+            if whole % part:
+                raise ValueError(f"{total} ({whole}) must be a multiple of {divisor} ({part})")
+        for name in ("context_length", "vocab_size"):
+            value = getattr(self, name)
+            if value < 3:
+                raise ValueError(f"{name} is {value}; it must be at least 3: start, end and one id")
+
+    @property
+    def n_patches(self) -> int:
+        """Number of patches of one image."""
+        return (self.image_size // self.patch_size) ** 2
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """CLIP's approximation of GELU, x · sigmoid(1.702 x)."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm computed in float32; the result has the dtype of the input."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Normalise the last dimension of input (…, D)."""
+        weight, bias = self.weight.float(), self.bias.float()
+        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, optionally causal."""
+
+    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
+        super().__init__()
+        self.n_heads = n_heads
+        self.is_causal = is_causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, h_BSD: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        qkv_BSHK = self.qkv(h_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
+        q_BHSK, k_BHSK, v_BHSK = (x_BSHK.transpose(1, 2) for x_BSHK in qkv_BSHK)
+        out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=self.is_causal)
+        return self.out(out_BHSK.transpose(1, 2).flatten(2))
+
+
+class Block(nn.Module):
+    """Pre-LayerNorm transformer block with a four times wider QuickGELU MLP."""
+
+    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
+        super().__init__()
+        self.norm1 = LayerNorm(width)
+        self.attention = Attention(width, n_heads, is_causal=is_causal)
+        self.norm2 = LayerNorm(width)
+        self.mlp_in = nn.Linear(width, 4 * width)
+        self.mlp_out = nn.Linear(4 * width, width)
+
+    def forward(self, h_BSD: Tensor) -> Tensor:
+        """(B, S, D) to (B, S, D)."""
+        h_BSD = h_BSD + self.attention(self.norm1(h_BSD))
+        return h_BSD + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(h_BSD))))
+
+
+class VisionTower(nn.Module):
+    """Vision transformer; the feature is read at the class token, which is position 0."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        width, heads, patch = config.vision_width, config.vision_heads, config.patch_size
+        self.patches = nn.Conv2d(3, width, kernel_size=patch, stride=patch, bias=False)
+        self.class_embedding = nn.Parameter(torch.empty(width))
+        self.position_embedding = nn.Parameter(torch.empty(config.n_patches + 1, width))
+        self.norm_pre = LayerNorm(width)
+        self.blocks = nn.ModuleList(Block(width, heads, is_causal=False) for _ in range(config.vision_layers))
+        self.norm_post = LayerNorm(width)
+        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, pixels_BCHW: Tensor) -> Tensor:
+        """Normalised pixels (B, 3, image_size, image_size) to features (B, E), not yet of unit length."""
+        patches_BPD = self.patches(pixels_BCHW.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
+        class_B1D = self.class_embedding.expand(len(patches_BPD), 1, -1)
+        h_BSD = self.norm_pre(torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding)
+        for block in self.blocks:
+            h_BSD = block(h_BSD)
+        return self.projection(self.norm_post(h_BSD[:, 0]))
+
+
+class TextTower(nn.Module):
+    """Causal transformer; the feature is read at the first end-of-text, so what follows it has no effect."""
+
+    def __init__(self, config: CLIPConfig) -> None:
+        super().__init__()
+        width, heads = config.text_width, config.text_heads
+        self.token_embedding = nn.Embedding(config.vocab_size, width)
+        self.position_embedding = nn.Parameter(torch.empty(config.context_length, width))
+        self.blocks = nn.ModuleList(Block(width, heads, is_causal=True) for _ in range(config.text_layers))
+        self.norm_final = LayerNorm(width)
+        self.projection = nn.Linear(width, config.embed_dim, bias=False)
+
+    def forward(self, ids_BL: Tensor) -> Tensor:
+        """Text ids (B, L) to features (B, E), not yet of unit length."""
+        h_BSD = self.token_embedding(ids_BL) + self.position_embedding[: ids_BL.shape[1]]
+        for block in self.blocks:
+            h_BSD = block(h_BSD)
+        # argmax gives the first of equals, and end-of-text is the highest id
+        end_B = ids_BL.argmax(dim=1)
+        h_BD = h_BSD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
+        return self.projection(self.norm_final(h_BD))
+
+
+class CLIP(nn.Module):
+    """Both towers, the learned logit scale, and the tokenizer that makes the text tower's ids.
+
+    Args:
+        config: the sizes.
+        tokenizer: has exactly config.vocab_size ids. Without one the model computes features of ids and
+            trains, but cannot be saved and cannot read captions.
+
+    Raises:
+        ValueError: tokenizer and config disagree on the vocabulary.
+    """
+
+    def __init__(self, config: CLIPConfig, tokenizer: CLIPTokenizer | None = None) -> None:
+        super().__init__()
+        if tokenizer is not None and tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"the tokenizer has {tokenizer.vocab_size} ids but vocab_size is {config.vocab_size}: "
+                "set vocab_size to the tokenizer's"
+            )
+        self.config = config
+        self.tokenizer = tokenizer
+        self.vision = VisionTower(config)
+        self.text = TextTower(config)
+        self.logit_scale = nn.Parameter(torch.empty(()))
+        self._initialise()
+
+    @torch.no_grad()
+    def _initialise(self) -> None:
+        """Draw the weights from torch's global generator. w: width and n: layers of the tower.
+
+        =============================================  ==========================================
+        text token embedding                           normal, std 0.02
+        text position embedding                        normal, std 0.01
+        image class and position embedding             normal, std w^-½
+        both projections                               normal, std w^-½
+        text attention: query, key, value              normal, std w^-½
+        text attention out, second MLP matrix          normal, std w^-½ (2n)^-½
+        text first MLP matrix                          normal, std (2w)^-½
+        image attention: query, key, value             Xavier uniform over the joint (3w, w) matrix
+        biases of attention, both towers               0
+        logit scale                                    ln(1 / 0.07)
+        everything else                                as PyTorch's layers
+        =============================================  ==========================================
+        """
+        config = self.config
+        nn.init.normal_(self.text.token_embedding.weight, std=0.02)
+        nn.init.normal_(self.text.position_embedding, std=0.01)
+        nn.init.normal_(self.vision.class_embedding, std=config.vision_width**-0.5)
+        nn.init.normal_(self.vision.position_embedding, std=config.vision_width**-0.5)
+        nn.init.normal_(self.vision.projection.weight, std=config.vision_width**-0.5)
+        nn.init.normal_(self.text.projection.weight, std=config.text_width**-0.5)
+        residual_std = config.text_width**-0.5 * (2 * config.text_layers) ** -0.5
+        for module in self.text.modules():
+            if isinstance(module, Block):
+                nn.init.normal_(module.attention.qkv.weight, std=config.text_width**-0.5)
+                nn.init.normal_(module.attention.out.weight, std=residual_std)
+                nn.init.normal_(module.mlp_in.weight, std=(2 * config.text_width) ** -0.5)
+                nn.init.normal_(module.mlp_out.weight, std=residual_std)
+        for module in self.vision.modules():
+            if isinstance(module, Attention):
+                nn.init.xavier_uniform_(module.qkv.weight)
+        for module in self.modules():
+            if isinstance(module, Attention):
+                nn.init.zeros_(module.qkv.bias)
+                nn.init.zeros_(module.out.bias)
+        self.logit_scale.fill_(math.log(1 / INITIAL_TEMPERATURE))
+
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return self.logit_scale.device
+
+    def encode_image(self, images: Tensor) -> Tensor:
+        """Unit features of images.
+
+        Args:
+            images: float (B, 3, H, W) in [0, 1], RGB, any size: `normalised_pixels` resizes and crops.
+
+        Returns:
+            float32 (B, E), each row of length 1.
+
+        Raises:
+            ValueError: images of another rank, number of channels, dtype or range.
+        """
+        _check_images(images)
+        features_BE = self.vision(normalised_pixels(images, self.config.image_size))
+        return F.normalize(features_BE.float(), dim=-1)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        """Unit features of captions.
+
+        Args:
+            ids: int64 (B, L) from `CLIPTokenizer.tokenize`, L ≤ context_length, each row with an end-of-text.
+
+        Returns:
+            float32 (B, E), each row of length 1.
+
+        Raises:
+            ValueError: ids of another rank or dtype, too many, outside the vocabulary, without end-of-text.
+        """
+        _check_ids(ids, self.config)
+        return F.normalize(self.text(ids).float(), dim=-1)
+
+    def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """Unit features of images and captions, and the factor of their cosines, for `contrastive_loss`.
+
+        Args:
+            images: as for `encode_image`.
+            ids: as for `encode_text`.
+
+        Returns:
+            image features (B, E), text features (B, E), exp_logit_scale (); all float32.
+        """
+        return self.encode_image(images), self.encode_text(ids), self.exp_logit_scale()
+
+    def exp_logit_scale(self) -> Tensor:
+        """The factor that turns a cosine into a logit, clipped to at most 100 (§2.5); float32 scalar.
+
+        The clip is here and not on the stored parameter, so it holds for any optimizer, also for those that
+        keep a float32 copy of half-precision weights. Above the limit a gradient that would raise the
+        parameter is dropped and one that would lower it passes, so it does not get stuck as under a clamp.
+        """
+        log_scale = self.logit_scale.float()
+        limit = math.log(MAX_LOGIT_SCALE)
+        clipped = log_scale + (log_scale.clamp(max=limit) - log_scale).detach()
+        if clipped.requires_grad:
+            is_over = log_scale.detach() >= limit
+            clipped.register_hook(  # type: ignore[no-untyped-call]
+                lambda gradient: torch.where(is_over, gradient.clamp(min=0), gradient)
+            )
+        return clipped.exp()
+
+    def save(self, path: str | Path, metadata: dict[str, Any] | None = None) -> None:
+        """Write config, weights, tokenizer and the metadata with the tokenizer's sha256 to a model directory.
+
+        Raises:
+            ValueError: there is no tokenizer, without which the directory could not score a caption.
+        """
+        if self.tokenizer is None:
+            raise ValueError(f"no tokenizer to save in {path} with this CLIP: use CLIP(config, tokenizer)")
+        text = self.tokenizer.to_json().encode()
+        save_directory(
+            path,
+            KIND,
+            self.config,
+            self.state_dict(),
+            metadata={**(metadata or {}), TOKENIZER_HASH: hashlib.sha256(text).hexdigest()},
+            files={TOKENIZER_FILE: text},
+        )
+
+    @classmethod
+    def load(cls, path: str | Path) -> Self:
+        """Read a directory written by `save`, onto the CPU, for use (in evaluation mode).
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: it holds something else, is damaged, or its tokenizer is not the one saved with it.
+        """
+        config, state, metadata = load_directory(path, KIND, CLIPConfig)
+        tokenizer_file = Path(path) / TOKENIZER_FILE
+        tokenizer = CLIPTokenizer.load(tokenizer_file)
+        # with other ids the model would load and every score would be noise
+        if hashlib.sha256(tokenizer_file.read_bytes()).hexdigest() != metadata.get(TOKENIZER_HASH):
+            raise ValueError(
+                f"{tokenizer_file} is not the tokenizer that was saved with this CLIP "
+                f"({TOKENIZER_HASH} in config.json): copy or save the directory again"
+            )
+        with torch.device("meta"):
+            clip = cls(config, tokenizer)
+        load_weights(clip, state, path)
+        return clip.eval()
+
+
+def normalised_pixels(images: Tensor, size: int) -> Tensor:
+    """What the image tower sees: (B, 3, H, W) in [0, 1] to normalised float32 (B, 3, size, size).
+
+    The shorter side is resized to size (bicubic, antialiased) and the centre is cropped. Bicubic
+    interpolation overshoots at edges, so the result is clamped to [0, 1], as 8-bit pictures are, before
+    CLIP's mean and deviation are applied.
+    """
+    pixels_BCHW = images.float()
+    height, width = images.shape[2:]
+    shorter = min(height, width)
+    if shorter != size:
+        resized = (size * height // shorter, size * width // shorter)
+        pixels_BCHW = F.interpolate(pixels_BCHW, resized, mode="bicubic", antialias=True).clamp(0, 1)
+    top = round((pixels_BCHW.shape[2] - size) / 2)
+    left = round((pixels_BCHW.shape[3] - size) / 2)
+    pixels_BCHW = pixels_BCHW[:, :, top : top + size, left : left + size]
+    mean_C11 = pixels_BCHW.new_tensor(PIXEL_MEAN)[:, None, None]
+    std_C11 = pixels_BCHW.new_tensor(PIXEL_STD)[:, None, None]
+    return (pixels_BCHW - mean_C11) / std_C11
+
+
+def contrastive_loss(image_features: Tensor, text_features: Tensor, logit_scale: Tensor) -> Tensor:
+    """Symmetric cross-entropy over all pairs of a batch (figure 3 of Radford et al. 2021).
+
+    Row i of both belongs together; every other row is a negative. For the whole batch of several processes as
+    negatives, gather the features first (with gradients) and pass the gathered ones.
+
+    Args:
+        image_features: (B, E), unit length.
+        text_features: (B, E), unit length.
+        logit_scale: scalar factor of the cosines: the third result of `CLIP.forward`, not its logarithm.
+
+    Returns:
+        Scalar in nats, ln B at chance: mean of choosing each image's caption and each caption's image.
+
+    Raises:
+        ValueError: the two shapes differ.
+    """
+    if image_features.shape != text_features.shape:
+        raise ValueError(
+            f"image features {tuple(image_features.shape)} and text features {tuple(text_features.shape)} "
+            "must have the same shape: one caption per image"
+        )
+    logits_BB = logit_scale * image_features @ text_features.T
+    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
+    return (F.cross_entropy(logits_BB, own_B) + F.cross_entropy(logits_BB.T, own_B)) / 2
+
+
+def _check_images(images: Tensor) -> None:
+    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0 or not images.is_floating_point():
+        raise ValueError(
+            f"images are {images.dtype} of shape {tuple(images.shape)}; expected float (B, 3, H, W) in [0, 1]"
+        )
+    low, high = images.detach().aminmax()
+    # written so that NaN fails too
+    if not (low >= 0 and high <= 1):
+        raise ValueError(
+            f"images have values from {float(low):.3g} to {float(high):.3g}; expected [0, 1], neither "
+            "0 … 255 nor normalised: CLIP's mean and deviation are applied inside"
+        )
+
+
+def _check_ids(ids: Tensor, config: CLIPConfig) -> None:
+    longest = config.context_length
+    if ids.ndim != 2 or ids.dtype != torch.int64 or ids.numel() == 0 or ids.shape[1] > longest:
+        raise ValueError(
+            f"ids are {ids.dtype} of shape {tuple(ids.shape)}; expected int64 (B, L) with L at most {longest}"
+        )
+    end_id = config.vocab_size - 1
+    if not ((ids.amax(dim=1) == end_id).all() and (ids >= 0).all()):
+        raise ValueError(
+            f"every row of ids must hold an end-of-text ({end_id}) and otherwise ids from 0 to {end_id - 1}; "
+            "got a row that does not: make rows with this model's tokenizer (CLIPTokenizer.tokenize)"
+        )

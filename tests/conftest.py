@@ -1,0 +1,101 @@
+"""A bundle of tiny random models, made once: shared by the tests of everything that uses a bundle."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from dalle.model import DALLE, DALLEConfig
+from dalle.pipeline import Pipeline
+from dalle.tokenizer import Tokenizer
+from dvae import DVAE, DVAEConfig
+from dvae.directory import directory_hash
+from rerank import CLIP, CLIPConfig, CLIPTokenizer
+
+CAPTIONS = ["a red cube on a blue cube", "a green sphere left of a red cube", "一只猫坐在椅子上"]
+# the models of the tests are so small that threads only wait for one another, badly so on a busy machine
+torch.set_num_threads(1)
+
+IMAGE_SIZE, GRID, TEXT_LEN = 16, 4, 24
+
+
+def tiny_dvae(seed: int) -> DVAE:
+    config = DVAEConfig(n_hid=8, n_init=8, n_groups=3, n_blocks=1, vocab_size=32, image_size=IMAGE_SIZE)
+    dvae = DVAE(config, generator=torch.Generator().manual_seed(seed))
+    with torch.no_grad():
+        # the initial weights give nearly equal logits, hence nearly equal tokens and pictures
+        for half in (dvae.encoder, dvae.decoder):
+            output_weight, _ = list(half.parameters())[-2:]
+            output_weight.mul_(50)
+    return dvae
+
+
+def tiny_dalle(tokenizer: Tokenizer) -> DALLE:
+    torch.manual_seed(1)
+    dalle = DALLE(
+        DALLEConfig(
+            n_layers=3,
+            d_model=32,
+            n_heads=2,
+            text_len=TEXT_LEN,
+            grid=GRID,
+            text_vocab=tokenizer.vocab_size,
+            image_vocab=32,
+            conv_kernel=3,
+        )
+    )
+    torch.nn.init.normal_(dalle.image_head.weight, std=0.3)  # zero at first: every token equally likely
+    return dalle
+
+
+def tiny_clip() -> CLIP:
+    tokenizer = CLIPTokenizer.train(CAPTIONS, 300)
+    torch.manual_seed(2)
+    config = CLIPConfig(
+        image_size=IMAGE_SIZE,
+        patch_size=8,
+        vision_width=16,
+        vision_layers=1,
+        vision_heads=2,
+        context_length=24,
+        vocab_size=tokenizer.vocab_size,
+        text_width=16,
+        text_layers=1,
+        text_heads=2,
+        embed_dim=8,
+    )
+    return CLIP(config, tokenizer)
+
+
+@pytest.fixture(scope="session")
+def bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The directory of a bundle; not to be changed, see `bundle_copy`."""
+    path = tmp_path_factory.mktemp("bundle") / "tiny"
+    path.mkdir()
+    tokenizer = Tokenizer.train(CAPTIONS, 300)
+    tokenizer.save(path / "tokenizer.json")
+    tiny_dvae(0).save(path / "dvae")
+    metadata = {"tokenizer_hash": tokenizer.hash, "dvae_hash": directory_hash(path / "dvae")}
+    tiny_dalle(tokenizer).save(path / "dalle", metadata)
+    tiny_clip().save(path / "clip")
+    return path
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    """A bundle that a test may damage."""
+    return Path(shutil.copytree(bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="session")
+def pipe(bundle: Path) -> Pipeline:
+    """The bundle, loaded."""
+    return Pipeline.load(bundle)
+
+
+@pytest.fixture(scope="session")
+def another_dvae() -> Callable[[Path], None]:
+    """Saves a dVAE of the same sizes with other weights."""
+    return lambda path: tiny_dvae(7).save(path)

@@ -1,0 +1,490 @@
+import io
+import json
+import re
+import tarfile
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from dalle import cli, search
+from dalle.cli import main, read_captions, resolve_device, run_command
+from dalle.gallery import slug
+from dalle.progress import Progress, duration, progress_line
+from dvae import DVAE
+from dvae.directory import directory_hash
+from dvae.images import to_image
+
+CAPTION = "a red cube on a blue cube"
+
+
+def save_noise(path: Path, seed: int, size: tuple[int, int] = (20, 30)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    to_image(torch.rand(3, *size, generator=torch.Generator().manual_seed(seed))).save(path)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Four pictures, one of them in a folder of its own, and a text file."""
+    path = tmp_path / "pictures"
+    for seed, name in enumerate(["a.png", "b.png", "deeper/c.png", "d.png"]):
+        save_noise(path / name, seed)
+    (path / "notes.txt").write_text("not a picture")
+    return path
+
+
+def make_shard(path: Path, members: dict[str, bytes]) -> Path:
+    with tarfile.open(path, "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    return path
+
+
+def results(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "results.jsonl").read_text().splitlines()]
+
+
+def assert_one_line_error(capsys, argv: list, *words: str) -> None:
+    """The program must end with code 1 and one last line that says what is wrong."""
+    assert main([str(argument) for argument in argv]) == 1
+    errors = capsys.readouterr().err
+    assert "Traceback" not in errors
+    lines = [line for line in errors.splitlines() if line.startswith("error: ")]
+    assert len(lines) == 1
+    assert errors.endswith(lines[0] + "\n")
+    for word in words:
+        assert word in lines[0]
+
+
+# generate
+
+
+def generate(bundle: Path, out: Path, *options: str) -> int:
+    return main(["generate", "--bundle", str(bundle), "--out", str(out), "-n", "4", "--keep", "2", *options])
+
+
+def test_generate_writes_pictures_a_sheet_and_a_line_for_each(bundle, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION, "一只猫 🐈", "--seed", "5") == 0
+    assert "4 pictures" in capsys.readouterr().out
+    assert Image.open(out / "sheet.png").width > 128
+    lines = results(out)
+    assert [(line["caption"], line["rank"]) for line in lines] == [
+        (CAPTION, 1),
+        (CAPTION, 2),
+        ("一只猫 🐈", 1),
+        ("一只猫 🐈", 2),
+    ]
+    assert lines[0]["file"] == "a-red-cube-on-a-blue-cube/01.png"
+    assert lines[0]["score"] >= lines[1]["score"]
+    for line in lines:
+        with Image.open(out / line["file"]) as image:
+            assert image.size == (16, 16)
+            assert image.text["caption"] == line["caption"]
+            assert image.text["seed"] == "5"
+            assert int(image.text["candidate"]) == line["candidate"]
+            assert float(image.text["score"]) == line["score"]
+            assert json.loads(image.text["hashes"])["dvae"] == directory_hash(bundle / "dvae")
+
+
+def test_the_same_command_gives_the_same_pictures(bundle, tmp_path):
+    for name in ("one", "two"):
+        assert generate(bundle, tmp_path / name, CAPTION) == 0
+    for file in ("01.png", "02.png"):
+        one, two = (Image.open(tmp_path / name / slug(CAPTION) / file).tobytes() for name in ("one", "two"))
+        assert one == two
+
+
+def test_a_second_run_keeps_other_captions_and_replaces_its_own(bundle, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION, "another") == 0
+    assert generate(bundle, out, CAPTION, "--keep", "1", "--seed", "1") == 0
+    assert "note: replaced the 2 pictures of an earlier run" in capsys.readouterr().err
+    assert [(line["caption"], line["seed"]) for line in results(out)] == [("another", 0)] * 2 + [(CAPTION, 1)]
+    assert sorted(path.name for path in (out / slug(CAPTION)).iterdir()) == ["01.png"]
+
+
+def test_captions_are_read_from_a_file_and_each_is_used_once(bundle, tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text(f"\ufeffa cube\r\n\n  {CAPTION}  \n", encoding="utf-8")
+    assert generate(bundle, tmp_path / "out", CAPTION, "--captions", str(file)) == 0
+    assert [line["caption"] for line in results(tmp_path / "out")] == [CAPTION] * 2 + ["a cube"] * 2
+
+
+def test_a_picture_is_completed_from_its_top_rows(bundle, tmp_path):
+    picture = save_noise(tmp_path / "picture.png", 0)
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION, "--image", str(picture), "--keep-rows", "2") == 0
+    assert {(line["keep_rows"], line["image"]) for line in results(out)} == {(2, str(picture))}
+    assert generate(bundle, out, CAPTION, "--image", str(picture)) == 0
+    assert {line["keep_rows"] for line in results(out)} == {1}  # 15 of 32 rows
+
+
+def test_a_caption_is_never_a_path(bundle, tmp_path):
+    out = tmp_path / "deep" / "out"
+    assert generate(bundle, out, "../../escaped", "/tmp/x") == 0
+    assert {path.parent.parent for path in tmp_path.rglob("01.png")} == {out}
+
+
+def test_a_caption_of_10000_characters_works_with_a_warning(bundle, tmp_path, capsys):
+    assert generate(bundle, tmp_path / "out", "cube " * 2_000) == 0
+    assert re.search(r"^warning: the caption .* were cut$", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_wrong_requests_end_in_one_line(bundle, tmp_path, capsys):
+    common = ["generate", "--bundle", bundle, "--out", tmp_path / "out"]
+    assert_one_line_error(capsys, [*common, CAPTION, "-n", "0"], "n is 0")
+    assert_one_line_error(capsys, [*common, CAPTION, "-n", "2", "--keep", "3"], "keep is 3")
+    assert_one_line_error(capsys, [*common, " "], "caption is empty")
+    assert_one_line_error(capsys, common, "no captions")
+    assert_one_line_error(capsys, [*common, CAPTION, "--temperature", "-1"], "temperature")
+    assert_one_line_error(capsys, [*common, CAPTION, "--keep-rows", "1"], "--image")
+    assert_one_line_error(capsys, [*common, CAPTION, "--device", "abacus"], "abacus")
+    assert_one_line_error(capsys, [*common, CAPTION, "--captions", tmp_path / "none.txt"], "none.txt")
+    assert_one_line_error(capsys, [*common, CAPTION, "--image", tmp_path / "none.png"], "none.png")
+    picture = save_noise(tmp_path / "picture.png", 0)
+    assert_one_line_error(
+        capsys, [*common, CAPTION, "--image", picture, "--keep-rows", "4"], "keep_rows is 4", "0 to 3"
+    )
+    assert not (tmp_path / "out" / slug(CAPTION)).exists()
+
+
+def test_wrong_bundles_end_in_one_line(bundle_copy, another_dvae, tmp_path, capsys):
+    common = ["generate", CAPTION, "--out", tmp_path / "out", "--bundle"]
+    assert_one_line_error(capsys, [*common, tmp_path / "nowhere"], "nowhere", "make demo")
+    another_dvae(bundle_copy / "dvae")
+    assert_one_line_error(capsys, [*common, bundle_copy], "trained with the dvae", "dalle-train transformer")
+    (bundle_copy / "tokenizer.json").unlink()
+    assert_one_line_error(capsys, [*common, bundle_copy], "tokenizer.json", "dalle-train tokenizer")
+
+
+def test_a_place_that_cannot_be_written_to_is_found_before_sampling(bundle, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(cli.Pipeline, "generate", lambda *_, **__: pytest.fail("sampled"))
+    file = tmp_path / "file"
+    file.write_text("")
+    assert_one_line_error(capsys, ["generate", CAPTION, "--bundle", bundle, "--out", file], "file")
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "results.jsonl").write_text('{"caption": "x", "file": "../../precious.png"}\n')
+    assert_one_line_error(capsys, ["generate", CAPTION, "--bundle", bundle, "--out", foreign], "results.jsonl", "--out")
+
+
+def test_a_full_disk_ends_in_one_line_and_keeps_what_was_there(bundle, tmp_path, capsys, monkeypatch):
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION) == 0
+    before = results(out)
+
+    def full(self, path, **options):
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(Image.Image, "save", full)
+    argv = ["generate", CAPTION, "--bundle", bundle, "--out", out, "-n", "4", "--keep", "2", "--seed", "1"]
+    assert_one_line_error(capsys, argv, "No space left on device")
+    assert results(out) == before
+
+
+# rank and search
+
+
+def rank(capsys, *argv: object) -> list[dict]:
+    assert main(["rank", CAPTION, *map(str, argv), "--json"]) == 0
+    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+
+
+def test_rank_sorts_pictures_and_folders_by_score(bundle, folder, tmp_path, capsys):
+    single = save_noise(tmp_path / "single.png", 9)
+    ranking = rank(capsys, single, folder, "--bundle", bundle)
+    assert {Path(entry["picture"]).name for entry in ranking} == {"single.png", "a.png", "b.png", "c.png", "d.png"}
+    scores = [entry["score"] for entry in ranking]
+    assert scores == sorted(scores, reverse=True)
+    assert scores[0] > scores[-1]
+
+
+def test_rank_gives_generated_pictures_the_scores_they_were_generated_with(bundle, tmp_path, capsys):
+    assert generate(bundle, tmp_path / "out", CAPTION) == 0
+    capsys.readouterr()
+    ranking = rank(capsys, tmp_path / "out" / slug(CAPTION), "--clip", bundle / "clip")
+    assert [Path(entry["picture"]).name for entry in ranking] == ["01.png", "02.png"]
+    expected = [line["score"] for line in results(tmp_path / "out")]
+    assert [entry["score"] for entry in ranking] == pytest.approx(expected, abs=2e-2)  # pixels are rounded to 8 bits
+
+
+def test_rank_prints_a_table_and_writes_a_sheet_when_told_where(bundle, folder, tmp_path, capsys):
+    assert main(["rank", CAPTION, str(folder), "--bundle", str(bundle), "--out", str(tmp_path / "out")]) == 0
+    table = capsys.readouterr().out.splitlines()
+    assert table[0].split() == ["score", "picture"]
+    assert len(table) == 5
+    assert (tmp_path / "out" / f"{slug(CAPTION)}.png").is_file()
+
+
+def search_for(capsys, bundle: Path, folder: Path, out: Path, *options: str) -> tuple[list[dict], str]:
+    argv = ["search", CAPTION, str(folder), "--bundle", str(bundle), "--out", str(out), "--json", *options]
+    assert main(argv) == 0
+    output = capsys.readouterr()
+    return [json.loads(line) for line in output.out.splitlines()], output.err
+
+
+def test_search_finds_what_rank_finds(bundle, folder, tmp_path, capsys):
+    found, _ = search_for(capsys, bundle, folder, tmp_path / "out")
+    ranking = rank(capsys, folder, "--bundle", bundle)
+    assert [entry["picture"] for entry in found] == [entry["picture"] for entry in ranking]
+    assert [entry["score"] for entry in found] == pytest.approx([entry["score"] for entry in ranking], abs=1e-5)
+    assert (tmp_path / "out" / f"{slug(CAPTION)}.png").is_file()
+    top, _ = search_for(capsys, bundle, folder, tmp_path / "out", "--top", "2")
+    assert top == found[:2]
+
+
+def test_a_second_search_embeds_only_new_and_changed_pictures(bundle, folder, tmp_path, capsys):
+    first, messages = search_for(capsys, bundle, folder, tmp_path)
+    assert "4 pictures, 4 of them new or changed" in messages
+    again, messages = search_for(capsys, bundle, folder, tmp_path)
+    assert "4 pictures, 0 of them new or changed" in messages
+    assert again == first
+    save_noise(folder / "a.png", 99, size=(40, 40))
+    save_noise(folder / "e.png", 5)
+    (folder / "d.png").unlink()
+    changed, messages = search_for(capsys, bundle, folder, tmp_path)
+    assert "4 pictures, 2 of them new or changed" in messages
+    assert {Path(entry["picture"]).name for entry in changed} == {"a.png", "b.png", "c.png", "e.png"}
+    fresh = rank(capsys, folder, "--bundle", bundle)
+    assert [entry["score"] for entry in changed] == pytest.approx([entry["score"] for entry in fresh], abs=1e-5)
+
+
+def test_features_are_kept_per_clip_in_a_hidden_file(bundle, folder, tmp_path, capsys):
+    search_for(capsys, bundle, folder, tmp_path)
+    hidden = [path.name for path in folder.iterdir() if path.name.startswith(".")]
+    assert hidden == [f".dalle-search-{directory_hash(bundle / 'clip')}.safetensors"]
+
+
+def test_damaged_features_are_computed_again(bundle, folder, tmp_path, capsys):
+    first, _ = search_for(capsys, bundle, folder, tmp_path)
+    search.feature_file(folder, directory_hash(bundle / "clip")).write_bytes(b"damaged")
+    again, messages = search_for(capsys, bundle, folder, tmp_path)
+    assert again == first
+    assert "warning:" in messages
+    assert "4 of them new" in messages
+
+
+def test_a_folder_that_cannot_be_written_to_is_searched_all_the_same(bundle, folder, tmp_path, capsys, monkeypatch):
+    def read_only(path, write):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    monkeypatch.setattr(search, "replace_file", read_only)
+    found, messages = search_for(capsys, bundle, folder, tmp_path)
+    assert len(found) == 4
+    assert "could not be kept" in messages
+
+
+def test_what_was_embedded_before_an_interruption_is_kept(bundle, folder, monkeypatch, pipe):
+    monkeypatch.setattr(search, "EMBEDDING_BATCH", 2)
+    clip_hash = directory_hash(bundle / "clip")
+
+    def interrupt(done: float, total: int) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        search.folder_features(pipe.clip, clip_hash, folder, progress=interrupt)
+    assert search.folder_features(pipe.clip, clip_hash, folder).n_embedded == 2
+
+
+def test_unreadable_pictures_in_a_folder_are_counted_and_named(bundle, folder, tmp_path, capsys):
+    (folder / "broken.png").write_bytes(b"\x89PNG\r\n\x1a\n broken")
+    for command in ("rank", "search"):
+        options = ["--out", str(tmp_path / "out")]
+        assert main([command, CAPTION, str(folder), "--bundle", str(bundle), *options]) == 0
+        assert re.search(r"^warning: 1 pictures were skipped: .*broken\.png", capsys.readouterr().err, re.MULTILINE)
+
+
+def test_wrong_pictures_end_in_one_line(bundle, tmp_path, capsys):
+    empty, broken = tmp_path / "empty", tmp_path / "broken" / "x.png"
+    empty.mkdir()
+    broken.parent.mkdir()
+    broken.write_bytes(b"no picture")
+    where = ["--bundle", bundle, "--out", tmp_path / "out"]
+    for command in (["rank", CAPTION], ["search", CAPTION], ["reconstruct"]):
+        assert_one_line_error(capsys, [*command, empty, *where], "no pictures in the folder")
+        assert_one_line_error(capsys, [*command, tmp_path / "none", *where], "none")
+        assert_one_line_error(capsys, [*command, broken.parent, *where], "none of the 1 pictures")
+    for command in (["rank", CAPTION], ["reconstruct"]):
+        assert_one_line_error(capsys, [*command, broken, *where], "x.png")
+    assert_one_line_error(capsys, ["rank", "", broken, *where], "caption is empty")
+    assert_one_line_error(capsys, ["search", CAPTION, empty, "--top", "0", *where], "--top is 0")
+    assert_one_line_error(capsys, ["rank", CAPTION, broken, "--clip", tmp_path / "no-clip"], "no-clip")
+
+
+# reconstruct
+
+
+def reconstruct(bundle: Path, out: Path, *argv: object) -> dict:
+    assert main(["reconstruct", *map(str, argv), "--bundle", str(bundle), "--out", str(out)]) == 0
+    return json.loads((out / "metrics.json").read_text())
+
+
+def test_reconstruct_measures_files_folders_and_shards(bundle, folder, tmp_path, capsys):
+    shard = make_shard(
+        tmp_path / "000.tar", {"0.png": (folder / "a.png").read_bytes(), "0.txt": b"a caption", "1.png": b"broken"}
+    )
+    single = save_noise(tmp_path / "single.png", 9)
+    report = reconstruct(bundle, tmp_path / "out", single, folder, shard)
+    names = [entry["name"] for entry in report["pictures"]]
+    assert names[0] == str(single)
+    assert names[-1] == "000.tar/0.png"
+    assert len(names) == 6
+    same_picture = [entry["psnr"] for entry in report["pictures"] if Path(entry["name"]).name in ("a.png", "0.png")]
+    assert same_picture[0] == same_picture[1]
+    mean = sum(entry["psnr"] for entry in report["pictures"]) / 6
+    assert report["mean"]["psnr"] == pytest.approx(mean)
+    assert report["pictures"][0]["bits_per_pixel"] == pytest.approx(16 * 5 / 256)
+    assert 1 <= report["pictures"][0]["codes_used"] <= 16
+    assert report["dvae"] == directory_hash(bundle / "dvae")
+    assert len(report["skipped"]) == 1
+    output = capsys.readouterr()
+    assert output.out.splitlines()[0].split("  ")[-1] == "picture"
+    assert re.search(r"^ *\d+\.\d\d .* mean$", output.out, re.MULTILINE)
+    assert "warning: 1 pictures were skipped" in output.err
+
+
+def test_the_sheet_shows_no_more_pictures_than_its_limit(bundle, folder, tmp_path):
+    reconstruct(bundle, tmp_path / "few", folder, "--sheet-limit", "1")
+    reconstruct(bundle, tmp_path / "all", folder)
+    few, every = (Image.open(tmp_path / name / "reconstructions.png") for name in ("few", "all"))
+    assert few.height < every.height
+
+
+def test_pictures_are_reconstructed_at_the_size_asked_for(bundle, folder, tmp_path):
+    report = reconstruct(bundle, tmp_path / "out", folder / "a.png", "--size", "32", "--dvae", bundle / "dvae")
+    assert report["size"] == 32
+    assert report["pictures"][0]["bits_per_pixel"] == pytest.approx(5 / 16)
+
+
+def test_wrong_shards_and_sizes_end_in_one_line(bundle, folder, tmp_path, capsys):
+    where = ["--bundle", bundle, "--out", tmp_path / "out"]
+    data = (folder / "a.png").read_bytes()
+    whole = make_shard(tmp_path / "whole.tar", {"0.png": data, "1.png": data}).read_bytes()
+    for n_bytes in (700, len(data), 512 + len(data) // 512 * 512 + 512, 2000):
+        (tmp_path / "cut.tar").write_bytes(whole[:n_bytes])
+        assert_one_line_error(capsys, ["reconstruct", tmp_path / "cut.tar", *where], "cut.tar")
+    (tmp_path / "text.tar").write_text("no tar")
+    assert_one_line_error(capsys, ["reconstruct", tmp_path / "text.tar", *where], "text.tar", "tar file")
+    make_shard(tmp_path / "captions.tar", {"0.txt": b"a caption"})
+    assert_one_line_error(capsys, ["reconstruct", tmp_path / "captions.tar", *where], "no pictures in the shard")
+    assert_one_line_error(capsys, ["reconstruct", folder, "--size", "18", *where], "size is 18", "multiple of 4")
+    assert_one_line_error(capsys, ["reconstruct", folder, "--sheet-limit", "0", *where], "--sheet-limit is 0")
+
+
+# import-dvae
+
+
+def test_import_dvae_saves_what_was_read(tmp_path, monkeypatch, capsys, bundle):
+    monkeypatch.setattr(cli, "import_openai", lambda encoder, decoder: DVAE.load(bundle / "dvae"))
+    assert main(["import-dvae", "encoder.pkl", "decoder.pkl", "--out", str(tmp_path / "dvae")]) == 0
+    assert directory_hash(tmp_path / "dvae") == directory_hash(bundle / "dvae")
+    assert directory_hash(tmp_path / "dvae") in capsys.readouterr().out
+
+
+def test_importing_something_else_ends_in_one_line(tmp_path, capsys):
+    file = tmp_path / "x.pkl"
+    file.write_bytes(b"no pickle")
+    assert_one_line_error(capsys, ["import-dvae", file, file, "--out", tmp_path / "dvae"], "x.pkl")
+    assert_one_line_error(capsys, ["import-dvae", tmp_path / "y.pkl", file, "--out", tmp_path / "dvae"], "y.pkl")
+    assert not (tmp_path / "dvae").exists()
+
+
+# what all programs share
+
+
+@pytest.mark.parametrize("argv", [[], ["paint"], ["rank"], ["generate", "x", "-n", "many"], ["generate", "--nn", "3"]])
+def test_usage_errors_exit_with_1_and_are_explained(argv, capsys):
+    assert main(argv) == 1
+    errors = capsys.readouterr().err
+    assert errors
+    assert "Traceback" not in errors
+
+
+def test_help_shows_the_verbs_and_the_options(capsys):
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(verb in shown for verb in ("generate", "rank", "search", "reconstruct", "import-dvae", "--debug"))
+    assert main(["generate", "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(option in shown for option in ("-n", "--keep", "--seed", "--captions", "Same seed, same pictures"))
+
+
+def test_debug_shows_the_traceback(tmp_path, capsys):
+    assert main(["rank", "x", str(tmp_path / "none.png"), "--debug"]) == 1
+    assert "Traceback" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("error", "line"),
+    [
+        (ValueError("two\nlines"), "error: two lines"),
+        (OSError(28, "No space left on device", "x.png"), "error: No space left on device: x.png"),
+        (FileNotFoundError("no bundle here"), "error: no bundle here"),
+        (KeyboardInterrupt(), "error: stopped"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried"), "error: not enough memory on the device"),
+    ],
+)
+def test_errors_of_the_user_are_one_line(error, line, capsys):
+    def fail() -> None:
+        raise error
+
+    assert run_command(fail) == 1
+    assert capsys.readouterr().err.startswith(line)
+
+
+def test_errors_of_the_program_are_not_hidden():
+    def fail() -> None:
+        raise AssertionError("ours")
+
+    with pytest.raises(AssertionError, match="ours"):
+        run_command(fail)
+
+
+def test_a_file_of_captions_must_be_text_with_captions(tmp_path):
+    file = tmp_path / "captions.txt"
+    file.write_text("\n \n")
+    with pytest.raises(ValueError, match="no captions in"):
+        read_captions(file)
+    file.write_bytes(b"\xff\xfe\x00")
+    with pytest.raises(ValueError, match="not UTF-8"):
+        read_captions(file)
+
+
+def test_a_gpu_that_is_not_there_is_refused():
+    assert resolve_device("cpu") == torch.device("cpu")
+    with pytest.raises(ValueError, match="cuda:99"):
+        resolve_device("cuda:99")
+
+
+def test_the_progress_line_says_speed_and_time_left():
+    assert progress_line(16, 64, "candidates", 8.0) == "16/64 candidates, 2 candidates/s, 24 s left"
+    assert progress_line(0, 64, "candidates", 0.0) == "0/64 candidates"
+    assert [duration(s) for s in (5, 185, 8049)] == ["5 s", "3:05", "2:14:09"]
+
+
+def test_progress_is_drawn_again_and_again_on_a_terminal_and_removed_at_the_end(monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr("dalle.progress.TERMINAL_INTERVAL_S", 0.0)
+    terminal = Terminal()
+    with Progress("pictures", stream=terminal) as progress:
+        progress.update(1, 4)
+        progress.after(1, 4)(1, 2)
+    drawn = terminal.getvalue().split("\r\x1b[K")
+    assert drawn[1].startswith("1/4 pictures")
+    assert drawn[2].startswith("2/4 pictures")
+    assert drawn[-1] == ""
+
+
+def test_nothing_is_drawn_in_a_pipe_about_work_that_ends_at_once():
+    pipe = io.StringIO()
+    with Progress("pictures", stream=pipe) as progress:
+        progress.update(1, 4)
+    assert pipe.getvalue() == ""

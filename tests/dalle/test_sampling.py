@@ -1,0 +1,209 @@
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import dalle.sampling
+from dalle.cache import Decoder
+from dalle.model import DALLE, DALLEConfig
+from dalle.sampling import candidate_seed, choose, draw, filter_logits, guide, sample, uniforms
+from dalle.stream import null_caption, text_row
+
+CONFIG = DALLEConfig(
+    n_layers=4, d_model=32, n_heads=2, text_len=6, grid=4, text_vocab=300, image_vocab=20, conv_kernel=3
+)
+TEXT = torch.tensor([text_row(ids, 300, 6) for ids in ([1, 2, 3], [7])])
+
+
+@pytest.fixture(scope="module")
+def model():
+    generator = torch.Generator().manual_seed(0)
+    model = DALLE(CONFIG)
+    model.initialise(generator)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    return model
+
+
+def seeds(n, n_prompts=2, seed=0):
+    return [candidate_seed(seed, f"prompt {p}", k) for p in range(n_prompts) for k in range(n)]
+
+
+def test_candidate_seeds_differ_and_never_change():
+    assert candidate_seed(0, "a red circle", 0) == 4359223354186665131
+    assert len({candidate_seed(s, c, k) for s in range(5) for c in ("a", "b") for k in range(50)}) == 500
+
+
+def test_the_same_seed_gives_the_same_tokens(model):
+    first = sample(model, TEXT, seeds=seeds(4), n=4)
+    assert first.shape == (2, 4, 16)
+    assert torch.equal(first, sample(model, TEXT, seeds=seeds(4), n=4))
+    assert not torch.equal(first, sample(model, TEXT, seeds=seeds(4, seed=1), n=4))
+
+
+def test_sixteen_candidates_do_not_share_their_first_token(model):
+    assert len(sample(model, TEXT[:1], seeds=seeds(16, 1), n=16)[0, :, 0].unique()) > 1
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_a_candidate_does_not_depend_on_the_batch_it_is_in(model, guidance):
+    together = sample(model, TEXT, seeds=seeds(8), n=8, guidance=guidance)
+    for p in range(2):
+        for k in (0, 5):
+            seed = candidate_seed(0, f"prompt {p}", k)
+            alone = sample(model, TEXT[p : p + 1], seeds=[seed], n=1, guidance=guidance)
+            assert torch.equal(alone[0, 0], together[p, k])
+
+
+def test_temperature_0_ignores_the_seed(model):
+    cold = sample(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
+    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3, seed=9), n=3, temperature=0.0))
+    assert torch.equal(cold[:, 0], cold[:, 2])
+
+
+def test_top_1_is_argmax(model):
+    cold = sample(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
+    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3), n=3, top_k=1))
+    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3), n=3, top_p=1e-9))
+
+
+def test_temperature_0_takes_the_likeliest_token_of_the_uncached_model(model):
+    tokens = sample(model, TEXT, seeds=seeds(1), n=1, temperature=0.0)[:, 0]
+    with torch.no_grad():
+        assert torch.equal(model(TEXT, tokens)[1].argmax(-1), tokens)
+
+
+@pytest.mark.parametrize("n_rows", [1, 2])
+@pytest.mark.parametrize("m", [0, 1, 8, 16])
+@pytest.mark.parametrize("guidance", [1.0, 2.0])
+def test_a_prefix_is_kept_verbatim(model, n_rows, m, guidance):
+    prefix = torch.randint(20, (n_rows, m), generator=torch.Generator().manual_seed(1))
+    tokens = sample(model, TEXT, seeds=seeds(3), n=3, prefix=prefix, guidance=guidance)
+    assert torch.equal(tokens[:, :, :m], prefix[:, None].expand(2, 3, m))
+
+
+def test_a_prefix_may_be_one_row_without_batch_dimension(model):
+    prefix = torch.arange(5)
+    flat = sample(model, TEXT, seeds=seeds(2), n=2, prefix=prefix)
+    assert torch.equal(flat, sample(model, TEXT, seeds=seeds(2), n=2, prefix=prefix[None]))
+
+
+def test_completing_a_sample_from_its_own_beginning_gives_it_again(model):
+    whole = sample(model, TEXT, seeds=seeds(1), n=1, guidance=2.0)
+    again = sample(model, TEXT, seeds=seeds(1), n=1, guidance=2.0, prefix=whole[:, 0, :6])
+    assert torch.equal(again, whole)
+
+
+def test_guidance_1_is_plain_sampling_and_decodes_nothing_more(model, monkeypatch):
+    batches = []
+
+    class Watched(Decoder):
+        def step(self, inputs_B):
+            batches.append(len(inputs_B))
+            return super().step(inputs_B)
+
+    monkeypatch.setattr(dalle.sampling, "Decoder", Watched)
+    plain = sample(model, TEXT, seeds=seeds(2), n=2)
+    assert torch.equal(plain, sample(model, TEXT, seeds=seeds(2), n=2, guidance=1.0))
+    assert set(batches) == {4}
+    assert not torch.equal(plain, sample(model, TEXT, seeds=seeds(2), n=2, guidance=5.0))
+    assert set(batches) == {4, 8}
+
+
+@pytest.mark.parametrize("m", [0, 5])
+def test_cached_guided_logits_equal_uncached_ones(model, m):
+    n, guidance = 3, 2.5
+    image_tokens = sample(model, TEXT, seeds=seeds(n), n=n, guidance=guidance).flatten(0, 1)
+    image_tokens[:, :m] = image_tokens[0, :m]
+    null = null_caption(300, 6)
+    with torch.no_grad():
+        conditional = model(TEXT.repeat_interleave(n, dim=0), image_tokens)[1]
+        unconditional = model(null.repeat(2 * n, 1), image_tokens)[1]
+    expected = (unconditional + guidance * (conditional - unconditional))[:, m:]
+    decoder = Decoder(model, torch.cat([TEXT, null[None]]), [n, n, 2 * n], image_tokens[:1, :m].repeat(3, 1))
+    start = torch.full((2 * n,), 20)
+    inputs = [image_tokens[:, i - 1] if i else start for i in range(m, 16)]
+    actual = torch.stack([guide(decoder.step(i.repeat(2)), guidance) for i in inputs], dim=1)
+    torch.testing.assert_close(actual, expected, atol=1e-5, rtol=0)
+
+
+def test_inputs_are_never_modified(model):
+    text, prefix = TEXT.clone(), torch.arange(4)[None]
+    sample(model, text, seeds=seeds(2), n=2, guidance=3.0, prefix=prefix, top_k=5, top_p=0.9)
+    assert torch.equal(text, TEXT)
+    assert torch.equal(prefix, torch.arange(4)[None])
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    kept = logits.clone()
+    filter_logits(logits, top_k=3, top_p=0.5)
+    choose(logits, torch.rand(3, dtype=torch.float64), 0.7, 3, 0.5)
+    assert torch.equal(logits, kept)
+
+
+def test_steps_are_reported(model):
+    steps = []
+    sample(
+        model, TEXT, seeds=seeds(1), n=1, prefix=torch.zeros(1, 13, dtype=torch.int64),
+        on_step=lambda step, total: steps.append((step, total)),
+    )  # fmt: skip
+    assert steps == [(1, 3), (2, 3), (3, 3)]
+
+
+def test_sampled_tokens_can_be_trained_on(model):
+    tokens = sample(model, TEXT, seeds=seeds(1), n=1)
+    model(TEXT, tokens[:, 0])[1].sum().backward()
+    model.zero_grad()
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    logits = torch.tensor([[0.5, 0.25, 0.0, 0.25]]).log().repeat(4000, 1)
+    tokens = draw(logits, uniforms([3], 4000)[0])
+    frequencies = tokens.bincount(minlength=4) / 4000
+    assert frequencies.tolist() == pytest.approx([0.5, 0.25, 0.0, 0.25], abs=0.03)
+
+
+@given(st.lists(st.floats(-30, 30), min_size=2, max_size=20), st.sampled_from([0.0, 0.3, 1 - 2**-53]))
+def test_impossible_tokens_are_never_drawn(values, uniform):
+    logits = torch.tensor([[-torch.inf, *values, -torch.inf]])
+    token = draw(logits, torch.tensor([uniform], dtype=torch.float64)).item()
+    assert 1 <= token <= len(values)
+
+
+def test_filters_keep_the_likeliest():
+    logits = torch.tensor([[0.1, 0.4, 0.2, 0.3]]).log()
+
+    def kept(**options):
+        return filter_logits(logits, **options)[0].isfinite().nonzero()[:, 0].tolist()
+
+    assert kept() == [0, 1, 2, 3]
+    assert kept(top_k=2) == [1, 3]
+    assert kept(top_p=0.65) == [1, 3]
+    assert kept(top_p=0.75) == [1, 2, 3]
+    assert kept(top_p=1.0) == [0, 1, 2, 3]
+    assert kept(top_k=3, top_p=0.4) == [1]
+    assert filter_logits(torch.zeros(1, 4), top_k=2)[0].isfinite().tolist() == [True, True, False, False]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"n": 0, "seeds": []}, r"n \(0\) must be at least 1"),
+        ({"seeds": [1, 2, 3]}, "3 seeds for 2 prompts with 1 candidates each: expected 2"),
+        ({"seeds": [1, -2]}, "must not be negative"),
+        ({"temperature": -0.1}, "temperature"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"top_k": 0}, "top_k"),
+        ({"top_k": 21}, r"top_k \(21\) must be from 1 to the image vocabulary, 20"),
+        ({"top_p": 0.0}, "top_p"),
+        ({"top_p": 1.1}, "top_p"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"prefix": torch.zeros(3, 4, dtype=torch.int64)}, r"prefix has shape \(3, 4\)"),
+        ({"prefix": torch.zeros(1, 17, dtype=torch.int64)}, "at most 16"),
+        ({"prefix": torch.full((1, 4), 20)}, "expected 0 to 19"),
+        ({"text": TEXT[:, :4]}, "text has shape"),
+    ],
+)
+def test_options_out_of_range_are_named(model, options, message):
+    text = options.pop("text", TEXT)
+    with pytest.raises(ValueError, match=message):
+        sample(model, text, **{"seeds": [1, 2], "n": 1, **options})

@@ -1,0 +1,402 @@
+import gzip
+import io
+import json
+import logging
+import multiprocessing
+import os
+import signal
+import tarfile
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from training.data import (
+    Batch,
+    Sample,
+    ShardData,
+    batches,
+    expand_shards,
+    index_shard,
+    sample_rng,
+    validation_batches,
+)
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes] | tarfile.TarInfo]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def samples_of(numbers: range, bad: Sequence[int] = ()) -> list[tuple[str, bytes]]:
+    members = []
+    for number in numbers:
+        picture = b"BROKEN" if number in bad else bytes([number])
+        members += [(f"k{number:03}.jpg", picture), (f"k{number:03}.txt", f"caption {number}\n\nanother".encode())]
+    return members
+
+
+def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+    if len(sample.image_bytes) != 1:
+        raise ValueError(f"{sample.source}: not a picture")
+    return {"number": torch.tensor(sample.image_bytes[0]), "noise": torch.tensor(rng.random())}
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    write_tar(tmp_path / "data-000000.tar", samples_of(range(0, 6)))
+    write_tar(tmp_path / "data-000001.tar", samples_of(range(6, 11)))
+    return tmp_path
+
+
+@pytest.fixture
+def data(shards: Path) -> ShardData:
+    return ShardData.open([shards], captions=True)
+
+
+def keys_of(stream: Iterator[Batch], count: int) -> list[str]:
+    return [key for batch in islice(stream, count) for key in batch.keys]
+
+
+# names to paths
+
+
+def test_folders_globs_and_braces_expand_to_each_shard_once(shards: Path) -> None:
+    write_tar(shards / "deep" / "er" / "data-000002.tar", samples_of(range(1)))
+    write_tar(shards / ".making-x" / "data-000009.tar", samples_of(range(1)))
+    first, second, third = shards / "data-000000.tar", shards / "data-000001.tar", shards / "deep/er/data-000002.tar"
+    assert expand_shards([shards]) == [first, second, third]
+    assert expand_shards([f"{shards}/data-{{000000..000001}}.tar"]) == [first, second]
+    assert expand_shards([f"{shards}/data-00000{{1,0}}.tar"]) == [second, first]
+    assert expand_shards([f"{shards}/*.tar", first]) == [first, second]
+    assert expand_shards([f"{shards}/deep/**/*.tar"]) == [third]
+
+
+@pytest.mark.parametrize("url", ["pipe:touch owned", " pipe:cat x", "http://host/a.tar", "s3://b/a.tar", "file:/a.tar"])
+def test_urls_and_pipes_are_refused(url: str) -> None:
+    with pytest.raises(ValueError, match="URL or a command"):
+        expand_shards([url])
+
+
+def test_what_is_not_there_is_named(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"no shard .*data-000002\.tar \(one of .*000000\.\.000002"):
+        expand_shards([f"{shards}/data-{{000000..000002}}.tar"])
+    with pytest.raises(FileNotFoundError, match=r"no shard .*x\*\.tar"):
+        expand_shards([f"{shards}/x*.tar"])
+    (tmp_path / "nothing").mkdir()
+    with pytest.raises(FileNotFoundError, match=r"no shards in the folder .*nothing: expected \*\.tar"):
+        expand_shards([tmp_path / "nothing"])
+    with pytest.raises(ValueError, match="no shards were given"):
+        expand_shards([])
+
+
+def test_compressed_shards_are_refused_by_name_and_by_content(tmp_path: Path) -> None:
+    plain = write_tar(tmp_path / "a" / "x.tar", samples_of(range(2))).read_bytes()
+    (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain))
+    with pytest.raises(ValueError, match="gunzip"):
+        expand_shards([tmp_path / "a.tar.gz"])
+    (tmp_path / "b.tar").write_bytes(gzip.compress(plain))
+    with pytest.raises(ValueError, match=r"b\.tar is compressed \(gzip\).*gunzip"):
+        ShardData.open([tmp_path / "b.tar"], captions=True, skip_damaged=True)
+
+
+# one shard
+
+
+def test_an_img2dataset_shard_is_read_as_it_is(tmp_path: Path) -> None:
+    members = []
+    for number in range(3):
+        key = f"{number:09}"
+        about = json.dumps({"caption": f"json {number}", "url": "http://x", "status": "success"}).encode()
+        members += [(f"{key}.jpg", bytes([number])), (f"{key}.json", about), (f"{key}.txt", f"text {number}".encode())]
+    data = ShardData.open([write_tar(tmp_path / "00000.tar", members)], captions=True)
+    assert data.keys == ["000000000", "000000001", "000000002"]
+    assert data.read(2) == Sample(
+        key="000000002", image_bytes=b"\2", captions=("text 2",), source=f"{tmp_path}/00000.tar: 000000002.jpg"
+    )
+
+
+def test_captions_come_from_json_when_there_is_no_text(tmp_path: Path) -> None:
+    members = [("a.png", b"1"), ("a.json", b'{"captions": ["one", " ", "two\\nlines"]}')]
+    members += [("b.webp", b"1"), ("b.json", b'{"caption": "three"}'), ("c.PNG", b"1"), ("c.CAP", b"four")]
+    data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert [data.read(i).captions for i in range(3)] == [("one", "two lines"), ("three",), ("four",)]
+    assert data.captions(1) == ("three",)
+
+
+def test_members_of_a_sample_may_lie_apart_and_keys_end_at_the_first_dot(tmp_path: Path) -> None:
+    names = ["./d.x/a.txt", "./d.x/a.seg.png", "b.jpg", "./d.x/a.jpg", "b.txt", "._b.jpg", "noextension"]
+    data = ShardData.open([write_tar(tmp_path / "s.tar", [(n, n.encode()) for n in names])], captions=True)
+    assert data.keys == ["d.x/a", "b"]
+    assert data.read(0).image_bytes == b"./d.x/a.jpg"
+
+
+def test_links_devices_and_names_that_lead_outside_are_ignored_and_counted(tmp_path: Path) -> None:
+    hostile: list[tuple[str, bytes] | tarfile.TarInfo] = []
+    for name, kind in (("l.jpg", tarfile.SYMTYPE), ("h.jpg", tarfile.LNKTYPE), ("d.jpg", tarfile.CHRTYPE)):
+        info = tarfile.TarInfo(name)
+        info.type, info.linkname = kind, "/etc/passwd"
+        hostile.append(info)
+    hostile += [("../../up.jpg", b"1"), ("/etc/abs.jpg", b"1")]
+    path = write_tar(tmp_path / "s.tar", [*hostile, *samples_of(range(2))])
+    data = ShardData.open([path], captions=True)
+    assert data.keys == ["k000", "k001"]
+    assert data.report.n_ignored_members == 5
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["s.tar"]
+
+
+def test_the_first_of_duplicate_members_counts(tmp_path: Path) -> None:
+    index = index_shard(write_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("a.txt", b"x"), ("a.jpg", b"22")]))
+    assert (index.keys, index.n_duplicates, index.image[0, 1]) == (("a",), 1, 1)
+
+
+def test_a_truncated_shard_is_refused_and_its_whole_samples_can_be_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    whole = write_tar(tmp_path / "whole.tar", samples_of(range(5))).read_bytes()
+    cut = tmp_path / "cut.tar"
+    # A sample is 4 blocks: cut at every block of the last one, within headers, within data, and between members.
+    for n_bytes, n_whole in (
+        (16 * 512, 4),
+        (16 * 512 + 100, 4),
+        (17 * 512, 4),
+        (17 * 512 + 1, 4),
+        (18 * 512, 4),
+        (19 * 512, 4),
+    ):
+        cut.write_bytes(whole[:n_bytes])
+        message = (
+            rf"cut\.tar ends in the middle of a sample \(truncated\): {n_whole} whole samples before it; make it again"
+        )
+        for captions in (True, False):
+            with pytest.raises(ValueError, match=message):
+                ShardData.open([cut], captions=captions)
+            data = ShardData.open([cut], captions=captions, skip_damaged=True)
+            assert data.keys == [f"k{number:03}" for number in range(n_whole)]
+            assert len(data.report.damaged_shards) == 1
+    assert "which are used" in caplog.text
+
+
+def test_a_damaged_header_and_joined_tars_do_not_lose_samples_silently(tmp_path: Path) -> None:
+    whole = write_tar(tmp_path / "whole.tar", samples_of(range(5))).read_bytes()
+    (tmp_path / "hurt.tar").write_bytes(whole[: 8 * 512] + b"\xff" * 200 + whole[8 * 512 + 200 :])
+    with pytest.raises(ValueError, match=r"damaged header at byte 4,096: 2 whole samples before it"):
+        index_shard(tmp_path / "hurt.tar")
+    (tmp_path / "joined.tar").write_bytes(whole + whole)
+    with pytest.raises(ValueError, match="two tar files joined"):
+        index_shard(tmp_path / "joined.tar")
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"", r"is empty \(0 bytes\)"), (b"garbage" * 999, "is not a tar file")]
+)
+def test_what_is_no_tar_is_refused_or_left_out(shards: Path, content: bytes, message: str) -> None:
+    (shards / "zzz.tar").write_bytes(content)
+    with pytest.raises(ValueError, match=rf"zzz\.tar {message}.*--skip-damaged-shards"):
+        ShardData.open([shards], captions=True)
+    data = ShardData.open([shards], captions=True, skip_damaged=True)
+    assert len(data) == 11
+    assert len(data.report.damaged_shards) == 1
+    with pytest.raises(ValueError, match="no usable shard among 1"):
+        ShardData.open([shards / "zzz.tar"], captions=True, skip_damaged=True)
+
+
+def test_shards_without_captions_pictures_or_samples_are_named(tmp_path: Path) -> None:
+    path = write_tar(tmp_path / "a.tar", [("x.jpg", b"1"), ("y.jpg", b"1"), ("y.txt", b" \n"), ("y.json", b"{}")])
+    with pytest.raises(ValueError, match=r"a\.tar has no captions: expected KEY\.txt beside KEY\.jpg"):
+        ShardData.open([path], captions=True)
+    assert len(ShardData.open([path], captions=False)) == 2
+    path = write_tar(tmp_path / "b.tar", [("x.npy", b"1"), ("x.txt", b"1")])
+    with pytest.raises(ValueError, match=r"b\.tar has no pictures"):
+        ShardData.open([path], captions=False)
+    with pytest.raises(ValueError, match=r"c\.tar has no samples"):
+        ShardData.open([write_tar(tmp_path / "c.tar", [])], captions=False)
+
+
+# all data
+
+
+def test_samples_without_picture_or_caption_are_left_out_and_counted(tmp_path: Path) -> None:
+    members = [*samples_of(range(2)), ("p.txt", b"x"), ("c.jpg", b"1"), ("d.jpg", b"1"), ("d.txt", b"\n \n")]
+    members += [("e.jpg", b"1"), ("e.txt", b"\xff\xfe"), ("f.jpg", b""), ("f.txt", b"x")]
+    data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert len(data) == 2
+    assert (data.report.n_without_image, data.report.n_without_caption) == (2, 3)
+    assert data.read(0).captions == ("caption 0", "another")
+
+
+def test_a_shard_that_changes_after_indexing_is_noticed(shards: Path, data: ShardData) -> None:
+    (shards / "data-000001.tar").write_bytes(b"short")
+    with pytest.raises(ValueError, match="has changed since it was indexed"):
+        data.read(10)
+
+
+def test_epochs_are_different_permutations_that_a_seed_repeats(data: ShardData) -> None:
+    orders = [data.order(seed, epoch) for seed in (0, 1) for epoch in range(3)]
+    for order in orders:
+        assert sorted(order.tolist()) == list(range(11))
+    assert len({tuple(order.tolist()) for order in orders}) == 6
+    assert data.order(1, 2).tolist() == orders[-1].tolist()
+
+
+def test_randomness_of_a_sample_is_its_own_and_repeatable() -> None:
+    names = [(0, 0, "a", "x"), (1, 0, "a", "x"), (0, 1, "a", "x"), (0, 0, "b", "x"), (0, 0, "a", "y")]
+    draws = [sample_rng(*name).random() for name in names]
+    assert len(set(draws)) == 5
+    assert draws == [sample_rng(*name).random() for name in names]
+    assert sample_rng(np.int64(1), 0, "a", "x").random() == draws[1]  # type: ignore[arg-type]
+    assert draws[0] == pytest.approx(0.6941063636, abs=1e-9)  # the same on every machine
+
+
+# batches
+
+
+def test_the_sequence_does_not_depend_on_workers(data: ShardData) -> None:
+    streams = [batches(data, transform, seed=3, micro_batch=4, workers=workers, max_steps=9) for workers in (0, 2)]
+    alone, shared = (list(stream) for stream in streams)
+    assert [batch.keys for batch in alone] == [batch.keys for batch in shared]
+    assert len(alone) == 9
+    for ours, theirs in zip(alone, shared, strict=True):
+        assert torch.equal(ours.tensors["number"], theirs.tensors["number"])
+        assert torch.equal(ours.tensors["noise"], theirs.tensors["noise"])
+
+
+def test_the_sequence_is_that_of_order(data: ShardData) -> None:
+    keys = keys_of(batches(data, transform, seed=3, micro_batch=4), 9)
+    assert keys == [data.keys[data.order(3, p // 11)[p % 11]] for p in range(36)]
+
+
+def test_ranks_and_accumulation_share_out_the_same_global_batches(data: ShardData) -> None:
+    whole = keys_of(batches(data, transform, seed=5, micro_batch=4), 6)
+    halves = [
+        keys_of(batches(data, transform, seed=5, micro_batch=1, accumulation=2, rank=rank, world_size=2), 12)
+        for rank in range(2)
+    ]
+    joined = [key for step in range(6) for half in halves for key in half[2 * step : 2 * step + 2]]
+    assert joined == whole
+
+
+def test_an_epoch_shows_every_sample_once(data: ShardData) -> None:
+    assert set(Counter(keys_of(batches(data, transform, seed=0, micro_batch=1), 22)).values()) == {2}
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_resuming_goes_on_exactly(data: ShardData, workers: int) -> None:
+    options = {"seed": 7, "micro_batch": 2, "accumulation": 2}
+    whole = list(islice(batches(data, transform, **options), 20))
+    rest = list(batches(data, transform, **options, start_step=6, max_steps=10, workers=workers))
+    assert [batch.keys for batch in rest] == [batch.keys for batch in whole[12:]]
+    assert all(torch.equal(a.tensors["noise"], b.tensors["noise"]) for a, b in zip(rest, whole[12:], strict=True))
+
+
+def test_reading_in_workers_leaves_the_global_generator_alone(data: ShardData) -> None:
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    next(batches(data, transform, seed=0, micro_batch=2, workers=1))
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_workers_survive_an_interrupt_and_end_with_the_stream(data: ShardData) -> None:
+    stream = batches(data, transform, seed=0, micro_batch=2, workers=2)
+    next(stream)
+    workers = multiprocessing.active_children()
+    assert len(workers) == 2
+    for worker in workers:
+        assert worker.pid is not None
+        os.kill(worker.pid, signal.SIGINT)
+    assert len(list(islice(stream, 30))) == 30
+    del stream
+    for worker in workers:
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_bad_sample_is_replaced_by_the_next_counted_and_logged_once(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, workers: int
+) -> None:
+    data = ShardData.open([write_tar(tmp_path / "s.tar", samples_of(range(10), bad=[3, 4]))], captions=True)
+    stream = batches(data, transform, seed=1, micro_batch=5, workers=workers, max_bad_fraction=0.2)
+    with caplog.at_level(logging.WARNING):
+        read = list(islice(stream, 8))
+    assert sum(batch.n_bad for batch in read) == 8
+    order = data.order(1, 0)
+    good = [next(i for i in [*order[p:], *order] if i not in (3, 4)) for p in range(10)]
+    assert [key for batch in read[:2] for key in batch.keys] == [data.keys[i] for i in good]
+    assert caplog.text.count("unusable sample k003") == 1
+
+
+def test_half_of_a_tiny_set_being_bad_stops_its_first_epoch(tmp_path: Path) -> None:
+    write_tar(tmp_path / "good.tar", samples_of(range(10)))
+    write_tar(tmp_path / "bad.tar", samples_of(range(10, 20), bad=range(10, 20)))
+    data = ShardData.open([tmp_path], captions=True)
+    stream = batches(data, transform, seed=0, micro_batch=2, max_bad_fraction=0.25)
+    with pytest.raises(
+        ValueError, match=r"6 unusable samples after reading \d+ of 20.*--max-bad-fraction 0\.25.*bad\.tar \(6\)"
+    ):
+        list(islice(stream, 10))
+
+
+@pytest.mark.parametrize("start_step", [0, 7])
+def test_what_is_allowed_to_be_bad_never_stops_a_run_and_one_more_does(tmp_path: Path, start_step: int) -> None:
+    data = ShardData.open([write_tar(tmp_path / "s.tar", samples_of(range(20), bad=[0, 5]))], captions=True)
+    options = {"seed": 0, "micro_batch": 1, "start_step": start_step}
+    assert len(list(islice(batches(data, transform, **options, max_bad_fraction=0.1), 70))) == 70
+    for too_few in (0.0, 0.05):
+        with pytest.raises(ValueError, match="unusable samples after reading"):
+            list(islice(batches(data, transform, **options, max_bad_fraction=too_few), 60))
+
+
+def test_many_bad_samples_of_large_data_stop_the_run_early_and_a_few_do_not(tmp_path: Path) -> None:
+    numbers = range(200)
+    hurt = write_tar(tmp_path / "hurt.tar", samples_of(numbers, bad=range(0, 200, 2)))
+    stream = batches(ShardData.open([hurt], captions=True), transform, seed=0, micro_batch=1, max_bad_fraction=0.2)
+    with pytest.raises(ValueError, match=r"unusable samples after reading (1\d|[2-9]\d) of 200"):
+        list(islice(stream, 100))
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_nothing_usable_is_an_error_whatever_is_allowed(tmp_path: Path, workers: int) -> None:
+    data = ShardData.open([write_tar(tmp_path / "s.tar", samples_of(range(5), bad=range(5)))], captions=True)
+    with pytest.raises(ValueError, match=r"5 samples in a row are unusable.*not a picture"):
+        next(batches(data, transform, seed=0, micro_batch=1, max_bad_fraction=1.0, workers=workers))
+    with pytest.raises(ValueError, match="all 5 samples are unusable"):
+        list(validation_batches(data, transform, 2, max_bad_fraction=1.0))
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [{"micro_batch": 0}, {"rank": 2, "world_size": 2}, {"seed": -1}, {"max_bad_fraction": 2.0}, {"start_step": -1}],
+)
+def test_wrong_arguments_are_refused_at_once(data: ShardData, wrong: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match=next(iter(wrong))):
+        batches(data, transform, **({"seed": 0, "micro_batch": 1} | wrong))
+
+
+def test_validation_shows_every_sample_once_the_same_way_each_time(data: ShardData) -> None:
+    first, second = (list(validation_batches(data, transform, 4)) for _ in range(2))
+    assert [key for batch in first for key in batch.keys] == data.keys
+    assert [len(batch.keys) for batch in first] == [4, 4, 3]
+    assert all(torch.equal(a.tensors["noise"], b.tensors["noise"]) for a, b in zip(first, second, strict=True))
+
+
+def test_validation_leaves_bad_samples_out_and_counts_them(tmp_path: Path) -> None:
+    data = ShardData.open([write_tar(tmp_path / "s.tar", samples_of(range(9), bad=[0, 1, 5]))], captions=True)
+    read = list(validation_batches(data, transform, 2, max_bad_fraction=0.5))
+    assert [key for batch in read for key in batch.keys] == [f"k{i:03}" for i in (2, 3, 4, 6, 7, 8)]
+    assert sum(batch.n_bad for batch in read) == 3
+    with pytest.raises(ValueError, match="2 unusable samples after reading 2 of 9"):
+        list(validation_batches(data, transform, 2, max_bad_fraction=0.2))

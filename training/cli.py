@@ -1,0 +1,287 @@
+"""`dalle-train`: every step from pictures to a bundle."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dalle.cli import resolve_device, run_program
+from dalle.progress import Progress
+from training.config import Precision, TrainConfig
+from training.data import ShardData
+from training.demo import run_demo
+from training.engine import World, join_world, leave_world
+from training.evaluate import evaluate_bundle
+from training.fit import Interrupted
+from training.metrics import Report, to_stderr
+from training.plan import plan, recipe_list
+from training.programs import Inputs, train_all, train_clip, train_dvae, train_tokenizer, train_transformer
+from training.recipes import Recipe, recipe
+from training.shards import ShardFilter, make_shards
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data:
+    recipe: tyro.conf.Positional[str]
+    """Name of a recipe; `dalle-train plan` lists them."""
+    data: tuple[str, ...]
+    """Shards to train on: files, folders, globs or brace ranges such as shards/{000000..000099}.tar."""
+    validation: tuple[str, ...] = ()
+    """Shards to validate on."""
+    out: Path
+    """The bundle's directory: tokenizer.json, dvae/, dalle/ and clip/ for use, training/ with the runs behind them."""
+    fresh: bool = False
+    """Start anew, over a run that is there. Without it, a run goes on from its newest checkpoint."""
+    skip_damaged_shards: bool = False
+    """Use the whole samples of truncated shards instead of stopping."""
+
+    def inputs(self) -> Inputs:
+        """Return what the programs take."""
+        return Inputs(
+            data=self.data,
+            validation=self.validation,
+            out=self.out,
+            fresh=self.fresh,
+            skip_damaged_shards=self.skip_damaged_shards,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage(_Data):
+    steps: int | None = None
+    """Optimizer steps; the recipe's if not given, as with all options below."""
+    global_batch: int | None = None
+    """Samples per optimizer step, over all ranks."""
+    micro_batch: int | None = None
+    """Samples per rank and forward pass; gradient accumulation is derived."""
+    precision: Precision | None = None
+    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights, float32 masters; ZeRO 1 to 3)."""
+    zero_stage: int | None = None
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    deepspeed_config: Path | None = None
+    """Your own DeepSpeed JSON, merged over what is derived; batch sizes must agree."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    seed: int | None = None
+    """Of weights, sample order, augmentation and noise."""
+    workers: int | None = None
+    """Reading processes per rank."""
+    max_bad_fraction: float | None = None
+    """Stop when more than this fraction of the samples is unusable."""
+    log_every: int | None = None
+    """Steps between two lines of metrics."""
+    validate_every: int | None = None
+    """Steps between two validations; 0 for the end only."""
+    sample_every: int | None = None
+    """Steps between two sample pictures; 0 for the end only."""
+    checkpoint_every: int | None = None
+    """Steps between two checkpoints."""
+
+    def override(self, config: TrainConfig) -> TrainConfig:
+        """Return the recipe's run with the options that were given."""
+        names = {field.name for field in dataclasses.fields(_Stage)} - {
+            field.name for field in dataclasses.fields(_Data)
+        }
+        given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
+        return dataclasses.replace(config, **given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenizerCommand(_Data):
+    """Train the BPE from the captions of shards."""
+
+    vocab_size: int | None = None
+    """Entries, at most; the recipe's if not given."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DVAECommand(_Stage):
+    """Train a dVAE on the pictures of shards."""
+
+    init: Path | None = None
+    """Go on training this dVAE, for example imported weights, instead of starting from scratch."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerCommand(_Stage):
+    """Train the transformer on captions and image tokens."""
+
+    tokenizer: Path | None = None
+    """tokenizer.json to use; OUT/tokenizer.json if not given."""
+    dvae: Path | None = None
+    """dVAE directory to use; OUT/dvae if not given."""
+    null_caption_probability: float | None = None
+    """Fraction of captions replaced by the empty one; guidance needs some, such as 0.1."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPCommand(_Stage):
+    """Train CLIP, the reranker; its negatives are the whole batch across ranks."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AllCommand(_Data):
+    """Train tokenizer, dVAE, CLIP and transformer with one recipe, one after the other, and evaluate the bundle."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Measure a bundle on captioned pictures it was not trained on, and sample a sheet."""
+
+    bundle: tyro.conf.Positional[Path]
+    """The bundle's directory."""
+    data: tuple[str, ...]
+    """Shards to measure on."""
+    captions: int = 5
+    """Captions of these shards to sample for the sheet."""
+    device: str = "cpu"
+    """Where to compute."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoCommand:
+    """Draw a small world, train everything on it, sample, rerank and check: minutes on two CPU cores."""
+
+    out: Path = Path("runs/demo")
+    """Where the bundle, the sheet and the table go."""
+    fresh: bool = False
+    """Train anew instead of reusing what is there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardsCommand:
+    """Make WebDataset shards from a folder of pictures with .txt captions, a CSV/TSV/JSONL file, or COCO's annotation JSON."""
+
+    source: tyro.conf.Positional[Path]
+    """Folder, table or annotation file."""
+    out: Path
+    """Folder for the shards and report.json."""
+    images: Path | None = None
+    """Folder that the table's picture names are relative to; the table's own if not given."""
+    samples_per_shard: int = 1000
+    """Samples in one tar."""
+    min_caption_chars: int = ShardFilter.min_caption_chars
+    """Shorter captions are left out."""
+    max_aspect_ratio: float | None = None
+    """Pictures longer than this times their width, or wider, are left out; the paper's is 2."""
+    overwrite: bool = False
+    """Replace shards of the same name that are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Show what a recipe needs: parameters, optimizer state, activations, bytes per GPU for every ZeRO stage."""
+
+    recipe: tyro.conf.Positional[str | None] = None
+    """Name of a recipe; without one, all are listed."""
+    gpus: int = 8
+    """GPUs to share the work."""
+    gpu_memory: float = 80.0
+    """Memory of one of them, GiB."""
+
+
+Command = (
+    Annotated[DemoCommand, tyro.conf.subcommand("demo")]
+    | Annotated[AllCommand, tyro.conf.subcommand("all")]
+    | Annotated[ShardsCommand, tyro.conf.subcommand("shards")]
+    | Annotated[TokenizerCommand, tyro.conf.subcommand("tokenizer")]
+    | Annotated[DVAECommand, tyro.conf.subcommand("dvae")]
+    | Annotated[TransformerCommand, tyro.conf.subcommand("transformer")]
+    | Annotated[CLIPCommand, tyro.conf.subcommand("clip")]
+    | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
+    | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+)
+
+
+@contextmanager
+def _world() -> Iterator[tuple[World, Report]]:
+    """Join the ranks; inside, `report` prints on the first one alone. An interruption that saved everything is no error."""
+    world = join_world()
+    report: Report = to_stderr if world.is_first else (lambda _line: None)
+    try:
+        yield world, report
+    except Interrupted as stopped:
+        report(str(stopped))
+    leave_world()
+
+
+def _run(command: Command) -> None:
+    match command:
+        case ShardsCommand():
+            _make_shards(command)
+        case PlanCommand():
+            print(
+                recipe_list()
+                if command.recipe is None
+                else plan(recipe(command.recipe), command.gpus, command.gpu_memory)
+            )
+        case EvaluateCommand():
+            data = ShardData.open(command.data, captions=True)
+            evaluate_bundle(
+                command.bundle, data, to_stderr, n_captions=command.captions, device=str(resolve_device(command.device))
+            )
+        case DemoCommand():
+            with _world() as (world, report):
+                run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh)
+        case _:
+            _train(command, recipe(command.recipe))
+
+
+def _train(command: _Data, chosen: Recipe) -> None:
+    """Run one of the training programs with the options given."""
+    inputs = command.inputs()
+    match command:
+        case TokenizerCommand():
+            vocab = command.vocab_size if command.vocab_size is not None else chosen.text_vocab
+            train_tokenizer(dataclasses.replace(chosen, text_vocab=vocab), inputs, to_stderr)
+        case DVAECommand():
+            stage = dataclasses.replace(chosen.dvae, train=command.override(chosen.dvae.train))
+            with _world() as (world, report):
+                train_dvae(dataclasses.replace(chosen, dvae=stage), inputs, world, report, init=command.init)
+        case TransformerCommand():
+            transformer = dataclasses.replace(chosen.transformer, train=command.override(chosen.transformer.train))
+            if command.null_caption_probability is not None:
+                transformer = dataclasses.replace(
+                    transformer, null_caption_probability=command.null_caption_probability
+                )
+            with _world() as (world, report):
+                changed = dataclasses.replace(chosen, transformer=transformer)
+                train_transformer(changed, inputs, world, report, tokenizer=command.tokenizer, dvae=command.dvae)
+        case CLIPCommand():
+            clip = dataclasses.replace(chosen.clip, train=command.override(chosen.clip.train))
+            with _world() as (world, report):
+                train_clip(dataclasses.replace(chosen, clip=clip), inputs, world, report)
+        case AllCommand():
+            with _world() as (world, report):
+                train_all(chosen, inputs, world, report)
+
+
+def _make_shards(command: ShardsCommand) -> None:
+    keep = ShardFilter(min_caption_chars=command.min_caption_chars, max_aspect_ratio=command.max_aspect_ratio)
+    progress: Progress | None = None
+
+    def show(done: int, total: int) -> None:
+        nonlocal progress
+        progress = progress or Progress(total, "pictures")
+        progress.update(done)
+
+    report = make_shards(
+        command.source,
+        command.out,
+        images=command.images,
+        samples_per_shard=command.samples_per_shard,
+        keep=keep,
+        overwrite=command.overwrite,
+        progress=show,
+    )
+    print(report.table())
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `dalle-train`; returns the exit code."""
+    description = "Train every part of a bundle: tokenizer, dVAE, transformer and CLIP."
+    return run_program(Command, _run, argv, prog="dalle-train", description=description)

@@ -1,0 +1,113 @@
+"""Training the reranker: CLIP on pictures and captions, the whole batch across ranks as negatives (Radford et al. 2021, 2.3)."""
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+import torch.distributed.nn
+from PIL import Image
+from torch import Tensor, nn
+
+from dvae.images import open_image, resize_and_crop, square_crop, to_tensor
+from rerank.model import CLIP, contrastive_loss
+from training.data import Sample
+from training.fit import Tensors
+from training.recipes import CLIPRecipe
+
+
+class CLIPObjective(nn.Module):
+    """The contrastive loss as a module, so that the engine sees one forward pass."""
+
+    def __init__(self, model: CLIP) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensors]:
+        """Return the symmetric loss over the batches of all ranks, and how often the right caption is the nearest.
+
+        Args:
+            images: (B,3,H,W) float32 in [0, 1].
+            text: (B,L) int64 ids.
+        """
+        image_features, text_features, logit_scale = self.model(images, text)
+        image_features, text_features = _gather(image_features), _gather(text_features)
+        loss = contrastive_loss(image_features, text_features, logit_scale)
+        with torch.no_grad():
+            nearest = (image_features @ text_features.T).argmax(dim=1)
+            accuracy = (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()
+        return loss, {"accuracy": accuracy, "logit_scale": logit_scale.detach()}
+
+
+def _gather(features: Tensor) -> Tensor:
+    """Return the features of all ranks, (B·ranks, E), with a gradient.
+
+    Every rank computes the same loss of the same features; the backward pass sums the ranks' gradients and the engine averages them, which
+    together is the gradient of that one loss.
+    """
+    if not torch.is_grad_enabled() or dist.get_world_size() == 1:
+        return features
+    return torch.cat(torch.distributed.nn.functional.all_gather(features))  # type: ignore[no-untyped-call]
+
+
+class CLIPStage:
+    """What `fit` needs to know to train CLIP.
+
+    Args:
+        recipe: the stage's recipe.
+        model: with its tokenizer.
+        directory: where CLIP is exported.
+        metadata: written beside the configuration.
+    """
+
+    name = "clip"
+    unit = "images"
+    units_per_sample = 1
+
+    def __init__(self, recipe: CLIPRecipe, model: CLIP, directory: Path, metadata: Mapping[str, Any]) -> None:
+        self.recipe, self.directory, self.metadata = recipe, directory, metadata
+        self.objective = CLIPObjective(model)
+        self._config, self._tokenizer = model.config, model.tokenizer
+
+    def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
+        """Return a random square crop and one of the captions."""
+        image = square_crop(open_image(sample.image_bytes, sample.source), self._config.image_size, rng)
+        return self._tensors(image, sample.captions[rng.integers(len(sample.captions))])
+
+    def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
+        """Return the centre crop and the first caption."""
+        return self._tensors(
+            resize_and_crop(open_image(sample.image_bytes, sample.source), self._config.image_size), sample.captions[0]
+        )
+
+    def _tensors(self, image: Image.Image, caption: str) -> Tensors:
+        return {"images": to_tensor(image), "text": self._tokenizer.tokenize([caption], self._config.context_length)[0]}
+
+    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        """Return the batch as it is."""
+        return {"images": tensors["images"], "text": tensors["text"]}
+
+    def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
+        """Return None: CLIP draws nothing."""
+        return None
+
+    def export(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Write CLIP's directory."""
+        model = CLIP(self._config, self._tokenizer)
+        model.load_state_dict({name: weight.detach().cpu() for name, weight in weights.items()}, strict=True)
+        model.save(self.directory, metadata={**self.metadata, "step": step})
+
+
+def check_negatives(accumulation: int) -> None:
+    """Refuse gradient accumulation, which would silently shrink the set of negatives.
+
+    Raises:
+        ValueError: the batch is split into several micro-batches.
+    """
+    if accumulation > 1:
+        raise ValueError(
+            f"CLIP's negatives are the whole batch, but it would be split into {accumulation} micro-batches per rank: lower --global-batch, "
+            "raise --micro-batch, or use more ranks"
+        )

@@ -1,0 +1,109 @@
+"""What a training run is told: optimizer, schedule, batch, precision, and how often to log, validate, sample and save.
+
+One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one for each, and the command line replaces single fields.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Literal
+
+from training.schedules import Schedule, WarmupPlateau
+
+Precision = Literal["fp32", "autocast", "bf16"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """AdamW. The defaults are the transformer's of the paper (B.2)."""
+
+    betas: tuple[float, float] = (0.9, 0.96)
+    """Decay of the running mean and variance."""
+    eps: float = 1e-8
+    """Added to the square root of the variance."""
+    weight_decay: float = 4.5e-2
+    """Decoupled weight decay. Matrices and convolutions only: gains, biases and embeddings are exempt."""
+    gradient_clipping: float = 4.0
+    """Largest global gradient norm; 0 for none."""
+
+    def __post_init__(self) -> None:
+        if not all(0 <= beta < 1 for beta in self.betas):
+            raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if self.gradient_clipping < 0 or self.weight_decay < 0:
+            raise ValueError("gradient_clipping and weight_decay must be at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """One stage's training run."""
+
+    steps: int
+    """Number of optimizer steps."""
+    global_batch: int
+    """Samples per optimizer step, over all ranks and accumulation steps."""
+    micro_batch: int | None = None
+    """Samples per rank and forward pass; None for global_batch ÷ ranks. Accumulation is derived."""
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    """AdamW's settings."""
+    learning_rate: Schedule = field(default_factory=WarmupPlateau)
+    """Schedule of the step size."""
+    ema_decay: float = 0.99
+    """Decay of the averaged weights that are exported."""
+    ema_every: int = 25
+    """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
+    precision: Precision = "fp32"
+    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32 masters (ZeRO ≥ 1)."""
+    zero_stage: int = 0
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    activation_checkpointing: bool = False
+    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    seed: int = 0
+    """Of the weights, the sample order, the augmentation and the noise."""
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    validate_every: int = 0
+    """Steps between two validations; 0 for the end only."""
+    sample_every: int = 0
+    """Steps between two sample pictures; 0 for the end only."""
+    checkpoint_every: int = 500
+    """Steps between two checkpoints; the last step and an interruption save one too."""
+    keep_last: int = 2
+    """Checkpoints that are kept."""
+    workers: int = 1
+    """Processes that read and augment, per rank."""
+    max_bad_fraction: float = 0.01
+    """Training stops when more than this fraction of the samples read is unusable."""
+    deepspeed_config: Path | None = None
+    """A DeepSpeed JSON of the user's, merged over what is derived here."""
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
+            raise ValueError(
+                f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"
+            )
+        if self.zero_stage not in range(4):
+            raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.precision == "bf16" and self.zero_stage == 0:
+            raise ValueError(
+                "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a wrong Adam step"
+            )
+        if not 0 <= self.ema_decay < 1:
+            raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+
+    def batch_of(self, world_size: int) -> tuple[int, int]:
+        """Return (micro_batch, accumulation) for a number of ranks.
+
+        Raises:
+            ValueError: the global batch cannot be divided so.
+        """
+        micro = self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
+        if micro < 1 or self.global_batch % (micro * world_size):
+            raise ValueError(
+                f"global batch {self.global_batch} is not a multiple of micro batch {micro} × {world_size} ranks: "
+                "change --global-batch or --micro-batch"
+            )
+        return micro, self.global_batch // (micro * world_size)

@@ -1,0 +1,208 @@
+"""The demonstration: the whole system trained on the built-in world, then sampled, reranked and checked, in minutes on a laptop.
+
+Every part goes through the code of the large runs: shards, tokenizer, dVAE, CLIP, transformer, pipeline. What is special is only that the
+pictures are drawn (`training/shapes.py`), so that a checker can say whether a sample is right, also for combinations never trained.
+"""
+
+import dataclasses
+import io
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from PIL import Image
+
+from dalle.gallery import contact_sheet
+from dalle.pipeline import Pipeline
+from dalle.progress import duration
+from dvae.images import to_image
+from rerank import score
+from training.data import ShardData, expand_shards
+from training.engine import World
+from training.evaluate import evaluate
+from training.metrics import Report
+from training.programs import Inputs, train_clip, train_dvae, train_tokenizer, train_transformer
+from training.recipes import Recipe
+from training.shape_checker import check
+from training.shapes import Split, caption, random_scene, world
+from training.shards import write_shards
+
+N_TRAIN, N_VALIDATION = 16_000, 256
+CANDIDATES = 16
+CAPTIONS_PER_SPLIT = 64
+SPLITS: dict[Split, str] = {
+    "trained": "trained combinations",
+    "pair": "held out: colour and shape never seen together",
+    "relation": "held out: two things never seen in this relation",
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """How many samples the checker accepts, for captions of one kind; fractions."""
+
+    split: str
+    captions: int
+    best_of_1: float
+    """A sample taken without reranking: the mean over all candidates."""
+    best_of_16: float
+    """The candidate that CLIP puts first."""
+    any_of_16: float
+    """At least one candidate: what a perfect reranker would reach."""
+
+
+class _Parts:
+    """Says which part of the demonstration is under way and about how long the rest will take."""
+
+    # Seconds on two cores of a server of 2024: only their proportions matter.
+    SECONDS = {"world": 40, "tokenizer": 5, "dvae": 210, "clip": 170, "transformer": 420, "samples": 60}  # noqa: RUF012
+
+    def __init__(self, report: Report) -> None:
+        self._report, self._started_at = report, time.perf_counter()
+        self._measured: dict[str, float] = {}
+        self._current: tuple[str, float] | None = None
+
+    def begin(self, part: str, what: str) -> None:
+        now = time.perf_counter()
+        if self._current is not None:
+            self._measured[self._current[0]] = now - self._current[1]
+        self._current = (part, now)
+        names = list(self.SECONDS)
+        left = sum(self.SECONDS[name] for name in names[names.index(part) :])
+        number = names.index(part) + 1
+        speed = self._speed()
+        self._report(
+            f"\n[{number}/{len(names)}] {what} (about {duration(left * speed)} left in all, {duration(now - self._started_at)} so far)"
+        )
+
+    def _speed(self) -> float:
+        """Return how much slower than the table this machine is, from the parts that were really done; reused ones take no time."""
+        done = [name for name, seconds in self._measured.items() if seconds > 0.2 * self.SECONDS[name]]
+        planned = sum(self.SECONDS[name] for name in done)
+        return sum(self._measured[name] for name in done) / planned if planned else 1.0
+
+    def elapsed_s(self) -> float:
+        return time.perf_counter() - self._started_at
+
+
+def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: bool = False) -> None:
+    """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there already is reused."""
+    parts = _Parts(report)
+    size = recipe.dvae.model.image_size
+    parts.begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
+    train, validation = _world_shards(out / "world", size, fresh=fresh, report=report)
+    inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
+    parts.begin("tokenizer", "training the tokenizer")
+    if fresh or not (out / "tokenizer.json").is_file():
+        train_tokenizer(recipe, inputs, report)
+    parts.begin("dvae", "training the dVAE: pictures to tokens and back")
+    train_dvae(recipe, inputs, place, report)
+    parts.begin("clip", "training CLIP, which will rank the samples")
+    train_clip(recipe, inputs, place, report)
+    parts.begin("transformer", "training the transformer on captions and image tokens")
+    train_transformer(recipe, inputs, place, report)
+    parts.begin("samples", "sampling, reranking and checking")
+    _finish(out, validation, report)
+    report(f"\nthe demonstration took {duration(parts.elapsed_s())} (this time; finished parts are reused)")
+
+
+def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
+    """Draw the world into shards, unless they are there."""
+    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 1}
+    note = folder / "world.json"
+    if not fresh and note.is_file() and json.loads(note.read_text()) == made_of:
+        report(f"the world is in {folder}")
+        return folder / "train", folder / "validation"
+    for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
+        write_shards(_drawings(count, seed, size, report), folder / name, "world", 4_000, overwrite=True)
+    note.write_text(json.dumps(made_of))
+    report(f"drew the world into {folder}")
+    return folder / "train", folder / "validation"
+
+
+def _drawings(
+    count: int, seed: int, size: int, report: Report
+) -> Iterator[tuple[str, bytes, str, Sequence[str], dict[str, object]]]:
+    for number, drawing in enumerate(world(count, seed, size=size), 1):
+        buffer = io.BytesIO()
+        drawing.image.save(buffer, "png", compress_level=1)
+        yield drawing.key, buffer.getvalue(), "png", drawing.captions, {}
+        if number % 4_000 == 0:
+            report(f"drew {number:,}/{count:,}")
+
+
+def _finish(out: Path, validation: Path, report: Report) -> None:
+    """Measure the bundle, check its samples, and write the sheet and the tables."""
+    pipe = Pipeline.load(out)
+    evaluation = evaluate(pipe, ShardData.open(expand_shards([validation]), captions=True))
+    scores, sections = [], []
+    for split, meaning in SPLITS.items():
+        result, examples = check_samples(pipe, split, CAPTIONS_PER_SPLIT, report)
+        scores.append(result)
+        sections.extend([(f"{meaning}: {caption}", images, labels) for caption, images, labels in examples])
+    contact_sheet(sections, title="best 4 of 16 by CLIP; ✓ right, ✗ wrong by the checker").save(out / "sheet.png")
+    table = table_of(scores)
+    (out / "table.txt").write_text(table + "\n\n" + evaluation.table() + "\n")
+    summary = {"samples": [dataclasses.asdict(entry) for entry in scores], "evaluation": dataclasses.asdict(evaluation)}
+    (out / "table.json").write_text(json.dumps(summary, indent=2))
+    report(f"\n{table}\n\nmeasured on {evaluation.samples} pictures not trained on:\n{evaluation.table()}\n")
+    report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ntable:  {out / 'table.txt'}")
+
+
+Example = tuple[str, list[Image.Image], list[str]]
+"""A caption, its best pictures, and their labels."""
+
+
+def check_samples(pipe: Pipeline, split: Split, n_captions: int, report: Report) -> tuple[Score, list[Example]]:
+    """Sample captions of one kind, rerank, and let the checker decide.
+
+    Returns:
+        The score, and three examples: caption, the four best pictures, their labels.
+    """
+    rng = np.random.default_rng(np.random.SeedSequence((7, list(SPLITS).index(split))))
+    captions: dict[str, None] = {}
+    while len(captions) < n_captions:
+        scene = random_scene(rng, split=split)
+        captions.setdefault(caption(scene, rng))
+    rights: list[list[bool]] = []
+    firsts: list[bool] = []
+    examples: list[Example] = []
+    grid = pipe.dvae.config.grid
+    for start in range(0, n_captions, 16):
+        group = list(captions)[start : start + 16]
+        tokens = pipe.sample_tokens(group, n=CANDIDATES, seed=0)
+        for told, candidates in zip(group, tokens, strict=True):
+            with torch.no_grad():
+                images = pipe.dvae.decode(candidates.unflatten(1, (grid, grid)))
+            ranking = score(pipe.clip, [told], images)[0].argsort(descending=True).tolist()
+            pictures = [to_image(image) for image in images]
+            right = [check(picture, told).right for picture in pictures]
+            rights.append(right)
+            firsts.append(right[ranking[0]])
+            if len(examples) < 3:
+                best = ranking[:4]
+                examples.append((told, [pictures[k] for k in best], ["✓" if right[k] else "✗" for k in best]))
+        report(f"{SPLITS[split]}: checked {min(start + 16, n_captions)}/{n_captions} captions")
+    matrix = np.asarray(rights)
+    result = Score(
+        split=SPLITS[split],
+        captions=n_captions,
+        best_of_1=float(matrix.mean()),
+        best_of_16=float(np.mean(firsts)),
+        any_of_16=float(matrix.any(axis=1).mean()),
+    )
+    return result, examples
+
+
+def table_of(scores: Sequence[Score]) -> str:
+    """Return the scores as an aligned table."""
+    lines = [f"{'right by the checker':<52} {'captions':>8} {'best of 1':>10} {'best of 16':>11} {'any of 16':>10}"]
+    for entry in scores:
+        lines.append(
+            f"{entry.split:<52} {entry.captions:>8} {entry.best_of_1:>10.1%} {entry.best_of_16:>11.1%} {entry.any_of_16:>10.1%}"
+        )
+    return "\n".join(lines)

@@ -1,0 +1,39 @@
+"""Averaged weights: the exponential moving average that is exported (Ramesh et al. 2021, A.2: every update; B.2: every 25)."""
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+
+class EMA:
+    """An exponential moving average of named tensors, in float32.
+
+    Args:
+        weights: the tensors to start from; they are copied.
+        decay: weight of the old average in one update, in [0, 1).
+    """
+
+    def __init__(self, weights: Mapping[str, Tensor], decay: float) -> None:
+        self.decay = decay
+        self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
+
+    @torch.no_grad()
+    def update(self, weights: Mapping[str, Tensor]) -> None:
+        """Move the average a step of 1 − decay towards `weights`."""
+        names = list(self.average)
+        current = [weights[name].detach().float() for name in names]
+        torch._foreach_lerp_([self.average[name] for name in names], current, 1.0 - self.decay)
+
+    def load(self, average: Mapping[str, Tensor]) -> None:
+        """Take over a saved average.
+
+        Raises:
+            ValueError: the names or shapes are not this model's.
+        """
+        if {n: t.shape for n, t in average.items()} != {n: t.shape for n, t in self.average.items()}:
+            raise ValueError(
+                "the averaged weights of the checkpoint are of another model: resume with the recipe it was made with"
+            )
+        for name, tensor in average.items():
+            self.average[name].copy_(tensor)

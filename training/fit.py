@@ -1,0 +1,416 @@
+"""The one training loop: every neural stage goes through `fit`.
+
+A stage says what is trained and how a batch becomes the objective's arguments; `fit` does the rest: the engine, the order of the
+data, the schedules, metrics, sample pictures, checkpoints, interruption and resume, and the export of the averaged weights.
+
+A run's directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/.
+"""
+
+import dataclasses
+import json
+import logging
+import platform
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from types import FrameType
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from dalle.progress import duration
+from training.config import TrainConfig
+from training.data import Batch, Sample, ShardData, batches, validation_batches
+from training.engine import Engine, World, agree, latest_tag, mean_over_ranks, read_checkpoint
+from training.metrics import MetricLog, Report
+from training.schedules import LearningRate
+
+logger = logging.getLogger(__name__)
+
+Tensors = dict[str, Tensor]
+
+
+class Stage(Protocol):
+    """What a neural stage tells `fit`."""
+
+    name: str
+    """dvae, transformer or clip."""
+    objective: nn.Module
+    """`objective.model` is trained; `objective(**prepare(...))` returns (loss, metrics of 0-d tensors)."""
+    unit: str
+    """What throughput counts: images or tokens."""
+    units_per_sample: int
+    """How many of them a sample has."""
+    directory: Path
+    """The directory for use that `export` writes."""
+
+    def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
+        """Return a training sample's tensors, augmented by `rng`; runs in the loader's processes."""
+
+    def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
+        """Return a validation sample's tensors, without augmentation."""
+
+    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        """Return the objective's keyword arguments for a batch on the device.
+
+        `noise_seed` is the micro-batch's own; with `measure`, the objective returns its costly metrics too.
+        """
+
+    def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
+        """Return a picture that shows how far these weights are, or None if there is nothing to show."""
+
+    def export(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Write the directory for use."""
+
+
+class Interrupted(Exception):
+    """Training was asked to stop; the checkpoint is saved and the same command goes on from it."""
+
+
+class _StopSignals:
+    """While it lasts, SIGINT and SIGTERM only raise a flag, so that the step under way ends and a checkpoint is saved."""
+
+    def __init__(self) -> None:
+        self.raised = False
+
+    def __enter__(self) -> "_StopSignals":
+        self._handlers = {number: signal.signal(number, self._raise_flag) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._handlers.items():
+            signal.signal(number, handler)
+
+    def _raise_flag(self, number: int, _frame: FrameType | None) -> None:
+        if self.raised and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self.raised = True
+
+
+class _Means:
+    """Running means of metrics that are not all there at every step; nothing is read from the device before `take`."""
+
+    def __init__(self) -> None:
+        self._sums: Tensors = {}
+        self._counts: dict[str, int] = {}
+
+    def add(self, metrics: Mapping[str, Tensor]) -> None:
+        for name, value in metrics.items():
+            value = value.detach().float()
+            self._sums[name] = self._sums[name] + value if name in self._sums else value
+            self._counts[name] = self._counts.get(name, 0) + 1
+
+    def take(self, world: World) -> dict[str, float]:
+        """Return the means over steps and ranks, and start anew. Collective: every rank must have added the same names."""
+        names = sorted(self._sums)
+        if not names:
+            return {}
+        means = torch.stack([self._sums[name].to(world.device) / self._counts[name] for name in names])
+        values = mean_over_ranks(means, world).tolist()
+        self._sums, self._counts = {}, {}
+        return dict(zip(names, values, strict=True))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunPlan:
+    """Where a run reads and writes, and what is written down about it."""
+
+    directory: Path
+    """The run's directory."""
+    description: dict[str, Any]
+    """What identifies the run in config.json: stage, recipe, model. A resumed run must agree."""
+    fresh: bool = False
+    """Start anew although there is a checkpoint."""
+
+
+def fit(
+    stage: Stage,
+    config: TrainConfig,
+    world: World,
+    train: ShardData,
+    validation: ShardData | None,
+    plan: RunPlan,
+    report: Report,
+) -> None:
+    """Train a stage, from its newest checkpoint if there is one, and export the averaged weights to `stage.directory`.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; everything is saved.
+        ValueError: the run in `plan.directory` is another one, or too many samples are unusable.
+        OSError: something could not be written.
+    """
+    checkpoints = plan.directory / "checkpoints"
+    _claim(plan, config, world)
+    if not plan.fresh and _is_finished(checkpoints, config):
+        report(
+            f"{stage.name}: the {config.steps} steps in {plan.directory} are done (--fresh trains anew, --steps trains longer)"
+        )
+        if (stage.directory / "config.json").is_file():
+            return
+    engine = Engine(stage.objective, config, world)
+    rate = LearningRate(config.learning_rate)
+    start = 0
+    if not plan.fresh and latest_tag(checkpoints) is not None:
+        state = engine.load(checkpoints)
+        start = int(state["step"])
+        rate.restore(state["learning_rate"])
+        report(f"{stage.name}: going on from step {start} of {config.steps}")
+    log = MetricLog(plan.directory, start) if world.is_first else None
+    loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report)
+    try:
+        with _StopSignals() as stop:
+            loop.run(train, start, stop)
+        loop.finish()
+    finally:
+        if log is not None:
+            log.close()
+
+
+class _Loop:
+    """One run of the training loop: what its parts share."""
+
+    def __init__(
+        self,
+        stage: Stage,
+        config: TrainConfig,
+        world: World,
+        engine: Engine,
+        rate: LearningRate,
+        plan: RunPlan,
+        validation: ShardData | None,
+        log: MetricLog | None,
+        report: Report,
+    ) -> None:
+        self.stage, self.config, self.world, self.engine, self.rate = stage, config, world, engine, rate
+        self.plan, self.validation, self.log, self.report = plan, validation, log, report
+        self.n_bad = 0
+        self.has_warned_of_cut = False
+
+    def run(self, data: ShardData, start: int, stop: _StopSignals) -> None:
+        """Take the steps from `start` to the end."""
+        config, engine = self.config, self.engine
+        stream = batches(
+            data,
+            self.stage.transform,
+            seed=config.seed,
+            micro_batch=engine.micro_batch,
+            accumulation=engine.accumulation,
+            rank=self.world.rank,
+            world_size=self.world.size,
+            start_step=start,
+            max_steps=config.steps,
+            workers=config.workers,
+            max_bad_fraction=config.max_bad_fraction,
+        )
+        engine.train()
+        means, timer = _Means(), _Timer(start, config.steps)
+        for step in range(start, config.steps):
+            done = step + 1
+            measure = done % config.log_every == 0 or done == config.steps
+            learning_rate = self.rate.at(step)
+            metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
+            means.add(metrics)
+            if self.rate.follows_loss:
+                self.rate.observe(step, mean_over_ranks(metrics["loss"].float(), self.world).item())
+            if measure:
+                self._log_training(done, means.take(self.world), learning_rate, timer)
+            if agree(stop.raised, self.world):
+                self._save(done)
+                raise Interrupted(
+                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: the same command goes on from there"
+                )
+            self._once_in_a_while(done)
+            timer.unit_done(done)
+
+    def finish(self) -> None:
+        """Validate, show and export the end of the run."""
+        steps = self.config.steps
+        if latest_tag(self.plan.directory / "checkpoints") != f"step{steps:08d}":
+            self._save(steps)
+        self._validate(steps)
+        self._sample(steps)
+        self._export(steps)
+
+    def _micro_batches(
+        self, stream: Iterator[Batch], step: int, timer: "_Timer", *, measure: bool
+    ) -> Iterator[dict[str, Any]]:
+        for micro in range(self.engine.accumulation):
+            waited_from = time.perf_counter()
+            batch = next(stream)
+            timer.waited_s += time.perf_counter() - waited_from
+            self.n_bad += batch.n_bad
+            tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
+            position = (step * self.engine.accumulation + micro) * self.world.size + self.world.rank
+            noise_seed = int(np.random.SeedSequence((self.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
+            yield self.stage.prepare(tensors, step, noise_seed, measure=measure)
+
+    def _once_in_a_while(self, done: int) -> None:
+        config = self.config
+        if done == config.steps:
+            return
+        if done % config.checkpoint_every == 0:
+            self._save(done)
+            self._export(done)
+        if config.validate_every and done % config.validate_every == 0:
+            self._validate(done)
+        if config.sample_every and done % config.sample_every == 0:
+            self._sample(done)
+
+    def _log_training(self, done: int, values: dict[str, float], learning_rate: float, timer: "_Timer") -> None:
+        interval_s, wait = timer.lap()
+        samples = timer.steps_in_lap(done) * self.config.global_batch
+        values |= {
+            "learning_rate": learning_rate,
+            f"{self.stage.unit}_per_s": samples * self.stage.units_per_sample / interval_s,
+            "data_wait": wait,
+            "bad_samples": float(self.n_bad),
+        }
+        if self.log is None:
+            return
+        self.log.write(done, "train", values)
+        if values.get("captions_cut") and not self.has_warned_of_cut:
+            self.has_warned_of_cut = True
+            logger.warning(
+                "%.1f%% of the captions since the last line were cut to the text part of the stream; metrics.jsonl counts them as captions_cut",
+                100 * values["captions_cut"],
+            )
+        shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
+        rate = values[f"{self.stage.unit}_per_s"]
+        self.report(
+            f"{self.stage.name} {done}/{self.config.steps}  {shown}  {rate:,.0f} {self.stage.unit}/s  {duration(timer.left_s(done))} left"
+        )
+
+    def _validate(self, done: int) -> None:
+        """Measure the objective on the validation samples, the same ones every time; every rank measures them all."""
+        if self.validation is None:
+            return
+        self.engine.model.eval()
+        means = _Means()
+        stream = validation_batches(
+            self.validation,
+            self.stage.transform_for_validation,
+            self.engine.micro_batch,
+            max_bad_fraction=self.config.max_bad_fraction,
+        )
+        for index, batch in enumerate(stream):
+            tensors = {name: tensor.to(self.world.device) for name, tensor in batch.tensors.items()}
+            loss, metrics = self.engine.forward(self.stage.prepare(tensors, done, index, measure=True))
+            means.add({"loss": loss, **metrics})
+        self.engine.train()
+        values = means.take(self.world)
+        if self.log is not None:
+            self.log.write(done, "validation", values)
+            self.report(
+                f"{self.stage.name} {done}/{self.config.steps}  validation: "
+                + " ".join(f"{n} {v:.4g}" for n, v in values.items())
+            )
+
+    def _sample(self, done: int) -> None:
+        if self.world.is_first:
+            picture = self.stage.picture(self.engine.averaged_weights())
+            if picture is not None:
+                folder = self.plan.directory / "samples"
+                folder.mkdir(exist_ok=True)
+                picture.save(folder / f"step{done:08d}.png")
+
+    def _save(self, done: int) -> None:
+        state = {"step": done, "learning_rate": self.rate.state()}
+        self.engine.save(self.plan.directory / "checkpoints", done, state)
+
+    def _export(self, done: int) -> None:
+        if self.world.is_first:
+            self.stage.export(self.engine.averaged_weights(), done)
+        agree(False, self.world)  # the other ranks wait until the directory is there
+
+
+_SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")
+
+
+class _Timer:
+    """Times the loop: laps between two lines of metrics, and what is left."""
+
+    def __init__(self, start: int, steps: int) -> None:
+        self.steps = steps
+        self.waited_s = 0.0
+        self._lap_from, self._lap_step = time.perf_counter(), start
+        self._started_at, self._first_step = time.perf_counter(), start
+
+    def lap(self) -> tuple[float, float]:
+        """Return the seconds since the last lap, and the fraction of them spent waiting for data; start a new lap."""
+        now = time.perf_counter()
+        interval_s, waited_s = max(now - self._lap_from, 1e-9), self.waited_s
+        self._lap_from, self.waited_s = now, 0.0
+        return interval_s, waited_s / interval_s
+
+    def steps_in_lap(self, done: int) -> int:
+        """Return the number of steps since this was last asked."""
+        steps, self._lap_step = done - self._lap_step, done
+        return steps
+
+    def unit_done(self, done: int) -> None:
+        """Forget the first step, which pays for warming up, when estimating what is left."""
+        if done == self._first_step + 1:
+            self._started_at, self._first_step = time.perf_counter(), done
+
+    def left_s(self, done: int) -> float:
+        """Return the estimated seconds until the last step."""
+        taken = done - self._first_step
+        return (time.perf_counter() - self._started_at) / taken * (self.steps - done) if taken > 0 else 0.0
+
+
+def _is_finished(checkpoints: Path, config: TrainConfig) -> bool:
+    return latest_tag(checkpoints) is not None and int(read_checkpoint(checkpoints)["step"]) >= config.steps
+
+
+def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
+    """Write config.json, or check that the one that is there describes the same run.
+
+    Raises:
+        ValueError: the directory holds a run of another model or recipe.
+    """
+    path = plan.directory / "config.json"
+    described = json.loads(json.dumps(plan.description, default=str))
+    has_checkpoint = latest_tag(plan.directory / "checkpoints") is not None
+    if path.is_file() and has_checkpoint and not plan.fresh:
+        there = json.loads(path.read_text()).get("run", {})
+        different = sorted(key for key in described.keys() | there.keys() if described.get(key) != there.get(key))
+        if different:
+            raise ValueError(
+                f"{plan.directory} holds a run with another {' and '.join(different)}: give another --out, the same "
+                f"{' and '.join(different)}, or --fresh to train anew over it"
+            )
+    agree(False, world)  # every rank has read the files before the first one writes
+    if world.is_first:
+        _write_claim(plan, path, described, config, world)
+    agree(False, world)
+
+
+def _write_claim(plan: RunPlan, path: Path, described: dict[str, Any], config: TrainConfig, world: World) -> None:
+    plan.directory.mkdir(parents=True, exist_ok=True)
+    if plan.fresh:
+        shutil.rmtree(plan.directory / "checkpoints", ignore_errors=True)
+    record = {
+        "run": described,
+        "training": dataclasses.asdict(config),
+        "ranks": world.size,
+        "device": str(world.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "git": _git_commit(),
+    }
+    path.write_text(json.dumps(record, indent=2, default=str))
+
+
+def _git_commit() -> str | None:
+    """Return the commit this code is at, if it is run from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None

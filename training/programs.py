@@ -1,0 +1,173 @@
+"""The training programs: what each stage reads, what it trains, where it writes. Shared by `dalle-train` and the demonstration.
+
+All stages of a bundle share one directory: tokenizer.json, dvae/, dalle/ and clip/ for use, and `training/<stage>/` with the runs behind them.
+"""
+
+import dataclasses
+import logging
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from dalle.model import DALLE
+from dalle.tokenizer import Tokenizer
+from dvae import DVAE
+from dvae.directory import directory_hash
+from rerank.model import CLIP
+from rerank.tokenizer import CLIPTokenizer
+from training.clip import CLIPStage, check_negatives
+from training.data import ShardData, expand_shards
+from training.dvae import DVAEStage, scale_encoder_output
+from training.engine import World, agree
+from training.evaluate import evaluate_bundle
+from training.fit import RunPlan, fit
+from training.metrics import Report
+from training.recipes import Recipe
+from training.transformer import TransformerStage
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What every stage is given."""
+
+    data: Sequence[str | Path]
+    """Shards to train on: files, folders, globs or brace ranges."""
+    validation: Sequence[str | Path] = ()
+    """Shards to validate on."""
+    out: Path
+    """The bundle's directory."""
+    fresh: bool = False
+    """Start anew although there is a checkpoint."""
+    skip_damaged_shards: bool = False
+    """Use the whole samples of truncated shards instead of stopping."""
+
+    def open(self, *, captions: bool) -> tuple[ShardData, ShardData | None]:
+        """Return the training and the validation data.
+
+        Raises:
+            FileNotFoundError: there are no shards.
+            ValueError: a shard is damaged or has nothing usable in it.
+        """
+        train = self._open(self.data, captions=captions)
+        return train, self._open(self.validation, captions=captions) if self.validation else None
+
+    def _open(self, patterns: Sequence[str | Path], *, captions: bool) -> ShardData:
+        return ShardData.open(expand_shards(patterns), captions=captions, skip_damaged=self.skip_damaged_shards)
+
+    def run_directory(self, stage: str) -> Path:
+        """Return where a stage's run is kept."""
+        return self.out / "training" / stage
+
+
+def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
+    """Train the BPE on all captions of the shards; returns the file."""
+    path = inputs.out / "tokenizer.json"
+    data, _ = inputs.open(captions=True)
+    tokenizer = Tokenizer.train(_all_captions(data), vocab_size=recipe.text_vocab)
+    inputs.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    report(f"tokenizer: {tokenizer.vocab_size} entries from the captions of {len(data)} samples, saved as {path}")
+    return path
+
+
+def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, init: Path | None = None) -> Path:
+    """Train a dVAE, from scratch or from the directory `init`; returns its directory."""
+    stage_recipe = recipe.dvae
+    data, validation = inputs.open(captions=False)
+    torch.manual_seed(stage_recipe.train.seed)
+    if init is not None:
+        model = DVAE.load(init)
+    else:
+        model = DVAE(stage_recipe.model)
+        scale_encoder_output(model, stage_recipe.encoder_output_gain)
+    model.to(device=world.device, memory_format=torch.channels_last)
+    directory = inputs.out / "dvae"
+    stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
+    description = {
+        "stage": "dvae",
+        "recipe": recipe.name,
+        "model": dataclasses.asdict(model.config),
+        "init": str(init) if init else None,
+    }
+    plan = RunPlan(directory=inputs.run_directory("dvae"), description=description, fresh=inputs.fresh)
+    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    return directory
+
+
+def train_transformer(
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    report: Report,
+    *,
+    tokenizer: Path | None = None,
+    dvae: Path | None = None,
+) -> Path:
+    """Train the transformer on a tokenizer and a dVAE, the bundle's own unless others are named; returns its directory."""
+    stage_recipe = recipe.transformer
+    text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
+    dvae_directory = dvae or inputs.out / "dvae"
+    image_coder = DVAE.load(dvae_directory).to(device=world.device, memory_format=torch.channels_last)
+    data, validation = inputs.open(captions=True)
+    config = dataclasses.replace(
+        stage_recipe.model,
+        text_vocab=text_bpe.vocab_size,
+        image_vocab=image_coder.config.vocab_size,
+        grid=image_coder.config.grid,
+    )
+    torch.manual_seed(stage_recipe.train.seed)
+    model = DALLE(config).to(world.device)
+    model.activation_checkpointing = stage_recipe.train.activation_checkpointing
+    hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
+    metadata = {"recipe": recipe.name, "null_caption_probability": stage_recipe.null_caption_probability, **hashes}
+    shown = validation or data
+    captions = [shown.read(index).captions[0] for index in range(min(8, len(shown)))]
+    directory = inputs.out / "dalle"
+    stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
+    description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
+    plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
+    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    return directory
+
+
+def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> Path:
+    """Train CLIP, with a BPE of its own; returns its directory."""
+    stage_recipe = recipe.clip
+    check_negatives(stage_recipe.train.batch_of(world.size)[1])
+    data, validation = inputs.open(captions=True)
+    tokenizer = CLIPTokenizer.train(_all_captions(data), vocab_size=stage_recipe.model.vocab_size)
+    config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(stage_recipe.train.seed)
+    model = CLIP(config, tokenizer).to(world.device)
+    directory = inputs.out / "clip"
+    stage = CLIPStage(stage_recipe, model, directory, {"recipe": recipe.name})
+    description = {"stage": "clip", "recipe": recipe.name, "model": dataclasses.asdict(config)}
+    plan = RunPlan(directory=inputs.run_directory("clip"), description=description, fresh=inputs.fresh)
+    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    return directory
+
+
+def _all_captions(data: ShardData) -> Iterator[str]:
+    """Yield every caption; unreadable ones, which training will count as bad samples, are left out."""
+    for index in range(len(data)):
+        try:
+            yield from data.captions(index)
+        except (ValueError, OSError) as error:
+            logger.warning("a caption is left out of the vocabulary: %s", error)
+
+
+def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> None:
+    """Train everything, one part after the other, and evaluate the bundle on the validation data."""
+    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+        if world.is_first:
+            train_tokenizer(recipe, inputs, report)
+        agree(False, world)
+    train_dvae(recipe, inputs, world, report)
+    train_clip(recipe, inputs, world, report)
+    train_transformer(recipe, inputs, world, report)
+    if inputs.validation and world.is_first:
+        evaluate_bundle(inputs.out, inputs.open(captions=True)[1], report, device=str(world.device))
