@@ -59,13 +59,11 @@ class _Stage(_Data):
     micro_batch: int | None = None
     """Samples per rank and forward pass; gradient accumulation is derived."""
     precision: Precision | None = None
-    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights, float32 masters; ZeRO 1 to 3)."""
+    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights; needs ZeRO 1, 2 or 3)."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 0 to 3."""
     deepspeed_config: Path | None = None
     """Your own DeepSpeed JSON, merged over what is derived; batch sizes must agree."""
-    activation_checkpointing: bool | None = None
-    """Recompute activations in the backward pass: less memory, about a third more time."""
     seed: int | None = None
     """Of weights, sample order, augmentation and noise."""
     workers: int | None = None
@@ -83,8 +81,8 @@ class _Stage(_Data):
 
     def override(self, config: TrainConfig) -> TrainConfig:
         """Return the recipe's run with the options that were given."""
-        names = {field.name for field in dataclasses.fields(_Stage)} - {
-            field.name for field in dataclasses.fields(_Data)
+        names = {field.name for field in dataclasses.fields(self)} & {
+            field.name for field in dataclasses.fields(config)
         }
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         return dataclasses.replace(config, **given)
@@ -114,6 +112,8 @@ class TransformerCommand(_Stage):
     """tokenizer.json to use; OUT/tokenizer.json if not given."""
     dvae: Path | None = None
     """dVAE directory to use; OUT/dvae if not given."""
+    activation_checkpointing: bool | None = None
+    """Recompute activations in the backward pass: less memory, about a third more time."""
     null_caption_probability: float | None = None
     """Fraction of captions replaced by the empty one; guidance needs some, such as 0.1."""
 
@@ -154,7 +154,10 @@ class DemoCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardsCommand:
-    """Make WebDataset shards from a folder of pictures with .txt captions, a CSV/TSV/JSONL file, or COCO's annotation JSON."""
+    """Make WebDataset shards from pictures and captions.
+
+    The source is a folder of pictures with .txt captions beside them, a CSV, TSV or JSONL file, or the JSON of COCO.
+    """
 
     source: tyro.conf.Positional[Path]
     """Folder, table or annotation file."""
@@ -199,13 +202,19 @@ Command = (
 
 @contextmanager
 def _world() -> Iterator[tuple[World, Report]]:
-    """Join the ranks; inside, `report` prints on the first one alone. An interruption that saved everything is no error."""
+    """Join the ranks; inside, `report` prints on the first one alone.
+
+    An interruption that saved everything is no error.
+    """
     world = join_world()
     report: Report = to_stderr if world.is_first else (lambda _line: None)
     try:
         yield world, report
     except Interrupted as stopped:
         report(str(stopped))
+    except BaseException:
+        leave_world(after_error=True)
+        raise
     leave_world()
 
 
@@ -214,16 +223,12 @@ def _run(command: Command) -> None:
         case ShardsCommand():
             _make_shards(command)
         case PlanCommand():
-            print(
-                recipe_list()
-                if command.recipe is None
-                else plan(recipe(command.recipe), command.gpus, command.gpu_memory)
-            )
+            chosen = recipe(command.recipe) if command.recipe is not None else None
+            print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
-            evaluate_bundle(
-                command.bundle, data, to_stderr, n_captions=command.captions, device=str(resolve_device(command.device))
-            )
+            device = str(resolve_device(command.device))
+            evaluate_bundle(command.bundle, data, to_stderr, n_captions=command.captions, device=device)
         case DemoCommand():
             with _world() as (world, report):
                 run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh)
@@ -262,22 +267,16 @@ def _train(command: _Data, chosen: Recipe) -> None:
 
 def _make_shards(command: ShardsCommand) -> None:
     keep = ShardFilter(min_caption_chars=command.min_caption_chars, max_aspect_ratio=command.max_aspect_ratio)
-    progress: Progress | None = None
-
-    def show(done: int, total: int) -> None:
-        nonlocal progress
-        progress = progress or Progress(total, "pictures")
-        progress.update(done)
-
-    report = make_shards(
-        command.source,
-        command.out,
-        images=command.images,
-        samples_per_shard=command.samples_per_shard,
-        keep=keep,
-        overwrite=command.overwrite,
-        progress=show,
-    )
+    with Progress("pictures") as progress:
+        report = make_shards(
+            command.source,
+            command.out,
+            images=command.images,
+            samples_per_shard=command.samples_per_shard,
+            keep=keep,
+            overwrite=command.overwrite,
+            progress=progress.update,
+        )
     print(report.table())
 
 

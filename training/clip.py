@@ -1,4 +1,7 @@
-"""Training the reranker: CLIP on pictures and captions, the whole batch across ranks as negatives (Radford et al. 2021, 2.3)."""
+"""Training the reranker: CLIP on pictures and captions (Radford et al. 2021, 2.3).
+
+The negatives of a pair are all others of the global batch, across ranks.
+"""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +16,7 @@ from torch import Tensor, nn
 
 from dvae.images import open_image, resize_and_crop, square_crop, to_tensor
 from rerank.model import CLIP, contrastive_loss
+from rerank.tokenizer import CLIPTokenizer
 from training.data import Sample
 from training.fit import Tensors
 from training.recipes import CLIPRecipe
@@ -25,12 +29,15 @@ class CLIPObjective(nn.Module):
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor, text: Tensor) -> tuple[Tensor, Tensors]:
-        """Return the symmetric loss over the batches of all ranks, and how often the right caption is the nearest.
+    def forward(self, images: Tensor, text: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
+        """Return the symmetric loss over the batches of all ranks, and metrics.
+
+        The metrics are how often the right caption is the nearest, the logit scale, and the fraction of captions cut.
 
         Args:
             images: (B,3,H,W) float32 in [0, 1].
             text: (B,L) int64 ids.
+            n_cut: (B,) int64, 1 where the caption was longer than the text tower's context.
         """
         image_features, text_features, logit_scale = self.model(images, text)
         image_features, text_features = _gather(image_features), _gather(text_features)
@@ -38,14 +45,18 @@ class CLIPObjective(nn.Module):
         with torch.no_grad():
             nearest = (image_features @ text_features.T).argmax(dim=1)
             accuracy = (nearest == torch.arange(len(nearest), device=nearest.device)).float().mean()
-        return loss, {"accuracy": accuracy, "logit_scale": logit_scale.detach()}
+        return loss, {
+            "accuracy": accuracy,
+            "logit_scale": logit_scale.detach(),
+            "captions_cut": n_cut.float().mean(),
+        }
 
 
 def _gather(features: Tensor) -> Tensor:
     """Return the features of all ranks, (B·ranks, E), with a gradient.
 
-    Every rank computes the same loss of the same features; the backward pass sums the ranks' gradients and the engine averages them, which
-    together is the gradient of that one loss.
+    Every rank computes the same loss of the same features; the backward pass sums the ranks' gradients and the engine
+    averages them, which together is the gradient of that one loss.
     """
     if not torch.is_grad_enabled() or dist.get_world_size() == 1:
         return features
@@ -57,7 +68,8 @@ class CLIPStage:
 
     Args:
         recipe: the stage's recipe.
-        model: with its tokenizer.
+        model: CLIP.
+        tokenizer: the model's.
         directory: where CLIP is exported.
         metadata: written beside the configuration.
     """
@@ -66,10 +78,17 @@ class CLIPStage:
     unit = "images"
     units_per_sample = 1
 
-    def __init__(self, recipe: CLIPRecipe, model: CLIP, directory: Path, metadata: Mapping[str, Any]) -> None:
+    def __init__(
+        self,
+        recipe: CLIPRecipe,
+        model: CLIP,
+        tokenizer: CLIPTokenizer,
+        directory: Path,
+        metadata: Mapping[str, Any],
+    ) -> None:
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
         self.objective = CLIPObjective(model)
-        self._config, self._tokenizer = model.config, model.tokenizer
+        self._config, self._tokenizer = model.config, tokenizer
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return a random square crop and one of the captions."""
@@ -78,16 +97,16 @@ class CLIPStage:
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the centre crop and the first caption."""
-        return self._tensors(
-            resize_and_crop(open_image(sample.image_bytes, sample.source), self._config.image_size), sample.captions[0]
-        )
+        image = resize_and_crop(open_image(sample.image_bytes, sample.source), self._config.image_size)
+        return self._tensors(image, sample.captions[0])
 
     def _tensors(self, image: Image.Image, caption: str) -> Tensors:
-        return {"images": to_tensor(image), "text": self._tokenizer.tokenize([caption], self._config.context_length)[0]}
+        text, n_cut = self._tokenizer.tokenize_counting([caption], self._config.context_length)
+        return {"images": to_tensor(image), "text": text[0], "n_cut": torch.tensor(n_cut)}
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
         """Return the batch as it is."""
-        return {"images": tensors["images"], "text": tensors["text"]}
+        return dict(tensors)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: CLIP draws nothing."""
@@ -108,6 +127,6 @@ def check_negatives(accumulation: int) -> None:
     """
     if accumulation > 1:
         raise ValueError(
-            f"CLIP's negatives are the whole batch, but it would be split into {accumulation} micro-batches per rank: lower --global-batch, "
-            "raise --micro-batch, or use more ranks"
+            f"CLIP's negatives are the whole batch, but it would be split into {accumulation} micro-batches per rank: "
+            "lower --global-batch, raise --micro-batch, or use more ranks"
         )

@@ -1,6 +1,7 @@
 """What a training run is told: optimizer, schedule, batch, precision, and how often to log, validate, sample and save.
 
-One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one for each, and the command line replaces single fields.
+One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one for each, and the command line
+replaces single fields.
 """
 
 from dataclasses import dataclass, field
@@ -51,11 +52,12 @@ class TrainConfig:
     ema_every: int = 25
     """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
     precision: Precision = "fp32"
-    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32 masters (ZeRO ≥ 1)."""
+    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32
+    masters (ZeRO ≥ 1)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more time."""
+    """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
     seed: int = 0
     """Of the weights, the sample order, the augmentation and the noise."""
     log_every: int = 20
@@ -79,6 +81,9 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("seed", "validate_every", "sample_every", "workers"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"
@@ -87,7 +92,8 @@ class TrainConfig:
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
         if self.precision == "bf16" and self.zero_stage == 0:
             raise ValueError(
-                "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a wrong Adam step"
+                "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a "
+                "wrong Adam step"
             )
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")

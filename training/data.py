@@ -328,8 +328,6 @@ class Sample:
 class DataReport:
     """What was found in the shards, and what is not used."""
 
-    n_shards: int
-    """Shards in use."""
     n_samples: int
     """Samples in use."""
     n_without_image: int
@@ -438,7 +436,6 @@ class ShardData:
         names = ("n_without_image", "n_without_caption", "n_duplicates", "n_ignored_members")
         n_samples = sum(len(index.keys) for index in used)
         report = DataReport(
-            n_shards=len(used),
             n_samples=n_samples,
             damaged_shards=tuple(damaged),
             **{name: counts[name] for name in names},
@@ -711,8 +708,9 @@ def _positions(
 
 
 def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C, which a terminal sends to workers too, to the training process: it saves a checkpoint."""
+    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 def _deliver(reads: Iterator[_Read], bad_samples: _BadSamples) -> Iterator[Batch]:

@@ -1,4 +1,8 @@
-"""Averaged weights: the exponential moving average that is exported (Ramesh et al. 2021, A.2: every update; B.2: every 25)."""
+"""Averaged weights: the exponential moving average that is exported.
+
+It is updated after every optimizer step of the dVAE (Ramesh et al. 2021, A.2) and after every 25th of the transformer
+(B.2).
+"""
 
 from collections.abc import Mapping
 
@@ -22,7 +26,7 @@ class EMA:
     def update(self, weights: Mapping[str, Tensor]) -> None:
         """Move the average a step of 1 − decay towards `weights`."""
         names = list(self.average)
-        current = [weights[name].detach().float() for name in names]
+        current = [weights[name].detach().to(self.average[name]) for name in names]
         torch._foreach_lerp_([self.average[name] for name in names], current, 1.0 - self.decay)
 
     def load(self, average: Mapping[str, Tensor]) -> None:

@@ -1,15 +1,19 @@
-"""The one engine of all neural stages: DeepSpeed, on one CPU process as on many GPUs. The only file that imports deepspeed.
+"""The one engine of all neural stages: DeepSpeed, on one CPU process as on many GPUs.
+
+No other file imports deepspeed.
 
 In order: joining the process group, the DeepSpeed configuration, the engine (step, weights), and its checkpoints.
 DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
 """
 
+import hashlib
 import json
 import logging
 import os
+import pickle
 import shutil
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -18,6 +22,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +36,7 @@ Metrics = dict[str, Tensor]
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """This process's place among the ranks."""
+    """The place of a process among the ranks."""
 
     rank: int
     size: int
@@ -44,7 +49,7 @@ class World:
 
 
 def join_world() -> World:
-    """Join the process group a launcher (`deepspeed`, `torchrun`) describes in the environment, or make one of a single process.
+    """Join the process group that a launcher (`deepspeed`, `torchrun`) describes, or make one of a single process.
 
     A second call in the same process returns the group that is there.
     """
@@ -63,20 +68,27 @@ def join_world() -> World:
         if launched:
             dist.init_process_group(backend)
         else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
+            dist.init_process_group(backend, store=store, rank=0, world_size=1)
     if not use_cuda and "OMP_NUM_THREADS" not in os.environ:
-        # The deepspeed launcher leaves every rank a thread per core: ranks on one machine would slow each other tenfold.
+        # The deepspeed launcher leaves every rank a thread per core: on one machine they slow each other tenfold.
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         if n_local > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_local))
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
 
 
-def leave_world() -> None:
-    """Leave the process group; without it gloo aborts at interpreter exit."""
-    if dist.is_initialized():
+def leave_world(*, after_error: bool = False) -> None:
+    """Leave the process group; without it gloo aborts at interpreter exit.
+
+    Args:
+        after_error: do not wait for the other ranks, which may never come.
+    """
+    if not dist.is_initialized() or (after_error and dist.get_backend() != "gloo"):
+        return  # NCCL would wait for the work that is under way; the launcher ends the other ranks
+    if not after_error:
         dist.barrier()
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 def agree(flag: bool, world: World) -> bool:
@@ -88,6 +100,43 @@ def agree(flag: bool, world: World) -> bool:
     return bool(votes.item())
 
 
+def on_first_rank(action: Callable[[], object], world: World) -> None:
+    """Do something on the first rank while the others wait; where it fails, it fails on all of them.
+
+    Raises:
+        ValueError, OSError: what `action` raises; on the other ranks, an OSError that says so.
+    """
+    error: Exception | None = None
+    if world.is_first:
+        try:
+            action()
+        except (ValueError, OSError) as caught:
+            error = caught
+    if agree(error is not None, world):
+        raise error if error is not None else OSError("stopped, because the first rank failed: see its message")
+
+
+def require_same(values: Mapping[str, object], world: World) -> None:
+    """Check that all ranks were given the same, compared by its representation.
+
+    Raises:
+        ValueError: they were not; names what differs.
+    """
+    if world.size == 1:
+        return
+    digests = [hashlib.sha256(repr(value).encode()).digest()[:7] for value in values.values()]
+    low = torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=world.device)
+    high = low.clone()
+    dist.all_reduce(low, op=dist.ReduceOp.MIN)
+    dist.all_reduce(high, op=dist.ReduceOp.MAX)
+    different = [name for name, is_same in zip(values, (low == high).tolist(), strict=True) if not is_same]
+    if different:
+        raise ValueError(
+            f"the ranks differ in {' and '.join(different)}: start all of them with the same command, and let all "
+            "see the same files"
+        )
+
+
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     """Return the mean of a float tensor over all ranks."""
     if world.size == 1:
@@ -97,7 +146,7 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     return total / world.size
 
 
-# DeepSpeed's documented top-level options that make sense here; anything else is more likely a typing error than a wish.
+# DeepSpeed's documented top-level options that make sense here; anything else is likelier a typing error than a wish.
 _USER_KEYS = frozenset(
     [
         "train_batch_size",
@@ -122,17 +171,24 @@ _USER_KEYS = frozenset(
         "flops_profiler",
         "activation_checkpointing",
         "aio",
-        "checkpoint",
         "tensorboard",
         "csv_monitor",
         "wandb",
         "disable_allgather",
         "seq_parallel_communication_data_type",
-        "use_node_local_storage",
         "timers",
         "compile",
     ]
 )
+_DECIDED_KEYS = {
+    "optimizer": "the recipe",
+    "scheduler": "the recipe",
+    "checkpoint": "the training loop",
+    "use_node_local_storage": "the training loop",
+}
+"""Options of DeepSpeed that are not the user's, and who decides them."""
+_OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
+"""Options whose value is looked into here."""
 
 
 def read_user_config(path: Path) -> dict[str, Any]:
@@ -140,28 +196,36 @@ def read_user_config(path: Path) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not an object, or a key that is not an option of DeepSpeed, or one that the recipe decides.
+        ValueError: not JSON, not an object, a key that is not an option of DeepSpeed or that is not the user's to
+            decide, or one of another type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}: --deepspeed-config expects a JSON file")
     try:
         config = json.loads(path.read_text())
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(
-            f"{path} is not valid JSON ({error}): --deepspeed-config expects a DeepSpeed configuration"
-        ) from None
+        message = f"{path} is not valid JSON ({error}): --deepspeed-config expects a DeepSpeed configuration"
+        raise ValueError(message) from None
     if not isinstance(config, dict):
         raise ValueError(f"{path} holds a {type(config).__name__}: a DeepSpeed configuration is a JSON object")
     for key in config:
-        if key in ("optimizer", "scheduler"):
-            raise ValueError(
-                f"{path} sets {key!r}, which the recipe decides: remove it, and use the recipe's options instead"
-            )
+        if key in _DECIDED_KEYS:
+            raise ValueError(f"{path} sets {key!r}, which {_DECIDED_KEYS[key]} decides: remove it")
         if key not in _USER_KEYS:
             close = get_close_matches(key, _USER_KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{path} sets {key!r}, which is not an option of DeepSpeed here{hint}")
+    config = _without_auto(config)
+    for key in _OBJECT_KEYS:
+        if not isinstance(config.get(key, {}), dict):
+            raise ValueError(f"{path} sets {key} to {json.dumps(config[key])}: expected an object, as DeepSpeed does")
     return config
+
+
+def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
+    """Return the configuration without the values "auto", which leave a decision to the program, that is, to us."""
+    kept = {key: value for key, value in config.items() if value != "auto"}
+    return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
 
 def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,28 +265,34 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
     path = config.deepspeed_config
     user = read_user_config(path)
     for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if key in user and user[key] not in ("auto", derived[key]):
+        if user.get(key, derived[key]) != derived[key]:
             raise ValueError(
-                f"{path} sets {key} to {user[key]}, the run's is {derived[key]}: remove it there, and say the batch once, with "
-                "--global-batch and --micro-batch"
+                f"{path} sets {key} to {user[key]}, the run's is {derived[key]}: remove it there, and say the batch "
+                "once, with --global-batch and --micro-batch"
             )
-    merged = _merge(derived, {key: value for key, value in user.items() if value != "auto"})
-    half = any(isinstance(merged.get(key), dict) and merged[key].get("enabled") for key in ("bf16", "fp16"))
-    stage = merged["zero_optimization"].get("stage", 0) if isinstance(merged["zero_optimization"], dict) else None
-    if half and stage == 0:
+    merged = _merge(derived, user)
+    if _is_half(merged) and merged["zero_optimization"].get("stage", 0) == 0:
         raise ValueError(
-            f"{path} asks for half precision at ZeRO stage 0, where DeepSpeed takes a wrong Adam step: set zero_optimization.stage to 1 or more"
+            f"{path} asks for half precision at ZeRO stage 0, where DeepSpeed takes a wrong Adam step: set "
+            "zero_optimization.stage to 1 or more"
         )
     return merged
+
+
+def _is_half(config: Mapping[str, Any]) -> bool:
+    """Return whether a DeepSpeed configuration keeps the weights in half precision."""
+    return any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
 
 
 def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
     """Split the parameters for weight decay: matrices and convolutions decay; gains, biases and embeddings do not.
 
-    The paper does not say which parameters are exempt; it lists "gains, biases, embeddings, and unembeddings" as the special ones (D).
+    The paper does not say which parameters are exempt; it lists "gains, biases, embeddings, and unembeddings" as the
+    special ones (D).
     """
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decayed, exempt = [], []
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_exempt = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
         (exempt if is_exempt else decayed).append(parameter)
@@ -256,10 +326,8 @@ class Engine:
             fused=True,
         )
         self._engine = _initialize(objective, adamw, self.deepspeed_config, config.deepspeed_config)
-        zero = self.deepspeed_config["zero_optimization"]
-        self.stage: int = zero.get("stage", 0)
-        half = any(self.deepspeed_config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
-        self._must_gather = self.stage == 3 or half
+        self.stage: int = self.deepspeed_config["zero_optimization"].get("stage", 0)
+        self._must_gather = self.stage == 3 or _is_half(self.deepspeed_config)
         weights = self._gather()
         self._ema = EMA(weights, config.ema_decay) if world.is_first else None
 
@@ -276,7 +344,8 @@ class Engine:
         """Take optimizer step number `step` (from 0) on this rank's `accumulation` micro-batches.
 
         Returns:
-            The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm where DeepSpeed knows it.
+            The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm where
+            DeepSpeed knows it.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
@@ -298,7 +367,11 @@ class Engine:
         return means
 
     def _gather(self) -> dict[str, Tensor]:
-        """Return the model's weights in float32, whole: on the first rank, and elsewhere where that costs nothing. Collective."""
+        """Return the model's weights in float32, whole. Collective.
+
+        Where they must be gathered, only the first rank gets them, on the CPU, and so is their average: a GPU that
+        holds a part of them has no room for all.
+        """
         if not self._must_gather:
             return dict(self.model.named_parameters())
         from deepspeed.utils import safe_get_full_fp32_param
@@ -307,7 +380,7 @@ class Engine:
         for name, parameter in self.model.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
             if self.world.is_first:
-                gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape))
+                gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
         return gathered
 
     def averaged_weights(self) -> dict[str, Tensor]:
@@ -325,41 +398,36 @@ class Engine:
         Raises:
             OSError: it could not be written; the previous checkpoint stays good.
         """
-        tag = f"step{step:08d}"
-        meta = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
-        error: OSError | RuntimeError | None = None
-        directory.mkdir(parents=True, exist_ok=True)
-        try:
-            self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
-            if self._ema is not None:
-                save_file(
-                    {name: tensor.contiguous() for name, tensor in self._ema.average.items()},
-                    directory / tag / "ema.safetensors",
-                )
-                (directory / tag / "checkpoint.json").write_text(json.dumps(meta, indent=2))
-                _sync_files(directory / tag)
-        except (OSError, RuntimeError) as caught:  # torch's zip writer raises RuntimeError when the disk is full
-            error = caught
-        except Exception as caught:  # safetensors has an error class of its own
-            if type(caught).__name__ != "SafetensorError":
-                raise
-            error = RuntimeError(str(caught))
+        tag = checkpoint_tag(step)
+        error = self._write(directory, tag, {"step": step, "state": dict(state)})
         failed = agree(error is not None, self.world)
-        if self.world.is_first:
-            if failed:
-                shutil.rmtree(directory / tag, ignore_errors=True)
-            else:
-                _replace_text(directory / "latest", tag)
-                _rotate(directory, self.config.keep_last)
         if failed:
+            if self.world.is_first:
+                shutil.rmtree(directory / tag, ignore_errors=True)
             reason = str(error).splitlines()[0] if error else "another rank could not write its part"
             kept = latest_tag(directory)
             raise OSError(
                 f"could not save the checkpoint {directory / tag} ({reason}): free some space and start again; "
                 + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
             )
-        if self.world.size > 1:
-            dist.barrier()
+        on_first_rank(lambda: _publish(directory, tag, self.config.keep_last), self.world)
+
+    def _write(self, directory: Path, tag: str, meta: dict[str, Any]) -> Exception | None:
+        """Write this rank's files of a checkpoint; returns what went wrong, so that all ranks hear of it."""
+        errors: list[Exception] = []
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+            with _errors_kept(errors):
+                self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+            if self._ema is not None and not errors:
+                average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
+                save_file(average, directory / tag / "ema.safetensors")
+                meta |= {"ranks": self.world.size, "zero_stage": self.stage}
+                (directory / tag / "checkpoint.json").write_text(json.dumps(meta, indent=2))
+                _sync_files(directory / tag)
+        except (*_WRITE_ERRORS, SafetensorError) as error:
+            errors.append(error)
+        return errors[0] if errors else None
 
     def load(self, directory: Path) -> dict[str, Any]:
         """Resume from the newest checkpoint of `directory`; returns the state given to `save`.
@@ -371,30 +439,46 @@ class Engine:
         if tag is None:
             raise FileNotFoundError(f"no checkpoint in {directory}")
         meta = read_checkpoint(directory)
-        if meta["ranks"] != self.world.size and (meta["zero_stage"] > 0 or self.stage > 0):
-            raise ValueError(
-                f"{directory / tag} was saved by {meta['ranks']} ranks at ZeRO stage {meta['zero_stage']}, this run has {self.world.size}: "
-                f"start it with {meta['ranks']}"
-            )
-        if meta["zero_stage"] != self.stage:
-            raise ValueError(
-                f"{directory / tag} was saved at ZeRO stage {meta['zero_stage']}, this run is at {self.stage}: use --zero-stage {meta['zero_stage']}"
-            )
+        self._require_fitting(meta, directory / tag)
+        error: Exception | None = None
         try:
             with _tensors_only():
                 path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
-        except (RuntimeError, AssertionError, KeyError, EOFError, OSError) as error:
+            if path is None:
+                raise FileNotFoundError("files are missing")
+            if self._ema is not None:
+                self._ema.load(load_file(directory / tag / "ema.safetensors"))
+        except (*_READ_ERRORS, SafetensorError) as caught:
+            error = caught
+        if agree(error is not None, self.world):
+            reason = (str(error).splitlines() or [type(error).__name__])[0] if error else "by another rank"
             raise ValueError(
-                f"the checkpoint {directory / tag} cannot be loaded ({str(error).splitlines()[0]}): it is damaged, or of another model. "
+                f"the checkpoint {directory / tag} cannot be loaded ({reason}): it is damaged, or of another model. "
                 f"Name an earlier one in {directory / 'latest'}, or start afresh with --fresh"
             ) from error
-        if path is None:
-            raise ValueError(
-                f"the checkpoint {directory / tag} is incomplete: name an earlier one in {directory / 'latest'}, or use --fresh"
-            )
-        if self._ema is not None:
-            self._ema.load(load_file(directory / tag / "ema.safetensors"))
         return dict(meta["state"])
+
+    def _require_fitting(self, meta: Mapping[str, Any], checkpoint: Path) -> None:
+        """Raise ValueError unless a checkpoint was saved by as many ranks and at the same ZeRO stage.
+
+        Stage 0 is an exception: every rank has everything, and any number of them can go on.
+        """
+        ranks, stage = meta["ranks"], meta["zero_stage"]
+        if ranks != self.world.size and (stage > 0 or self.stage > 0):
+            raise ValueError(
+                f"{checkpoint} was saved by {ranks} ranks at ZeRO stage {stage}, this run has {self.world.size}: "
+                f"start it with {ranks}"
+            )
+        if stage != self.stage:
+            raise ValueError(
+                f"{checkpoint} was saved at ZeRO stage {stage}, this run is at {self.stage}: use --zero-stage {stage}"
+            )
+
+
+_WRITE_ERRORS = (OSError, RuntimeError)
+"""torch's zip writer raises RuntimeError when the disk is full."""
+_READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError)
+"""What torch and DeepSpeed raise for damaged, forged and foreign checkpoints."""
 
 
 def _initialize(
@@ -408,22 +492,69 @@ def _initialize(
 
     deepspeed_logger.setLevel(logging.ERROR)
     if deepspeed.get_accelerator().device_name() == "cpu":
-        # 0.19.8 would compile a shared-memory all-reduce here (27 s, and it hangs for ever on a stale lock); it only serves inference.
+        # 0.19.8 would compile a shared-memory all-reduce here, which takes 27 s, hangs for ever on a stale lock, and
+        # only serves inference.
         deepspeed.ops.__compatible_ops__ = {}
     try:
-        engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+        with _any_shape_broadcast():
+            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     except Exception as error:
         if user_path is None:
             raise
-        first_line = next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        raise ValueError(
-            f"DeepSpeed refuses {user_path}: {' '.join(str(error).split())[:300] or first_line}"
-        ) from error
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
     return engine
 
 
 @contextmanager
-def _tensors_only() -> Any:
+def _any_shape_broadcast() -> Iterator[None]:
+    """While it lasts, DeepSpeed gives all ranks the first one's weights whatever their shape and memory layout.
+
+    0.19.8 views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    def broadcast(engine: Any) -> None:
+        for parameter in engine.module.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+    def partition(init: Any, parameter: Any) -> None:  # of stage 3
+        init._convert_to_deepspeed_param(parameter)
+        parameter.data = parameter.data.contiguous()
+        dist.broadcast(parameter.data, src=0)
+        parameter.partition()
+
+    originals = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, partition
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = originals
+
+
+@contextmanager
+def _errors_kept(errors: list[Exception]) -> Iterator[None]:
+    """While it lasts, DeepSpeed's failing writes end up in `errors`, and no rank leaves the others in a barrier."""
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+
+    original = TorchCheckpointEngine.save
+
+    def save(*args: Any, **kwargs: Any) -> None:
+        try:
+            original(*args, **kwargs)
+        except _WRITE_ERRORS as error:
+            errors.append(error)
+
+    TorchCheckpointEngine.save = save
+    try:
+        yield
+    finally:
+        TorchCheckpointEngine.save = original
+
+
+@contextmanager
+def _tensors_only() -> Iterator[None]:
     """While it lasts, DeepSpeed reads checkpoints without executing anything in them (0.19.8 would unpickle freely)."""
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
@@ -440,6 +571,11 @@ def _tensors_only() -> Any:
             yield
     finally:
         TorchCheckpointEngine.load = original
+
+
+def checkpoint_tag(step: int) -> str:
+    """Return the name of the checkpoint of a step."""
+    return f"step{step:08d}"
 
 
 def latest_tag(directory: Path) -> str | None:
@@ -462,7 +598,8 @@ def read_checkpoint(directory: Path) -> dict[str, Any]:
         return cast(dict[str, Any], json.loads(path.read_text()))
     except (OSError, json.JSONDecodeError) as error:
         raise ValueError(
-            f"{path} is missing or damaged ({error}): name an earlier checkpoint in {directory / 'latest'}, or use --fresh"
+            f"{path} is missing or damaged ({error}): name an earlier checkpoint in {directory / 'latest'}, "
+            "or use --fresh"
         ) from None
 
 
@@ -472,16 +609,21 @@ def _sync_files(folder: Path) -> None:
             os.fsync(file.fileno())
 
 
-def _replace_text(path: Path, text: str) -> None:
+def replace_text(path: Path, text: str) -> None:
+    """Write a text file whole or not at all."""
     temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w") as file:
+    with temporary.open("w", encoding="utf-8") as file:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def _rotate(directory: Path, keep: int) -> None:
-    tags: Sequence[Path] = sorted(path for path in directory.glob("step*") if path.is_dir())
-    for old in tags[:-keep]:
-        shutil.rmtree(old, ignore_errors=True)
+def _publish(directory: Path, tag: str, keep: int) -> None:
+    """Let `latest` name a complete checkpoint; drop older ones, and what interrupted saves of later steps have left."""
+    replace_text(directory / "latest", tag)
+    tags = sorted(path for path in directory.glob("step*") if path.is_dir())
+    complete = [path for path in tags if path.name <= tag]
+    for path in tags:
+        if path not in complete[-keep:]:
+            shutil.rmtree(path, ignore_errors=True)

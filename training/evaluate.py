@@ -1,11 +1,15 @@
-"""Measuring a bundle on captioned pictures it was not trained on: reconstruction, token statistics, likelihood, retrieval, samples.
+"""Measuring a bundle on captioned pictures it was not trained on.
 
-The image loss is put beside the entropy of the evaluated tokens themselves: a model that only knew how frequent each token is could do no
-better than that, so the difference is what the transformer has learned about captions and neighbourhoods.
+Reconstruction, token statistics, likelihood, retrieval, samples. The image loss is put beside the entropy of the
+evaluated tokens themselves: a model that only knew how frequent each token is could do no better than that, so the
+difference is what the transformer has learned about captions and neighbourhoods.
+
+Legend: B batch  N pictures  C,H,W channels, height, width  Y,X grid of tokens  I = Y·X  T text positions  E features
 """
 
 import dataclasses
 import json
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,9 +24,12 @@ from dalle.loss import stream_loss
 from dalle.pipeline import Pipeline
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 from dvae.metrics import code_usage, psnr, ssim
-from rerank import CLIP, score
+from rerank import CLIP
+from rerank.score import embed_captions, embed_images
 from training.data import ShardData
 from training.metrics import Report
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -79,57 +86,87 @@ class Evaluation:
         return "\n".join(f"  {name:<20} {value}" for name, value in rows)
 
 
-@torch.no_grad()
-def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32, limit: int | None = None) -> Evaluation:
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What is kept of a batch of B pictures, on the CPU."""
+
+    captions: list[str]
+    psnr: Tensor
+    """(B,) in dB."""
+    ssim: Tensor
+    """(B,)"""
+    image_tokens: Tensor
+    """(B,I)"""
+    text_tokens: Tensor
+    """The captions' BPE ids, one after the other."""
+    image_loss_sum: float
+    """In nats, over all image tokens."""
+    text_loss_sum: float
+    """In nats, over all text tokens."""
+    n_cut: int
+    features: Tensor
+    """(B,E) of CLIP, of the pictures."""
+
+
+def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evaluation:
     """Measure a bundle on captioned pictures (the first caption of each, centre crops).
 
     Raises:
         ValueError: no picture could be read.
     """
-    psnrs, ssims, losses, tokens, texts, cut = [], [], [], [], [], 0
-    images_for_clip, captions = [], []
-    count = min(len(data), limit or len(data))
-    for first in range(0, count, batch_size):
-        images, batch_captions = _read(data, range(first, min(first + batch_size, count)), pipe.dvae.config.image_size)
-        if not batch_captions:
-            continue
-        image_tokens = pipe.dvae.encode(images)
-        reconstructions = pipe.dvae.decode(image_tokens)
-        psnrs.append(psnr(images, reconstructions))
-        ssims.append(ssim(images, reconstructions))
-        config = pipe.dalle.config
-        text, n_cut = pipe.tokenizer.text(batch_captions, config.text_len)
-        loss = stream_loss(*pipe.dalle(text, image_tokens.flatten(1)), text, image_tokens.flatten(1), config)
-        n_text = int((text[:, 1:] < config.text_vocab).sum())
-        losses.append(
-            (loss.image.item() * image_tokens.numel(), image_tokens.numel(), loss.text.item() * n_text, n_text)
-        )
-        tokens.append(image_tokens.flatten())
-        texts.append(text[:, 1:][text[:, 1:] < config.text_vocab])
-        cut += n_cut
-        images_for_clip.append(images)
-        captions.extend(batch_captions)
-    if not captions:
+    parts = []
+    for first in range(0, len(data), batch_size):
+        numbers = range(first, min(first + batch_size, len(data)))
+        images, captions = _read(data, numbers, pipe.dvae.config.image_size)
+        if captions:
+            parts.append(_measure(pipe, images.to(pipe.dalle.device), captions))
+    if not parts:
         raise ValueError("none of the pictures could be read: nothing to evaluate")
-    sums = np.sum(np.asarray(losses, dtype=np.float64), axis=0)
-    usage = code_usage(torch.cat(tokens), pipe.dvae.config.vocab_size)
-    image_loss = float(sums[0] / sums[1])
-    retrieval, retrieval_size = _retrieval(pipe.clip, captions, torch.cat(images_for_clip))
+    captions = [caption for part in parts for caption in part.captions]
+    image_tokens = torch.cat([part.image_tokens for part in parts])
+    text_tokens = torch.cat([part.text_tokens for part in parts])
+    usage = code_usage(image_tokens, pipe.dvae.config.vocab_size)
+    image_loss = sum(part.image_loss_sum for part in parts) / image_tokens.numel()
+    retrieval, retrieval_size = _retrieval(pipe.clip, captions, torch.cat([part.features for part in parts]))
     return Evaluation(
         samples=len(captions),
-        psnr=float(torch.cat(psnrs).mean()),
-        ssim=float(torch.cat(ssims).mean()),
-        codes_used=int(usage.used),
+        psnr=float(torch.cat([part.psnr for part in parts]).mean()),
+        ssim=float(torch.cat([part.ssim for part in parts]).mean()),
+        codes_used=usage.used,
         codes=pipe.dvae.config.vocab_size,
-        perplexity=float(usage.perplexity),
-        image_unigram=float(usage.entropy),
+        perplexity=usage.perplexity,
+        image_unigram=usage.entropy,
         image_loss=image_loss,
-        image_gain=float(usage.entropy) - image_loss,
-        text_unigram=float(code_usage(torch.cat(texts), pipe.dalle.config.text_vocab).entropy),
-        text_loss=float(sums[2] / max(sums[3], 1)),
-        captions_cut=cut,
+        image_gain=usage.entropy - image_loss,
+        text_unigram=code_usage(text_tokens, pipe.dalle.config.text_vocab).entropy,
+        text_loss=sum(part.text_loss_sum for part in parts) / text_tokens.numel(),
+        captions_cut=sum(part.n_cut for part in parts),
         retrieval=retrieval,
         retrieval_size=retrieval_size,
+    )
+
+
+@torch.no_grad()
+def _measure(pipe: Pipeline, images_BCHW: Tensor, captions: list[str]) -> _Measured:
+    config = pipe.dalle.config
+    tokens_BYX = pipe.dvae.encode(images_BCHW)
+    decoded_BCHW = pipe.dvae.decode(tokens_BYX)
+    image_tokens_BI = tokens_BYX.flatten(1)
+    text_BT, n_cut = pipe.tokenizer.text(captions, config.text_len)
+    text_BT = text_BT.to(images_BCHW.device)
+    text_logits, image_logits = pipe.dalle(text_BT, image_tokens_BI)
+    loss = stream_loss(text_logits, image_logits, text_BT, image_tokens_BI, config)
+    text_tokens = text_BT[text_BT < config.text_vocab].cpu()
+    return _Measured(
+        captions=captions,
+        psnr=psnr(images_BCHW, decoded_BCHW).cpu(),
+        ssim=ssim(images_BCHW, decoded_BCHW).cpu(),
+        image_tokens=image_tokens_BI.cpu(),
+        text_tokens=text_tokens,
+        image_loss_sum=loss.image.item() * image_tokens_BI.numel(),
+        text_loss_sum=loss.text.item() * text_tokens.numel(),
+        n_cut=n_cut,
+        features=embed_images(pipe.clip, images_BCHW).cpu(),
     )
 
 
@@ -137,25 +174,28 @@ def _read(data: ShardData, indices: Sequence[int], size: int) -> tuple[Tensor, l
     """Return the readable pictures of some samples and their first captions."""
     images, captions = [], []
     for index in indices:
-        sample = data.read(index)
         try:
+            sample = data.read(index)
             images.append(to_tensor(resize_and_crop(open_image(sample.image_bytes, sample.source), size)))
-        except ValueError:
+        except ValueError as error:
+            logger.warning("a picture is left out of the evaluation: %s", error)
             continue
         captions.append(sample.captions[0])
     return (torch.stack(images) if images else torch.empty(0)), captions
 
 
-def _retrieval(clip: CLIP, captions: Sequence[str], images: Tensor, size: int = 32) -> tuple[float, int]:
-    """Return how often CLIP finds a picture's caption among `size` different ones, and `size`, less if there are fewer."""
+def _retrieval(clip: CLIP, captions: Sequence[str], features_NE: Tensor, size: int = 32) -> tuple[float, int]:
+    """Return how often CLIP finds a picture's caption among `size` different ones, and `size`."""
     distinct = {caption: index for index, caption in reversed(list(enumerate(captions)))}
     chosen = sorted(distinct.values())
     size = min(size, len(chosen))
+    own_B = torch.arange(size)
     hits, total = 0, 0
     for first in range(0, len(chosen) - size + 1, size):
         group = chosen[first : first + size]
-        scores = score(clip, [captions[index] for index in group], images[group])
-        hits += int((scores.argmax(dim=0).cpu() == torch.arange(size)).sum())
+        texts_BE = embed_captions(clip, [captions[index] for index in group]).cpu()
+        nearest_B = (features_NE[group] @ texts_BE.T).argmax(dim=1)
+        hits += int((nearest_B == own_B).sum())
         total += size
     return hits / total, size
 
@@ -177,7 +217,7 @@ def distinct_captions(data: ShardData, count: int) -> list[str]:
     """Return `count` different captions spread evenly over the data, fewer if there are no more."""
     chosen: dict[str, None] = {}
     for index in np.linspace(0, len(data) - 1, min(len(data), 8 * count)).astype(int).tolist():
-        chosen.setdefault(data.read(index).captions[0])
+        chosen.setdefault(data.captions(index)[0])
     spread = list(chosen)
     step = max(1, math.floor(len(spread) / count))
     return spread[::step][:count]
@@ -186,7 +226,14 @@ def distinct_captions(data: ShardData, count: int) -> list[str]:
 def evaluate_bundle(
     bundle: Path, data: ShardData, report: Report, *, n_captions: int = 5, device: str = "cpu"
 ) -> Evaluation:
-    """Measure a bundle and write evaluation.json and samples.png into it."""
+    """Measure a bundle and write evaluation.json and samples.png into it.
+
+    Raises:
+        FileNotFoundError: a part of the bundle is missing.
+        ValueError: the parts do not fit one another, no picture could be read, or n_captions is below 1.
+    """
+    if n_captions < 1:
+        raise ValueError(f"--captions must be at least 1, got {n_captions}")
     pipe = Pipeline.load(bundle, device=device)
     evaluation = evaluate(pipe, data)
     (bundle / "evaluation.json").write_text(json.dumps(dataclasses.asdict(evaluation), indent=2))

@@ -1,7 +1,8 @@
 """The one training loop: every neural stage goes through `fit`.
 
-A stage says what is trained and how a batch becomes the objective's arguments; `fit` does the rest: the engine, the order of the
-data, the schedules, metrics, sample pictures, checkpoints, interruption and resume, and the export of the averaged weights.
+A stage says what is trained and how a batch becomes the objective's arguments; `fit` does the rest: the engine, the
+order of the data, the schedules, metrics, sample pictures, checkpoints, interruption and resume, and the export of the
+averaged weights.
 
 A run's directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/ and samples/.
 """
@@ -9,6 +10,7 @@ A run's directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/ a
 import dataclasses
 import json
 import logging
+import math
 import platform
 import shutil
 import signal
@@ -24,10 +26,22 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from dalle.gallery import save_png
 from dalle.progress import duration
 from training.config import TrainConfig
 from training.data import Batch, Sample, ShardData, batches, validation_batches
-from training.engine import Engine, World, agree, latest_tag, mean_over_ranks, read_checkpoint
+from training.engine import (
+    Engine,
+    World,
+    agree,
+    checkpoint_tag,
+    latest_tag,
+    mean_over_ranks,
+    on_first_rank,
+    read_checkpoint,
+    replace_text,
+    require_same,
+)
 from training.metrics import MetricLog, Report
 from training.schedules import LearningRate
 
@@ -39,16 +53,25 @@ Tensors = dict[str, Tensor]
 class Stage(Protocol):
     """What a neural stage tells `fit`."""
 
-    name: str
-    """dvae, transformer or clip."""
-    objective: nn.Module
-    """`objective.model` is trained; `objective(**prepare(...))` returns (loss, metrics of 0-d tensors)."""
-    unit: str
-    """What throughput counts: images or tokens."""
-    units_per_sample: int
-    """How many of them a sample has."""
-    directory: Path
-    """The directory for use that `export` writes."""
+    @property
+    def name(self) -> str:
+        """The stage: dvae, transformer or clip."""
+
+    @property
+    def objective(self) -> nn.Module:
+        """What is trained is `objective.model`; `objective(**prepare(...))` returns (loss, metrics of 0-d tensors)."""
+
+    @property
+    def unit(self) -> str:
+        """What throughput counts: images or tokens."""
+
+    @property
+    def units_per_sample(self) -> int:
+        """How many of them a sample has."""
+
+    @property
+    def directory(self) -> Path:
+        """The directory for use that `export` writes."""
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return a training sample's tensors, augmented by `rng`; runs in the loader's processes."""
@@ -69,12 +92,12 @@ class Stage(Protocol):
         """Write the directory for use."""
 
 
-class Interrupted(Exception):
+class Interrupted(Exception):  # noqa: N818  # not an error
     """Training was asked to stop; the checkpoint is saved and the same command goes on from it."""
 
 
 class _StopSignals:
-    """While it lasts, SIGINT and SIGTERM only raise a flag, so that the step under way ends and a checkpoint is saved."""
+    """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved."""
 
     def __init__(self) -> None:
         self.raised = False
@@ -100,14 +123,18 @@ class _Means:
         self._sums: Tensors = {}
         self._counts: dict[str, int] = {}
 
-    def add(self, metrics: Mapping[str, Tensor]) -> None:
+    def add(self, metrics: Mapping[str, Tensor], weight: int = 1) -> None:
+        """Take metrics into account, as often as `weight` says."""
         for name, value in metrics.items():
-            value = value.detach().float()
+            value = weight * value.detach().float()
             self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + 1
+            self._counts[name] = self._counts.get(name, 0) + weight
 
     def take(self, world: World) -> dict[str, float]:
-        """Return the means over steps and ranks, and start anew. Collective: every rank must have added the same names."""
+        """Return the means over steps and ranks, and start anew.
+
+        Collective: every rank must have added the same names.
+        """
         names = sorted(self._sums)
         if not names:
             return {}
@@ -142,14 +169,18 @@ def fit(
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
-        ValueError: the run in `plan.directory` is another one, or too many samples are unusable.
+        ValueError: the run in `plan.directory` is another one, the ranks were not told the same, too many samples are
+            unusable, or the loss is not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
+    data = [part and ([path.name for path in part.shards], len(part)) for part in (train, validation)]
+    require_same({"options": (config, plan), "data": data}, world)
     _claim(plan, config, world)
     if not plan.fresh and _is_finished(checkpoints, config):
         report(
-            f"{stage.name}: the {config.steps} steps in {plan.directory} are done (--fresh trains anew, --steps trains longer)"
+            f"{stage.name}: the {config.steps} steps in {plan.directory} are done (--fresh trains anew, --steps trains "
+            "longer)"
         )
         if (stage.directory / "config.json").is_file():
             return
@@ -166,7 +197,7 @@ def fit(
     try:
         with _StopSignals() as stop:
             loop.run(train, start, stop)
-        loop.finish()
+        loop.finish(max(start, config.steps))
     finally:
         if log is not None:
             log.close()
@@ -220,22 +251,25 @@ class _Loop:
                 self.rate.observe(step, mean_over_ranks(metrics["loss"].float(), self.world).item())
             if measure:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
-            if agree(stop.raised, self.world):
+            if agree(stop.raised, self.world) and done < config.steps:
                 self._save(done)
                 raise Interrupted(
-                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: the same command goes on from there"
+                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: the same command goes "
+                    "on from there"
                 )
             self._once_in_a_while(done)
             timer.unit_done(done)
 
-    def finish(self) -> None:
-        """Validate, show and export the end of the run."""
-        steps = self.config.steps
-        if latest_tag(self.plan.directory / "checkpoints") != f"step{steps:08d}":
-            self._save(steps)
-        self._validate(steps)
-        self._sample(steps)
-        self._export(steps)
+    def finish(self, done: int) -> None:
+        """Export, save, validate and show the end of the run, at step `done`.
+
+        In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
+        """
+        self._export(done)
+        if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
+            self._save(done)
+        self._validate(done)
+        self._sample(done)
 
     def _micro_batches(
         self, stream: Iterator[Batch], step: int, timer: "_Timer", *, measure: bool
@@ -271,20 +305,28 @@ class _Loop:
             "data_wait": wait,
             "bad_samples": float(self.n_bad),
         }
-        if self.log is None:
-            return
-        self.log.write(done, "train", values)
+        if self.log is not None:
+            self.log.write(done, "train", values)
+            self._report_training(done, values, timer)
+        if not math.isfinite(values["loss"]):
+            raise ValueError(
+                f"the loss is {values['loss']} at step {done}, training has diverged: name an earlier checkpoint in "
+                f"{self.plan.directory / 'checkpoints' / 'latest'}, or train anew with another --seed or --precision"
+            )
+
+    def _report_training(self, done: int, values: Mapping[str, float], timer: "_Timer") -> None:
+        unit, config = self.stage.unit, self.config
         if values.get("captions_cut") and not self.has_warned_of_cut:
             self.has_warned_of_cut = True
             logger.warning(
-                "%.1f%% of the captions since the last line were cut to the text part of the stream; metrics.jsonl counts them as captions_cut",
+                "%.1f%% of the captions since the last line were too long and were cut; metrics.jsonl counts them as "
+                "captions_cut",
                 100 * values["captions_cut"],
             )
         shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if name in _SHOWN)
-        rate = values[f"{self.stage.unit}_per_s"]
-        self.report(
-            f"{self.stage.name} {done}/{self.config.steps}  {shown}  {rate:,.0f} {self.stage.unit}/s  {duration(timer.left_s(done))} left"
-        )
+        speed = f"{values[f'{unit}_per_s']:,.0f} {unit}/s"
+        left = f"{duration(timer.left_s(done))} left"
+        self.report(f"{self.stage.name} {done}/{config.steps}  {shown}  {speed}  {left}")
 
     def _validate(self, done: int) -> None:
         """Measure the objective on the validation samples, the same ones every time; every rank measures them all."""
@@ -301,32 +343,30 @@ class _Loop:
         for index, batch in enumerate(stream):
             tensors = {name: tensor.to(self.world.device) for name, tensor in batch.tensors.items()}
             loss, metrics = self.engine.forward(self.stage.prepare(tensors, done, index, measure=True))
-            means.add({"loss": loss, **metrics})
+            means.add({"loss": loss, **metrics}, len(batch.keys))
         self.engine.train()
         values = means.take(self.world)
         if self.log is not None:
             self.log.write(done, "validation", values)
-            self.report(
-                f"{self.stage.name} {done}/{self.config.steps}  validation: "
-                + " ".join(f"{n} {v:.4g}" for n, v in values.items())
-            )
+            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            self.report(f"{self.stage.name} {done}/{self.config.steps}  validation: {shown}")
 
     def _sample(self, done: int) -> None:
-        if self.world.is_first:
+        def draw() -> None:
             picture = self.stage.picture(self.engine.averaged_weights())
             if picture is not None:
                 folder = self.plan.directory / "samples"
                 folder.mkdir(exist_ok=True)
-                picture.save(folder / f"step{done:08d}.png")
+                save_png(picture, folder / f"{checkpoint_tag(done)}.png")
+
+        on_first_rank(draw, self.world)
 
     def _save(self, done: int) -> None:
         state = {"step": done, "learning_rate": self.rate.state()}
         self.engine.save(self.plan.directory / "checkpoints", done, state)
 
     def _export(self, done: int) -> None:
-        if self.world.is_first:
-            self.stage.export(self.engine.averaged_weights(), done)
-        agree(False, self.world)  # the other ranks wait until the directory is there
+        on_first_rank(lambda: self.stage.export(self.engine.averaged_weights(), done), self.world)
 
 
 _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")
@@ -378,7 +418,7 @@ def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
     described = json.loads(json.dumps(plan.description, default=str))
     has_checkpoint = latest_tag(plan.directory / "checkpoints") is not None
     if path.is_file() and has_checkpoint and not plan.fresh:
-        there = json.loads(path.read_text()).get("run", {})
+        there = _run_of(path)
         different = sorted(key for key in described.keys() | there.keys() if described.get(key) != there.get(key))
         if different:
             raise ValueError(
@@ -386,9 +426,16 @@ def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
                 f"{' and '.join(different)}, or --fresh to train anew over it"
             )
     agree(False, world)  # every rank has read the files before the first one writes
-    if world.is_first:
-        _write_claim(plan, path, described, config, world)
-    agree(False, world)
+    on_first_rank(lambda: _write_claim(plan, path, described, config, world), world)
+
+
+def _run_of(path: Path) -> dict[str, Any]:
+    """Return what a run's config.json says of it."""
+    try:
+        run = json.loads(path.read_text())["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or use --fresh to train anew") from None
+    return dict(run)
 
 
 def _write_claim(plan: RunPlan, path: Path, described: dict[str, Any], config: TrainConfig, world: World) -> None:
@@ -404,7 +451,7 @@ def _write_claim(plan: RunPlan, path: Path, described: dict[str, Any], config: T
         "python": platform.python_version(),
         "git": _git_commit(),
     }
-    path.write_text(json.dumps(record, indent=2, default=str))
+    replace_text(path, json.dumps(record, indent=2, default=str))
 
 
 def _git_commit() -> str | None:

@@ -1,4 +1,4 @@
-"""Where a run's numbers go: metrics.jsonl always, TensorBoard beside it, and a progress line for whoever is watching."""
+"""Where a run's numbers go: metrics.jsonl always, TensorBoard beside it, and a line for whoever is watching."""
 
 import json
 import math

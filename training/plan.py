@@ -1,8 +1,8 @@
 """What a recipe needs, before anything is allocated: parameters, arithmetic, and bytes per GPU for every ZeRO stage.
 
-The model is constructed on the meta device, so that the 12-billion-parameter recipe is planned in a second on a laptop. Bytes follow
-Rajbhandari et al. 2020, section 3 (weights, gradients, optimizer state), and the activations are those the backward pass of
-`dalle/model.py` keeps.
+The model is constructed on the meta device, so that the 12-billion-parameter recipe is planned in a second on a laptop.
+Bytes follow Rajbhandari et al. 2020, section 3 (weights, gradients, optimizer state), and the activations are those
+that the backward pass of `dalle/model.py` keeps.
 """
 
 from dataclasses import dataclass
@@ -61,8 +61,9 @@ def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: 
 def activation_bytes(config: DALLEConfig, precision: Precision, micro_batch: int, *, checkpointing: bool) -> float:
     """Return the bytes of activations kept for the backward pass, logits included.
 
-    A block keeps, in units of S·d values: two LayerNorm inputs and outputs (4), q, k, v (3), the attention's output (1), the MLP's hidden
-    values before and after the activation (8); with checkpointing only its input, and one block's worth while it is recomputed.
+    A block keeps, in units of S·d values: two LayerNorm inputs and outputs (4), q, k, v (3), the attention's output
+    (1), the MLP's hidden values before and after the activation (8); with checkpointing only its input, and one
+    block's worth while it is recomputed.
     Logits are float32 and kept twice (softmax and gradient).
     """
     stream = config.text_len + config.grid**2
@@ -93,52 +94,54 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
     Raises:
         ValueError: fewer than one GPU, or no memory.
     """
+    if gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {gpus}")
     if gpu_memory_gib <= 0:
         raise ValueError(f"--gpu-memory must be above 0 GiB, got {gpu_memory_gib}")
-    stage, config = recipe.transformer, recipe.transformer.model
+    config, train = recipe.transformer.model, recipe.transformer.train
     with torch.device("meta"):
         groups = DALLE(config).n_parameters()
-    total = groups.pop("total")
-    lines = [f"{recipe.name}: {recipe.purpose}", ""]
-    lines += [
-        f"  {config.n_layers} layers, width {config.d_model}, {config.n_heads} heads; {config.text_len} text + {config.grid}×{config.grid} image positions",
-        f"  vocabularies {config.text_vocab:,} + {config.image_vocab:,}; batch {stage.train.global_batch}, {stage.train.steps:,} steps, {stage.train.precision}",
+    flops = flops_per_sample(config, groups["attention"] + groups["mlp"] + groups["heads"])
+    more = " (a third more with checkpointing)" if train.activation_checkpointing else ""
+    lines = [
+        f"{recipe.name}: {recipe.purpose}",
+        "",
+        f"  {config.n_layers} layers, width {config.d_model}, {config.n_heads} heads; "
+        f"{config.text_len} text + {config.grid}×{config.grid} image positions",
+        f"  vocabularies {config.text_vocab:,} + {config.image_vocab:,}; "
+        f"batch {train.global_batch}, {train.steps:,} steps, {train.precision}",
         "",
         "  parameters",
         *(f"    {name:<22}{count:>18,}" for name, count in groups.items()),
-        f"    {'total':<22}{total:>18,}",
         "",
-    ]
-    micro = max(1, min(8, stage.train.global_batch // gpus))
-    checkpointing = stage.train.activation_checkpointing
-    usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
-    lines += [
-        f"  GiB per GPU on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory_gib:g} GiB, micro-batch {micro}, activation checkpointing {'on' if checkpointing else 'off'}",
-        f"    {'':<20}{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}   largest micro-batch",
-    ]
-    for zero_stage in range(4):
-        precision: Precision = (
-            "autocast" if stage.train.precision == "bf16" and zero_stage == 0 else stage.train.precision
-        )
-        state = state_bytes(total, precision, zero_stage, gpus)
-        activations = activation_bytes(config, precision, micro, checkpointing=checkpointing)
-        per_sample = activation_bytes(config, precision, 2, checkpointing=checkpointing) - activation_bytes(
-            config, precision, 1, checkpointing=checkpointing
-        )
-        largest = int((usable - state.total) // per_sample) if usable > state.total else 0
-        cells = [state.weights, state.gradients, state.optimizer]
-        lines.append(
-            f"    ZeRO {zero_stage} {precision:<12}  "
-            + f"{cells[0] / GIB:>10.2f}{cells[1] / GIB:>11.2f}{cells[2] / GIB:>11.2f}{activations / GIB:>13.2f}{(state.total + activations) / GIB:>9.2f}"
-            + (f"   {largest}" if largest else "   does not fit")
-        )
-    flops = flops_per_sample(config, groups["attention"] + groups["mlp"] + groups["heads"])
-    lines += [
+        *_memory_table(recipe, groups["total"], gpus, gpu_memory_gib),
         "",
-        f"  {flops / 1e12:.2f} TFLOP per sample and training step"
-        + (" (a third more with checkpointing)" if checkpointing else ""),
+        f"  {flops / 1e12:.2f} TFLOP per sample and training step{more}",
     ]
     return "\n".join(lines)
+
+
+def _memory_table(recipe: Recipe, n_parameters: int, gpus: int, gpu_memory_gib: float) -> list[str]:
+    """Return the lines of the table of bytes per GPU, one for each ZeRO stage."""
+    config, train = recipe.transformer.model, recipe.transformer.train
+    micro, checkpointing = max(1, min(8, train.global_batch // gpus)), train.activation_checkpointing
+    usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
+    heads = f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
+    lines = [
+        f"  GiB per GPU on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory_gib:g} GiB, micro-batch {micro}, "
+        f"activation checkpointing {'on' if checkpointing else 'off'}",
+        f"    {'':<20}{heads}   largest micro-batch",
+    ]
+    for zero_stage in range(4):
+        # bf16 is not trained at stage 0
+        precision: Precision = "autocast" if train.precision == "bf16" and zero_stage == 0 else train.precision
+        state = state_bytes(n_parameters, precision, zero_stage, gpus)
+        one, two, some = (activation_bytes(config, precision, n, checkpointing=checkpointing) for n in (1, 2, micro))
+        largest = int((usable - state.total) // (two - one)) if usable > state.total else 0
+        cells = f"{state.weights / GIB:>10.2f}{state.gradients / GIB:>11.2f}{state.optimizer / GIB:>11.2f}"
+        cells += f"{some / GIB:>13.2f}{(state.total + some) / GIB:>9.2f}"
+        lines.append(f"    ZeRO {zero_stage} {precision:<12}  {cells}   {largest or 'does not fit'}")
+    return lines
 
 
 def recipe_list() -> str:

@@ -1,9 +1,11 @@
-"""The training programs: what each stage reads, what it trains, where it writes. Shared by `dalle-train` and the demonstration.
+"""The training programs: what each stage reads, what it trains, where it writes.
 
-All stages of a bundle share one directory: tokenizer.json, dvae/, dalle/ and clip/ for use, and `training/<stage>/` with the runs behind them.
+Shared by `dalle-train` and the demonstration. All stages of a bundle share one directory: tokenizer.json, dvae/, dalle/
+and clip/ for use, and `training/<stage>/` with the runs behind them.
 """
 
 import dataclasses
+import hashlib
 import logging
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -20,7 +22,7 @@ from rerank.tokenizer import CLIPTokenizer
 from training.clip import CLIPStage, check_negatives
 from training.data import ShardData, expand_shards
 from training.dvae import DVAEStage, scale_encoder_output
-from training.engine import World, agree
+from training.engine import World, on_first_rank
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit
 from training.metrics import Report
@@ -53,7 +55,11 @@ class Inputs:
             ValueError: a shard is damaged or has nothing usable in it.
         """
         train = self._open(self.data, captions=captions)
-        return train, self._open(self.validation, captions=captions) if self.validation else None
+        return train, self.open_validation(captions=captions) if self.validation else None
+
+    def open_validation(self, *, captions: bool) -> ShardData:
+        """Return the validation data; raises as `open`."""
+        return self._open(self.validation, captions=captions)
 
     def _open(self, patterns: Sequence[str | Path], *, captions: bool) -> ShardData:
         return ShardData.open(expand_shards(patterns), captions=captions, skip_damaged=self.skip_damaged_shards)
@@ -84,7 +90,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     else:
         model = DVAE(stage_recipe.model)
         scale_encoder_output(model, stage_recipe.encoder_output_gain)
-    model.to(device=world.device, memory_format=torch.channels_last)
+    model = _channels_last(model.to(world.device))
     directory = inputs.out / "dvae"
     stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
     description = {
@@ -98,6 +104,11 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     return directory
 
 
+def _channels_last(model: DVAE) -> DVAE:
+    """Put a dVAE's weights into the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
+    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+
+
 def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
@@ -107,11 +118,11 @@ def train_transformer(
     tokenizer: Path | None = None,
     dvae: Path | None = None,
 ) -> Path:
-    """Train the transformer on a tokenizer and a dVAE, the bundle's own unless others are named; returns its directory."""
+    """Train the transformer, on the bundle's tokenizer and dVAE unless others are named; returns its directory."""
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
-    image_coder = DVAE.load(dvae_directory).to(device=world.device, memory_format=torch.channels_last)
+    image_coder = _channels_last(DVAE.load(dvae_directory, world.device))
     data, validation = inputs.open(captions=True)
     config = dataclasses.replace(
         stage_recipe.model,
@@ -125,7 +136,7 @@ def train_transformer(
     hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
     metadata = {"recipe": recipe.name, "null_caption_probability": stage_recipe.null_caption_probability, **hashes}
     shown = validation or data
-    captions = [shown.read(index).captions[0] for index in range(min(8, len(shown)))]
+    captions = [shown.captions(index)[0] for index in range(min(8, len(shown)))]
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
@@ -144,8 +155,14 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     torch.manual_seed(stage_recipe.train.seed)
     model = CLIP(config, tokenizer).to(world.device)
     directory = inputs.out / "clip"
-    stage = CLIPStage(stage_recipe, model, directory, {"recipe": recipe.name})
-    description = {"stage": "clip", "recipe": recipe.name, "model": dataclasses.asdict(config)}
+    stage = CLIPStage(stage_recipe, model, tokenizer, directory, {"recipe": recipe.name})
+    tokenizer_hash = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
+    description = {
+        "stage": "clip",
+        "recipe": recipe.name,
+        "model": dataclasses.asdict(config),
+        "tokenizer_hash": tokenizer_hash,
+    }
     plan = RunPlan(directory=inputs.run_directory("clip"), description=description, fresh=inputs.fresh)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
@@ -163,11 +180,10 @@ def _all_captions(data: ShardData) -> Iterator[str]:
 def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> None:
     """Train everything, one part after the other, and evaluate the bundle on the validation data."""
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
-        if world.is_first:
-            train_tokenizer(recipe, inputs, report)
-        agree(False, world)
+        on_first_rank(lambda: train_tokenizer(recipe, inputs, report), world)
     train_dvae(recipe, inputs, world, report)
     train_clip(recipe, inputs, world, report)
     train_transformer(recipe, inputs, world, report)
-    if inputs.validation and world.is_first:
-        evaluate_bundle(inputs.out, inputs.open(captions=True)[1], report, device=str(world.device))
+    if inputs.validation:
+        validation = inputs.open_validation(captions=True)
+        on_first_rank(lambda: evaluate_bundle(inputs.out, validation, report, device=str(world.device)), world)

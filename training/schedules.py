@@ -1,4 +1,4 @@
-"""Schedules: the dVAE's three cosines and the transformer's warm-up with plateau halving (Ramesh et al. 2021, A.2, B.2)."""
+"""Schedules: the dVAE's cosines and the transformer's warm-up with plateau halving (Ramesh et al. 2021, A.2, B.2)."""
 
 import math
 from dataclasses import dataclass, field
@@ -6,7 +6,10 @@ from dataclasses import dataclass, field
 
 @dataclass(frozen=True, kw_only=True)
 class Cosine:
-    """From `start` to `end` along half a cosine, constant afterwards: the paper's schedule for β, τ and the dVAE's step size (A.2)."""
+    """From `start` to `end` along half a cosine, constant afterwards.
+
+    The paper's schedule for β, τ and the dVAE's step size (A.2).
+    """
 
     start: float
     """Value at step 0."""
@@ -27,7 +30,10 @@ class Cosine:
 
 @dataclass(frozen=True, kw_only=True)
 class WarmupCosine:
-    """Linear warm-up to `peak`, then half a cosine to `final`: CLIP's schedule, and ours for runs too short for a plateau."""
+    """Linear warm-up to `peak`, then half a cosine to `final`.
+
+    CLIP's schedule, and ours for runs too short for a plateau.
+    """
 
     peak: float
     """Highest learning rate, reached at the end of the warm-up."""
@@ -53,8 +59,8 @@ class WarmupCosine:
 class WarmupPlateau:
     """Linear warm-up to `peak`, halved whenever the training loss stops falling, `halvings` times at most (B.2).
 
-    The paper halved by hand. Deviation: here the loss, averaged over `window` steps, has to fall by `threshold` (relative)
-    within `patience` windows, or the rate is halved.
+    The paper halved by hand. Deviation: here the loss, averaged over `window` steps, has to fall by `threshold`
+    (relative) within `patience` windows, or the rate is halved.
     """
 
     peak: float = 4.5e-4
@@ -85,7 +91,7 @@ Schedule = Cosine | WarmupCosine | WarmupPlateau
 
 @dataclass
 class LearningRate:
-    """The learning rate of a run: a schedule, and what a plateau schedule has to remember. The latter is the run's state."""
+    """The learning rate of a run: a schedule, and what a plateau schedule has to remember, which is the run's state."""
 
     schedule: Schedule
     n_halvings: int = 0

@@ -29,7 +29,9 @@ class TransformerObjective(nn.Module):
         self.model = model
 
     def forward(self, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
-        """Return the weighted loss of a batch, the text and image losses in nats per token, and the fraction of captions cut.
+        """Return the weighted loss of a batch, and metrics.
+
+        The metrics are the text and image losses in nats per token, and the fraction of captions cut.
 
         Args:
             text: (B,T) int64 text ids.
@@ -56,6 +58,9 @@ class TransformerStage:
         directory: where the transformer is exported.
         captions: that the sample sheets illustrate.
         metadata: written beside the configuration.
+
+    Raises:
+        ValueError: a probability of the recipe is none.
     """
 
     name = "transformer"
@@ -71,6 +76,9 @@ class TransformerStage:
         captions: Sequence[str],
         metadata: Mapping[str, Any],
     ) -> None:
+        for option in ("bpe_dropout", "null_caption_probability"):
+            if not 0 <= getattr(recipe, option) <= 1:
+                raise ValueError(f"{option} is a probability, in [0, 1], got {getattr(recipe, option)}")
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
         self.objective = TransformerObjective(model)
         self.units_per_sample = model.config.text_len + model.config.grid**2
@@ -78,10 +86,12 @@ class TransformerStage:
         self._dvae = dvae.eval().requires_grad_(False)
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return the augmented picture (Listing 2) and one caption's ids, with BPE dropout; by chance the empty caption."""
-        image = transformer_augmentation(
-            open_image(sample.image_bytes, sample.source), self._dvae.config.image_size, rng
-        )
+        """Return the augmented picture (Listing 2) and the ids of one caption, or by chance of the empty one.
+
+        The ids are those of BPE dropout.
+        """
+        picture = open_image(sample.image_bytes, sample.source)
+        image = transformer_augmentation(picture, self._dvae.config.image_size, rng)
         caption = sample.captions[rng.integers(len(sample.captions))]
         is_null = rng.random() < self.recipe.null_caption_probability
         text, n_cut = self._tokenizer.text(
@@ -97,7 +107,8 @@ class TransformerStage:
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
         """Encode the pictures."""
-        image_tokens = self._dvae.encode(tensors["images"]).flatten(1)
+        images = tensors["images"].contiguous(memory_format=torch.channels_last)
+        image_tokens = self._dvae.encode(images).flatten(1)
         return {"text": tensors["text"], "image_tokens": image_tokens, "n_cut": tensors["n_cut"]}
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
@@ -109,7 +120,7 @@ class TransformerStage:
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
         device = next(self._dvae.parameters()).device
         tokens = sample(model.to(device), text.to(device), seeds=seeds, n=1)[:, 0]
-        images = self._dvae.decode(tokens.unflatten(1, (self._config.grid, self._config.grid)))
+        images = self._dvae.decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:

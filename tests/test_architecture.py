@@ -1,0 +1,413 @@
+"""Which module may import which, and what may not be written: docs/design.md, checked by reading the source.
+
+Every `import` counts wherever it stands, inside functions too. Messages name the file and the line.
+"""
+
+import ast
+import importlib
+import inspect
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("dalle", "dvae", "rerank", "training")
+LONGEST_FUNCTION = 150
+
+LEAVES = {"dvae.directory", "dvae.images"}
+"""They know no model, and everything may import them."""
+
+JOINING = {
+    "dalle.pipeline": "captions to ranked pictures",
+    "dalle.search": "CLIP and pictures of a folder",
+    "dalle.reconstruction": "a dVAE and its measures",
+    "dalle.results": "what the pipeline made, written to a folder",
+    "dalle.cli": "the program",
+}
+"""The modules of dalle that may join packages; the core may import none of them."""
+
+CORE_IMPORTS = {
+    "dalle.stream": set(),
+    "dalle.attention": {"dalle.stream"},
+    "dalle.tokenizer": {"dalle.stream"},
+    "dalle.model": {"dalle.stream", "dalle.attention"},
+    "dalle.loss": {"dalle.stream", "dalle.model"},
+    "dalle.cache": {"dalle.stream", "dalle.attention", "dalle.model"},
+    "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache"},
+    "dalle.gallery": set(),
+    "dalle.pictures": set(),
+    "dalle.progress": set(),
+}
+"""The modules of dalle that know no other package, and what of dalle each may import (leaves besides)."""
+
+FACADE = "dalle"
+"""dalle/__init__.py names the public classes for type checkers and imports them on first use."""
+
+LIBRARY_HOMES = {
+    "deepspeed": {"training/engine.py"},
+    "webdataset": {"training/shards.py"},
+    "tyro": {"dalle/cli.py", "training/cli.py"},
+    "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
+    "torchmetrics": {"dvae/metrics.py"},
+    "tensorboard": {"training/metrics.py"},
+    "torch.utils.tensorboard": {"training/metrics.py"},
+    "importlib": {"dalle/__init__.py"},  # names imported on first use; elsewhere it would hide an import from this test
+    "yaml": set(),
+    "dill": set(),
+    "cloudpickle": set(),
+    "joblib": set(),
+}
+
+INTERFACE = """
+dvae.directory:save_directory(path, kind, config, state, metadata, files)
+dvae.directory:load_directory(path, kind, config_type)
+dvae.directory:directory_hash(path)
+dvae.images:open_image(source, name)
+dvae.images:to_tensor(image)
+dvae.images:to_image(pixels)
+dvae.images:resize_and_crop(image, size)
+dvae.images:dvae_augmentation(image, size, rng)
+dvae.images:transformer_augmentation(image, size, rng)
+dvae.images:square_crop(image, size, rng)
+dvae.images:map_pixels(x)
+dvae.images:unmap_pixels(x)
+dvae:DVAEConfig(n_hid, n_init, n_groups, n_blocks, vocab_size, image_size)
+dvae:DVAEConfig.downsampling
+dvae:DVAEConfig.grid
+dvae:DVAE(config)
+dvae:DVAE.load(path)
+dvae:DVAE.save(path, metadata)
+dvae:DVAE.encode(images)
+dvae:DVAE.decode(tokens)
+dvae.loss:dvae_loss(dvae, images, temperature, kl_weight, generator)
+dvae.metrics:psnr(images, reconstructions)
+dvae.metrics:ssim(images, reconstructions)
+dvae.metrics:ms_ssim(images, reconstructions)
+dvae.metrics:code_usage(tokens, vocab_size)
+dvae.openai:import_openai(encoder_path, decoder_path)
+dalle:Tokenizer.train(captions, vocab_size)
+dalle:Tokenizer.load(file)
+dalle:Tokenizer.save(file)
+dalle:Tokenizer.vocab_size
+dalle:Tokenizer.hash
+dalle:Tokenizer.encode(caption, dropout, rng)
+dalle:Tokenizer.text(captions, text_len, dropout, rngs)
+dalle:DALLEConfig(n_layers, d_model, n_heads, text_len, grid, text_vocab, image_vocab)
+dalle:DALLE(config)
+dalle:DALLE.load(path)
+dalle:DALLE.save(path, metadata)
+dalle:DALLE.forward(text, image_tokens)
+dalle:Pipeline.load(bundle)
+dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, prefix)
+dalle:Pipeline.prefix(image, keep_rows)
+dalle:Pipeline.rank(captions, images)
+dalle.attention:mask(kind, text_len, grid, kernel)
+dalle.attention:layer_kinds(n_layers)
+dalle.loss:stream_loss(text_logits, image_logits, text, image_tokens, config)
+dalle.sampling:sample(model, text, seeds, n, temperature, top_k, top_p, guidance, prefix)
+dalle.cli:main(argv)
+rerank:CLIPConfig()
+rerank:CLIP(config, tokenizer)
+rerank:CLIP.load(path)
+rerank:CLIP.save(path, metadata)
+rerank:CLIP.encode_image(images)
+rerank:CLIP.encode_text(ids)
+rerank:CLIPTokenizer.train(captions, vocab_size)
+rerank:score(clip, captions, images)
+training.data:ShardData.open(shards, captions)
+training.data:ShardData.order(seed, epoch)
+training.data:batches(data, transform, seed, micro_batch, rank, world_size, start_step, workers)
+training.data:validation_batches(data, transform, batch_size)
+training.engine:Engine(objective, config, world)
+training.fit:fit(stage, config, world, train, validation, plan, report)
+training.recipes:recipe(name)
+training.shapes:world(n, seed)
+training.shape_checker:check(image, caption)
+training.shards:make_shards(source, out)
+training.shards:write_shards()
+training.cli:main(argv)
+""".strip().splitlines()
+"""docs/design.md, "Interfaces": module:name, and the parameters that callers pass by name."""
+
+
+class Import(NamedTuple):
+    """One imported module."""
+
+    importer: str
+    """Module, with dots."""
+    target: str
+    """Module as written; for one of ours, the deepest module that it names."""
+    place: str
+    """file:line"""
+    for_types_only: bool
+    """Under `if TYPE_CHECKING:`."""
+
+
+def sources() -> list[Path]:
+    return sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
+
+
+def parsed(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"), filename=str(path))
+
+
+def relative(path: Path) -> str:
+    return path.relative_to(ROOT).as_posix()
+
+
+def module_name(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+OURS = {module_name(path) for path in sources()}
+
+
+def targets_of(node: ast.Import | ast.ImportFrom, importer: str) -> list[str]:
+    if isinstance(node, ast.Import):
+        return [alias.name for alias in node.names]
+    assert node.level == 0, f"{importer}, line {node.lineno}: imports are absolute"
+    module = node.module or ""
+    # `from dvae import images` imports dvae.images; `from dvae import DVAE` imports dvae
+    return [f"{module}.{alias.name}" if f"{module}.{alias.name}" in OURS else module for alias in node.names]
+
+
+def imports_of(tree: ast.Module, importer: str, file: str) -> Iterator[Import]:
+    type_checking = [
+        node for node in ast.walk(tree) if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.dump(node.test)
+    ]
+    in_type_checking = {id(inner) for block in type_checking for node in block.body for inner in ast.walk(node)}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            for target in targets_of(node, importer):
+                yield Import(importer, target, f"{file}:{node.lineno}", id(node) in in_type_checking)
+
+
+def all_imports() -> list[Import]:
+    return [found for path in sources() for found in imports_of(parsed(path), module_name(path), relative(path))]
+
+
+def package_of(module: str) -> str:
+    return module.split(".")[0]
+
+
+def wrong_arrow(found: Import) -> str | None:
+    """Why an import points the wrong way; None if it does not."""
+    importer, target = found.importer, found.target
+    source, goal = package_of(importer), package_of(target)
+    if goal not in PACKAGES or source == "training":
+        return None
+    if goal == "training":
+        return "only training and its programs import training"
+    if importer in LEAVES:
+        return "a leaf module knows no other module"
+    if target in LEAVES:
+        return None
+    if importer == FACADE:
+        return None if found.for_types_only and goal == "dalle" else "dalle/__init__.py imports on first use only"
+    if source in ("dvae", "rerank"):
+        return None if goal == source else f"{source} knows no other package, except dvae.directory and dvae.images"
+    if importer in JOINING:
+        return None
+    if importer not in CORE_IMPORTS:
+        return f"{importer} is new: say in tests/test_architecture.py whether it is core or joins packages"
+    if target not in CORE_IMPORTS[importer]:
+        allowed = sorted(CORE_IMPORTS[importer] | LEAVES)
+        return f"{importer} is part of dalle's core and may import {', '.join(allowed)}"
+    return None
+
+
+def test_imports_point_one_way() -> None:
+    wrong = [
+        f"{found.place}: {found.importer} imports {found.target}: {reason}"
+        for found in all_imports()
+        if (reason := wrong_arrow(found)) is not None
+    ]
+    assert not wrong, "imports against docs/design.md:\n" + "\n".join(wrong)
+
+
+@pytest.mark.parametrize(
+    ("importer", "target"),
+    [
+        ("dvae.model", "dalle.model"),
+        ("dvae.images", "dvae.model"),
+        ("dvae.directory", "dvae.images"),
+        ("rerank.model", "dvae.model"),
+        ("rerank.score", "dvae"),
+        ("dalle.model", "dvae"),
+        ("dalle.sampling", "rerank"),
+        ("dalle.model", "dalle.pipeline"),
+        ("dalle.sampling", "dalle"),
+        ("dalle.stream", "dalle.model"),
+        ("dalle.cli", "training.cli"),
+        ("dalle.utilities", "dalle.stream"),
+    ],
+)
+def test_a_wrong_arrow_is_noticed(importer: str, target: str) -> None:
+    assert wrong_arrow(Import(importer, target, "file:1", False)) is not None
+
+
+def test_an_import_inside_a_function_is_noticed() -> None:
+    tree = ast.parse("def f():\n    from dalle import pipeline\n    import deepspeed.ops as ops")
+    assert [found.target for found in imports_of(tree, "dvae.model", "f.py")] == ["dalle.pipeline", "deepspeed.ops"]
+
+
+def test_every_module_of_dalle_is_core_or_joins_packages() -> None:
+    modules = {module for module in OURS if package_of(module) == "dalle"} - {FACADE}
+    assert modules == set(CORE_IMPORTS) | set(JOINING)
+
+
+def test_each_library_is_imported_in_its_one_place() -> None:
+    wrong = [
+        f"{found.place}: {library} belongs in {' and '.join(sorted(homes)) or 'no file'}"
+        for found in all_imports()
+        for library, homes in LIBRARY_HOMES.items()
+        if f"{found.target}.".startswith(f"{library}.") and found.place.split(":")[0] not in homes
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def test_there_is_no_utils() -> None:
+    names = {"utils", "util", "helpers", "misc", "common"}
+    found = [relative(path) for path in sources() if path.stem in names or path.parent.name in names]
+    assert not found, f"{', '.join(found)}: name a module for what it holds"
+
+
+def calls(path: Path) -> Iterator[tuple[ast.Call, str, str]]:
+    """The calls of a file: the node, the name as written ("torch.load", "eval"), and file:line."""
+    for node in ast.walk(parsed(path)):
+        if isinstance(node, ast.Call):
+            yield node, ast.unparse(node.func), f"{relative(path)}:{node.lineno}"
+
+
+def keyword(call: ast.Call, name: str) -> object:
+    """The constant given for a keyword; None if it is not given, or computed."""
+    values = [item.value.value for item in call.keywords if item.arg == name and isinstance(item.value, ast.Constant)]
+    return values[0] if values else None
+
+
+def unsafe(call: ast.Call, name: str, file: str) -> str | None:
+    """Why a call must not be there; None if it may."""
+    last = name.rpartition(".")[2]
+    if name == "torch.load":
+        # DeepSpeed's checkpoints for resuming are torch files; everything for use is safetensors
+        is_home = file == "training/engine.py" and keyword(call, "weights_only") is True
+        return None if is_home else "torch.load is for training/engine.py alone, with weights_only=True"
+    if name in {"eval", "exec", "compile", "__import__", "input"}:
+        return f"{name} hides what a program does"
+    if name in {"pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "marshal.loads", "os.system", "os.popen"}:
+        return f"{name} executes what it reads"
+    if last == "load_state_dict" and keyword(call, "strict") is False:
+        return "strict=False would let a wrong checkpoint sample noise"
+    if keyword(call, "allow_pickle") is True or keyword(call, "shell") is True:
+        return "it executes what it is given"
+    return None
+
+
+def test_nothing_loads_pickles_or_runs_code_or_loads_half_a_checkpoint() -> None:
+    wrong = [
+        f"{place}: {reason}"
+        for path in sources()
+        for call, name, place in calls(path)
+        if (reason := unsafe(call, name, relative(path))) is not None
+    ]
+    assert not wrong, "\n".join(wrong)
+
+
+def pickle_uses(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """What is used of pickle, as "pickle.name" or as an import of a name, and the line."""
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "pickle":
+            yield f"pickle.{node.attr}", node.lineno
+        elif isinstance(node, ast.ImportFrom) and node.module == "pickle":
+            yield from ((f"pickle.{alias.name}", node.lineno) for alias in node.names)
+        elif isinstance(node, ast.Import):
+            yield from (("pickle as", node.lineno) for alias in node.names if alias.name == "pickle" and alias.asname)
+
+
+def test_only_the_reader_of_published_weights_touches_pickles() -> None:
+    allowed = {"dvae/openai.py": {"pickle.Unpickler"}}
+    # naming the exception, which torch.load raises, reads nothing
+    wrong = [
+        f"{relative(path)}:{line}: {use}"
+        for path in sources()
+        for use, line in pickle_uses(parsed(path))
+        if use not in {"pickle.UnpicklingError"} | allowed.get(relative(path), set())
+    ]
+    assert not wrong, "pickles execute what they hold:\n" + "\n".join(wrong)
+    assert list(pickle_uses(ast.parse("from pickle import load"))) == [("pickle.load", 1)]
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "torch.load(path)",
+        "pickle.loads(data)",
+        "exec(text)",
+        "model.load_state_dict(state, strict=False)",
+        "subprocess.run(line, shell=True)",
+        "np.load(path, allow_pickle=True)",
+    ],
+)
+def test_an_unsafe_call_is_noticed(code: str) -> None:
+    call = ast.parse(code, mode="eval").body
+    assert isinstance(call, ast.Call)
+    assert unsafe(call, ast.unparse(call.func), "dalle/model.py") is not None
+
+
+def test_no_function_is_longer_than_150_lines() -> None:
+    long = [
+        f"{relative(path)}:{node.lineno}: {node.name} has {(node.end_lineno or 0) - node.lineno + 1} lines"
+        for path in sources()
+        for node in ast.walk(parsed(path))
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)
+        and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION
+    ]
+    assert not long, "\n".join(long)
+
+
+@pytest.mark.parametrize("entry", INTERFACE)
+def test_the_public_interface_is_there(entry: str) -> None:
+    path, _, parameters = entry.rstrip(")").partition("(")
+    module, _, names = path.partition(":")
+    found: object = importlib.import_module(module)
+    for name in names.split("."):
+        assert hasattr(found, name), f"{path} is part of the interface in docs/design.md, but there is no {name}"
+        found = getattr(found, name)
+    missing = (
+        set(parameters.split(", ")) - {""} - (set(inspect.signature(found).parameters) if callable(found) else set())
+    )
+    assert not missing, f"{path} has no parameter {', '.join(sorted(missing))}"
+
+
+@pytest.mark.parametrize("package", ["dalle", "dvae", "rerank"])
+def test_a_package_exports_two_to_five_names(package: str) -> None:
+    exported = importlib.import_module(package).__all__
+    assert 2 <= len(exported) <= 5
+    assert all(hasattr(importlib.import_module(package), name) for name in exported)
+
+
+def test_imports_cost_only_what_they_need() -> None:
+    program = """
+import json, sys
+heavy = ["torch", "deepspeed", "webdataset", "tensorboard", "torchmetrics", "tyro", "training"]
+loaded = {}
+import dalle
+loaded["dalle"] = [name for name in heavy if name in sys.modules]
+import dvae, rerank
+dalle.Pipeline, dalle.DALLE, dalle.Tokenizer
+loaded["packages"] = [name for name in heavy if name in sys.modules]
+import training.cli
+loaded["dalle-train"] = [name for name in heavy if name in sys.modules]
+print(json.dumps(loaded))
+"""
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    loaded = json.loads(done.stdout)
+    assert loaded["dalle"] == [], "`import dalle` must cost nothing: public names are imported on first use"
+    assert loaded["packages"] == ["torch"], "models and pipeline need torch and nothing else that is heavy"
+    assert not {"deepspeed", "webdataset", "tensorboard"} & set(loaded["dalle-train"]), "imported where they are used"

@@ -1,0 +1,131 @@
+"""What README.md promises: its commands parse, its Python runs, and its file tree is the repository's."""
+
+import ast
+import re
+import runpy
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tyro
+
+import dalle.cli
+import training.cli
+from training.shapes import parse as parse_caption
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+PROGRAMS: dict[str, Any] = {"dalle": dalle.cli.Commands, "dalle-train": training.cli.Command}
+LAUNCHERS = ("deepspeed", "torchrun")
+
+
+def code_blocks(language: str) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+
+
+def command_lines() -> Iterator[list[str]]:
+    """The words of every command in the README's shell blocks; continued lines joined, comments left out."""
+    for block in code_blocks("sh"):
+        for line in block.replace("\\\n", " ").splitlines():
+            if words := shlex.split(line, comments=True):
+                yield words
+
+
+def our_commands() -> list[list[str]]:
+    """Command lines from `dalle` or `dalle-train` on, also behind a launcher."""
+    found = []
+    for words in command_lines():
+        start = next((i for i, word in enumerate(words) if word in PROGRAMS), None)
+        if start is not None:
+            assert start == 0 or words[0] in LAUNCHERS, f"unexpected words before the program: {' '.join(words)}"
+            found.append(words[start:])
+    return found
+
+
+def parse(words: list[str]) -> Any:
+    return tyro.cli(PROGRAMS[words[0]], args=words[1:], prog=words[0], config=(tyro.conf.FlagCreatePairsOff,))
+
+
+@pytest.mark.parametrize("words", our_commands(), ids=" ".join)
+def test_a_command_of_the_readme_parses(words: list[str]) -> None:
+    parse(words)
+
+
+def test_a_command_that_does_not_exist_would_be_noticed() -> None:
+    with pytest.raises(SystemExit):
+        parse(["dalle", "paint", "a red cube"])
+    with pytest.raises(SystemExit):
+        parse(["dalle-train", "dvae", "demo", "--data", "shards", "--out", "runs/x", "--no-such-option", "1"])
+
+
+def test_the_readme_shows_every_command() -> None:
+    shown = {(words[0], words[1]) for words in our_commands()}
+    verbs = {("dalle", verb) for verb in ("generate", "rank", "search", "reconstruct", "import-dvae")}
+    stages = ("shards", "plan", "all", "tokenizer", "dvae", "clip", "transformer", "evaluate")
+    assert verbs | {("dalle-train", stage) for stage in stages} <= shown
+    assert ["make", "demo"] in command_lines()  # which is `dalle-train demo`
+
+
+def test_captions_that_the_readme_gives_the_demonstration_are_of_its_world() -> None:
+    captions = [caption for words in our_commands() if words[1] == "generate" for caption in parse(words).captions]
+    assert len(captions) >= 3
+    for caption in captions:
+        parse_caption(caption)  # raises ValueError for others
+
+
+def test_recipes_of_the_readme_exist() -> None:
+    for words in our_commands():
+        name = getattr(parse(words), "recipe", None)
+        assert name is None or training.cli.recipe(name).name == name
+
+
+def test_make_targets_of_the_readme_exist() -> None:
+    targets = set(re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.M))
+    used = set(re.findall(r"`?make ([\w-]+)", README))
+    assert {"demo", "test"} <= used <= targets
+
+
+def test_the_python_of_the_readme_runs(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (block,) = code_blocks("python")
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "demo").symlink_to(bundle)
+    (tmp_path / "example.py").write_text(block, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    result = runpy.run_path("example.py")["result"]
+    assert len(result.images) == 8
+
+
+def test_the_file_tree_of_the_readme_is_the_repository() -> None:
+    (tree,) = [block for block in code_blocks("text") if "pyproject.toml" in block]
+    listed: set[str] = set()
+    folder = ""
+    for line in tree.splitlines():
+        name = line.split()[0]
+        if not line.startswith(" "):
+            folder = name if name.endswith("/") else ""
+            listed.add(name)
+        else:
+            listed.add(folder + name)
+    gone = sorted(name for name in listed if not (ROOT / name).exists())
+    assert not gone, f"README.md lists what is not there: {', '.join(gone)}"
+    modules = {
+        path.relative_to(ROOT).as_posix()
+        for package in ("dalle", "dvae", "rerank", "training")
+        for path in (ROOT / package).glob("*.py")
+        if path.name != "__init__.py"
+    }
+    assert not modules - listed, f"README.md's file tree lacks {', '.join(sorted(modules - listed))}"
+
+
+def test_files_that_the_readme_links_or_names_exist() -> None:
+    links = [link for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", README) if "://" not in link]
+    named = re.findall(r"`((?:dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", README)
+    missing = [name for name in links + named if not (ROOT / name).exists()]
+    assert not missing, f"README.md names what is not there: {', '.join(missing)}"
+
+
+def test_the_python_of_the_readme_is_three_lines() -> None:
+    (block,) = code_blocks("python")
+    assert len(ast.parse(block).body) <= 3

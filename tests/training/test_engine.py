@@ -1,0 +1,402 @@
+import errno
+import json
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from dalle.model import DALLE
+from dvae import DVAE
+from rerank import CLIP
+from training.config import OptimizerConfig, TrainConfig
+from training.engine import Engine, World, decay_groups, deepspeed_config, join_world, latest_tag, read_checkpoint
+
+
+class Objective(nn.Module):
+    def __init__(self, seed: int = 0, width: int = 8) -> None:
+        super().__init__()
+        torch.manual_seed(seed)
+        self.model = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, 2))
+
+    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        loss = F.mse_loss(self.model(x).float(), y)
+        return loss, {"half": loss.detach() / 2}
+
+
+def data(step: int, n: int = 4) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(step)
+    return {
+        "x": torch.randn(n, 4, generator=generator),
+        "y": 9 * torch.randn(n, 2, generator=generator),
+    }
+
+
+def halves(step: int) -> list[dict[str, Tensor]]:
+    return [{name: tensor[part] for name, tensor in data(step).items()} for part in (slice(0, 2), slice(2, 4))]
+
+
+@pytest.fixture
+def world() -> World:
+    return join_world()
+
+
+def config(**changes: Any) -> TrainConfig:
+    return tiny.train_config(**{"optimizer": OptimizerConfig(gradient_clipping=1.0), **changes})
+
+
+def train(engine: Engine, steps: range) -> list[float]:
+    engine.train()
+    return [engine.step([data(step)], 1e-2, step)["loss"].item() for step in steps]
+
+
+# ------------------------------------------------------------------------------------------------ weight decay
+
+
+def dalle_model() -> nn.Module:
+    return DALLE(tiny.recipe().transformer.model)
+
+
+def dvae_model() -> nn.Module:
+    return DVAE(tiny.recipe().dvae.model)
+
+
+def clip_model() -> nn.Module:
+    return CLIP(tiny.recipe().clip.model)
+
+
+@pytest.mark.parametrize(
+    ("make", "decayed", "exempt"),
+    [
+        (
+            dalle_model,
+            {"blocks.0.attention.qkv.weight", "blocks.1.mlp.out.weight", "text_head.weight", "image_head.weight"},
+            {
+                "text_embedding.weight",
+                "text_position_embedding.weight",
+                "row_embedding.weight",
+                "blocks.0.mlp.wide.bias",
+                "final_norm.weight",
+            },
+        ),
+        (
+            dvae_model,
+            {"encoder.blocks.input.weight", "decoder.blocks.output.conv.weight"},
+            {"encoder.blocks.input.bias", "decoder.blocks.output.conv.bias"},
+        ),
+        (
+            clip_model,
+            {"vision.projection.weight", "text.projection.weight"},
+            {
+                "logit_scale",
+                "text.token_embedding.weight",
+                "text.position_embedding",
+                "vision.class_embedding",
+                "vision.position_embedding",
+            },
+        ),
+    ],
+)
+def test_gains_biases_and_embeddings_are_exempt_from_weight_decay(
+    make: Callable[[], nn.Module], decayed: set[str], exempt: set[str]
+) -> None:
+    model = make()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    groups = {
+        group["weight_decay"]: {names[id(parameter)] for parameter in group["params"]}
+        for group in decay_groups(model, OptimizerConfig(weight_decay=0.1))
+    }
+    assert groups[0.1] | groups[0.0] == set(names.values())
+    assert not groups[0.1] & groups[0.0]
+    assert decayed <= groups[0.1]
+    assert exempt <= groups[0.0]
+    assert not [name for name in groups[0.1] if name.endswith("bias") or "norm" in name or "embedding" in name]
+
+
+# --------------------------------------------------------------------------------------- DeepSpeed's configuration
+
+
+def user_json(folder: Path, content: object) -> Path:
+    path = folder / "ds.json"
+    path.write_text(content if isinstance(content, str) else json.dumps(content))
+    return path
+
+
+def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
+    unclipped = config(
+        global_batch=12, micro_batch=2, optimizer=OptimizerConfig(gradient_clipping=0.0), precision="fp32"
+    )
+    derived = deepspeed_config(unclipped, world_size=3)
+    assert derived["gradient_clipping"] == 0.0
+    assert derived["train_micro_batch_size_per_gpu"] == 2
+    assert derived["gradient_accumulation_steps"] == 2
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ({"train_batch_size": 8}, "train_batch_size to 8, the run's is 4"),
+        ({"train_micro_batch_size_per_gpu": 3}, "train_micro_batch_size_per_gpu to 3, the run's is 4"),
+        ({"gradient_accumulation_steps": 2}, "gradient_accumulation_steps to 2, the run's is 1"),
+        ({"zero_optimisation": {"stage": 1}}, "did you mean 'zero_optimization'"),
+        ({"optimizer": {"type": "Adam"}}, "which the recipe decides"),
+        ({"checkpoint": {"load_universal": True}}, "which the training loop decides"),
+        ({"bf16": {"enabled": True}}, "half precision at ZeRO stage 0"),
+        ({"bf16": True}, "expected an object"),
+        ('{"zero_optimization": ', "not valid JSON"),
+        ([1], "holds a list"),
+    ],
+)
+def test_a_wrong_deepspeed_json_is_refused_in_words(tmp_path: Path, content: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deepspeed_config(config(deepspeed_config=user_json(tmp_path, content)), world_size=1)
+
+
+def test_a_deepspeed_json_is_merged_over_what_is_derived_and_auto_leaves_it(tmp_path: Path) -> None:
+    content = {
+        "train_batch_size": "auto",
+        "bf16": {"enabled": "auto"},
+        "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
+    }
+    merged = deepspeed_config(config(deepspeed_config=user_json(tmp_path, content)), world_size=1)
+    assert merged["train_batch_size"] == 4
+    assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
+    assert merged["bf16"] == {}
+
+
+def test_a_value_that_deepspeed_refuses_is_an_error_that_names_the_file(tmp_path: Path, world: World) -> None:
+    path = user_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}})
+    with pytest.raises(ValueError, match=r"DeepSpeed refuses .*ds\.json"):
+        Engine(Objective(), config(deepspeed_config=path), world)
+
+
+def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
+    with pytest.raises(ValueError, match="needs zero_stage 1"):
+        config(precision="bf16")
+    for wrong in (
+        {"steps": 0},
+        {"workers": -1},
+        {"seed": -1},
+        {"zero_stage": 4},
+        {"global_batch": 5, "micro_batch": 2},
+    ):
+        with pytest.raises(ValueError, match=next(iter(wrong))):
+            config(**wrong)
+    with pytest.raises(ValueError, match="not a multiple"):
+        config(global_batch=4).batch_of(3)
+
+
+# -------------------------------------------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("micro_batch", [4, 2])
+def test_a_step_is_that_of_torchs_adamw_with_clipping(world: World, micro_batch: int) -> None:
+    settings = config(micro_batch=micro_batch)
+    engine = Engine(Objective(), settings, world)
+    engine.train()
+    reference = Objective()
+    optimizer = torch.optim.AdamW(decay_groups(reference.model, settings.optimizer), betas=settings.optimizer.betas)
+    for step in range(6):
+        rate = 1e-2 / (step + 1)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.zero_grad()
+        loss, _ = reference(**data(step))
+        loss.backward()
+        assert torch.nn.utils.clip_grad_norm_(reference.parameters(), 1.0) > 1, "the clipping must matter"
+        optimizer.step()
+        metrics = engine.step(halves(step) if micro_batch == 2 else [data(step)], rate, step)
+        assert metrics["loss"].item() == pytest.approx(loss.item(), rel=1e-5)
+        assert metrics["half"].item() == pytest.approx(loss.item() / 2, rel=1e-5)
+    for ours, theirs in zip(engine.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+def test_without_clipping_large_gradients_are_left_alone(world: World) -> None:
+    # AdamW hardly feels the scale of gradients, its eps does
+    settings = config(optimizer=OptimizerConfig(gradient_clipping=0.0, eps=10.0, weight_decay=0.0))
+    engine = Engine(Objective(), settings, world)
+    reference = Objective()
+    optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.96), eps=10.0, weight_decay=0.0)
+    reference(**data(0))[0].backward()
+    optimizer.step()
+    train(engine, range(1))
+    for ours, theirs in zip(engine.model.parameters(), reference.parameters(), strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
+
+
+def test_all_zero_stages_give_the_same_losses_and_averaged_weights(world: World) -> None:
+    losses, averages = [], []
+    for stage in range(4):
+        engine = Engine(Objective(), config(zero_stage=stage), world)
+        losses.append(train(engine, range(5)))
+        averages.append(engine.averaged_weights())
+    for stage in range(1, 4):
+        assert losses[stage] == pytest.approx(losses[0], rel=1e-6), f"ZeRO {stage}"
+        for name, weight in averages[0].items():
+            torch.testing.assert_close(averages[stage][name], weight, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bf16_follows_fp32_and_averages_its_float32_masters(world: World, stage: int) -> None:
+    reference = Engine(Objective(), config(), world)
+    engine = Engine(Objective(), config(zero_stage=stage, precision="bf16"), world)
+
+    def step(one: Engine, dtype: torch.dtype, number: int) -> float:
+        tensors = data(number)
+        return one.step([{"x": tensors["x"].to(dtype), "y": tensors["y"]}], 1e-3, number)["loss"].item()
+
+    for number in range(3):
+        expected = step(reference, torch.float32, number)
+        assert step(engine, torch.bfloat16, number) == pytest.approx(expected, rel=0.02)
+    average = engine.averaged_weights()
+    assert {weight.dtype for weight in average.values()} == {torch.float32}
+    assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in average.values())
+
+
+def test_the_gradient_norm_is_that_before_clipping(world: World) -> None:
+    reference = Objective()
+    reference(**data(0))[0].backward()
+    norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
+    for stage in (1, 2, 3):  # DeepSpeed does not tell it at stage 0
+        engine = Engine(Objective(), config(zero_stage=stage), world)
+        engine.train()
+        assert float(engine.step([data(0)], 1e-2, 0)["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
+
+
+def test_averaged_weights_are_the_exponential_moving_average(world: World) -> None:
+    engine = Engine(Objective(), config(ema_decay=0.7, ema_every=2), world)
+    expected = {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
+    for step in range(5):
+        train(engine, range(step, step + 1))
+        if step % 2 == 1:
+            for name, weight in engine.model.named_parameters():
+                expected[name] = 0.7 * expected[name] + 0.3 * weight.detach()
+    for name, weight in engine.averaged_weights().items():
+        torch.testing.assert_close(weight, expected[name])
+
+
+# -------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, world: World, stage: int) -> None:
+    straight = Engine(Objective(), config(zero_stage=stage), world)
+    expected = train(straight, range(6))
+    first = Engine(Objective(), config(zero_stage=stage), world)
+    losses = train(first, range(3))
+    first.save(tmp_path, 3, {"rate": 0.5})
+    second = Engine(Objective(seed=1), config(zero_stage=stage), world)
+    assert second.load(tmp_path) == {"rate": 0.5}
+    assert losses + train(second, range(3, 6)) == expected
+    for name, weight in straight.averaged_weights().items():
+        assert torch.equal(second.averaged_weights()[name], weight)
+
+
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> None:
+    engine = Engine(Objective(), config(keep_last=2), world)
+    (tmp_path / "step00000099").mkdir()  # what an interrupted save of a later step has left
+    for step in (1, 2, 10):
+        engine.save(tmp_path, step, {})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002", "step00000010"]
+    assert latest_tag(tmp_path) == "step00000010"
+    assert read_checkpoint(tmp_path)["step"] == 10
+
+
+class Bomb:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
+    tmp_path: Path, world: World, stage: int
+) -> None:
+    engine = Engine(Objective(), config(zero_stage=stage), world)
+    engine.save(tmp_path, 1, {})
+    pickles = list((tmp_path / "step00000001").glob("*.pt"))
+    assert len(pickles) == (2 if stage else 1)
+    for path in pickles:
+        good = path.read_bytes()
+        torch.save({"module": Bomb(tmp_path / "ran"), "optimizer_state_dict": Bomb(tmp_path / "ran")}, path)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            engine.load(tmp_path)
+        assert not (tmp_path / "ran").exists()
+        path.write_bytes(good)
+    engine.load(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "ema.safetensors", "checkpoint.json"])
+@pytest.mark.parametrize("damage", ["cut", "missing"])
+def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
+    tmp_path: Path, world: World, name: str, damage: str
+) -> None:
+    engine = Engine(Objective(), config(), world)
+    engine.save(tmp_path, 1, {})
+    path = tmp_path / "step00000001" / name
+    if damage == "cut":
+        path.write_bytes(path.read_bytes()[:-20])
+    else:
+        path.unlink()
+    with pytest.raises(ValueError, match=r"step00000001.*latest.*--fresh"):
+        engine.load(tmp_path)
+
+
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, world: World) -> None:
+    Engine(Objective(), config(), world).save(tmp_path, 1, {})
+    with pytest.raises(ValueError, match="of another model"):
+        Engine(Objective(width=6), config(), world).load(tmp_path)
+
+
+def test_a_checkpoint_of_other_ranks_or_another_stage_is_refused_in_words(tmp_path: Path, world: World) -> None:
+    Engine(Objective(), config(zero_stage=1), world).save(tmp_path, 1, {})
+    with pytest.raises(ValueError, match="was saved at ZeRO stage 1, this run is at 2: use --zero-stage 1"):
+        Engine(Objective(), config(zero_stage=2), world).load(tmp_path)
+    note = tmp_path / "step00000001" / "checkpoint.json"
+    note.write_text(json.dumps({**json.loads(note.read_text()), "ranks": 4}))
+    with pytest.raises(ValueError, match="saved by 4 ranks at ZeRO stage 1, this run has 1: start it with 4"):
+        Engine(Objective(), config(zero_stage=1), world).load(tmp_path)
+
+
+@pytest.mark.parametrize("writer", ["torch.save", "training.engine.save_file"])
+@pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
+def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
+    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
+) -> None:
+    engine = Engine(Objective(), config(), world)
+    train(engine, range(2))
+    engine.save(tmp_path, 2, {"n": 2})
+    train(engine, range(2, 3))
+
+    def full(*args: object, **kwargs: object) -> None:
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, full)
+        with pytest.raises(OSError, match=r"could not save .*step00000003.*free some space.*step00000002 is kept"):
+            engine.save(tmp_path, 3, {"n": 3})
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002"]
+    assert Engine(Objective(), config(), world).load(tmp_path) == {"n": 2}
+    engine.save(tmp_path, 3, {"n": 3})
+    assert latest_tag(tmp_path) == "step00000003"
+
+
+def test_saved_averages_are_those_of_the_engine(tmp_path: Path, world: World) -> None:
+    engine = Engine(Objective(), config(), world)
+    train(engine, range(3))
+    engine.save(tmp_path, 3, {})
+    saved = load_file(tmp_path / "step00000003" / "ema.safetensors")
+    assert {name: tensor.tolist() for name, tensor in saved.items()} == {
+        name: tensor.tolist() for name, tensor in engine.averaged_weights().items()
+    }
+    assert all(math.isfinite(tensor.sum().item()) for tensor in saved.values())

@@ -1,0 +1,300 @@
+import errno
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tiny
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvae.images import open_image, to_tensor
+from training.config import TrainConfig
+from training.data import Sample, ShardData
+from training.engine import World, join_world
+from training.fit import Interrupted, RunPlan, fit
+from training.metrics import read_metrics
+from training.schedules import WarmupPlateau
+
+Prepare = Callable[[int], None]
+
+
+class Objective(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        error = self.model(x + noise).squeeze(1) - x.sum(dim=1)
+        return scale * error.square().mean(), {"brightness": x.mean()}
+
+
+class MeanColours:
+    """A stage that learns the sum of a picture's mean colours."""
+
+    name, unit, units_per_sample = "colours", "images", 1
+
+    def __init__(self, directory: Path, at_step: Prepare | None = None, scale: float = 1.0) -> None:
+        self.directory, self.objective = directory, Objective()
+        self.at_step, self.scale = at_step, scale
+        self.exported: list[int] = []
+
+    def transform(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        x = to_tensor(open_image(sample.image_bytes, sample.source)).mean(dim=(1, 2))
+        return {"x": x + 0.01 * torch.from_numpy(rng.normal(size=3)).float()}
+
+    def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        return {"x": to_tensor(open_image(sample.image_bytes, sample.source)).mean(dim=(1, 2))}
+
+    def prepare(self, tensors: dict[str, Tensor], step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        if self.at_step is not None:
+            self.at_step(step)
+        generator = torch.Generator().manual_seed(noise_seed)
+        noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
+        return {"x": tensors["x"], "noise": noise, "scale": self.scale}
+
+    def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
+        return Image.new("RGB", (4, 4)) if weights else None
+
+    def export(self, weights: Mapping[str, Tensor], step: int) -> None:
+        self.exported.append(step)
+        self.directory.mkdir(exist_ok=True)
+        save_file(dict(weights), self.directory / "model.safetensors")
+        (self.directory / "config.json").write_text("{}")
+
+
+class Run:
+    """`fit` in a folder of its own."""
+
+    def __init__(self, folder: Path, data: ShardData, world: World) -> None:
+        self.folder, self.data, self.world = folder, data, world
+        self.said: list[str] = []
+        self.stage = MeanColours(folder / "model")
+
+    def __call__(
+        self,
+        config: TrainConfig,
+        *,
+        at_step: Prepare | None = None,
+        scale: float = 1.0,
+        fresh: bool = False,
+        recipe: str = "tiny",
+        validation: ShardData | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.stage = MeanColours(directory or self.folder / "model", at_step, scale)
+        description = {"stage": "colours", "recipe": recipe, "model": {"width": 3}}
+        plan = RunPlan(directory=self.folder / "run", description=description, fresh=fresh)
+        fit(self.stage, config, self.world, self.data, validation, plan, self.said.append)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        lines = [line for line in read_metrics(self.folder / "run" / "metrics.jsonl") if line["split"] == "train"]
+        assert len({line["step"] for line in lines}) == len(lines), "each step has one line"
+        return {line["step"]: line["loss"] for line in lines}
+
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        saved = load_file(self.folder / "model" / "model.safetensors")
+        return {name: tensor.flatten().tolist() for name, tensor in saved.items()}
+
+
+@pytest.fixture
+def data(shards: Path) -> ShardData:
+    return tiny.open_world(shards)
+
+
+@pytest.fixture
+def new_run(tmp_path: Path, data: ShardData) -> Callable[[str], Run]:
+    def make(name: str) -> Run:
+        folder = tmp_path / name
+        folder.mkdir()
+        return Run(folder, data, join_world())
+
+    return make
+
+
+NewRun = Callable[[str], Run]
+
+
+def send(number: int, at: int) -> Prepare:
+    """Send this process a signal while step `at` is prepared."""
+
+    sent: list[int] = []
+
+    def prepare(step: int) -> None:
+        if step == at and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return prepare
+
+
+def test_a_run_leaves_metrics_a_checkpoint_a_sample_and_the_export(new_run: NewRun) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=5, log_every=2, checkpoint_every=2, sample_every=2))
+    assert sorted(run.losses) == [2, 4, 5]
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000005"
+    assert sorted(path.name for path in (run.folder / "run" / "samples").iterdir()) == [
+        "step00000002.png",
+        "step00000004.png",
+        "step00000005.png",
+    ]
+    assert run.stage.exported == [2, 4, 5]
+    assert list((run.folder / "run" / "tensorboard").iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(new_run: NewRun, number: int) -> None:
+    plateau = WarmupPlateau(peak=1e-2, warmup=1, window=2, patience=1, threshold=0.9)
+    config = tiny.train_config(steps=9, learning_rate=plateau, global_batch=4, micro_batch=2)
+    straight, stopped = new_run("straight"), new_run("stopped")
+    straight(config)
+    with pytest.raises(Interrupted, match=r"stopped at step 4 of 9.*the same command goes on"):
+        stopped(config, at_step=send(number, 3))
+    stopped(config)
+    assert any("going on from step 4 of 9" in line for line in stopped.said)
+    assert stopped.losses == straight.losses
+    assert sorted(stopped.losses) == list(range(1, 10))
+    assert stopped.weights == straight.weights
+
+
+def test_the_reading_processes_outlive_a_signal_to_the_whole_job(new_run: NewRun) -> None:
+    def end_of_job(step: int) -> None:
+        if step == 3:
+            workers = multiprocessing.active_children()
+            assert len(workers) == 2
+            for pid in [*(worker.pid for worker in workers), os.getpid()]:
+                os.kill(pid or 0, signal.SIGTERM)
+
+    run = new_run("a")
+    with pytest.raises(Interrupted, match="step 4"):
+        run(tiny.train_config(steps=30, workers=2), at_step=end_of_job)
+
+
+def test_lines_written_after_the_checkpoint_are_not_there_twice_after_a_crash(new_run: NewRun) -> None:
+    def crash(step: int) -> None:
+        if step == 5:
+            raise RuntimeError("power failure")
+
+    config = tiny.train_config(steps=7, checkpoint_every=3)
+    straight, crashed = new_run("straight"), new_run("crashed")
+    straight(config)
+    with pytest.raises(RuntimeError, match="power failure"):
+        crashed(config, at_step=crash)
+    assert sorted(crashed.losses) == [1, 2, 3, 4, 5]
+    crashed(config)
+    assert crashed.losses == straight.losses
+    assert crashed.weights == straight.weights
+
+
+def test_a_signal_during_the_last_step_does_not_lose_the_end(new_run: NewRun) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=4, checkpoint_every=2), at_step=send(signal.SIGTERM, 3))
+    assert run.stage.exported == [2, 4]
+
+
+def test_a_finished_run_is_not_trained_again_and_more_steps_go_on(new_run: NewRun) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=3))
+    before = run.weights
+    run(tiny.train_config(steps=3))
+    assert "3 steps" in run.said[-1]
+    assert run.stage.exported == []
+    assert run.weights == before
+    run(tiny.train_config(steps=2))  # fewer: as finished
+    assert run.weights == before
+    run(tiny.train_config(steps=5))
+    assert sorted(run.losses) == [1, 2, 3, 4, 5]
+
+
+def test_an_export_that_failed_is_made_up_for(new_run: NewRun, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    run = new_run("a")
+    with monkeypatch.context() as patch:
+        patch.setattr(MeanColours, "export", full)
+        with pytest.raises(OSError, match="No space left"):
+            run(tiny.train_config(steps=3))
+    run(tiny.train_config(steps=3))
+    assert run.stage.exported == [3]
+    (run.folder / "model" / "config.json").unlink()
+    run(tiny.train_config(steps=3))
+    assert run.stage.exported == [3], "a deleted export is made anew"
+
+
+def test_a_full_disk_stops_training_and_the_same_command_goes_on(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file data/0: file write failed")
+
+    def fill(step: int) -> None:
+        if step == 2:
+            monkeypatch.setattr(torch, "save", full)
+
+    config = tiny.train_config(steps=6, checkpoint_every=2)
+    run = new_run("a")
+    with pytest.raises(OSError, match=r"could not save .*file write failed.*step00000002 is kept"):
+        run(config, at_step=fill)
+    monkeypatch.undo()
+    run(config)
+    assert any("going on from step 2" in line for line in run.said)
+    assert sorted(run.losses) == [1, 2, 3, 4, 5, 6]
+
+
+def test_fresh_trains_anew(new_run: NewRun) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=3))
+    run(tiny.train_config(steps=2, seed=1), fresh=True, recipe="another")
+    assert sorted(run.losses) == [1, 2]
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000002"
+
+
+def test_a_run_of_another_recipe_in_the_same_place_is_refused(new_run: NewRun) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=2))
+    with pytest.raises(ValueError, match=r"another recipe: give another --out, the same recipe, or --fresh"):
+        run(tiny.train_config(steps=4), recipe="another")
+    (run.folder / "run" / "config.json").write_text("{")
+    with pytest.raises(ValueError, match=r"config\.json is damaged.*--fresh"):
+        run(tiny.train_config(steps=4))
+
+
+def test_a_loss_that_is_not_finite_stops_training_in_words(new_run: NewRun) -> None:
+    run = new_run("a")
+    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 2, training has diverged"):
+        run(tiny.train_config(steps=6, log_every=2), scale=float("nan"))
+
+
+def test_too_many_unusable_pictures_stop_training(tmp_path: Path, new_run: NewRun) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "bad.tar", "w") as tar:
+        for number in range(4):
+            for name, content in ((f"{number}.png", b"no picture"), (f"{number}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+    run = new_run("a")
+    run.data = ShardData.open([tmp_path], captions=True)
+    with pytest.raises(ValueError, match=r"bad\.tar.*--max-bad-fraction"):
+        run(tiny.train_config())
+
+
+def test_validation_weighs_every_picture_alike(new_run: NewRun, data: ShardData) -> None:
+    run = new_run("a")
+    run(tiny.train_config(steps=2, global_batch=10, validate_every=1), validation=data)  # 24 pictures: 10, 10 and 4
+    lines = [line for line in read_metrics(run.folder / "run" / "metrics.jsonl") if line["split"] == "validation"]
+    pictures = [to_tensor(open_image(data.read(index).image_bytes)) for index in range(len(data))]
+    assert [line["step"] for line in lines] == [1, 2]
+    assert lines[0]["brightness"] == pytest.approx(float(torch.stack(pictures).mean()), rel=1e-5)

@@ -1,0 +1,359 @@
+import dataclasses
+import io
+import json
+import shutil
+import tarfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import pytest
+import tiny
+import torch
+
+import training.cli
+import training.recipes
+from dalle.model import DALLE
+from dalle.pipeline import Pipeline
+from dvae import DVAE, DVAEConfig
+from dvae.directory import directory_hash
+from rerank import CLIP
+from training.config import TrainConfig
+from training.data import ShardData
+from training.engine import join_world
+from training.evaluate import distinct_captions, evaluate
+from training.metrics import MetricLog, read_metrics
+from training.plan import plan, state_bytes
+from training.programs import Inputs, train_all
+from training.recipes import RECIPES, recipe
+
+NAMES = list(RECIPES)
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """A bundle trained by the programs; not to be changed."""
+    out = tmp_path_factory.mktemp("trained") / "bundle"
+    inputs = Inputs(data=[shards], validation=[shards], out=out)
+    train_all(tiny.recipe(), inputs, join_world(), lambda line: None)
+    return out
+
+
+@pytest.fixture
+def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
+    return shutil.copytree(bundle, tmp_path / "bundle")
+
+
+@pytest.fixture(autouse=True)
+def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
+    monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
+    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+
+
+def run(*arguments: object) -> int:
+    return training.cli.main([str(argument) for argument in arguments])
+
+
+# ------------------------------------------------------------------------------------------------- end to end
+
+
+def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> None:
+    pipe = Pipeline.load(bundle)
+    result = pipe.generate("a small red circle left of a large blue square on a white background", n=3, keep=2)
+    assert result.images.shape == (2, 3, tiny.IMAGE_SIZE, tiny.IMAGE_SIZE)
+    assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
+    assert pipe.dalle.metadata["dvae_hash"] == directory_hash(bundle / "dvae")
+    assert pipe.dalle.metadata["step"] == 4
+    for stage in ("dvae", "clip", "transformer"):
+        lines = read_metrics(bundle / "training" / stage / "metrics.jsonl")
+        assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
+        assert [line["step"] for line in lines if line["split"] == "validation"] == [4]
+    assert (bundle / "samples.png").is_file()
+    assert json.loads((bundle / "evaluation.json").read_text())["samples"] == tiny.N_SAMPLES
+
+
+def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bundle: Path, shards: Path) -> None:
+    out = tmp_path / "out"
+    for stage in ("tokenizer", "dvae", "clip", "transformer"):
+        assert run(stage, "tiny", "--data", shards, "--out", out) == 0
+    assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
+    assert run("evaluate", out, "--data", shards, "--captions", 2) == 0
+    assert (out / "samples.png").is_file()
+
+
+def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, shards: Path) -> None:
+    shutil.rmtree(bundle_copy / "training" / "transformer")
+    options = ["--steps", 2, "--global-batch", 6, "--micro-batch", 3, "--seed", 5, "--log-every", 2, "--workers", 1]
+    more = ["--null-caption-probability", 0.1, "--activation-checkpointing", "True", "--zero-stage", 1]
+    command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, *options, *more]
+    assert run(*command, "--precision", "bf16") == 0
+    record = json.loads((bundle_copy / "training" / "transformer" / "config.json").read_text())["training"]
+    assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed", "zero_stage")] == [2, 6, 3, 5, 1]
+    assert record["activation_checkpointing"] is True
+    assert Pipeline.load(bundle_copy).dalle.metadata["null_caption_probability"] == 0.1
+
+
+@pytest.mark.parametrize("stage", ["dvae", "clip"])
+@pytest.mark.parametrize("precision", [["autocast"], ["bf16", "--zero-stage", 2]])
+def test_stages_train_in_lower_precision(tmp_path: Path, shards: Path, stage: str, precision: Sequence[object]) -> None:
+    assert run(stage, "tiny", "--data", shards, "--out", tmp_path, "--steps", 2, "--precision", *precision) == 0
+    lines = read_metrics(tmp_path / "training" / stage / "metrics.jsonl")
+    assert len(lines) == 2
+    assert all(line["loss"] is not None for line in lines)
+
+
+@pytest.mark.parametrize("stage", ["dvae", "clip", "transformer"])
+def test_a_stage_trained_in_two_parts_is_the_same_bit_for_bit(
+    tmp_path: Path, bundle: Path, shards: Path, stage: str
+) -> None:
+    out = tmp_path / "out"
+    if stage == "transformer":
+        shutil.copytree(bundle / "dvae", out / "dvae")
+        shutil.copy(bundle / "tokenizer.json", out)
+    command = [stage, "tiny", "--data", shards, "--out", out]
+    assert run(*command, "--steps", 2) == 0
+    assert run(*command, "--steps", 4) == 0
+    name = "dalle" if stage == "transformer" else stage
+    assert directory_hash(out / name) == directory_hash(bundle / name)
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+def test_a_dvae_learns_the_same_at_every_zero_stage(
+    tmp_path: Path, bundle: Path, shards: Path, zero_stage: int
+) -> None:
+    assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, "--zero-stage", zero_stage) == 0
+    losses, expected = (
+        [line["loss"] for line in read_metrics(out / "training" / "dvae" / "metrics.jsonl") if line["split"] == "train"]
+        for out in (tmp_path, bundle)
+    )
+    assert losses == pytest.approx(expected, rel=1e-4)
+
+
+def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards: Path) -> None:
+    arguments = ["dvae", "tiny", "--data", shards, "--out", tmp_path, "--init", bundle / "dvae", "--steps", 1]
+    assert run(*arguments) == 0
+    before, after = DVAE.load(bundle / "dvae").state_dict(), DVAE.load(tmp_path / "dvae").state_dict()
+    distances = [float((before[name] - after[name]).abs().max()) for name in before]
+    assert 0 < max(distances) < 0.01
+
+
+def test_a_changed_vocabulary_of_clip_is_not_trained_on_silently(
+    tmp_path: Path, bundle_copy: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    other = tiny.write_world(tmp_path / "other", seed=7)
+    assert run("clip", "tiny", "--data", other, "--out", bundle_copy, "--steps", 6) == 1
+    assert "another tokenizer_hash" in capsys.readouterr().err
+
+
+def test_evaluation_measures_what_its_name_says(bundle: Path, shards: Path) -> None:
+    pipe = Pipeline.load(bundle)
+    data = ShardData.open([shards], captions=True)
+    whole, batched = evaluate(pipe, data), evaluate(pipe, data, batch_size=7)
+    for name, value in dataclasses.asdict(whole).items():
+        assert dataclasses.asdict(batched)[name] == pytest.approx(value, rel=1e-4), name
+    assert whole.image_gain == pytest.approx(whole.image_unigram - whole.image_loss)
+    assert 1 <= whole.codes_used <= whole.codes == 32
+    assert 0 <= whole.retrieval <= 1
+    assert whole.retrieval_size <= tiny.N_SAMPLES
+    assert "CLIP retrieval" in whole.table()
+
+
+def test_captions_for_the_sheet_are_distinct_and_as_many_as_asked(shards: Path) -> None:
+    chosen = distinct_captions(ShardData.open([shards], captions=True), 5)
+    assert len(set(chosen)) == 5
+
+
+# ----------------------------------------------------------------------------------------------------- errors
+
+
+def tar(path: Path, members: dict[str, bytes]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as archive:
+        for name, content in members.items():
+            member = tarfile.TarInfo(name)
+            member.size = len(content)
+            archive.addfile(member, io.BytesIO(content))
+    return path
+
+
+def png() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (16, 16)).save(buffer, "png")
+    return buffer.getvalue()
+
+
+Arguments = Sequence[object]
+
+
+def wrong_inputs(folder: Path, shards: Path) -> Iterator[tuple[Arguments, str]]:
+    """Yield command lines and what each is told."""
+    out = folder / "out"
+
+    def on(data: Path) -> Arguments:
+        return ["--data", data, "--out", out]
+
+    (folder / "empty").mkdir()
+    whole = next(iter(shards.glob("*.tar"))).read_bytes()
+    (folder / "cut").mkdir()
+    (folder / "cut" / "a.tar").write_bytes(whole[: len(whole) // 2])
+    (folder / "text").mkdir()
+    (folder / "text" / "a.tar").write_text("no tar")
+    tar(folder / "mute" / "a.tar", {"1.png": png()})
+    (folder / "broken.json").write_text("{")
+    (folder / "unknown.json").write_text('{"zero_optimisation": {}}')
+    (folder / "batch.json").write_text('{"train_batch_size": 64}')
+    (folder / "file").write_text("x")
+    yield ["dvae", "demmo", *on(shards)], "unknown recipe 'demmo': did you mean 'demo'"
+    yield ["plan", "demmo"], "did you mean 'demo'"
+    for stage in ("tokenizer", "dvae", "clip", "all"):
+        yield [stage, "tiny", *on(folder / "missing")], "missing"
+    yield ["dvae", "tiny", *on(folder / "empty")], "empty"
+    yield ["dvae", "tiny", *on(folder / "cut")], "a.tar"
+    yield ["dvae", "tiny", *on(folder / "text")], "a.tar"
+    yield ["clip", "tiny", *on(folder / "mute")], "has no captions"
+    yield ["dvae", "tiny", *on(shards), "--validation", folder / "missing"], "missing"
+    yield ["transformer", "tiny", *on(shards)], "tokenizer"
+    for name, told in (("broken", "not valid JSON"), ("unknown", "did you mean"), ("batch", "train_batch_size")):
+        yield ["dvae", "tiny", *on(shards), "--deepspeed-config", folder / f"{name}.json"], told
+    yield ["dvae", "tiny", *on(shards), "--deepspeed-config", folder / "none.json"], "no DeepSpeed configuration at"
+    yield ["dvae", "tiny", *on(shards), "--init", folder / "none"], "none"
+    for option, value in (
+        ("--steps", 0),
+        ("--global-batch", 0),
+        ("--micro-batch", 3),
+        ("--micro-batch", 0),
+        ("--zero-stage", 7),
+        ("--workers", -1),
+        ("--seed", -1),
+        ("--max-bad-fraction", 2),
+        ("--log-every", 0),
+        ("--checkpoint-every", 0),
+        ("--validate-every", -1),
+        ("--precision", "bf16"),
+    ):
+        yield ["dvae", "tiny", *on(shards), option, value], option.removeprefix("--").replace("-", "_")
+    yield ["clip", "tiny", *on(shards), "--micro-batch", 2], "negatives are the whole batch"
+    yield ["tokenizer", "tiny", *on(shards), "--vocab-size", 3], "3"
+    yield ["tokenizer", "tiny", "--data", shards, "--out", folder / "file"], "file"
+    yield ["dvae", "tiny", "--data", shards, "--out", folder / "file"], "file"
+    yield ["evaluate", folder / "none", "--data", shards], "none"
+    yield ["plan", "demo", "--gpus", 0], "--gpus must be at least 1"
+    yield ["plan", "demo", "--gpu-memory", 0], "--gpu-memory must be above 0"
+    yield ["shards", folder / "none", "--out", out], "none"
+
+
+def test_wrong_inputs_end_in_one_line_and_exit_code_1(
+    tmp_path: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    for arguments, told in wrong_inputs(tmp_path, shards):
+        code = run(*arguments)
+        said = capfd.readouterr().err
+        errors = [line for line in said.splitlines() if line.startswith("error: ")]
+        assert code == 1, (arguments, said)
+        assert len(errors) == 1, (arguments, said)
+        assert said.splitlines()[-1] == errors[0], (arguments, said)
+        assert told in errors[0], (arguments, said)
+        assert "Traceback" not in said, (arguments, said)
+
+
+def test_wrong_inputs_to_a_bundle_end_in_one_line(
+    bundle_copy: Path, shards: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def said(*arguments: object) -> str:
+        assert run(*arguments, "--data", shards) == 1
+        lines = capfd.readouterr().err.splitlines()
+        assert [line.startswith("error: ") for line in lines].count(True) == 1
+        return lines[-1]
+
+    transformer = ["transformer", "tiny", "--out", bundle_copy]
+    assert "--captions must be at least 1" in said("evaluate", bundle_copy, "--captions", 0)
+    assert "no device 'gpu7'" in said("evaluate", bundle_copy, "--device", "gpu7")
+    assert "null_caption_probability" in said(*transformer, "--null-caption-probability", 2, "--fresh")
+    DVAE(DVAEConfig(n_hid=8, n_init=8, n_groups=3, n_blocks=1, vocab_size=32, image_size=16)).save(bundle_copy / "dvae")
+    assert "another dvae_hash" in said(*transformer, "--steps", 9)
+    assert "trained with the dvae" in said("evaluate", bundle_copy)
+    shutil.rmtree(bundle_copy / "dvae")
+    assert "dvae" in said(*transformer)
+
+
+def test_a_usage_error_is_exit_code_1(capfd: pytest.CaptureFixture[str]) -> None:
+    assert run("dvae", "tiny") == 1
+    assert run("dvae", "tiny", "--steps", "many") == 1
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_shards_are_made_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for number in range(3):
+        (tmp_path / "in").mkdir(exist_ok=True)
+        (tmp_path / "in" / f"{number}.png").write_bytes(png())
+        (tmp_path / "in" / f"{number}.txt").write_text(f"a black picture {number}")
+    assert run("shards", tmp_path / "in", "--out", tmp_path / "out") == 0
+    assert len(ShardData.open([tmp_path / "out"], captions=True)) == 3
+
+
+# --------------------------------------------------------------------------------------------- metrics and plan
+
+
+def test_metrics_of_later_steps_are_dropped_and_a_torn_last_line_is_ignored(tmp_path: Path) -> None:
+    log = MetricLog(tmp_path, 0)
+    for step in range(1, 6):
+        log.write(step, "train", {"loss": float(step), "bad": float("inf")})
+    log.close()
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')
+    log = MetricLog(tmp_path, 3)
+    log.write(4, "train", {"loss": 40.0})
+    log.close()
+    lines = read_metrics(tmp_path / "metrics.jsonl")
+    assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
+    assert lines[0]["bad"] is None
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_recipe_constructs_and_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    chosen = recipe(name)
+    assert chosen.name == name
+    with torch.device("meta"):
+        DALLE(chosen.transformer.model)
+        dvae = DVAE(chosen.dvae.model)
+        CLIP(chosen.clip.model)
+    assert dvae.config.grid == chosen.transformer.model.grid
+    assert dvae.config.vocab_size == chosen.transformer.model.image_vocab
+    assert run("plan", name) == 0
+    assert chosen.purpose in capsys.readouterr().out
+    assert run("plan") == 0
+    assert name in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("name", "billions"), [("1.3b", 1.3), ("2.8b", 2.8), ("5.6b", 5.6), ("12b", 12.29)])
+def test_the_large_recipes_have_as_many_parameters_as_their_names_say(name: str, billions: float) -> None:
+    with torch.device("meta"):
+        total = DALLE(recipe(name).transformer.model).n_parameters()["total"]
+    assert total / 1e9 == pytest.approx(billions, rel=0.06 if name != "12b" else 4e-4)
+
+
+def test_zero_divides_the_state_of_adam_as_published() -> None:
+    # Rajbhandari et al. 2020, figure 1: 7.5 billion parameters, K = 12, 64 GPUs: 31.4, 16.6 and 1.9 GB
+    totals = [state_bytes(7_500_000_000, "bf16", stage, 64).total / 1e9 for stage in (1, 3)]
+    assert totals == pytest.approx([31.4, 2.1], rel=0.03)
+    with pytest.raises(ValueError, match="bf16"):
+        state_bytes(1, "bf16", 0, 1)
+
+
+def test_a_plan_says_what_does_not_fit() -> None:
+    text = plan(recipe("12b"), gpus=8, gpu_memory_gib=80)
+    stages = [line for line in text.splitlines() if line.strip().startswith("ZeRO")]
+    assert len(stages) == 4
+    assert "does not fit" in stages[0]
+    assert "does not fit" not in stages[3]
+    assert "12,29" in text
+
+
+def test_train_configs_of_all_recipes_share_their_batch_among_8_ranks() -> None:
+    for name in NAMES:
+        chosen = recipe(name)
+        configs: list[TrainConfig] = [chosen.dvae.train, chosen.transformer.train, chosen.clip.train]
+        for config in configs:
+            assert config.batch_of(8)[0] * config.batch_of(8)[1] * 8 == config.global_batch

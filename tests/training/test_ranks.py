@@ -1,0 +1,340 @@
+"""Several ranks: two processes forked with everything imported, and the two launchers."""
+
+import contextlib
+import dataclasses
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from test_engine import Objective, config, data
+
+import training.cli
+from dalle.pipeline import Pipeline
+from dvae import DVAE
+from rerank import CLIP, CLIPTokenizer
+from training.clip import CLIPObjective
+from training.engine import Engine, World, join_world, on_first_rank, require_same
+from training.fit import Interrupted
+from training.metrics import read_metrics
+from training.programs import Inputs, train_clip, train_tokenizer
+from training.recipes import recipe
+
+pytestmark = pytest.mark.slow
+
+N_RANKS = 2
+PATIENCE_S = 120
+PRELOADED = ["torch", "deepspeed", "deepspeed.runtime.zero.muon.muon_optimizer", "training.programs", "test_engine"]
+
+
+def _rank(function: Callable[..., object], rank: int, store: str, arguments: tuple[Any, ...], answers: Any) -> None:
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(N_RANKS), LOCAL_SIZE=str(N_RANKS))
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=N_RANKS)
+    try:
+        answers.put((rank, function(join_world(), *arguments)))
+    except BaseException as error:
+        answers.put((rank, f"{type(error).__name__}: {error}"))
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def on_ranks(folder: Path, function: Callable[..., object], *arguments: Any) -> list[Any]:
+    """Call `function(world, *arguments)` on two ranks; returns what each returns, or "NameOfError: message"."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(PRELOADED)
+    answers = context.Queue()
+    folder.mkdir(exist_ok=True, parents=True)
+    store = folder / "store"
+    store.unlink(missing_ok=True)
+    processes = [
+        context.Process(target=_rank, args=(function, rank, str(store), arguments, answers)) for rank in range(N_RANKS)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        found = dict(answers.get(timeout=PATIENCE_S) for _ in processes)
+    finally:
+        for process in processes:
+            process.join(10)
+            process.kill()
+    return [found[rank] for rank in range(N_RANKS)]
+
+
+# ----------------------------------------------------------------------------------------------------- two ranks
+
+
+def clip_objective() -> CLIPObjective:
+    torch.manual_seed(0)
+    return CLIPObjective(CLIP(dataclasses.replace(tiny.recipe().clip.model, vocab_size=300)))
+
+
+def clip_batch() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    text = torch.randint(1, 298, (8, 24), generator=generator)
+    text[:, -1] = 299
+    return {"images": torch.rand(8, 3, 16, 16, generator=generator), "text": text, "n_cut": torch.zeros(8)}
+
+
+def clip_gradients(world: World) -> tuple[float, float, dict[str, list[float]]]:
+    objective = clip_objective()
+    own = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+    loss, metrics = objective(**{name: tensor[own] for name, tensor in clip_batch().items()})
+    loss.backward()
+    gradients = {}
+    for name, parameter in objective.named_parameters():
+        assert parameter.grad is not None
+        if world.size > 1:
+            dist.all_reduce(parameter.grad)  # as the engine does
+        gradients[name] = (parameter.grad / world.size).flatten().tolist()
+    return loss.item(), metrics["accuracy"].item(), gradients
+
+
+def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch_with_its_gradient(tmp_path: Path) -> None:
+    loss, accuracy, gradients = clip_gradients(join_world())
+    for other_loss, other_accuracy, other in on_ranks(tmp_path, clip_gradients):
+        assert other_loss == pytest.approx(loss, rel=1e-5)
+        assert other_accuracy == accuracy
+        for name, gradient in gradients.items():
+            torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(gradient), rtol=1e-4, atol=1e-6)
+
+
+def clip_losses(world: World, shards: Path, out: Path) -> list[float]:
+    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+    return [line["loss"] for line in read_metrics(out / "training" / "clip" / "metrics.jsonl")]
+
+
+def test_clip_trained_by_two_ranks_is_clip_trained_by_one(tmp_path: Path, shards: Path) -> None:
+    expected = clip_losses(join_world(), shards, tmp_path / "one")
+    for losses in on_ranks(tmp_path, clip_losses, shards, tmp_path / "two"):
+        assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def engine_steps(world: World, folder: Path, stage: int, first: int, last: int) -> list[float]:
+    engine = Engine(Objective(), config(zero_stage=stage), world)
+    if first:
+        engine.load(folder)
+    engine.train()
+    own = slice(world.rank * 2, world.rank * 2 + 2)
+    losses = []
+    for step in range(first, last):
+        tensors = {name: tensor[own] for name, tensor in data(step).items()}
+        loss = engine.step([tensors], 1e-2, step)["loss"]
+        dist.all_reduce(loss)
+        losses.append(loss.item() / world.size)
+    engine.save(folder, last, {})
+    return losses
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_two_ranks_train_like_one_and_resume_bit_for_bit(tmp_path: Path, stage: int) -> None:
+    engine = Engine(Objective(), config(), join_world())
+    engine.train()
+    expected = [engine.step([data(step)], 1e-2, step)["loss"].item() for step in range(4)]
+    straight = on_ranks(tmp_path, engine_steps, tmp_path / "a", stage, 0, 4)[0]
+    assert straight == pytest.approx(expected, rel=1e-5)
+    first = on_ranks(tmp_path, engine_steps, tmp_path / "b", stage, 0, 2)[0]
+    assert first + on_ranks(tmp_path, engine_steps, tmp_path / "b", stage, 2, 4)[0] == straight
+    if stage:
+        with pytest.raises(ValueError, match="saved by 2 ranks at ZeRO stage"):
+            Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "b")
+
+
+def save_with_a_full_disk_on(world: World, folder: Path, full: int) -> None:
+    engine = Engine(Objective(), config(zero_stage=2), world)
+    engine.save(folder, 1, {})
+    if world.rank == full:
+
+        def fail(*args: object, **kwargs: object) -> None:
+            raise RuntimeError("file write failed")
+
+        torch.save = fail
+    engine.save(folder, 2, {})
+
+
+@pytest.mark.parametrize("full", [0, 1])
+def test_a_full_disk_on_one_rank_is_an_error_on_both(tmp_path: Path, full: int) -> None:
+    answers = on_ranks(tmp_path, save_with_a_full_disk_on, tmp_path / "c", full)
+    assert all("OSError: could not save the checkpoint" in answer for answer in answers), answers
+    assert "file write failed" in answers[full]
+    assert "another rank" in answers[1 - full]
+    assert (tmp_path / "c" / "latest").read_text() == "step00000001"
+    assert not (tmp_path / "c" / "step00000002").exists()
+
+
+def load_checkpoint(world: World, folder: Path) -> None:
+    Engine(Objective(), config(zero_stage=2), world).load(folder)
+
+
+def test_a_part_of_a_checkpoint_that_is_damaged_is_an_error_on_both_ranks(tmp_path: Path) -> None:
+    on_ranks(tmp_path, engine_steps, tmp_path / "c", 2, 0, 1)
+    part = next((tmp_path / "c").glob("step*/*rank_1_*optim_states.pt"))
+    part.write_bytes(part.read_bytes()[:-100])
+    answers = on_ranks(tmp_path, load_checkpoint, tmp_path / "c")
+    assert all("ValueError: the checkpoint" in answer for answer in answers), answers
+
+
+def tell_apart(world: World) -> None:
+    require_same({"seed": 1, "data": ["a"]}, world)
+    require_same({"seed": 1, "data": ["a", "b"][: world.rank + 1]}, world)
+
+
+def test_ranks_that_were_told_different_things_are_refused_in_words(tmp_path: Path) -> None:
+    answers = on_ranks(tmp_path, tell_apart)
+    assert all(answer.startswith("ValueError: the ranks differ in data: start all") for answer in answers), answers
+
+
+def fail_on_the_first(world: World) -> None:
+    def fail() -> None:
+        raise FileNotFoundError("no such thing")
+
+    on_first_rank(fail, world)
+
+
+def test_an_error_of_the_first_rank_stops_the_other_one(tmp_path: Path) -> None:
+    first, second = on_ranks(tmp_path, fail_on_the_first)
+    assert first == "FileNotFoundError: no such thing"
+    assert "the first rank failed" in second
+
+
+def fail_alone(world: World, shards: Path, out: Path) -> None:
+    from training.clip import CLIPStage
+
+    def prepare(self: CLIPStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        if step == 1 and world.rank == 1:
+            raise ValueError("too many unusable samples")
+        return dict(tensors)
+
+    CLIPStage.prepare = prepare  # type: ignore[method-assign]
+    with training.cli._world():
+        train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+
+
+def test_an_error_of_one_rank_alone_does_not_leave_the_other_waiting(tmp_path: Path, shards: Path) -> None:
+    first, second = on_ranks(tmp_path, fail_alone, shards, tmp_path / "out")
+    assert second == "ValueError: too many unusable samples"
+    assert "Error: " in first
+
+
+def interrupted_rank(world: World, shards: Path, out: Path) -> None:
+    from training.clip import CLIPStage
+
+    original = CLIPStage.prepare
+
+    def prepare(self: CLIPStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        if step == 1 and world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return original(self, tensors, step, noise_seed, measure=measure)
+
+    CLIPStage.prepare = prepare  # type: ignore[method-assign]
+    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+
+
+def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, shards: Path) -> None:
+    answers = on_ranks(tmp_path, interrupted_rank, shards, tmp_path / "out")
+    assert all(answer.startswith(f"{Interrupted.__name__}: stopped at step 2 of 4") for answer in answers), answers
+
+
+# ----------------------------------------------------------------------------------------------------- launchers
+
+
+@pytest.fixture(scope="module")
+def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A world, and a bundle of the demo's sizes without a transformer."""
+    folder = tmp_path_factory.mktemp("launch")
+    tiny.write_world(folder / "world", size=64)
+    chosen, out = recipe("demo"), folder / "bundle"
+    train_tokenizer(chosen, Inputs(data=[folder / "world"], out=out), lambda line: None)
+    torch.manual_seed(0)
+    DVAE(chosen.dvae.model).save(out / "dvae")
+    tokenizer = CLIPTokenizer.train(["a small red circle"], 300)
+    config = dataclasses.replace(chosen.clip.model, vocab_size=tokenizer.vocab_size)
+    CLIP(config, tokenizer).save(out / "clip")
+    return folder
+
+
+def transformer_command(folder: Path, bundle: Path, stage: int) -> list[str]:
+    command = ["transformer", "demo", "--data", str(folder / "world"), "--out", str(bundle), "--steps", "3"]
+    return [*command, "--global-batch", "4", "--log-every", "1", "--zero-stage", str(stage), "--workers", "0"]
+
+
+def losses_of(bundle: Path) -> list[float]:
+    lines = read_metrics(bundle / "training" / "transformer" / "metrics.jsonl")
+    return [line["loss"] for line in lines if line["split"] == "train"]
+
+
+@pytest.fixture(scope="module")
+def losses_of_one(untrained: Path) -> list[float]:
+    bundle = shutil.copytree(untrained / "bundle", untrained / "one")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.cli, "leave_world", lambda **_: None)
+        assert training.cli.main(transformer_command(untrained, bundle, 0)) == 0
+    return losses_of(bundle)
+
+
+LAUNCHERS = {
+    "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_python", "--no_local_rank", "--master_port"],
+    "torchrun": ["torchrun", "--nproc_per_node", "2", "--no-python", "--master_port"],
+}
+
+
+def launch(launcher: str, port: int, command: list[str]) -> tuple[int, str]:
+    """Run `dalle-train` under a launcher, in a session of its own, of which nothing is left afterwards."""
+    scripts = Path(sys.executable).parent
+    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+    environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
+    program, *options = LAUNCHERS[launcher]
+    process = subprocess.Popen(
+        [str(scripts / program), *options, str(port), str(scripts / "dalle-train"), *command],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=PATIENCE_S)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    return process.returncode, output
+
+
+@pytest.mark.parametrize(
+    ("launcher", "stage", "port"),
+    [("deepspeed", 0, 29611), ("deepspeed", 2, 29612), ("torchrun", 0, 29613), ("torchrun", 2, 29614)],
+)
+def test_two_launched_ranks_train_the_same_bundle_as_one_process(
+    tmp_path: Path, untrained: Path, losses_of_one: list[float], launcher: str, stage: int, port: int
+) -> None:
+    bundle = shutil.copytree(untrained / "bundle", tmp_path / "bundle")
+    code, output = launch(launcher, port, transformer_command(untrained, bundle, stage))
+    assert code == 0, output
+    assert losses_of(bundle) == pytest.approx(losses_of_one, abs=1e-5)
+    record = json.loads((bundle / "training" / "transformer" / "config.json").read_text())
+    assert record["ranks"] == 2
+    assert output.count("transformer 3/3") == 1, "only the first rank reports"
+    result = Pipeline.load(bundle).generate("a small red circle", n=2, keep=1)
+    assert result.images.shape == (1, 3, 64, 64)
+
+
+@pytest.mark.parametrize(("launcher", "port"), [("deepspeed", 29615), ("torchrun", 29616)])
+def test_an_error_on_all_ranks_ends_the_launcher_without_a_traceback_of_ours(
+    tmp_path: Path, untrained: Path, launcher: str, port: int
+) -> None:
+    bundle = tmp_path / "bundle"
+    code, output = launch(launcher, port, transformer_command(untrained, bundle, 0))
+    assert code != 0
+    assert "error: " in output
+    assert "training/programs.py" not in output
