@@ -59,7 +59,7 @@ class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
     # Seconds on two cores of a server of 2024: only their proportions matter.
-    SECONDS = {"world": 40, "tokenizer": 5, "dvae": 210, "clip": 170, "transformer": 420, "samples": 60}  # noqa: RUF012
+    SECONDS = {"world": 20, "tokenizer": 2, "dvae": 260, "clip": 150, "transformer": 420, "samples": 100}  # noqa: RUF012
 
     def __init__(self, report: Report) -> None:
         self._report, self._started_at = report, time.perf_counter()

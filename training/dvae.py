@@ -1,8 +1,9 @@
 """The first stage: training a dVAE on pictures alone (Ramesh et al. 2021, 2.1, A.2)."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 
 from dalle.gallery import side_by_side
 from dvae import DVAE
-from dvae.images import dvae_augmentation, open_image, resize_and_crop, to_image, to_tensor
+from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_crop, to_image, to_tensor, unmap_pixels
 from dvae.loss import dvae_loss
 from dvae.metrics import code_usage
 from training.data import Sample, ShardData
@@ -50,6 +51,22 @@ class DVAEObjective(nn.Module):
                 metrics["codes_used"] = torch.tensor(float(usage.used))
                 metrics["perplexity"] = torch.tensor(float(usage.perplexity))
         return loss.total, metrics
+
+
+class AutoencoderObjective(nn.Module):
+    """The squared error of a dVAE without tokens: the encoder's output goes to the decoder as it is."""
+
+    def __init__(self, model: DVAE) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, Tensors]:
+        """Return the mean squared error of a batch of images, (B,3,H,W) float32 in [0, 1], and its PSNR."""
+        stats = self.model.decoder(self.model.encoder(map_pixels(images)))
+        error = (torch.sigmoid(stats[:, :3]) - map_pixels(images)).square().mean()
+        reconstructions = unmap_pixels(torch.sigmoid(stats[:, :3].detach()))
+        psnr = -10.0 * (reconstructions - images).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+        return error, {"psnr": psnr.mean()}
 
 
 class DVAEStage:
@@ -101,22 +118,26 @@ class DVAEStage:
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return preview pictures above their reconstructions."""
         model = self._with(weights)
-        originals, labels = [], []
-        for index in range(min(8, len(self._previews))):
-            try:
-                sample = self._previews.read(index)
-                originals.append(self.transform_for_validation(sample, np.random.default_rng(0))["images"])
-            except ValueError:
-                continue
-            labels.append(sample.key)
-        if not originals:
+        images, labels = self.first_images(8, self._previews)
+        if not labels:
             return None
-        images = torch.stack(originals)
         with torch.no_grad():
             reconstructions = model.decode(model.encode(images))
         return side_by_side(
             [to_image(image) for image in images], [to_image(image) for image in reconstructions], labels
         )
+
+    def first_images(self, count: int, data: ShardData) -> tuple[Tensor, list[str]]:
+        """Return the readable ones of the first `count` pictures of some data, (N,3,H,W) in [0, 1], and their keys."""
+        images, keys = [], []
+        for index in range(min(count, len(data))):
+            try:
+                sample = data.read(index)
+                images.append(self.transform_for_validation(sample, np.random.default_rng(0))["images"])
+            except (ValueError, OSError):
+                continue
+            keys.append(sample.key)
+        return torch.stack(images) if images else torch.empty(0), keys
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the dVAE's directory."""
@@ -128,12 +149,92 @@ class DVAEStage:
         return model.eval()
 
 
-@torch.no_grad()
-def scale_encoder_output(model: DVAE, gain: float) -> None:
-    """Scale the encoder's output convolution, in place, before training starts.
+class WarmupStage(DVAEStage):
+    """What `fit` needs to know to warm a dVAE up as an autoencoder, before it has a codebook.
 
-    Deviation: with the plain initialisation, the logits of a small dVAE are so alike that the Gumbel noise drowns them;
-    the decoder learns to ignore the tokens and all but a handful of codes die. Logits `gain` times larger carry a
-    signal from the first step.
+    Deviation: the paper starts from random weights. A small dVAE does not get far from there in minutes: its untrained decoder ignores
+    the tokens, and all but a handful of codes die. `initialise_codebook` turns the warmed-up autoencoder into a dVAE with all codes alive.
     """
-    model.encoder.get_submodule("blocks.output.conv").get_parameter("weight").mul_(gain)
+
+    name = "dvae-warmup"
+
+    def __init__(
+        self, recipe: DVAERecipe, model: DVAE, directory: Path, previews: ShardData, metadata: Mapping[str, Any]
+    ) -> None:
+        super().__init__(recipe, model, directory, previews, metadata)
+        self.objective = AutoencoderObjective(model)
+
+    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        """Return the pictures alone."""
+        return {"images": tensors["images"].contiguous(memory_format=torch.channels_last)}
+
+    def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
+        """Return None: there are no tokens to reconstruct from yet."""
+        return None
+
+
+KMEANS_POSITIONS, KMEANS_ROUNDS = 40_000, 10
+POSTERIOR_ENTROPY = 0.2
+"""Nats: how undecided the encoder is between neighbouring codes at the start; the Gumbel noise hides less than that."""
+
+
+@torch.no_grad()
+def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
+    """Turn a warmed-up autoencoder into a dVAE that quantises its bottleneck, in place.
+
+    The codebook becomes the centres of a k-means clustering of what the decoder reads at positions of `images`, and the encoder's
+    output convolution the (scaled, negative) squared distances to the centres: with e = E(Wh + b) + c the bottleneck at features h,
+    logit k = s · (e · e_k − |e_k|² / 2), which is again linear in h. As k-means initialisation of codebooks: Zeghidour et al. 2021
+    (SoundStream), 3.
+
+    Args:
+        model: trained by `WarmupStage`.
+        images: (N,3,H,W) float32 in [0, 1].
+        seed: of the choice of positions and centres.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    read = cast(nn.Conv2d, model.decoder.blocks.get_submodule("input"))
+    code = cast(nn.Conv2d, model.encoder.blocks.get_submodule("output.conv"))
+    assert read.bias is not None
+    assert code.bias is not None
+    bottleneck = [
+        read(model.encoder(map_pixels(chunk))).permute(0, 2, 3, 1).flatten(0, 2) for chunk in images.split(64)
+    ]
+    e_NC = torch.cat(bottleneck)
+    e_NC = e_NC[torch.randperm(len(e_NC), generator=generator)[:KMEANS_POSITIONS]]
+    centres_KC = _kmeans(e_NC, model.config.vocab_size, generator)
+    E, W = read.weight[:, :, 0, 0], code.weight[:, :, 0, 0]
+    half_norms_K = centres_KC.square().sum(dim=1) / 2
+    scale = _scale_for_entropy(e_NC[:4000] @ centres_KC.T - half_norms_K, POSTERIOR_ENTROPY)
+    bias_K = scale * (centres_KC @ (E @ code.bias + read.bias) - half_norms_K)
+    code.weight.copy_((scale * centres_KC @ E @ W)[:, :, None, None])
+    code.bias.copy_(bias_K)
+    read.weight.copy_(centres_KC.T[:, :, None, None])
+    read.bias.zero_()
+
+
+def _kmeans(points_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Return k centres, (K, C): k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds."""
+    chosen = [0]
+    distance_N = (points_NC - points_NC[0]).square().sum(dim=1)
+    for _ in range(k - 1):
+        chosen.append(int(torch.multinomial(distance_N.clamp_min(1e-12), 1, generator=generator)))
+        distance_N = torch.minimum(distance_N, (points_NC - points_NC[chosen[-1]]).square().sum(dim=1))
+    centres_KC = points_NC[chosen].clone()
+    for _ in range(KMEANS_ROUNDS):
+        nearest_N = (points_NC @ centres_KC.T - centres_KC.square().sum(dim=1) / 2).argmax(dim=1)
+        counts_K1 = torch.bincount(nearest_N, minlength=k)[:, None]
+        sums_KC = torch.zeros_like(centres_KC).index_add_(0, nearest_N, points_NC)
+        centres_KC = torch.where(counts_K1 > 0, sums_KC / counts_K1.clamp_min(1), centres_KC)
+    return centres_KC
+
+
+def _scale_for_entropy(scores_NK: Tensor, entropy: float) -> float:
+    """Return the factor at which the softmax of the scores has this mean entropy, in nats; by bisection of its logarithm."""
+    low, high = 1e-6, 1e9
+    for _ in range(60):
+        scale = math.sqrt(low * high)
+        log_p = (scale * scores_NK).log_softmax(dim=1)
+        too_flat = -(log_p.exp() * log_p).sum(dim=1).mean().item() > entropy
+        low, high = (scale, high) if too_flat else (low, scale)
+    return scale

@@ -21,7 +21,7 @@ from rerank.model import CLIP
 from rerank.tokenizer import CLIPTokenizer
 from training.clip import CLIPStage, check_negatives
 from training.data import ShardData, expand_shards
-from training.dvae import DVAEStage, scale_encoder_output
+from training.dvae import DVAEStage, WarmupStage, initialise_codebook
 from training.engine import World, on_first_rank
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit
@@ -30,6 +30,9 @@ from training.recipes import Recipe
 from training.transformer import TransformerStage
 
 logger = logging.getLogger(__name__)
+
+CODEBOOK_IMAGES = 512
+"""Pictures from whose positions the codebook of a warmed-up dVAE is made."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,7 +92,8 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         model = DVAE.load(init)
     else:
         model = DVAE(stage_recipe.model)
-        scale_encoder_output(model, stage_recipe.encoder_output_gain)
+        if stage_recipe.warmup is not None:
+            model = _warmed_up(recipe, model, inputs, world, report)
     model = _channels_last(model.to(world.device))
     directory = inputs.out / "dvae"
     stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
@@ -102,6 +106,30 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     plan = RunPlan(directory=inputs.run_directory("dvae"), description=description, fresh=inputs.fresh)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _warmed_up(recipe: Recipe, model: DVAE, inputs: Inputs, world: World, report: Report) -> DVAE:
+    """Train a new dVAE as an autoencoder, and return it with a codebook made from what it has learned."""
+    warmup = recipe.dvae.warmup
+    assert warmup is not None
+    data, validation = inputs.open(captions=False)
+    run = inputs.run_directory("dvae-warmup")
+    model = _channels_last(model.to(world.device))
+    stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
+    description = {"stage": stage.name, "recipe": recipe.name, "model": dataclasses.asdict(model.config)}
+    fit(
+        stage,
+        warmup,
+        world,
+        data,
+        validation,
+        RunPlan(directory=run, description=description, fresh=inputs.fresh),
+        report,
+    )
+    warm = DVAE.load(stage.directory)
+    images, _ = stage.first_images(CODEBOOK_IMAGES, data)
+    initialise_codebook(warm, images, seed=warmup.seed)
+    return warm
 
 
 def _channels_last(model: DVAE) -> DVAE:

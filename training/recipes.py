@@ -28,8 +28,8 @@ class DVAERecipe:
     """β of the KL term."""
     temperature: Cosine = field(default_factory=lambda: Cosine(start=1.0, end=1 / 16, steps=150_000))
     """τ of the Gumbel-softmax."""
-    encoder_output_gain: float = 1.0
-    """Factor on the encoder's output convolution at the start. Deviation: small dVAEs collapse to a few codes at 1."""
+    warmup: TrainConfig | None = None
+    """A run as an autoencoder before the codebook is made, see `training/dvae.py`; None starts from random weights, as the paper does."""
     flip: bool = True
     """Mirror half of the training pictures, as the paper does for the dVAE; no for pictures whose captions say left and right."""
 
@@ -145,80 +145,127 @@ def _scaled(name: str, purpose: str, model: DALLEConfig, zero_stage: int) -> Rec
 
 
 def one_million() -> Recipe:
-    """Return a transformer of about a million parameters on 8×8 tokens: for trying things out."""
+    """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
     base = demo()
     model = dataclasses.replace(base.transformer.model, n_layers=4, d_model=128, n_heads=4)
     return dataclasses.replace(
         base,
         name="1m",
-        purpose="about 1M parameters, 8×8 tokens: for trying things out",
+        purpose="about 1M parameters, 12×12 tokens: for trying things out",
         transformer=dataclasses.replace(base.transformer, model=model),
     )
 
 
-def demo() -> Recipe:
-    """Return the sizes of `make demo`: 64×64 pictures, 8×8 tokens, minutes on two CPU cores."""
-    dvae = DVAERecipe(
-        model=DVAEConfig(n_hid=32, n_init=32, n_blocks=1, vocab_size=512, image_size=64),
-        train=TrainConfig(
-            steps=1000,
-            global_batch=32,
-            optimizer=DVAE_OPTIMIZER,
-            learning_rate=WarmupCosine(peak=2e-3, warmup=50, steps=1000, final=1e-4),
-            ema_decay=0.98,
-            ema_every=1,
-            validate_every=0,
-            log_every=50,
-        ),
-        kl_weight=Cosine(start=0.0, end=1.0, steps=500),
-        temperature=Cosine(start=1.0, end=1 / 16, steps=800),
-        encoder_output_gain=8.0,
+def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -> DVAERecipe:
+    """Return a dVAE of a quarter of a million parameters with 4×4 pixels to a token, warmed up as an autoencoder."""
+    warmup = TrainConfig(
+        steps=warmup_steps,
+        global_batch=16,
+        optimizer=dataclasses.replace(DVAE_OPTIMIZER, gradient_clipping=0.03),
+        learning_rate=WarmupCosine(peak=4e-3, warmup=50, steps=warmup_steps, final=2e-4),
+        ema_decay=0.0,
+        ema_every=1,
+        precision="autocast",
+        log_every=100,
+    )
+    train = dataclasses.replace(
+        warmup,
+        steps=steps,
+        optimizer=dataclasses.replace(DVAE_OPTIMIZER, gradient_clipping=0.3),
+        learning_rate=WarmupCosine(peak=3e-4, warmup=100, steps=steps, final=3e-5),
+        ema_decay=0.99,
+    )
+    return DVAERecipe(
+        model=DVAEConfig(n_hid=32, n_init=12, n_groups=3, n_blocks=1, vocab_size=vocab_size, image_size=image_size),
+        train=train,
+        warmup=warmup,
+        kl_weight=Cosine(start=0.0, end=0.1, steps=steps),
+        temperature=Cosine(start=0.3, end=1 / 16, steps=max(1, steps * 4 // 5)),
         flip=False,
     )
-    transformer = TransformerRecipe(
-        model=DALLEConfig(
-            n_layers=8, d_model=256, n_heads=4, text_len=40, grid=8, text_vocab=512, image_vocab=512, conv_kernel=5
-        ),
-        train=TrainConfig(
-            steps=1500,
-            global_batch=32,
-            learning_rate=WarmupCosine(peak=1e-3, warmup=100, steps=1500, final=5e-5),
-            ema_decay=0.98,
-            ema_every=1,
-            log_every=50,
-        ),
+
+
+def _cpu_transformer(model: DALLEConfig, *, steps: int, batch: int, peak: float) -> TransformerRecipe:
+    """Return a transformer run short enough for a CPU: a cosine instead of plateaus, and an average over fewer steps."""
+    train = TrainConfig(
+        steps=steps,
+        global_batch=batch,
+        optimizer=OptimizerConfig(gradient_clipping=1.0),
+        learning_rate=WarmupCosine(peak=peak, warmup=100, steps=steps, final=peak / 20),
+        ema_decay=0.98,
+        ema_every=1,
+        precision="autocast",
+        log_every=50,
     )
-    clip = CLIPRecipe(
-        model=CLIPConfig(
-            image_size=64,
-            patch_size=8,
-            vision_width=128,
-            vision_layers=4,
-            vision_heads=4,
-            context_length=48,
-            vocab_size=512,
-            text_width=128,
-            text_layers=3,
-            text_heads=4,
-            embed_dim=128,
-        ),
-        train=TrainConfig(
-            steps=800,
-            global_batch=128,
-            optimizer=CLIP_OPTIMIZER,
-            learning_rate=WarmupCosine(peak=1e-3, warmup=50, steps=800),
-            ema_decay=0.0,
-            ema_every=1,
-            log_every=50,
-        ),
+    return TransformerRecipe(model=model, train=train)
+
+
+def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int) -> CLIPRecipe:
+    """Return a CLIP of two million parameters."""
+    model = CLIPConfig(
+        image_size=image_size,
+        patch_size=patch_size,
+        vision_width=128,
+        vision_layers=4,
+        vision_heads=4,
+        context_length=context_length,
+        vocab_size=4096,
+        text_width=128,
+        text_layers=3,
+        text_heads=4,
+        embed_dim=128,
+    )
+    train = TrainConfig(
+        steps=steps,
+        global_batch=64,
+        optimizer=CLIP_OPTIMIZER,
+        learning_rate=WarmupCosine(peak=1e-3, warmup=min(50, steps // 4), steps=steps),
+        ema_decay=0.0,
+        ema_every=1,
+        precision="autocast",
+        log_every=50,
+    )
+    return CLIPRecipe(model=model, train=train)
+
+
+def demo() -> Recipe:
+    """Return the sizes of `make demo`: 48×48 pictures, 12×12 tokens, minutes on two CPU cores."""
+    model = DALLEConfig(
+        n_layers=6, d_model=192, n_heads=3, text_len=32, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=dvae,
-        transformer=transformer,
-        clip=clip,
+        dvae=_cpu_dvae(48, 1024, warmup_steps=1400, steps=600),
+        transformer=_cpu_transformer(model, steps=1300, batch=16, peak=2e-3),
+        clip=_cpu_clip(48, 6, 40, steps=500),
+    )
+
+
+def icons_cpu() -> Recipe:
+    """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, under 45 minutes on two CPU cores."""
+    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=1500)
+
+
+def photos_cpu() -> Recipe:
+    """Return the sizes for a few thousand captioned photographs: 64×64 pictures, 16×16 tokens, under 45 minutes on two CPU cores."""
+    return _small_pictures(
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1200
+    )
+
+
+def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recipe:
+    model = DALLEConfig(
+        n_layers=8, d_model=256, n_heads=4, text_len=32, grid=16, text_vocab=4096, image_vocab=1024, conv_kernel=7
+    )
+    return Recipe(
+        name=name,
+        purpose=purpose,
+        text_vocab=4096,
+        dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=800),
+        transformer=_cpu_transformer(model, steps=transformer_steps, batch=12, peak=1e-3),
+        clip=_cpu_clip(64, 8, 40, steps=400),
     )
 
 
@@ -253,6 +300,8 @@ def paper_12b() -> Recipe:
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
+    "icons-cpu": icons_cpu,
+    "photos-cpu": photos_cpu,
     "1m": one_million,
     "50m": fifty_million,
     "1.3b": one_billion,

@@ -39,8 +39,10 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "black": (18, 18, 18),
     "grey": (128, 128, 128),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (6.2, 7.0), "large": (9.9, 10.7)}
+SIZES: dict[str, tuple[float, float]] = {"small": (6.4, 6.8), "large": (10.1, 10.5)}
 """Range of the radius of a thing, in 64ths of the picture's side."""
+LATTICE = 64 / 12
+"""Distance of the places where things may stand, in 64ths of the picture's side."""
 
 INVERSE: dict[str, Relation] = {
     "left of": "right of",
@@ -298,7 +300,8 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int) -> NDArra
 def draw(scene: Scene, rng: np.random.Generator, *, size: int = 64) -> Image.Image:
     """A picture of a scene: its things in equal parts of the picture, with a little of everything unsaid.
 
-    Neighbours never touch (at least 3 of 64 pixels between them) and stand nearly in line.
+    Neighbours never touch (at least 3 of 64 pixels between them). They stand on a lattice, so that a small dVAE, whose tokens
+    stand on one too, learns the edges of all shapes in minutes.
 
     Args:
         scene: what to draw.
@@ -317,13 +320,11 @@ def draw(scene: Scene, rng: np.random.Generator, *, size: int = 64) -> Image.Ima
     unit = size / 64
     picture_YXC = _lit_background(scene.background, rng, size)
     n_things = len(scene.things)
-    line = 32 + rng.uniform(-6, 6)  # where the row or column runs
-    jitter = 1.0 if n_things == 2 else 0.8
+    line = int(rng.integers(5, 8)) * LATTICE  # where the row or column runs
     for k, thing in enumerate(scene.things):
         radius = rng.uniform(*SIZES[thing.size])
-        along = (k + 0.5) * 64 / n_things + rng.uniform(-jitter, jitter)
-        across = line + rng.uniform(-2, 2)
-        x, y = (along, across) if scene.relation == "left of" else (across, along)
+        along = (k + 0.5) * 64 / n_things
+        x, y = (along, line) if scene.relation == "left of" else (line, along)
         shade = np.array(COLOURS[thing.colour], np.float32) + rng.normal(0, 5, 3).astype(np.float32)
         mask_YX1 = coverage(thing.shape, x * unit, y * unit, radius * unit, size)[..., None]
         picture_YXC += mask_YX1 * (shade - picture_YXC)
