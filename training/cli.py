@@ -98,7 +98,10 @@ class TokenizerCommand(_Data):
 
 @dataclass(frozen=True, kw_only=True)
 class DVAECommand(_Stage):
-    """Train a dVAE on the pictures of shards."""
+    """Train a dVAE on the pictures of shards.
+
+    Small recipes warm it up as an autoencoder first, with the same options but as many steps as the recipe says.
+    """
 
     init: Path | None = None
     """Go on training this dVAE, for example imported weights, instead of starting from scratch."""
@@ -244,7 +247,10 @@ def _train(command: _Data, chosen: Recipe) -> None:
             vocab = command.vocab_size if command.vocab_size is not None else chosen.text_vocab
             train_tokenizer(dataclasses.replace(chosen, text_vocab=vocab), inputs, to_stderr)
         case DVAECommand():
-            stage = dataclasses.replace(chosen.dvae, train=command.override(chosen.dvae.train))
+            warmup = chosen.dvae.warmup
+            if warmup is not None:
+                warmup = dataclasses.replace(command.override(warmup), steps=warmup.steps)
+            stage = dataclasses.replace(chosen.dvae, train=command.override(chosen.dvae.train), warmup=warmup)
             with _world() as (world, report):
                 train_dvae(dataclasses.replace(chosen, dvae=stage), inputs, world, report, init=command.init)
         case TransformerCommand():

@@ -1,7 +1,8 @@
-"""The demonstration: the whole system trained on the built-in world, then sampled, reranked and checked, in minutes on a laptop.
+"""The demonstration: the whole system trained on the built-in world, sampled, reranked and checked, in minutes.
 
-Every part goes through the code of the large runs: shards, tokenizer, dVAE, CLIP, transformer, pipeline. What is special is only that the
-pictures are drawn (`training/shapes.py`), so that a checker can say whether a sample is right, also for combinations never trained.
+Every part goes through the code of the large runs: shards, tokenizer, dVAE, CLIP, transformer, pipeline. What is
+special is only that the pictures are drawn (`training/shapes.py`), so that a checker can say whether a sample is right,
+also for combinations never trained.
 """
 
 import dataclasses
@@ -11,6 +12,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -58,8 +60,8 @@ class Score:
 class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
-    # Seconds on two cores of a server of 2024: only their proportions matter.
-    SECONDS = {"world": 20, "tokenizer": 2, "dvae": 260, "clip": 150, "transformer": 420, "samples": 100}  # noqa: RUF012
+    SECONDS: ClassVar = {"world": 20, "tokenizer": 2, "dvae": 260, "clip": 150, "transformer": 420, "samples": 100}
+    """On two cores of a server of 2024; only their proportions matter."""
 
     def __init__(self, report: Report) -> None:
         self._report, self._started_at = report, time.perf_counter()
@@ -73,14 +75,11 @@ class _Parts:
         self._current = (part, now)
         names = list(self.SECONDS)
         left = sum(self.SECONDS[name] for name in names[names.index(part) :])
-        number = names.index(part) + 1
-        speed = self._speed()
-        self._report(
-            f"\n[{number}/{len(names)}] {what} (about {duration(left * speed)} left in all, {duration(now - self._started_at)} so far)"
-        )
+        times = f"about {duration(left * self._speed())} left in all, {duration(now - self._started_at)} so far"
+        self._report(f"\n[{names.index(part) + 1}/{len(names)}] {what} ({times})")
 
     def _speed(self) -> float:
-        """Return how much slower than the table this machine is, from the parts that were really done; reused ones take no time."""
+        """Return how much slower than the table this machine is, from the parts done: reused ones take no time."""
         done = [name for name, seconds in self._measured.items() if seconds > 0.2 * self.SECONDS[name]]
         planned = sum(self.SECONDS[name] for name in done)
         return sum(self._measured[name] for name in done) / planned if planned else 1.0
@@ -90,7 +89,15 @@ class _Parts:
 
 
 def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: bool = False) -> None:
-    """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there already is reused."""
+    """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there is reused.
+
+    Raises:
+        ValueError: there is more than one rank.
+    """
+    if place.size > 1:
+        raise ValueError(
+            f"the demonstration runs in one process, and a launcher started it in {place.size}: start it without one"
+        )
     parts = _Parts(report)
     size = recipe.dvae.model.image_size
     parts.begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
@@ -202,7 +209,6 @@ def table_of(scores: Sequence[Score]) -> str:
     """Return the scores as an aligned table."""
     lines = [f"{'right by the checker':<52} {'captions':>8} {'best of 1':>10} {'best of 16':>11} {'any of 16':>10}"]
     for entry in scores:
-        lines.append(
-            f"{entry.split:<52} {entry.captions:>8} {entry.best_of_1:>10.1%} {entry.best_of_16:>11.1%} {entry.any_of_16:>10.1%}"
-        )
+        shares = f"{entry.best_of_1:>10.1%} {entry.best_of_16:>11.1%} {entry.any_of_16:>10.1%}"
+        lines.append(f"{entry.split:<52} {entry.captions:>8} {shares}")
     return "\n".join(lines)

@@ -1,4 +1,9 @@
-"""The first stage: training a dVAE on pictures alone (Ramesh et al. 2021, 2.1, A.2)."""
+"""The first stage: training a dVAE on pictures alone (Ramesh et al. 2021, 2.1, A.2).
+
+Small dVAEs are warmed up as autoencoders and get a codebook from that; the paper's start from random weights.
+
+Shapes: B batch  C channels of the codebook  N positions  K codes  Y,X grid of tokens  H,W picture in pixels.
+"""
 
 import math
 from collections.abc import Mapping
@@ -88,7 +93,7 @@ class DVAEStage:
         self, recipe: DVAERecipe, model: DVAE, directory: Path, previews: ShardData, metadata: Mapping[str, Any]
     ) -> None:
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
-        self.objective = DVAEObjective(model)
+        self.objective: DVAEObjective | AutoencoderObjective = DVAEObjective(model)
         self._config = model.config
         self._previews = previews
 
@@ -152,8 +157,9 @@ class DVAEStage:
 class WarmupStage(DVAEStage):
     """What `fit` needs to know to warm a dVAE up as an autoencoder, before it has a codebook.
 
-    Deviation: the paper starts from random weights. A small dVAE does not get far from there in minutes: its untrained decoder ignores
-    the tokens, and all but a handful of codes die. `initialise_codebook` turns the warmed-up autoencoder into a dVAE with all codes alive.
+    Deviation: the paper starts from random weights. A small dVAE does not get far from there in minutes: its untrained
+    decoder ignores the tokens, and all but a handful of codes die. `initialise_codebook` turns the warmed-up
+    autoencoder into a dVAE with all codes alive.
     """
 
     name = "dvae-warmup"
@@ -174,17 +180,22 @@ class WarmupStage(DVAEStage):
 
 
 KMEANS_POSITIONS, KMEANS_ROUNDS = 40_000, 10
+ENTROPY_POSITIONS = 4_000
+"""Positions on which the posterior's entropy is measured."""
 POSTERIOR_ENTROPY = 0.2
-"""Nats: how undecided the encoder is between neighbouring codes at the start; the Gumbel noise hides less than that."""
+"""Nats per position: how undecided the encoder is between neighbouring codes when it gets its codebook; so little that
+the Gumbel noise seldom picks another code than the nearest."""
 
 
 @torch.no_grad()
 def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     """Turn a warmed-up autoencoder into a dVAE that quantises its bottleneck, in place.
 
-    The codebook becomes the centres of a k-means clustering of what the decoder reads at positions of `images`, and the encoder's
-    output convolution the (scaled, negative) squared distances to the centres: with e = E(Wh + b) + c the bottleneck at features h,
-    logit k = s · (e · e_k − |e_k|² / 2), which is again linear in h. As k-means initialisation of codebooks: Zeghidour et al. 2021
+    The bottleneck is what the decoder's input convolution makes of the encoder's output: e = E(Wh + b) + c for the
+    encoder's last features h. The codebook becomes the centres e_k of a k-means clustering of it. The encoder's output
+    convolution becomes logit k = s · (e · e_k − |e_k|² / 2), which is −s/2 times the squared distance to a centre, up
+    to a term that all logits share, and is again linear in h. So argmax picks the nearest centre; s makes the
+    posterior's mean entropy POSTERIOR_ENTROPY. k-means initialisation of codebooks: Zeghidour et al. 2021
     (SoundStream), 3.
 
     Args:
@@ -197,15 +208,16 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     code = cast(nn.Conv2d, model.encoder.blocks.get_submodule("output.conv"))
     assert read.bias is not None
     assert code.bias is not None
-    bottleneck = [
-        read(model.encoder(map_pixels(chunk))).permute(0, 2, 3, 1).flatten(0, 2) for chunk in images.split(64)
-    ]
-    e_NC = torch.cat(bottleneck)
+    bottlenecks = [read(model.encoder(map_pixels(chunk))) for chunk in torch.split(images, 64)]
+    e_NC = torch.cat([e_BCYX.permute(0, 2, 3, 1).flatten(0, 2) for e_BCYX in bottlenecks])
     e_NC = e_NC[torch.randperm(len(e_NC), generator=generator)[:KMEANS_POSITIONS]]
     centres_KC = _kmeans(e_NC, model.config.vocab_size, generator)
-    E, W = read.weight[:, :, 0, 0], code.weight[:, :, 0, 0]
     half_norms_K = centres_KC.square().sum(dim=1) / 2
-    scale = _scale_for_entropy(e_NC[:4000] @ centres_KC.T - half_norms_K, POSTERIOR_ENTROPY)
+    # with fewer distinct positions than codes, some centres coincide: only one of each can be told from the others
+    used = torch.bincount((e_NC @ centres_KC.T - half_norms_K).argmax(dim=1), minlength=len(centres_KC)) > 0
+    scores_NK = e_NC[:ENTROPY_POSITIONS] @ centres_KC[used].T - half_norms_K[used]
+    scale = _scale_for_entropy(scores_NK, POSTERIOR_ENTROPY)
+    E, W = read.weight[:, :, 0, 0], code.weight[:, :, 0, 0]
     bias_K = scale * (centres_KC @ (E @ code.bias + read.bias) - half_norms_K)
     code.weight.copy_((scale * centres_KC @ E @ W)[:, :, None, None])
     code.bias.copy_(bias_K)
@@ -214,7 +226,10 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
 
 
 def _kmeans(points_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Return k centres, (K, C): k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds."""
+    """Return k centres, (K,C), of points: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds.
+
+    A centre that is nearest to no point stays where it is; with fewer distinct points than k, some coincide.
+    """
     chosen = [0]
     distance_N = (points_NC - points_NC[0]).square().sum(dim=1)
     for _ in range(k - 1):
@@ -230,7 +245,7 @@ def _kmeans(points_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
 
 
 def _scale_for_entropy(scores_NK: Tensor, entropy: float) -> float:
-    """Return the factor at which the softmax of the scores has this mean entropy, in nats; by bisection of its logarithm."""
+    """Return the factor at which the softmax of scores has this mean entropy, in nats; its logarithm is bisected."""
     low, high = 1e-6, 1e9
     for _ in range(60):
         scale = math.sqrt(low * high)

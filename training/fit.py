@@ -55,7 +55,7 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """The stage: dvae, transformer or clip."""
+        """The stage: dvae-warmup, dvae, transformer or clip."""
 
     @property
     def objective(self) -> nn.Module:

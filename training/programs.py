@@ -20,9 +20,10 @@ from dvae.directory import directory_hash
 from rerank.model import CLIP
 from rerank.tokenizer import CLIPTokenizer
 from training.clip import CLIPStage, check_negatives
+from training.config import TrainConfig
 from training.data import ShardData, expand_shards
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
-from training.engine import World, on_first_rank
+from training.engine import World, latest_tag, on_first_rank
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit
 from training.metrics import Report
@@ -84,16 +85,18 @@ def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
 
 
 def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, init: Path | None = None) -> Path:
-    """Train a dVAE, from scratch or from the directory `init`; returns its directory."""
+    """Train a dVAE, from scratch or from the directory `init`; returns its directory.
+
+    From scratch, it is warmed up first if the recipe says so.
+    """
     stage_recipe = recipe.dvae
     data, validation = inputs.open(captions=False)
+    run = inputs.run_directory("dvae")
+    goes_on = not inputs.fresh and latest_tag(run / "checkpoints") is not None
     torch.manual_seed(stage_recipe.train.seed)
-    if init is not None:
-        model = DVAE.load(init)
-    else:
-        model = DVAE(stage_recipe.model)
-        if stage_recipe.warmup is not None:
-            model = _warmed_up(recipe, model, inputs, world, report)
+    model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
+    if init is None and stage_recipe.warmup is not None and not goes_on:  # else the weights come from the checkpoint
+        model = _warmed_up(recipe, stage_recipe.warmup, model, inputs, world, report)
     model = _channels_last(model.to(world.device))
     directory = inputs.out / "dvae"
     stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
@@ -103,29 +106,20 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         "model": dataclasses.asdict(model.config),
         "init": str(init) if init else None,
     }
-    plan = RunPlan(directory=inputs.run_directory("dvae"), description=description, fresh=inputs.fresh)
+    plan = RunPlan(directory=run, description=description, fresh=inputs.fresh)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
 
-def _warmed_up(recipe: Recipe, model: DVAE, inputs: Inputs, world: World, report: Report) -> DVAE:
+def _warmed_up(recipe: Recipe, warmup: TrainConfig, model: DVAE, inputs: Inputs, world: World, report: Report) -> DVAE:
     """Train a new dVAE as an autoencoder, and return it with a codebook made from what it has learned."""
-    warmup = recipe.dvae.warmup
-    assert warmup is not None
     data, validation = inputs.open(captions=False)
     run = inputs.run_directory("dvae-warmup")
     model = _channels_last(model.to(world.device))
     stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
     description = {"stage": stage.name, "recipe": recipe.name, "model": dataclasses.asdict(model.config)}
-    fit(
-        stage,
-        warmup,
-        world,
-        data,
-        validation,
-        RunPlan(directory=run, description=description, fresh=inputs.fresh),
-        report,
-    )
+    plan = RunPlan(directory=run, description=description, fresh=inputs.fresh)
+    fit(stage, warmup, world, data, validation, plan, report)
     warm = DVAE.load(stage.directory)
     images, _ = stage.first_images(CODEBOOK_IMAGES, data)
     initialise_codebook(warm, images, seed=warmup.seed)

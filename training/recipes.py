@@ -1,7 +1,9 @@
-"""Named sizes, from the demonstration to the paper's 12 billion parameters: plain functions that return frozen configurations.
+"""Named sizes, from the demonstration to the paper's 12 billion parameters: functions that return configurations.
 
-A recipe says everything the four training programs need: tokenizer, dVAE, transformer and CLIP. The paper's values are the defaults of
-the configurations; a recipe states what it changes.
+A recipe says everything the four training programs need: tokenizer, dVAE, transformer and CLIP. The paper's values are
+the defaults of the configurations; a recipe states what it changes.
+
+Order of the file: what a recipe is, recipes for CPUs, recipes of the paper's kind, and the table of all.
 """
 
 import dataclasses
@@ -29,9 +31,10 @@ class DVAERecipe:
     temperature: Cosine = field(default_factory=lambda: Cosine(start=1.0, end=1 / 16, steps=150_000))
     """τ of the Gumbel-softmax."""
     warmup: TrainConfig | None = None
-    """A run as an autoencoder before the codebook is made, see `training/dvae.py`; None starts from random weights, as the paper does."""
+    """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in `training/dvae.py`. None
+    starts from random weights, as the paper does."""
     flip: bool = True
-    """Mirror half of the training pictures, as the paper does for the dVAE; no for pictures whose captions say left and right."""
+    """Mirror half of the training pictures, as the paper does for the dVAE; not if left and right matter in them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,84 +83,11 @@ DVAE_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient
 """A.2 of the paper, which clips nothing."""
 
 
-def paper_dvae() -> DVAERecipe:
-    """Return the paper's first stage (A.2): 3,000,000 updates of 512 pictures."""
-    train = TrainConfig(
-        steps=3_000_000,
-        global_batch=512,
-        optimizer=DVAE_OPTIMIZER,
-        learning_rate=Cosine(start=1e-4, end=1.25e-6, steps=1_200_000),
-        ema_decay=0.999,
-        ema_every=1,
-        precision="autocast",
-        validate_every=10_000,
-        sample_every=10_000,
-        checkpoint_every=5_000,
-        log_every=100,
-        workers=8,
-    )
-    return DVAERecipe(train=train)
-
-
-def paper_clip() -> CLIPRecipe:
-    """Return ViT-B/32 with the CLIP paper's optimizer: batches of 32,768, and about 32 epochs of 400 million pairs."""
-    train = TrainConfig(
-        steps=390_000,
-        global_batch=32_768,
-        optimizer=CLIP_OPTIMIZER,
-        learning_rate=WarmupCosine(peak=5e-4, warmup=2_000, steps=390_000),
-        ema_decay=0.0,
-        ema_every=1,
-        precision="autocast",
-        zero_stage=1,
-        validate_every=5_000,
-        checkpoint_every=1_000,
-        log_every=100,
-        workers=8,
-    )
-    return CLIPRecipe(train=train)
-
-
-def _paper_transformer(model: DALLEConfig, *, zero_stage: int) -> TransformerRecipe:
-    train = TrainConfig(
-        steps=430_000,
-        global_batch=1024,
-        learning_rate=WarmupPlateau(),
-        precision="bf16",
-        zero_stage=zero_stage,
-        activation_checkpointing=True,
-        validate_every=5_000,
-        checkpoint_every=1_000,
-        log_every=50,
-        workers=8,
-    )
-    return TransformerRecipe(model=model, train=train)
-
-
-def _scaled(name: str, purpose: str, model: DALLEConfig, zero_stage: int) -> Recipe:
-    return Recipe(
-        name=name,
-        purpose=purpose,
-        dvae=paper_dvae(),
-        transformer=_paper_transformer(model, zero_stage=zero_stage),
-        clip=paper_clip(),
-    )
-
-
-def one_million() -> Recipe:
-    """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
-    base = demo()
-    model = dataclasses.replace(base.transformer.model, n_layers=4, d_model=128, n_heads=4)
-    return dataclasses.replace(
-        base,
-        name="1m",
-        purpose="about 1M parameters, 12×12 tokens: for trying things out",
-        transformer=dataclasses.replace(base.transformer, model=model),
-    )
+# ---- minutes on a CPU -------------------------------------------------------------------------------------
 
 
 def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -> DVAERecipe:
-    """Return a dVAE of a quarter of a million parameters with 4×4 pixels to a token, warmed up as an autoencoder."""
+    """Return a dVAE of 300 thousand parameters with 4×4 pixels to a token, warmed up as an autoencoder."""
     warmup = TrainConfig(
         steps=warmup_steps,
         global_batch=16,
@@ -186,7 +116,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
 
 
 def _cpu_transformer(model: DALLEConfig, *, steps: int, batch: int, peak: float) -> TransformerRecipe:
-    """Return a transformer run short enough for a CPU: a cosine instead of plateaus, and an average over fewer steps."""
+    """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps."""
     train = TrainConfig(
         steps=steps,
         global_batch=batch,
@@ -229,7 +159,7 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 
 def demo() -> Recipe:
-    """Return the sizes of `make demo`: 48×48 pictures, 12×12 tokens, minutes on two CPU cores."""
+    """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
         n_layers=6, d_model=192, n_heads=3, text_len=32, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
     )
@@ -243,19 +173,32 @@ def demo() -> Recipe:
     )
 
 
+def one_million() -> Recipe:
+    """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
+    base = demo()
+    model = dataclasses.replace(base.transformer.model, n_layers=4, d_model=128, n_heads=4)
+    return dataclasses.replace(
+        base,
+        name="1m",
+        purpose="about 1M parameters, 12×12 tokens: for trying things out",
+        transformer=dataclasses.replace(base.transformer, model=model),
+    )
+
+
 def icons_cpu() -> Recipe:
-    """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, under 45 minutes on two CPU cores."""
+    """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, two CPU cores."""
     return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=1500)
 
 
 def photos_cpu() -> Recipe:
-    """Return the sizes for a few thousand captioned photographs: 64×64 pictures, 16×16 tokens, under 45 minutes on two CPU cores."""
+    """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
         "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1200
     )
 
 
 def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recipe:
+    """Return a recipe for 64×64 pictures and 16×16 tokens, with captions of up to 31 tokens."""
     model = DALLEConfig(
         n_layers=8, d_model=256, n_heads=4, text_len=32, grid=16, text_vocab=4096, image_vocab=1024, conv_kernel=7
     )
@@ -266,6 +209,73 @@ def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recip
         dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=800),
         transformer=_cpu_transformer(model, steps=transformer_steps, batch=12, peak=1e-3),
         clip=_cpu_clip(64, 8, 40, steps=400),
+    )
+
+
+# ---- the paper's kind -------------------------------------------------------------------------------------
+
+
+def paper_dvae() -> DVAERecipe:
+    """Return the paper's first stage (A.2): 3,000,000 updates of 512 pictures."""
+    train = TrainConfig(
+        steps=3_000_000,
+        global_batch=512,
+        optimizer=DVAE_OPTIMIZER,
+        learning_rate=Cosine(start=1e-4, end=1.25e-6, steps=1_200_000),
+        ema_decay=0.999,
+        ema_every=1,
+        precision="autocast",
+        validate_every=10_000,
+        sample_every=10_000,
+        checkpoint_every=5_000,
+        log_every=100,
+        workers=8,
+    )
+    return DVAERecipe(train=train)
+
+
+def _paper_transformer(model: DALLEConfig, *, zero_stage: int) -> TransformerRecipe:
+    train = TrainConfig(
+        steps=430_000,
+        global_batch=1024,
+        learning_rate=WarmupPlateau(),
+        precision="bf16",
+        zero_stage=zero_stage,
+        activation_checkpointing=True,
+        validate_every=5_000,
+        checkpoint_every=1_000,
+        log_every=50,
+        workers=8,
+    )
+    return TransformerRecipe(model=model, train=train)
+
+
+def paper_clip() -> CLIPRecipe:
+    """Return ViT-B/32 with the CLIP paper's optimizer: batches of 32,768, and about 32 epochs of 400 million pairs."""
+    train = TrainConfig(
+        steps=390_000,
+        global_batch=32_768,
+        optimizer=CLIP_OPTIMIZER,
+        learning_rate=WarmupCosine(peak=5e-4, warmup=2_000, steps=390_000),
+        ema_decay=0.0,
+        ema_every=1,
+        precision="autocast",
+        zero_stage=1,
+        validate_every=5_000,
+        checkpoint_every=1_000,
+        log_every=100,
+        workers=8,
+    )
+    return CLIPRecipe(train=train)
+
+
+def _scaled(name: str, purpose: str, model: DALLEConfig, zero_stage: int) -> Recipe:
+    return Recipe(
+        name=name,
+        purpose=purpose,
+        dvae=paper_dvae(),
+        transformer=_paper_transformer(model, zero_stage=zero_stage),
+        clip=paper_clip(),
     )
 
 
@@ -297,6 +307,8 @@ def paper_12b() -> Recipe:
     """Return the paper's model (2.2, B.1): 64 layers of width 3968, 62 heads, 12 billion parameters."""
     return _scaled("12b", "the paper's model, width 3968", DALLEConfig(), 3)
 
+
+# ---- all of them ------------------------------------------------------------------------------------------
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,

@@ -19,11 +19,12 @@ from dvae.directory import directory_hash
 from rerank import CLIP
 from training.config import TrainConfig
 from training.data import ShardData
+from training.demo import run_demo
 from training.engine import join_world
 from training.evaluate import distinct_captions, evaluate
 from training.metrics import MetricLog, read_metrics
 from training.plan import plan, state_bytes
-from training.programs import Inputs, train_all
+from training.programs import Inputs, train_all, train_dvae
 from training.recipes import RECIPES, recipe
 
 NAMES = list(RECIPES)
@@ -64,7 +65,7 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
     assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
     assert pipe.dalle.metadata["dvae_hash"] == directory_hash(bundle / "dvae")
     assert pipe.dalle.metadata["step"] == 4
-    for stage in ("dvae", "clip", "transformer"):
+    for stage in ("dvae-warmup", "dvae", "clip", "transformer"):
         lines = read_metrics(bundle / "training" / stage / "metrics.jsonl")
         assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
         assert [line["step"] for line in lines if line["split"] == "validation"] == [4]
@@ -115,6 +116,44 @@ def test_a_stage_trained_in_two_parts_is_the_same_bit_for_bit(
     assert run(*command, "--steps", 4) == 0
     name = "dalle" if stage == "transformer" else stage
     assert directory_hash(out / name) == directory_hash(bundle / name)
+
+
+def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after_it(
+    tmp_path: Path, bundle: Path, shards: Path
+) -> None:
+    inputs = Inputs(data=[shards], out=tmp_path / "out")
+    said: list[str] = []
+
+    def train(warmup_steps: int, steps: int) -> None:
+        tiny_recipe = tiny.recipe()
+        warmup, run = (dataclasses.replace(tiny_recipe.dvae.train, steps=n) for n in (warmup_steps, steps))
+        dvae = dataclasses.replace(tiny_recipe.dvae, warmup=warmup, train=run)
+        train_dvae(dataclasses.replace(tiny_recipe, dvae=dvae), inputs, join_world(), said.append)
+
+    train(2, 1)
+    shutil.rmtree(tmp_path / "out" / "training" / "dvae")  # as if it had ended within the warm-up
+    train(4, 2)
+    assert any("dvae-warmup: going on from step 2 of 4" in line for line in said)
+    said.clear()
+    shutil.rmtree(tmp_path / "out" / "training" / "dvae-warmup")
+    train(4, 4)
+    assert not any("dvae-warmup" in line for line in said)
+    assert directory_hash(tmp_path / "out" / "dvae") == directory_hash(bundle / "dvae")
+
+
+def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: Path, shards: Path) -> None:
+    options = ["--steps", 1, "--global-batch", 6, "--micro-batch", 3, "--seed", 5]
+    assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, *options) == 0
+    for stage, steps in (("dvae-warmup", 4), ("dvae", 1)):
+        record = json.loads((tmp_path / "training" / stage / "config.json").read_text())["training"]
+        assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed")] == [steps, 6, 3, 5]
+
+
+def test_the_demonstration_refuses_to_run_on_several_ranks(tmp_path: Path) -> None:
+    place = dataclasses.replace(join_world(), size=4)
+    with pytest.raises(ValueError, match="runs in one process, and a launcher started it in 4"):
+        run_demo(recipe("demo"), tmp_path / "out", place, lambda line: None)
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
@@ -351,9 +390,12 @@ def test_a_plan_says_what_does_not_fit() -> None:
     assert "12,29" in text
 
 
-def test_train_configs_of_all_recipes_share_their_batch_among_8_ranks() -> None:
+def test_train_configs_of_all_recipes_share_their_batch_among_8_ranks_or_2_cores() -> None:
     for name in NAMES:
         chosen = recipe(name)
+        ranks = 2 if name.endswith("-cpu") else 8
         configs: list[TrainConfig] = [chosen.dvae.train, chosen.transformer.train, chosen.clip.train]
+        if chosen.dvae.warmup is not None:
+            configs.append(chosen.dvae.warmup)
         for config in configs:
-            assert config.batch_of(8)[0] * config.batch_of(8)[1] * 8 == config.global_batch
+            assert config.batch_of(ranks)[0] * config.batch_of(ranks)[1] * ranks == config.global_batch

@@ -13,6 +13,7 @@ from training.shapes import (
     COLOURS,
     HELD_OUT_PAIRS,
     INVERSE,
+    LATTICE,
     OUTLINES,
     PAIRS,
     SIZES,
@@ -211,6 +212,16 @@ def test_two_drawings_of_a_scene_differ_but_little():
     rng = np.random.default_rng(0)
     a, b = (np.asarray(draw(SCENE, rng), np.float32) for _ in range(2))
     assert 0 < np.abs(a - b)[:4].mean() < 20
+
+
+def test_things_stand_on_the_lattice_exactly_in_line():
+    lines = set()
+    for drawing in mixed_drawings(15, seed=6):
+        centres = np.array([thing.centre for thing in read_scene(drawing.image).things]) * 64 / LATTICE
+        assert np.abs(centres - centres.round()).max() < 0.1
+        (line,) = set(centres.round()[:, 1 if drawing.scene.relation == "left of" else 0].tolist())
+        lines.add(line)
+    assert lines == {5, 6, 7}
 
 
 @pytest.mark.parametrize("size", [48, 64, 96, 256])

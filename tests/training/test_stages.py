@@ -1,3 +1,4 @@
+import copy
 import dataclasses
 from pathlib import Path
 
@@ -10,12 +11,21 @@ from dalle.gallery import MAX_CELL
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
-from dvae.metrics import code_usage
+from dvae.images import map_pixels, unmap_pixels
+from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
 from training.clip import CLIPStage, check_negatives
 from training.config import OptimizerConfig
 from training.data import Sample, ShardData
-from training.dvae import DVAEObjective, DVAEStage, scale_encoder_output
+from training.dvae import (
+    POSTERIOR_ENTROPY,
+    AutoencoderObjective,
+    DVAEObjective,
+    DVAEStage,
+    WarmupStage,
+    _kmeans,
+    initialise_codebook,
+)
 from training.engine import join_world
 from training.fit import RunPlan, fit
 from training.metrics import read_metrics
@@ -46,51 +56,171 @@ def metric(folder: Path, name: str) -> list[float]:
 # --------------------------------------------------------------------------------------------------------- dVAE
 
 
-def dvae_recipe(gain: float) -> DVAERecipe:
-    train = tiny.train_config(
-        steps=120,
+N_CODES = 64
+
+
+def dvae_recipe() -> DVAERecipe:
+    """A dVAE of 64 codes that a second of warm-up and two of training make usable."""
+    optimizer = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.1)
+    warmup = tiny.train_config(
+        steps=150,
         global_batch=8,
-        learning_rate=WarmupCosine(peak=4e-3, warmup=5, steps=120, final=4e-4),
-        optimizer=OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.0),
-        ema_decay=0.9,
-        log_every=40,
+        learning_rate=WarmupCosine(peak=4e-3, warmup=5, steps=150, final=4e-4),
+        optimizer=optimizer,
+        ema_decay=0.0,
+        log_every=30,
+    )
+    train = dataclasses.replace(
+        warmup, steps=60, learning_rate=WarmupCosine(peak=3e-4, warmup=5, steps=60, final=3e-5), ema_decay=0.9
     )
     return DVAERecipe(
-        model=DVAEConfig(n_hid=16, n_init=16, n_groups=3, n_blocks=1, vocab_size=64, image_size=16),
+        model=DVAEConfig(n_hid=16, n_init=8, n_groups=3, n_blocks=1, vocab_size=N_CODES, image_size=16),
         train=train,
-        kl_weight=Cosine(start=0.0, end=1.0, steps=60),
-        temperature=Cosine(start=1.0, end=1 / 16, steps=100),
-        encoder_output_gain=gain,
+        warmup=warmup,
+        kl_weight=Cosine(start=0.0, end=0.1, steps=60),
+        temperature=Cosine(start=0.3, end=1 / 16, steps=50),
         flip=False,
     )
 
 
-def test_a_small_dvae_does_not_collapse(tmp_path: Path, data: ShardData) -> None:
-    recipe = dvae_recipe(gain=8.0)
+def pictures_of(data: ShardData) -> torch.Tensor:
+    recipe = tiny.recipe().dvae
+    images, keys = DVAEStage(recipe, DVAE(recipe.model), Path("unused"), data, {}).first_images(len(data), data)
+    assert len(keys) == len(data)
+    return images
+
+
+@pytest.fixture(scope="module")
+def warm_run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
+    """The folder of a warm-up: the autoencoder, and its run; not to be changed."""
+    folder, data, recipe = tmp_path_factory.mktemp("warm"), tiny.open_world(shards), dvae_recipe()
     torch.manual_seed(0)
-    model = DVAE(recipe.model)
-    scale_encoder_output(model, recipe.encoder_output_gain)
-    stage = DVAEStage(recipe, model, tmp_path / "dvae", data, {})
+    stage = WarmupStage(recipe, DVAE(recipe.model), folder / "autoencoder", data, {})
+    assert recipe.warmup is not None
+    fit(stage, recipe.warmup, join_world(), data, data, plan(folder), lambda line: None)
+    return folder
+
+
+@pytest.fixture
+def warm(warm_run: Path) -> DVAE:
+    return DVAE.load(warm_run / "autoencoder")
+
+
+@pytest.fixture
+def images(data: ShardData) -> torch.Tensor:
+    return pictures_of(data)
+
+
+def bottleneck(model: DVAE, images: torch.Tensor) -> torch.Tensor:
+    """What an autoencoder's decoder reads at every position: (B,Y,X,C)."""
+    with torch.no_grad():
+        return model.decoder.blocks[0](model.encoder(map_pixels(images))).permute(0, 2, 3, 1)
+
+
+def codebook(model: DVAE) -> torch.Tensor:
+    """What the decoder makes of every token: (K,C)."""
+    read = model.decoder.blocks[0]
+    return (read.weight[:, :, 0, 0] + read.bias[:, None]).detach().T
+
+
+def test_a_warm_up_learns_to_reconstruct_without_tokens(warm_run: Path, warm: DVAE, images: torch.Tensor) -> None:
+    learned = metric(warm_run, "psnr")
+    assert learned[-1] > learned[0] + 4
+    with torch.no_grad():
+        _, metrics = AutoencoderObjective(warm)(images)
+    (validated,) = (line for line in read_metrics(warm_run / "run" / "metrics.jsonl") if line["split"] == "validation")
+    assert metrics["psnr"].item() == pytest.approx(validated["psnr"], rel=1e-4)
+    assert not (warm_run / "run" / "samples").exists()
+
+
+def test_with_its_codebook_a_dvae_replaces_every_position_by_the_nearest_centre(
+    warm: DVAE, images: torch.Tensor
+) -> None:
+    old, new = warm, copy.deepcopy(warm)
+    initialise_codebook(new, images, seed=0)
+    e_BYXC, centres_KC = bottleneck(old, images).double(), codebook(new).double()
+    distance_BYXK = (e_BYXC[..., None, :] - centres_KC).square().sum(dim=-1)
+    tokens_BYX = new.encode(images)
+    torch.testing.assert_close(
+        distance_BYXK.gather(-1, tokens_BYX[..., None])[..., 0],
+        distance_BYXK.amin(dim=-1),
+        atol=1e-5 * float(distance_BYXK.mean()),  # of two centres equally near, rounding decides
+        rtol=1e-5,
+    )
+    centres_BCYX = centres_KC.float()[tokens_BYX].permute(0, 3, 1, 2)
+    with torch.no_grad():
+        stats = old.decoder.blocks[1:](centres_BCYX)
+    torch.testing.assert_close(new.decode(tokens_BYX), unmap_pixels(stats[:, :3].sigmoid()))
+
+
+def test_the_codebook_loses_little_of_what_the_warm_up_learned(warm: DVAE, images: torch.Tensor) -> None:
+    with torch.no_grad():
+        before = AutoencoderObjective(warm)(images)[1]["psnr"].item()
+    initialise_codebook(warm, images, seed=0)
+    assert psnr(images, warm.decode(warm.encode(images))).mean().item() > before - 0.5
+
+
+def test_nearly_all_codes_are_used_and_the_encoder_is_nearly_decided(warm: DVAE, images: torch.Tensor) -> None:
+    initialise_codebook(warm, images, seed=0)
+    assert code_usage(warm.encode(images), N_CODES).used >= 0.95 * N_CODES
+    with torch.no_grad():
+        log_p = warm.encoder(map_pixels(images)).log_softmax(dim=1)
+    entropy = -(log_p.exp() * log_p).sum(dim=1).mean().item()
+    assert entropy == pytest.approx(POSTERIOR_ENTROPY, rel=0.02)
+
+
+def test_a_codebook_is_a_function_of_its_seed(warm: DVAE, images: torch.Tensor) -> None:
+    models = [copy.deepcopy(warm) for _ in range(3)]
+    for model, seed in zip(models, (0, 0, 1), strict=True):
+        torch.rand(1)  # the global generator does not enter
+        initialise_codebook(model, images, seed=seed)
+    first, again, other = (model.state_dict() for model in models)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert not torch.equal(codebook(models[0]), codebook(models[2]))
+    assert first.keys() == other.keys()
+
+
+def test_pictures_with_fewer_distinct_positions_than_codes_give_a_finite_codebook(warm: DVAE) -> None:
+    grey = torch.full((3, 3, 16, 16), 0.5)  # a few kinds of positions: corners, edges, inside
+    old = copy.deepcopy(warm)
+    initialise_codebook(warm, grey, seed=0)
+    assert all(weight.isfinite().all() for weight in warm.state_dict().values())
+    e_BYXC = bottleneck(old, grey)
+    torch.testing.assert_close(codebook(warm)[warm.encode(grey)], e_BYXC, atol=1e-4, rtol=1e-4)
+
+
+def test_kmeans_finds_the_means_of_separate_clusters() -> None:
+    generator = torch.Generator().manual_seed(0)
+    means_KC = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
+    points_KNC = means_KC[:, None] + 0.1 * torch.randn(4, 50, 2, generator=generator)
+    centres_KC = _kmeans(points_KNC.flatten(0, 1), 4, generator)
+    expected_KC = points_KNC.mean(dim=1)
+    distances_KK = torch.cdist(centres_KC, expected_KC)
+    assert distances_KK.amin(dim=0).max() < 1e-4
+
+
+@pytest.mark.parametrize("n_points", [1, 3, 40])
+def test_kmeans_centres_are_points_where_there_are_fewer_points_than_centres(n_points: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    points_NC = torch.randn(n_points, 5, generator=generator).repeat(3, 1)
+    centres_KC = _kmeans(points_NC, 64, generator)
+    assert centres_KC.isfinite().all()
+    assert (centres_KC[:, None] - points_NC).abs().amax(dim=-1).amin(dim=1).max() < 1e-5
+
+
+def test_a_small_dvae_keeps_its_codes_alive(tmp_path: Path, data: ShardData, warm: DVAE, images: torch.Tensor) -> None:
+    recipe = dvae_recipe()
+    with torch.no_grad():
+        mean_psnr = psnr(images, images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images)).mean().item()
+    initialise_codebook(warm, images, seed=0)
+    stage = DVAEStage(recipe, warm, tmp_path / "dvae", data, {})
     fit(stage, recipe.train, join_world(), data, None, plan(tmp_path), lambda line: None)
     trained = DVAE.load(tmp_path / "dvae")
-    images = torch.stack(
-        [stage.transform_for_validation(data.read(i), np.random.default_rng(0))["images"] for i in range(len(data))]
-    )
-    usage = code_usage(trained.encode(images), 64)
-    # a gain of 1 leaves 4 codes, a perplexity of at most 1.5, and errors of 0.11 to 0.24 for three seeds
-    assert usage.used >= 7
-    assert usage.perplexity >= 2
-    assert (trained.decode(trained.encode(images)) - images).square().mean() < 0.1
-
-
-def test_the_gain_scales_the_logits_of_the_encoder_and_1_changes_nothing() -> None:
-    model = DVAE(tiny.recipe().dvae.model)
-    x = torch.rand(2, 3, 16, 16)
-    before = model.encoder(x)
-    scale_encoder_output(model, 1.0)
-    assert torch.equal(model.encoder(x), before)
-    scale_encoder_output(model, 8.0)
-    torch.testing.assert_close(model.encoder(x), 8 * before)
+    tokens = trained.encode(images)
+    usage = code_usage(tokens, N_CODES)
+    assert usage.used >= N_CODES / 2  # from random weights, 1 to 8 are left after 210 steps
+    assert usage.perplexity >= N_CODES / 4
+    assert psnr(images, trained.decode(tokens)).mean().item() > mean_psnr + 4
 
 
 def test_the_noise_of_a_dvae_step_is_a_function_of_its_seed() -> None:
@@ -106,11 +236,11 @@ def test_the_noise_of_a_dvae_step_is_a_function_of_its_seed() -> None:
 
 
 def test_dvae_schedules_follow_the_step(data: ShardData, tmp_path: Path) -> None:
-    recipe = dvae_recipe(gain=1.0)
+    recipe = dvae_recipe()
     stage = DVAEStage(recipe, DVAE(recipe.model), tmp_path / "dvae", data, {})
     start, end = (stage.prepare({"images": torch.rand(1, 3, 16, 16)}, s, 0, measure=False) for s in (0, 10_000))
-    assert (start["temperature"], start["kl_weight"]) == (1.0, 0.0)
-    assert (end["temperature"], end["kl_weight"]) == (1 / 16, 1.0)
+    assert (start["temperature"], start["kl_weight"]) == (0.3, 0.0)
+    assert (end["temperature"], end["kl_weight"]) == (1 / 16, 0.1)
 
 
 def test_the_dvae_preview_shows_pictures_beside_their_reconstructions(data: ShardData, tmp_path: Path) -> None:
@@ -131,7 +261,7 @@ def transformer_stage(folder: Path, data: ShardData, recipe: TransformerRecipe) 
     torch.manual_seed(0)
     model = DALLE(model_config)
     dvae = DVAE(tiny.recipe().dvae.model)
-    scale_encoder_output(dvae, 50.0)
+    initialise_codebook(dvae, pictures_of(data), seed=0)  # tokens that differ from picture to picture
     return TransformerStage(recipe, model, tokenizer, dvae, folder / "dalle", captions[:2], {"recipe": "tiny"})
 
 

@@ -32,14 +32,14 @@ def train_config(**changes: object) -> TrainConfig:
 
 
 def recipe(**changes: object) -> Recipe:
-    """A recipe whose three stages are trained as `train_config(**changes)` says."""
+    """A recipe whose three stages, and the dVAE's warm-up, are trained as `train_config(**changes)` says."""
     train = train_config(**changes)
     dvae = DVAERecipe(
         model=DVAEConfig(n_hid=8, n_init=8, n_groups=3, n_blocks=1, vocab_size=32, image_size=IMAGE_SIZE),
         train=train,
         kl_weight=Cosine(start=0.0, end=1.0, steps=50),
         temperature=Cosine(start=1.0, end=0.5, steps=50),
-        encoder_output_gain=8.0,
+        warmup=train,
         flip=False,
     )
     transformer = TransformerRecipe(
