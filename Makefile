@@ -1,6 +1,6 @@
 # The two commands of the README. Each sets up .venv first, with the versions of constraints.txt.
 PYTHON ?= python3
-VENV := .venv
+VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 

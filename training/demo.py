@@ -119,7 +119,7 @@ def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: 
 
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
     """Draw the world into shards, unless they are there."""
-    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 1}
+    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 2}
     note = folder / "world.json"
     if not fresh and note.is_file() and json.loads(note.read_text()) == made_of:
         report(f"the world is in {folder}")
@@ -151,7 +151,7 @@ def _finish(out: Path, validation: Path, report: Report) -> None:
         result, examples = check_samples(pipe, split, CAPTIONS_PER_SPLIT, report)
         scores.append(result)
         sections.extend([(f"{meaning}: {caption}", images, labels) for caption, images, labels in examples])
-    contact_sheet(sections, title="best 4 of 16 by CLIP; ✓ right, ✗ wrong by the checker").save(out / "sheet.png")
+    contact_sheet(sections, title="best 4 of 16 by CLIP, and what the checker says of each").save(out / "sheet.png")
     table = table_of(scores)
     (out / "table.txt").write_text(table + "\n\n" + evaluation.table() + "\n")
     summary = {"samples": [dataclasses.asdict(entry) for entry in scores], "evaluation": dataclasses.asdict(evaluation)}
@@ -192,7 +192,7 @@ def check_samples(pipe: Pipeline, split: Split, n_captions: int, report: Report)
             firsts.append(right[ranking[0]])
             if len(examples) < 3:
                 best = ranking[:4]
-                examples.append((told, [pictures[k] for k in best], ["✓" if right[k] else "✗" for k in best]))
+                examples.append((told, [pictures[k] for k in best], ["right" if right[k] else "wrong" for k in best]))
         report(f"{SPLITS[split]}: checked {min(start + 16, n_captions)}/{n_captions} captions")
     matrix = np.asarray(rights)
     result = Score(

@@ -102,7 +102,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
         warmup,
         steps=steps,
         optimizer=dataclasses.replace(DVAE_OPTIMIZER, gradient_clipping=0.3),
-        learning_rate=WarmupCosine(peak=3e-4, warmup=100, steps=steps, final=3e-5),
+        learning_rate=WarmupCosine(peak=2e-5, warmup=20, steps=steps, final=2e-6),
         ema_decay=0.99,
     )
     return DVAERecipe(
@@ -167,7 +167,7 @@ def demo() -> Recipe:
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=_cpu_dvae(48, 1024, warmup_steps=1400, steps=600),
+        dvae=_cpu_dvae(48, 1024, warmup_steps=1800, steps=200),
         transformer=_cpu_transformer(model, steps=1300, batch=16, peak=2e-3),
         clip=_cpu_clip(48, 6, 40, steps=500),
     )
