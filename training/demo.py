@@ -60,7 +60,7 @@ class Score:
 class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
-    SECONDS: ClassVar = {"world": 20, "tokenizer": 2, "dvae": 260, "clip": 150, "transformer": 420, "samples": 100}
+    SECONDS: ClassVar = {"world": 20, "tokenizer": 2, "dvae": 215, "clip": 125, "transformer": 560, "samples": 90}
     """On two cores of a server of 2024; only their proportions matter."""
 
     def __init__(self, report: Report) -> None:

@@ -168,8 +168,8 @@ def demo() -> Recipe:
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
         dvae=_cpu_dvae(48, 1024, warmup_steps=1800, steps=200),
-        transformer=_cpu_transformer(model, steps=1300, batch=16, peak=2e-3),
-        clip=_cpu_clip(48, 6, 40, steps=500),
+        transformer=_cpu_transformer(model, steps=1700, batch=16, peak=2e-3),
+        clip=_cpu_clip(48, 6, 40, steps=350),
     )
 
 

@@ -326,7 +326,8 @@ def test_two_launched_ranks_train_the_same_bundle_as_one_process(
     assert record["ranks"] == 2
     assert output.count("transformer 3/3") == 1, "only the first rank reports"
     result = Pipeline.load(bundle).generate("a small red circle", n=2, keep=1)
-    assert result.images.shape == (1, 3, 64, 64)
+    size = recipe("demo").dvae.model.image_size
+    assert result.images.shape == (1, 3, size, size)
 
 
 @pytest.mark.parametrize(("launcher", "port"), [("deepspeed", 29615), ("torchrun", 29616)])
