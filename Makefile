@@ -1,6 +1,6 @@
 # The two commands of the README. Each sets up .venv first, with the versions of constraints.txt.
 PYTHON ?= python3
-VENV ?= .venv
+VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
@@ -24,7 +24,7 @@ lint: $(STAMP)
 
 # DeepSpeed comes as source: DS_BUILD_OPS=0 builds it without compiling anything, without torch, and without asking for a GPU.
 $(STAMP): pyproject.toml constraints.txt
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 

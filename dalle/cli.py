@@ -26,13 +26,13 @@ from dalle.pipeline import Pipeline, Result, bundle_part, check_request
 from dalle.progress import CLEAR_LINE, Progress
 from dalle.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.results import ResultWriter
-from dalle.search import EMBEDDING_BATCH, clip_input, folder_features
+from dalle.search import EMBEDDING_BATCH, folder_features
 from dvae import DVAE
 from dvae.directory import directory_hash
 from dvae.images import open_image, to_image
 from dvae.openai import import_openai
 from rerank import CLIP
-from rerank.score import embed_captions, embed_images
+from rerank.score import clip_view, embed_captions, embed_images
 
 logger = logging.getLogger(__name__)
 
@@ -190,7 +190,8 @@ class Rank:
         ranking: list[tuple[float, str]] = []
         shown: list[tuple[float, str, Image.Image]] = []
         # pictures can be large and many: of each only what CLIP sees is held, and what the sheet shows of the best
-        reduced = ((name, clip_input(clip, image), thumbnail(image)) for name, image in pictures)
+        size = clip.config.image_size
+        reduced = ((name, clip_view(image, size), thumbnail(image)) for name, image in pictures)
         for batch in in_batches(reduced, EMBEDDING_BATCH):
             scores = (embed_images(clip, torch.stack([pixels for _, pixels, _ in batch])) @ caption_E).tolist()
             for (name, _, image), score in zip(batch, scores, strict=True):

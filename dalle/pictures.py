@@ -5,21 +5,16 @@ that the caller can say how many there were.
 """
 
 import os
-import tarfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from tarfile import TarInfo
+from typing import BinaryIO, TypeVar
 
 from PIL import Image
 
-from dvae.images import open_image
-
-SUFFIXES = frozenset(
-    {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".avif", ".jp2"}
-)
-"""Files with these endings are taken for pictures in folders and shards."""
-TAR_BLOCK = 512
+from dalle.tarfiles import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
+from dvae.images import PICTURE_EXTENSIONS, open_image
 
 Item = TypeVar("Item")
 
@@ -72,7 +67,7 @@ class Pictures:
 
         Raises:
             ValueError: a picture that was named itself cannot be read, none of the others can, or a shard is
-                cut off or no tar file.
+                damaged, compressed or no tar file.
         """
         n_readable = 0
         for name, image in self._readable():
@@ -96,20 +91,18 @@ class Pictures:
                     yield str(path), image
 
     def _in_shard(self, shard: Path) -> Iterator[tuple[str, Image.Image]]:
-        n_pictures = 0
-        for member, data in _shard_files(shard):
-            if not _is_picture(member):
-                continue
-            n_pictures += 1
-            name = f"{shard.name}/{member}"
-            try:
-                image = open_image(data, name)
-            except ValueError as error:
-                self.skipped.append(str(error))
-            else:
-                yield name, image
-        if n_pictures == 0:
+        members = [member for member in _shard_members(shard) if not member.isdir() and _is_picture(member.name)]
+        if not members:
             raise ValueError(f"no pictures in the shard {shard}: expected members like 000.jpg or 000.png")
+        with shard.open("rb") as file:
+            for member in members:
+                name = f"{shard.name}/{member.name}"
+                try:
+                    image = open_image(_contents(file, member, name), name)
+                except ValueError as error:
+                    self.skipped.append(str(error))
+                else:
+                    yield name, image
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -121,26 +114,36 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
 
 def _is_picture(name: str) -> bool:
     path = PurePosixPath(name)
-    return path.suffix.lower() in SUFFIXES and not path.name.startswith(".")
+    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")
 
 
-def _shard_files(shard: Path) -> Iterator[tuple[str, bytes]]:
-    """Names and contents of the files in a tar file.
+def _shard_members(shard: Path) -> list[TarInfo]:
+    """The members of a tar file.
 
     Raises:
-        ValueError: it is no tar file, or its end is missing.
+        ValueError: it is damaged, which would lose pictures silently, compressed, or no tar file.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            for member in tar:
-                file = tar.extractfile(member) if member.isfile() else None
-                if file is not None:
-                    yield member.name, file.read()
-    except tarfile.TarError as error:
-        raise ValueError(f"{shard} is not a whole tar file ({error}): copy or make it again") from error
-    # tarfile takes a file that ends between two members, or inside a header, for a whole one
-    with shard.open("rb") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - TAR_BLOCK))
-        if size % TAR_BLOCK or any(file.read()):
-            raise ValueError(f"{shard} is cut off after {size} bytes: its end is missing; copy or make it again")
+        members, damage = whole_members(shard)
+    except DamagedTarError as error:
+        raise ValueError(f"{error}; copy or make it again") from error
+    if damage is not None:
+        raise ValueError(f"{shard} {damage}: {len(members):,} whole members before it; copy or make it again")
+    return members
+
+
+def _contents(file: BinaryIO, member: TarInfo, name: str) -> bytes:
+    """The bytes of a member.
+
+    Raises:
+        ValueError: it is too large, or is no plain file.
+    """
+    if not place_is_safe(member):
+        raise ValueError(f"{name} is a link, a sparse file, or leads out of a folder: expected a plain file")
+    if member.size > LARGEST_PICTURE_BYTES:
+        raise ValueError(
+            f"{name} is too large ({member.size:,} bytes): expected at most {LARGEST_PICTURE_BYTES:,}; "
+            "make it smaller first"
+        )
+    file.seek(member.offset_data)
+    return file.read(member.size)

@@ -13,19 +13,20 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle.gallery import replace_file
 from dalle.pictures import picture_files
-from dvae.images import open_image, resize_and_crop, to_tensor
+from dvae.images import open_image
 from rerank import CLIP
-from rerank.score import embed_images
+from rerank.score import clip_view, embed_images
 
 logger = logging.getLogger(__name__)
 
+VIEW = "bicubic square"
+"""Names the way of pictures into CLIP, `clip_view`: features of another view are not mixed with its."""
 EMBEDDING_BATCH = 32
 """Pictures embedded at once."""
 
@@ -103,11 +104,6 @@ def feature_file(folder: Path, clip_hash: str) -> Path:
     return folder / f".dalle-search-{clip_hash}.safetensors"
 
 
-def clip_input(clip: CLIP, image: Image.Image) -> Tensor:
-    """A picture as the CLIP sees it, float32 (3, S, S) in [0, 1]: resized and cropped to its square."""
-    return to_tensor(resize_and_crop(image, clip.config.image_size))
-
-
 def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict[str, Entry]:
     """Entries for the files that can be read; the reasons for the others are added to `unreadable`."""
     images: list[Tensor] = []
@@ -115,7 +111,7 @@ def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict
     for name, file in files.items():
         try:
             state = _state(file)  # before reading: a change while reading shows next time
-            images.append(clip_input(clip, open_image(file)))
+            images.append(clip_view(open_image(file), clip.config.image_size))
         except (ValueError, OSError) as error:
             unreadable.append(str(error))
         else:
@@ -144,8 +140,11 @@ def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
         return {}
     try:
         with safe_open(path, framework="pt") as file:
-            pictures = json.loads(file.metadata()["pictures"])
+            metadata = file.metadata()
+            pictures = json.loads(metadata["pictures"])
             features_NE = file.get_tensor("features")
+        if metadata.get("view") != VIEW:
+            raise ValueError("it was made by another version, which showed CLIP other views")
         if features_NE.shape != (len(pictures), embed_dim):
             raise ValueError(f"features of shape {tuple(features_NE.shape)} for {len(pictures)} pictures")
         return {
@@ -161,7 +160,7 @@ def _write(path: Path, entries: Mapping[str, Entry]) -> None:
     """Keep the entries; a folder that cannot be written to costs time, not results."""
     pictures = [[name, entry.size, entry.changed_ns] for name, entry in entries.items()]
     features_NE = torch.stack([entry.feature for entry in entries.values()]) if entries else torch.empty(0, 0)
-    metadata = {"pictures": json.dumps(pictures)}
+    metadata = {"pictures": json.dumps(pictures), "view": VIEW}
     try:
         replace_file(path, lambda partial: save_file({"features": features_NE}, partial, metadata=metadata))
     except (SafetensorError, OSError) as error:

@@ -13,7 +13,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -23,6 +23,8 @@ from torch import Tensor, nn
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
+TOKENIZER_FILE = "tokenizer.json"
+"""Beside the two in the directories of models that read captions themselves."""
 FORMAT_VERSION = 1
 """Raised when a directory of this version could no longer be read by the code before it."""
 
@@ -54,12 +56,12 @@ def save_directory(
         files: further files of the directory, by name.
 
     Raises:
-        ValueError: `path` is something other than a model directory, which is never overwritten, or
-            `metadata` is not JSON.
+        ValueError: `path` is something other than the directory of such a model, which is never overwritten,
+            or `metadata` is not JSON.
         OSError: the disk is full or not writable; what was there before is intact.
     """
     path = Path(path).resolve()
-    _require_replaceable(path)
+    _require_replaceable(path, kind, {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, *(files or {})})
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.new")
     try:
         temporary.mkdir(parents=True)
@@ -148,14 +150,40 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
     module.load_state_dict(dict(state), strict=True, assign=True)
 
 
-def _require_replaceable(path: Path) -> None:
-    if path.is_dir():
-        if any(path.iterdir()) and not (path / CONFIG_FILE).is_file():
-            raise ValueError(
-                f"{path} holds files that are no model: choose a new or empty directory, or that of a model"
-            )
-    elif path.exists() or path.is_symlink():
-        raise ValueError(f"{path} is a file: choose a new or empty directory, or that of a model")
+def _require_replaceable(path: Path, kind: str, names: Set[str]) -> None:
+    """Refuse to replace, which is to delete, all but an empty directory and what was saved here as this kind before.
+
+    A config.json alone proves little: most models of other programs have one, beside files of every sort.
+    """
+    choose = f"choose a new or empty directory, or that of a {kind}"
+    if not path.is_dir():
+        if path.exists() or path.is_symlink():
+            raise ValueError(f"{path} is a file: {choose}")
+        return
+    found = sorted(path.iterdir())
+    if not found:
+        return
+    others = [file.name for file in found if file.name not in names or not file.is_file()]
+    if others:
+        shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
+        raise ValueError(f"{path} holds files that are no model's ({shown}): {choose}")
+    held = _format_and_kind(path / CONFIG_FILE)
+    if held != (FORMAT_VERSION, kind):
+        what = f"says format {held[0]!r}, kind {held[1]!r}" if held else "is missing or not ours"
+        raise ValueError(
+            f"{path} is not replaced: its {CONFIG_FILE} {what}; "
+            f"expected format {FORMAT_VERSION}, kind {kind!r}: {choose}"
+        )
+
+
+def _format_and_kind(file: Path) -> tuple[Any, Any] | None:
+    """What a config.json says of itself; None if it is not one of ours."""
+    try:
+        description = json.loads(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    is_ours = isinstance(description, dict) and {"format", "kind"} <= description.keys()
+    return (description["format"], description["kind"]) if is_ours else None
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

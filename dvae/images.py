@@ -20,6 +20,21 @@ from torch import Tensor
 
 logger = logging.getLogger(__name__)
 
+FORMATS = {
+    "PNG": (".png",),
+    "JPEG": (".jpg", ".jpeg"),
+    "WEBP": (".webp",),
+    "GIF": (".gif",),
+    "TIFF": (".tif", ".tiff"),
+    "BMP": (".bmp",),
+    "PPM": (".ppm", ".pgm"),
+    "AVIF": (".avif",),
+    "JPEG2000": (".jp2",),
+}
+"""What is read, whatever a file is called, by Pillow's names, and the usual endings of the files. Pillow knows
+more: for EPS it starts Ghostscript, and most others are hardly ever met and little tested."""
+PICTURE_EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
+"""Files with these endings are taken for pictures."""
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused before they are decoded."""
 MIN_SIDE = 8
@@ -55,7 +70,7 @@ _UPRIGHT = {
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
-    """Read a picture of any kind as 8-bit RGB.
+    """Read a picture of one of the FORMATS as 8-bit RGB.
 
     Transparency is composited onto white, EXIF orientation applied, greyscale of more than 8 bits scaled by
     its range, and the first frame taken of an animation; what is lost on the way is logged.
@@ -86,7 +101,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     if is_empty:
         raise ValueError(f"{name} is empty (0 bytes): expected a picture; copy or download it again")
     try:
-        with Image.open(io.BytesIO(source) if isinstance(source, bytes) else source) as image:
+        file = io.BytesIO(source) if isinstance(source, bytes) else source
+        with Image.open(file, formats=tuple(FORMATS)) as image:
             _require_size(image, name)
             image.load()
             return _as_rgb(image, name)

@@ -23,11 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvae.directory import load_directory, load_weights, save_directory
+from dvae.directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 from rerank.tokenizer import CLIPTokenizer
 
 KIND = "clip"
-TOKENIZER_FILE = "tokenizer.json"
 TOKENIZER_HASH = "tokenizer_sha256"
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -354,12 +353,12 @@ class CLIP(nn.Module):
         return clip.eval()
 
 
-def normalised_pixels(images: Tensor, size: int) -> Tensor:
-    """What the image tower sees: (B, 3, H, W) in [0, 1] to normalised float32 (B, 3, size, size).
+def resized_pixels(images: Tensor, size: int) -> Tensor:
+    """CLIP's view of pictures: (B, 3, H, W) in [0, 1] to float32 (B, 3, size, size) in [0, 1].
 
     The shorter side is resized to size (bicubic, antialiased) and the centre is cropped. Bicubic
-    interpolation overshoots at edges, so the result is clamped to [0, 1], as 8-bit pictures are, before
-    CLIP's mean and deviation are applied.
+    interpolation overshoots at edges, so the result is clamped to [0, 1], as 8-bit pictures are. Pictures that
+    have the size already stay as they are.
     """
     pixels_BCHW = images.float()
     height, width = images.shape[2:]
@@ -369,7 +368,12 @@ def normalised_pixels(images: Tensor, size: int) -> Tensor:
         pixels_BCHW = F.interpolate(pixels_BCHW, resized, mode="bicubic", antialias=True).clamp(0, 1)
     top = round((pixels_BCHW.shape[2] - size) / 2)
     left = round((pixels_BCHW.shape[3] - size) / 2)
-    pixels_BCHW = pixels_BCHW[:, :, top : top + size, left : left + size]
+    return pixels_BCHW[:, :, top : top + size, left : left + size]
+
+
+def normalised_pixels(images: Tensor, size: int) -> Tensor:
+    """What the image tower sees: `resized_pixels` with CLIP's mean and deviation, (B, 3, size, size)."""
+    pixels_BCHW = resized_pixels(images, size)
     mean_C11 = pixels_BCHW.new_tensor(PIXEL_MEAN)[:, None, None]
     std_C11 = pixels_BCHW.new_tensor(PIXEL_STD)[:, None, None]
     return (pixels_BCHW - mean_C11) / std_C11

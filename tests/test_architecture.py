@@ -40,7 +40,8 @@ CORE_IMPORTS = {
     "dalle.cache": {"dalle.stream", "dalle.attention", "dalle.model"},
     "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache"},
     "dalle.gallery": set(),
-    "dalle.pictures": set(),
+    "dalle.tarfiles": set(),
+    "dalle.pictures": {"dalle.tarfiles"},
     "dalle.progress": set(),
 }
 """The modules of dalle that know no other package, and what of dalle each may import (leaves besides)."""

@@ -37,14 +37,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dalle.tarfiles import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
+
 logger = logging.getLogger(__name__)
 
 IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img")
 TEXT_FIELDS = ("txt", "cap", "text", "caption")
 _FIELD_KINDS = dict.fromkeys(IMAGE_FIELDS, 0) | dict.fromkeys(TEXT_FIELDS, 1) | {"json": 2}
-_COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _LARGEST_BRACE_RANGE = 1_000_000
-_LARGEST_IMAGE_BYTES = 512 << 20
 _LARGEST_TEXT_BYTES = 16 << 20
 _OPEN_FILES = 64  # per thread: far below the usual limit of 1,024 per process
 _REPLACEMENTS = 100  # samples tried in place of an unusable one
@@ -178,64 +178,6 @@ class ShardIndex:
     """What is wrong with the file after these samples; None if nothing is."""
 
 
-def _place_is_safe(member: tarfile.TarInfo) -> bool:
-    parts = member.name.split("/")
-    return member.isreg() and not member.issparse() and ".." not in parts and not member.name.startswith("/")
-
-
-def _damage_after(file: BinaryIO, offset: int) -> str | None:
-    """Return what is wrong where `tarfile` stopped reading, which it does silently at a damaged header."""
-    file.seek(offset)
-    block = file.read(tarfile.BLOCKSIZE)
-    if len(block) < tarfile.BLOCKSIZE:
-        return "ends in the middle of a sample (truncated)"
-    if any(block):
-        return f"has a damaged header at byte {offset:,}"
-    if any(file.read(1 << 20)):
-        return f"goes on after its end mark at byte {offset:,} (two tar files joined?)"
-    return None
-
-
-def _members(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """Return the members of a tar that are there in full, and the damage after them."""
-    n_bytes = path.stat().st_size
-    if n_bytes == 0:
-        raise DamagedShardError(
-            f"{path} is empty (0 bytes): expected a tar file; make it again, "
-            "or pass --skip-damaged-shards to leave it out"
-        )
-    with path.open("rb") as file:
-        start = file.read(8)
-        for magic, compression in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise ValueError(
-                    f"{path} is compressed ({compression}): samples are read at random places, "
-                    + ("so gunzip it first" if compression == "gzip" else "so decompress it first")
-                )
-        file.seek(0)
-        members: list[tarfile.TarInfo] = []
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (file is closed by the with above)
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedShardError(
-                f"{path} is not a tar file ({error}): expected a shard of KEY.jpg and KEY.txt members; "
-                "make it again, or pass --skip-damaged-shards to leave it out"
-            ) from error
-        end = -1
-        try:
-            while (member := tar.next()) is not None:
-                # A size below 0 sends tarfile backwards, for ever.
-                if member.size < 0 or member.offset_data <= end:
-                    return members, f"has a damaged header at byte {member.offset:,}"
-                end = member.offset_data
-                if member.isreg() and member.offset_data + member.size > n_bytes:
-                    return members, "ends in the middle of a sample (truncated)"
-                members.append(member)
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError):
-            return members, _damage_after(file, tar.offset) or f"has a damaged header at byte {tar.offset:,}"
-        return members, _damage_after(file, tar.offset)
-
-
 def _key_and_field(name: str) -> tuple[str, str] | None:
     """Return ("a.b/c", "d.jpg") for "a.b/c.d.jpg"; None without key or field, as in macOS's "._c.jpg"."""
     match = re.fullmatch(r"(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
@@ -257,11 +199,14 @@ def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
         DamagedShardError (a ValueError): truncated, not a tar, or empty.
         ValueError: compressed.
     """
-    members, damage = _members(path)
+    try:
+        members, damage = whole_members(path)
+    except DamagedTarError as error:
+        raise DamagedShardError(f"{error}; make it again, or pass --skip-damaged-shards to leave it out") from error
     samples: dict[str, list[tarfile.TarInfo | None]] = {}
     n_ignored = n_duplicates = 0
     for member in members:
-        if not _place_is_safe(member):
+        if not place_is_safe(member):
             n_ignored += not member.isdir()
             continue
         key_and_field = _key_and_field(member.name)
@@ -503,7 +448,7 @@ class ShardData:
         Raises:
             ValueError, OSError: its bytes or captions cannot be read. The picture is not decoded here.
         """
-        image_bytes = self._bytes(i, self._image[i], _LARGEST_IMAGE_BYTES)
+        image_bytes = self._bytes(i, self._image[i], LARGEST_PICTURE_BYTES)
         return Sample(key=self.keys[i], image_bytes=image_bytes, captions=self.captions(i), source=self.source(i))
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:

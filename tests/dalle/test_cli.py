@@ -2,19 +2,21 @@ import io
 import json
 import re
 import tarfile
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 
-from dalle import cli, search
+from dalle import cli, pictures, search
 from dalle.cli import main, read_captions, resolve_device, run_command
 from dalle.gallery import slug
 from dalle.progress import Progress, duration, progress_line
 from dvae import DVAE
 from dvae.directory import directory_hash
 from dvae.images import to_image
+from rerank import CLIP
 
 CAPTION = "a red cube on a blue cube"
 
@@ -213,6 +215,21 @@ def test_rank_gives_generated_pictures_the_scores_they_were_generated_with(bundl
     assert [entry["score"] for entry in ranking] == pytest.approx(expected, abs=2e-2)  # pixels are rounded to 8 bits
 
 
+@pytest.mark.parametrize("size", [8, 40])
+def test_rank_and_search_show_clip_what_generate_showed_it_whatever_its_size(bundle_copy, size, tmp_path, capsys):
+    clip = CLIP.load(bundle_copy / "clip")
+    torch.manual_seed(size)
+    CLIP(replace(clip.config, image_size=size), clip.tokenizer).save(bundle_copy / "clip")
+    assert generate(bundle_copy, tmp_path / "out", CAPTION) == 0
+    capsys.readouterr()
+    expected = [line["score"] for line in results(tmp_path / "out")]
+    pngs = tmp_path / "out" / slug(CAPTION)
+    ranking = rank(capsys, pngs, "--bundle", bundle_copy)
+    found, _ = search_for(capsys, bundle_copy, pngs, tmp_path / "found")
+    assert [entry["score"] for entry in ranking] == pytest.approx(expected, abs=1.5e-4)  # pixels are rounded to 8 bits
+    assert [entry["score"] for entry in found] == pytest.approx(expected, abs=1.5e-4)
+
+
 def test_rank_prints_a_table_and_writes_a_sheet_when_told_where(bundle, folder, tmp_path, capsys):
     assert main(["rank", CAPTION, str(folder), "--bundle", str(bundle), "--out", str(tmp_path / "out")]) == 0
     table = capsys.readouterr().out.splitlines()
@@ -267,6 +284,15 @@ def test_damaged_features_are_computed_again(bundle, folder, tmp_path, capsys):
     assert again == first
     assert "warning:" in messages
     assert "4 of them new" in messages
+
+
+def test_features_of_another_view_are_embedded_again(bundle, folder, tmp_path, capsys, monkeypatch):
+    with monkeypatch.context() as earlier:
+        earlier.setattr(search, "VIEW", "another")
+        search_for(capsys, bundle, folder, tmp_path)
+    for message in ("4 of them new or changed", "0 of them new or changed"):
+        _, messages = search_for(capsys, bundle, folder, tmp_path)
+        assert message in messages
 
 
 def test_a_folder_that_cannot_be_written_to_is_searched_all_the_same(bundle, folder, tmp_path, capsys, monkeypatch):
@@ -374,6 +400,33 @@ def test_wrong_shards_and_sizes_end_in_one_line(bundle, folder, tmp_path, capsys
     assert_one_line_error(capsys, ["reconstruct", tmp_path / "captions.tar", *where], "no pictures in the shard")
     assert_one_line_error(capsys, ["reconstruct", folder, "--size", "18", *where], "size is 18", "multiple of 4")
     assert_one_line_error(capsys, ["reconstruct", folder, "--sheet-limit", "0", *where], "--sheet-limit is 0")
+
+
+def test_a_damaged_header_does_not_lose_pictures_silently(bundle, folder, tmp_path, capsys):
+    data = (folder / "a.png").read_bytes()
+    shard = make_shard(tmp_path / "ten.tar", {f"{i}.png": data for i in range(10)})
+    with tarfile.open(shard) as tar:
+        fifth = tar.getmembers()[5].offset
+    damaged = bytearray(shard.read_bytes())
+    damaged[fifth : fifth + 100] = b"\xff" * 100
+    shard.write_bytes(damaged)
+    words = ("ten.tar has a damaged header at byte", "5 whole members before it", "copy or make it again")
+    assert_one_line_error(capsys, ["reconstruct", shard, "--bundle", bundle, "--out", tmp_path / "out"], *words)
+
+
+def test_links_and_pictures_too_large_in_shards_are_skipped_in_words(folder, tmp_path, monkeypatch):
+    data = (folder / "a.png").read_bytes()
+    shard = make_shard(tmp_path / "s.tar", {"0.png": data, "../1.png": data, "2.png": data + bytes(100)})
+    with tarfile.open(shard, "a") as tar:
+        link = tarfile.TarInfo("3.png")
+        link.type, link.linkname = tarfile.SYMTYPE, "0.png"
+        tar.addfile(link)
+    monkeypatch.setattr(pictures, "LARGEST_PICTURE_BYTES", len(data) + 99)
+    found = pictures.Pictures([shard])
+    assert [name for name, _ in found] == ["s.tar/0.png"]
+    reasons = ("1.png is a link, a sparse file, or leads out", "2.png is too large", "3.png is a link")
+    assert len(found.skipped) == len(reasons)
+    assert all(reason in skipped for reason, skipped in zip(reasons, found.skipped, strict=True))
 
 
 # import-dvae

@@ -13,7 +13,9 @@ from PIL import Image
 
 from dvae import images
 from dvae.images import (
+    FORMATS,
     MAX_PIXELS,
+    PICTURE_EXTENSIONS,
     dvae_augmentation,
     map_pixels,
     open_image,
@@ -170,6 +172,28 @@ def test_a_missing_file_a_folder_and_an_empty_file_are_told_apart(tmp_path: Path
 def test_what_is_not_a_picture_is_refused_by_name() -> None:
     with pytest.raises(ValueError, match=r"notes.txt is not a picture: expected a PNG, JPEG"):
         open_image(b"hello" * 100, "notes.txt")
+
+
+@pytest.mark.parametrize("kind", ["EPS", "PCX", "TGA", "ICO"])
+def test_other_formats_are_refused_whatever_the_file_is_called(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def started(*_: object, **__: object) -> None:
+        raise AssertionError("a picture started a program")
+
+    monkeypatch.setattr("subprocess.Popen", started)  # EPS: Ghostscript
+    monkeypatch.setattr("subprocess.check_call", started)
+    (tmp_path / "x.jpg").write_bytes(encoded(gradient(), kind))
+    for source in (tmp_path / "x.jpg", (tmp_path / "x.jpg").read_bytes()):
+        with pytest.raises(ValueError, match=r"x\.jpg is not a picture: expected a PNG, JPEG"):
+            open_image(source, "x.jpg")
+
+
+@pytest.mark.parametrize(("kind", "extension"), [(kind, name) for kind, names in FORMATS.items() for name in names])
+def test_every_format_is_read_from_files_with_its_extensions(kind: str, extension: str, tmp_path: Path) -> None:
+    (tmp_path / f"x{extension}").write_bytes(encoded(gradient(), kind))
+    assert open_image(tmp_path / f"x{extension}").size == (32, 16)
+    assert extension in PICTURE_EXTENSIONS
 
 
 @pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "WEBP", "BMP"])

@@ -61,11 +61,13 @@ def test_slices_of_one_buffer_and_tied_weights_are_saved(tmp_path: Path) -> None
 
 
 def test_saving_again_replaces_the_whole_directory_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
-    save(tmp_path / "m", files={"extra.json": b"{}"})
+    save(tmp_path / "m", files={"tokenizer.json": b"{}"})
     save(tmp_path / "m", config=Config(width=9))
     assert load_directory(tmp_path / "m", "dvae", Config)[0].width == 9
     assert [path.name for path in tmp_path.iterdir()] == ["m"]
-    assert not (tmp_path / "m" / "extra.json").exists()
+    assert not (tmp_path / "m" / "tokenizer.json").exists()
+    for _ in range(2):
+        save(tmp_path / "n", files={"extra.json": b"{}"})  # the caller's own
 
 
 @pytest.mark.parametrize("step", ["save_file", "_flush", "_swap"])
@@ -119,6 +121,38 @@ def test_a_folder_of_other_files_is_never_overwritten(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="is a file"):
         save(tmp_path / "thesis.txt")
     assert (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "model.safetensors.bak", ".git", "pytorch_model.bin"])
+def test_a_model_beside_other_files_is_never_replaced(name: str, tmp_path: Path) -> None:
+    save(tmp_path / "m")
+    (tmp_path / "m" / name).write_text("years of work")
+    with pytest.raises(ValueError, match=rf"m holds files that are no model's \({name}\): choose a new"):
+        save(tmp_path / "m", config=Config(width=9))
+    assert (tmp_path / "m" / name).read_text() == "years of work"
+    assert load_directory(tmp_path / "m", "dvae", Config)[0].width == 4
+
+
+@pytest.mark.parametrize(
+    ("description", "words"),
+    [
+        ('{"model_type": "bert", "hidden_size": 768}', "is missing or not ours"),
+        ("[]", "is missing or not ours"),
+        ("{", "is missing or not ours"),
+        (None, "is missing or not ours"),
+        ('{"format": 1, "kind": "clip"}', r"says format 1, kind 'clip'; expected format 1, kind 'dvae'"),
+        ('{"format": 99, "kind": "dvae"}', r"says format 99, kind 'dvae'; expected format 1, kind 'dvae'"),
+    ],
+)
+def test_a_directory_of_another_program_or_kind_is_never_replaced(
+    description: str | None, words: str, tmp_path: Path
+) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"weights of others")
+    if description is not None:
+        (tmp_path / "config.json").write_text(description)
+    with pytest.raises(ValueError, match=f"is not replaced: its config.json {words}"):
+        save(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == b"weights of others"
 
 
 def test_metadata_that_is_not_json_is_refused_before_anything_changes(tmp_path: Path) -> None:
