@@ -61,7 +61,7 @@ class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
     SECONDS: ClassVar = {"world": 20, "tokenizer": 2, "dvae": 215, "clip": 125, "transformer": 560, "samples": 90}
-    """On two cores of a server of 2024; only their proportions matter."""
+    """Seconds each part takes on two CPU cores; only their proportions matter."""
 
     def __init__(self, report: Report) -> None:
         self._report, self._started_at = report, time.perf_counter()

@@ -96,7 +96,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     torch.manual_seed(stage_recipe.train.seed)
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
     if init is None and stage_recipe.warmup is not None and not goes_on:  # else the weights come from the checkpoint
-        model = _warmed_up(recipe, stage_recipe.warmup, model, inputs, world, report)
+        model = _warmed_up(recipe, stage_recipe.warmup, model, inputs, data, validation, world, report)
     model = _channels_last(model.to(world.device))
     directory = inputs.out / "dvae"
     stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
@@ -111,9 +111,17 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     return directory
 
 
-def _warmed_up(recipe: Recipe, warmup: TrainConfig, model: DVAE, inputs: Inputs, world: World, report: Report) -> DVAE:
+def _warmed_up(
+    recipe: Recipe,
+    warmup: TrainConfig,
+    model: DVAE,
+    inputs: Inputs,
+    data: ShardData,
+    validation: ShardData | None,
+    world: World,
+    report: Report,
+) -> DVAE:
     """Train a new dVAE as an autoencoder, and return it with a codebook made from what it has learned."""
-    data, validation = inputs.open(captions=False)
     run = inputs.run_directory("dvae-warmup")
     model = _channels_last(model.to(world.device))
     stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
