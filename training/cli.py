@@ -20,18 +20,16 @@ from training.fit import Interrupted
 from training.metrics import Report, to_stderr
 from training.plan import plan, recipe_list
 from training.programs import Inputs, train_all, train_clip, train_dvae, train_tokenizer, train_transformer
-from training.recipes import Recipe, recipe
+from training.recipes import DVAERecipe, Recipe, recipe
 from training.shards import ShardFilter, make_shards
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Data:
+class _Shards:
     recipe: tyro.conf.Positional[str]
     """Name of a recipe; `dalle-train plan` lists them."""
     data: tuple[str, ...]
     """Shards to train on: files, folders, globs or brace ranges such as shards/{000000..000099}.tar."""
-    validation: tuple[str, ...] = ()
-    """Shards to validate on."""
     out: Path
     """The bundle's directory: tokenizer.json, dvae/, dalle/ and clip/ for use, training/ with the runs behind them."""
     fresh: bool = False
@@ -41,19 +39,24 @@ class _Data:
 
     def inputs(self) -> Inputs:
         """Return what the programs take."""
-        return Inputs(
-            data=self.data,
-            validation=self.validation,
-            out=self.out,
-            fresh=self.fresh,
-            skip_damaged_shards=self.skip_damaged_shards,
-        )
+        return Inputs(data=self.data, out=self.out, fresh=self.fresh, skip_damaged_shards=self.skip_damaged_shards)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Data(_Shards):
+    validation: tuple[str, ...] = ()
+    """Shards to validate on."""
+
+    def inputs(self) -> Inputs:
+        """Return what the programs take."""
+        return dataclasses.replace(super().inputs(), validation=self.validation)
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Stage(_Data):
     steps: int | None = None
-    """Optimizer steps; the recipe's if not given, as with all options below."""
+    """Optimizer steps; the recipe's if not given, as with all options below. Schedules that end at a step (learning
+    rate, β, τ) are stretched in proportion; warm-up and plateaus of the paper's transformer stay as they are."""
     global_batch: int | None = None
     """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
@@ -85,11 +88,12 @@ class _Stage(_Data):
             field.name for field in dataclasses.fields(config)
         }
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        return dataclasses.replace(config, **given)
+        changed = dataclasses.replace(config, **given)
+        return dataclasses.replace(changed, learning_rate=config.learning_rate.stretched(changed.steps / config.steps))
 
 
 @dataclass(frozen=True, kw_only=True)
-class TokenizerCommand(_Data):
+class TokenizerCommand(_Shards):
     """Train the BPE from the captions of shards."""
 
     vocab_size: int | None = None
@@ -203,11 +207,16 @@ Command = (
 )
 
 
+INTERRUPTED = 130
+"""Exit code of a training that was asked to stop: what shells report for SIGINT."""
+
+
 @contextmanager
 def _world() -> Iterator[tuple[World, Report]]:
     """Join the ranks; inside, `report` prints on the first one alone.
 
-    An interruption that saved everything is no error.
+    An interruption that saved everything ends the program with `INTERRUPTED`, so that a command after `&&`, which would
+    go on with a model half trained, is not started.
     """
     world = join_world()
     report: Report = to_stderr if world.is_first else (lambda _line: None)
@@ -215,6 +224,8 @@ def _world() -> Iterator[tuple[World, Report]]:
         yield world, report
     except Interrupted as stopped:
         report(str(stopped))
+        leave_world()
+        raise SystemExit(INTERRUPTED) from None
     except BaseException:
         leave_world(after_error=True)
         raise
@@ -239,7 +250,7 @@ def _run(command: Command) -> None:
             _train(command, recipe(command.recipe))
 
 
-def _train(command: _Data, chosen: Recipe) -> None:
+def _train(command: _Shards, chosen: Recipe) -> None:
     """Run one of the training programs with the options given."""
     inputs = command.inputs()
     match command:
@@ -247,12 +258,9 @@ def _train(command: _Data, chosen: Recipe) -> None:
             vocab = command.vocab_size if command.vocab_size is not None else chosen.text_vocab
             train_tokenizer(dataclasses.replace(chosen, text_vocab=vocab), inputs, to_stderr)
         case DVAECommand():
-            warmup = chosen.dvae.warmup
-            if warmup is not None:
-                warmup = dataclasses.replace(command.override(warmup), steps=warmup.steps)
-            stage = dataclasses.replace(chosen.dvae, train=command.override(chosen.dvae.train), warmup=warmup)
+            changed = dataclasses.replace(chosen, dvae=_overridden(command, chosen.dvae))
             with _world() as (world, report):
-                train_dvae(dataclasses.replace(chosen, dvae=stage), inputs, world, report, init=command.init)
+                train_dvae(changed, inputs, world, report, init=command.init)
         case TransformerCommand():
             transformer = dataclasses.replace(chosen.transformer, train=command.override(chosen.transformer.train))
             if command.null_caption_probability is not None:
@@ -269,6 +277,19 @@ def _train(command: _Data, chosen: Recipe) -> None:
         case AllCommand():
             with _world() as (world, report):
                 train_all(chosen, inputs, world, report)
+
+
+def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
+    """Return the dVAE's recipe with the options that were given; the warm-up keeps its steps."""
+    train = command.override(chosen.train)
+    factor = train.steps / chosen.train.steps
+    return dataclasses.replace(
+        chosen,
+        train=train,
+        kl_weight=chosen.kl_weight.stretched(factor),
+        temperature=chosen.temperature.stretched(factor),
+        warmup=dataclasses.replace(command, steps=None).override(chosen.warmup) if chosen.warmup else None,
+    )
 
 
 def _make_shards(command: ShardsCommand) -> None:

@@ -27,6 +27,7 @@ import tarfile
 import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
@@ -652,10 +653,33 @@ def _positions(
             yield range(first, first + micro_batch)
 
 
-def _ignore_interrupts(worker: int) -> None:
-    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread: a process forked meanwhile begins with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_the_parent_alone(worker: int) -> None:
+    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint.
+
+    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it.
+    """
+    parent = os.getppid()
+
+    def wait() -> None:
+        while True:
+            heard = signal.sigwaitinfo(_INTERRUPTS)
+            if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+                os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def _deliver(reads: Iterator[_Read], bad_samples: _BadSamples) -> Iterator[Batch]:
@@ -731,10 +755,12 @@ def batches(
         num_workers=workers,  # DataLoader gives each worker one torch thread
         prefetch_factor=4,
         multiprocessing_context="fork",  # shares the index; transforms need not be picklable
-        worker_init_fn=_ignore_interrupts,
+        worker_init_fn=_obey_the_parent_alone,
         generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
     )
-    return _deliver(iter(loader), _BadSamples(data, max_bad_fraction))
+    with _interrupts_held_back():
+        reads = iter(loader)  # forks the workers
+    return _deliver(reads, _BadSamples(data, max_bad_fraction))
 
 
 def validation_batches(

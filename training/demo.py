@@ -8,6 +8,7 @@ also for combinations never trained.
 import dataclasses
 import io
 import json
+import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -118,12 +119,19 @@ def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: 
 
 
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
-    """Draw the world into shards, unless they are there."""
+    """Draw the world into shards, unless they are there; what was trained on an earlier world is then forgotten.
+
+    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it.
+    """
     made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 2}
     note = folder / "world.json"
     if not fresh and note.is_file() and json.loads(note.read_text()) == made_of:
         report(f"the world is in {folder}")
         return folder / "train", folder / "validation"
+    note.unlink(missing_ok=True)
+    (folder.parent / "tokenizer.json").unlink(missing_ok=True)
+    for checkpoints in (folder.parent / "training").glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
     for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
         write_shards(_drawings(count, seed, size, report), folder / name, "world", 4_000, overwrite=True)
     note.write_text(json.dumps(made_of))

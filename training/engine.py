@@ -169,7 +169,6 @@ _USER_KEYS = frozenset(
         "dump_state",
         "comms_logger",
         "flops_profiler",
-        "activation_checkpointing",
         "aio",
         "tensorboard",
         "csv_monitor",
@@ -185,6 +184,7 @@ _DECIDED_KEYS = {
     "scheduler": "the recipe",
     "checkpoint": "the training loop",
     "use_node_local_storage": "the training loop",
+    "activation_checkpointing": "--activation-checkpointing",
 }
 """Options of DeepSpeed that are not the user's, and who decides them."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
@@ -382,6 +382,11 @@ class Engine:
             if self.world.is_first:
                 gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
         return gathered
+
+    @property
+    def skips_overflows(self) -> bool:
+        """Whether steps whose gradient overflows are left out, as fp16's loss scaling does."""
+        return bool(self.deepspeed_config.get("fp16", {}).get("enabled"))
 
     def averaged_weights(self) -> dict[str, Tensor]:
         """Return the averaged weights, on the first rank; other ranks get an empty dictionary. No communication."""

@@ -170,7 +170,7 @@ def fit(
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         ValueError: the run in `plan.directory` is another one, the ranks were not told the same, too many samples are
-            unusable, or the loss is not finite.
+            unusable, or the loss, the gradient or the weights are not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
@@ -186,14 +186,14 @@ def fit(
             return
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
-    start = 0
+    start, n_bad = 0, 0
     if not plan.fresh and latest_tag(checkpoints) is not None:
         state = engine.load(checkpoints)
-        start = int(state["step"])
+        start, n_bad = int(state["step"]), int(state.get("bad_samples", 0))
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
     log = MetricLog(plan.directory, start) if world.is_first else None
-    loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report)
+    loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report, n_bad_before=n_bad)
     try:
         with _StopSignals() as stop:
             loop.run(train, start, stop)
@@ -217,10 +217,13 @@ class _Loop:
         validation: ShardData | None,
         log: MetricLog | None,
         report: Report,
+        *,
+        n_bad_before: int,
     ) -> None:
         self.stage, self.config, self.world, self.engine, self.rate = stage, config, world, engine, rate
         self.plan, self.validation, self.log, self.report = plan, validation, log, report
-        self.n_bad = 0
+        self.n_bad, self.n_bad_before = 0, n_bad_before
+        self.last_step: Mapping[str, Tensor] = {}
         self.has_warned_of_cut = False
 
     def run(self, data: ShardData, start: int, stop: _StopSignals) -> None:
@@ -247,15 +250,17 @@ class _Loop:
             learning_rate = self.rate.at(step)
             metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
             means.add(metrics)
+            self.last_step = metrics
             if self.rate.follows_loss:
                 self.rate.observe(step, mean_over_ranks(metrics["loss"].float(), self.world).item())
             if measure:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
             if agree(stop.raised, self.world) and done < config.steps:
                 self._save(done)
+                command = "the same command without --fresh" if self.plan.fresh else "the same command"
                 raise Interrupted(
-                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: the same command goes "
-                    "on from there"
+                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: {command} goes on from "
+                    "there"
                 )
             self._once_in_a_while(done)
             timer.unit_done(done)
@@ -265,6 +270,7 @@ class _Loop:
 
         In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
         """
+        self._require_finite(done)
         self._export(done)
         if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
             self._save(done)
@@ -303,16 +309,13 @@ class _Loop:
             "learning_rate": learning_rate,
             f"{self.stage.unit}_per_s": samples * self.stage.units_per_sample / interval_s,
             "data_wait": wait,
-            "bad_samples": float(self.n_bad),
+            "bad_samples": float(self._bad_samples()),
         }
         if self.log is not None:
             self.log.write(done, "train", values)
             self._report_training(done, values, timer)
         if not math.isfinite(values["loss"]):
-            raise ValueError(
-                f"the loss is {values['loss']} at step {done}, training has diverged: name an earlier checkpoint in "
-                f"{self.plan.directory / 'checkpoints' / 'latest'}, or train anew with another --seed or --precision"
-            )
+            raise self._diverged(f"the loss is {values['loss']}", done)
 
     def _report_training(self, done: int, values: Mapping[str, float], timer: "_Timer") -> None:
         unit, config = self.stage.unit, self.config
@@ -361,8 +364,38 @@ class _Loop:
 
         on_first_rank(draw, self.world)
 
+    def _bad_samples(self) -> int:
+        """Return the number of unusable samples of all ranks since the run's first step. Collective."""
+        here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.world.device)
+        return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
+
+    def _require_finite(self, done: int) -> None:
+        """Raise ValueError unless the last step, on every rank, and the averaged weights are finite. Collective.
+
+        The loss says so of the weights before the step, the gradient's norm, where it is known, of those after it.
+        """
+        names = ("loss",) if self.engine.skips_overflows else ("loss", "grad_norm")
+        watched = {name: self.last_step[name] for name in names if name in self.last_step}
+        weights = self.engine.averaged_weights()
+        wrong = [f"{name} is {value.item()}" for name, value in watched.items() if not value.isfinite().all()]
+        wrong += [f"{name} has values that are no numbers" for name, w in weights.items() if not w.isfinite().all()]
+        if agree(bool(wrong), self.world):
+            raise self._diverged(f"the {wrong[0]}" if wrong else "the loss of another rank is not finite", done)
+
+    def _diverged(self, what: str, done: int) -> ValueError:
+        checkpoints = self.plan.directory / "checkpoints"
+        tag = latest_tag(checkpoints)
+        good = (
+            f"{checkpoints / tag} is the last good checkpoint: go on from it" if tag else "nothing is saved: start anew"
+        )
+        return ValueError(
+            f"{what} at step {done}, training has diverged and this step is not saved. {good} with another --seed or "
+            "--precision"
+        )
+
     def _save(self, done: int) -> None:
-        state = {"step": done, "learning_rate": self.rate.state()}
+        self._require_finite(done)
+        state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
         self.engine.save(self.plan.directory / "checkpoints", done, state)
 
     def _export(self, done: int) -> None:

@@ -75,12 +75,18 @@ def activation_bytes(config: DALLEConfig, precision: Precision, micro_batch: int
     return float(blocks + logits)
 
 
-def flops_per_sample(config: DALLEConfig, n_matrix_parameters: int) -> float:
-    """Return the floating-point operations of a training step per sample: 6 for each matrix weight and position.
+def flops_per_sample(config: DALLEConfig, n_block_parameters: int) -> float:
+    """Return the floating-point operations of a training step per sample, forward and backward.
 
-    The attention's own products (at most text_len + 2·grid keys per query) are left out: below 3% at the paper's width.
+    6 for each weight of a matrix and position it is applied to: the blocks' at all S positions, the text head's at the
+    text's, the image head's at the image's. Attention's own two products, computed for all S² pairs and masked, are
+    4·S²·d per layer forward, 12·S²·d with the backward pass.
     """
-    return 6.0 * n_matrix_parameters * (config.text_len + config.grid**2)
+    n_image = config.grid**2
+    stream = config.text_len + n_image
+    heads = config.d_model * (config.text_len * config.text_vocab + n_image * config.image_vocab)
+    attention = 12.0 * config.n_layers * stream**2 * config.d_model
+    return 6.0 * (n_block_parameters * stream + heads) + attention
 
 
 def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
@@ -92,7 +98,7 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
         gpu_memory_gib: memory of one, GiB.
 
     Raises:
-        ValueError: fewer than one GPU, or no memory.
+        ValueError: fewer than one GPU, no memory, or so many GPUs that the batch cannot be shared among them.
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
@@ -101,7 +107,7 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
     config, train = recipe.transformer.model, recipe.transformer.train
     with torch.device("meta"):
         groups = DALLE(config).n_parameters()
-    flops = flops_per_sample(config, groups["attention"] + groups["mlp"] + groups["heads"])
+    flops = flops_per_sample(config, groups["attention"] + groups["mlp"])
     more = " (a third more with checkpointing)" if train.activation_checkpointing else ""
     lines = [
         f"{recipe.name}: {recipe.purpose}",
@@ -124,7 +130,9 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
 def _memory_table(recipe: Recipe, n_parameters: int, gpus: int, gpu_memory_gib: float) -> list[str]:
     """Return the lines of the table of bytes per GPU, one for each ZeRO stage."""
     config, train = recipe.transformer.model, recipe.transformer.train
-    micro, checkpointing = max(1, min(8, train.global_batch // gpus)), train.activation_checkpointing
+    # without a micro-batch, training takes the whole share of a rank
+    micro = train.batch_of(gpus)[0] if train.micro_batch is not None else max(1, train.global_batch // gpus)
+    checkpointing = train.activation_checkpointing
     usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
     heads = f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
     lines = [

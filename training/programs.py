@@ -7,6 +7,7 @@ and clip/ for use, and `training/<stage>/` with the runs behind them.
 import dataclasses
 import hashlib
 import logging
+import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -74,8 +75,17 @@ class Inputs:
 
 
 def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
-    """Train the BPE on all captions of the shards; returns the file."""
+    """Train the BPE on all captions of the shards; returns the file.
+
+    Raises:
+        ValueError: there is one, and `inputs.fresh` does not say to replace it.
+    """
     path = inputs.out / "tokenizer.json"
+    if path.exists() and not inputs.fresh:
+        raise ValueError(
+            f"{path} is there, and a transformer may have been trained with it: give another --out, or --fresh to "
+            "replace it"
+        )
     data, _ = inputs.open(captions=True)
     tokenizer = Tokenizer.train(_all_captions(data), vocab_size=recipe.text_vocab)
     inputs.out.mkdir(parents=True, exist_ok=True)
@@ -148,10 +158,18 @@ def train_transformer(
     tokenizer: Path | None = None,
     dvae: Path | None = None,
 ) -> Path:
-    """Train the transformer, on the bundle's tokenizer and dVAE unless others are named; returns its directory."""
+    """Train the transformer, on the bundle's tokenizer and dVAE; returns its directory.
+
+    A tokenizer file and a dVAE's directory that are named are copied into the bundle, which cannot be loaded without.
+
+    Raises:
+        FileNotFoundError: the tokenizer or the dVAE is missing.
+        ValueError: the bundle holds another tokenizer or dVAE than the one named; or as `fit`.
+    """
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
+    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     image_coder = _channels_last(DVAE.load(dvae_directory, world.device))
     data, validation = inputs.open(captions=True)
     config = dataclasses.replace(
@@ -173,6 +191,44 @@ def train_transformer(
     plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> None:
+    """Copy the tokenizer and the dVAE that were named into a bundle that has none.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if tokenizer is not None:
+        named, target = Tokenizer.load(tokenizer), out / "tokenizer.json"
+        if not target.exists():
+            named.save(target)
+        _require_equal(Tokenizer.load(target).hash, target, named.hash, tokenizer, option="--tokenizer")
+    if dvae is not None:
+        DVAE.load(dvae)  # whole, before it is copied
+        target = out / "dvae"
+        if not target.exists():
+            _copy_directory(dvae, target)
+        _require_equal(directory_hash(target), target, directory_hash(dvae), dvae, option="--dvae")
+
+
+def _copy_directory(source: Path, target: Path) -> None:
+    """Copy a model's directory whole or not at all."""
+    temporary = target.with_name(f".{target.name}.copy")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        shutil.copytree(source, temporary)
+        temporary.rename(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _require_equal(held: str, target: Path, wanted: str, named: Path, *, option: str) -> None:
+    if held != wanted:
+        raise ValueError(
+            f"{target} is another than {option} {named} ({held} and {wanted}): a bundle has one of each; give another "
+            f"--out, leave out {option}, or delete {target}"
+        )
 
 
 def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> Path:

@@ -7,9 +7,11 @@ Order of the file: what a recipe is, recipes for CPUs, recipes of the paper's ki
 """
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
+from typing import TypedDict
 
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
@@ -86,6 +88,17 @@ DVAE_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient
 # ---- minutes on a CPU -------------------------------------------------------------------------------------
 
 
+class _Intervals(TypedDict):
+    validate_every: int
+    sample_every: int
+
+
+def _four_times(steps: int) -> _Intervals:
+    """Return how often to validate and to draw samples, for a run that shows both four times, the end included."""
+    interval = math.ceil(steps / 4)
+    return {"validate_every": interval, "sample_every": interval}
+
+
 def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -> DVAERecipe:
     """Return a dVAE of 300 thousand parameters with 4×4 pixels to a token, warmed up as an autoencoder."""
     warmup = TrainConfig(
@@ -97,6 +110,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
         ema_every=1,
         precision="autocast",
         log_every=100,
+        **_four_times(warmup_steps),
     )
     train = dataclasses.replace(
         warmup,
@@ -104,6 +118,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
         optimizer=dataclasses.replace(DVAE_OPTIMIZER, gradient_clipping=0.3),
         learning_rate=WarmupCosine(peak=2e-5, warmup=20, steps=steps, final=2e-6),
         ema_decay=0.99,
+        **_four_times(steps),
     )
     return DVAERecipe(
         model=DVAEConfig(n_hid=32, n_init=12, n_groups=3, n_blocks=1, vocab_size=vocab_size, image_size=image_size),
@@ -126,6 +141,7 @@ def _cpu_transformer(model: DALLEConfig, *, steps: int, batch: int, peak: float)
         ema_every=1,
         precision="autocast",
         log_every=50,
+        **_four_times(steps),
     )
     return TransformerRecipe(model=model, train=train)
 
@@ -154,6 +170,7 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
         ema_every=1,
         precision="autocast",
         log_every=50,
+        validate_every=_four_times(steps)["validate_every"],
     )
     return CLIPRecipe(model=model, train=train)
 
@@ -234,15 +251,24 @@ def paper_dvae() -> DVAERecipe:
     return DVAERecipe(train=train)
 
 
-def _paper_transformer(model: DALLEConfig, *, zero_stage: int) -> TransformerRecipe:
+def _paper_transformer(
+    model: DALLEConfig, *, zero_stage: int, micro_batch: int, sample_every: int
+) -> TransformerRecipe:
+    """Return the paper's second stage (B.2).
+
+    Sample pictures are drawn by a whole float32 copy of the weights on the first rank's device, beside its part of the
+    training: from 2.8 billion parameters on (11 GB) they wait until the end.
+    """
     train = TrainConfig(
         steps=430_000,
         global_batch=1024,
+        micro_batch=micro_batch,
         learning_rate=WarmupPlateau(),
         precision="bf16",
         zero_stage=zero_stage,
         activation_checkpointing=True,
         validate_every=5_000,
+        sample_every=sample_every,
         checkpoint_every=1_000,
         log_every=50,
         workers=8,
@@ -269,43 +295,42 @@ def paper_clip() -> CLIPRecipe:
     return CLIPRecipe(train=train)
 
 
-def _scaled(name: str, purpose: str, model: DALLEConfig, zero_stage: int) -> Recipe:
-    return Recipe(
-        name=name,
-        purpose=purpose,
-        dvae=paper_dvae(),
-        transformer=_paper_transformer(model, zero_stage=zero_stage),
-        clip=paper_clip(),
-    )
+def _scaled(
+    name: str, purpose: str, model: DALLEConfig, *, zero_stage: int, micro_batch: int, sample_every: int = 0
+) -> Recipe:
+    transformer = _paper_transformer(model, zero_stage=zero_stage, micro_batch=micro_batch, sample_every=sample_every)
+    return Recipe(name=name, purpose=purpose, dvae=paper_dvae(), transformer=transformer, clip=paper_clip())
 
 
 def fifty_million() -> Recipe:
     """Return the shape of the benchmarks: width 512, 8 layers, the paper's stream and vocabularies."""
-    return _scaled(
-        "50m", "width 512, 8 layers: the benchmarks' shape", DALLEConfig(n_layers=8, d_model=512, n_heads=8), 1
-    )
+    model = DALLEConfig(n_layers=8, d_model=512, n_heads=8)
+    purpose = "width 512, 8 layers: the benchmarks' shape"
+    return _scaled("50m", purpose, model, zero_stage=1, micro_batch=32, sample_every=5_000)
 
 
 def one_billion() -> Recipe:
     """Return 24 layers of width 2048: 1.3 billion parameters."""
-    return _scaled(
-        "1.3b", "24 layers of width 2048, for one large GPU", DALLEConfig(n_layers=24, d_model=2048, n_heads=32), 1
-    )
+    model = DALLEConfig(n_layers=24, d_model=2048, n_heads=32)
+    purpose = "24 layers of width 2048, for one large GPU"
+    return _scaled("1.3b", purpose, model, zero_stage=1, micro_batch=16, sample_every=5_000)
 
 
 def paper_2_8b() -> Recipe:
     """Return the paper's 2.8-billion-parameter model (Table 1): 64 layers of width 1920."""
-    return _scaled("2.8b", "the paper's second size, width 1920", DALLEConfig(d_model=1920, n_heads=30), 2)
+    model = DALLEConfig(d_model=1920, n_heads=30)
+    return _scaled("2.8b", "the paper's second size, width 1920", model, zero_stage=2, micro_batch=8)
 
 
 def paper_5_6b() -> Recipe:
     """Return the paper's 5.6-billion-parameter model (Table 1): 64 layers of width 2688."""
-    return _scaled("5.6b", "the paper's third size, width 2688", DALLEConfig(d_model=2688, n_heads=42), 3)
+    model = DALLEConfig(d_model=2688, n_heads=42)
+    return _scaled("5.6b", "the paper's third size, width 2688", model, zero_stage=3, micro_batch=8)
 
 
 def paper_12b() -> Recipe:
     """Return the paper's model (2.2, B.1): 64 layers of width 3968, 62 heads, 12 billion parameters."""
-    return _scaled("12b", "the paper's model, width 3968", DALLEConfig(), 3)
+    return _scaled("12b", "the paper's model, width 3968", DALLEConfig(), zero_stage=3, micro_batch=8)
 
 
 # ---- all of them ------------------------------------------------------------------------------------------

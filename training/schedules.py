@@ -1,7 +1,8 @@
 """Schedules: the dVAE's cosines and the transformer's warm-up with plateau halving (Ramesh et al. 2021, A.2, B.2)."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from typing import Self
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +22,10 @@ class Cosine:
     def __post_init__(self) -> None:
         if self.steps < 1:
             raise ValueError(f"a cosine schedule needs at least 1 step, got {self.steps}")
+
+    def stretched(self, factor: float) -> Self:
+        """Return the schedule over `factor` times as many steps."""
+        return replace(self, steps=max(1, round(self.steps * factor)))
 
     def at(self, step: int) -> float:
         """Return the value before optimizer step number `step` (from 0)."""
@@ -47,6 +52,11 @@ class WarmupCosine:
     def __post_init__(self) -> None:
         if not 0 <= self.warmup < self.steps:
             raise ValueError(f"warmup ({self.warmup}) must be at least 0 and below steps ({self.steps})")
+
+    def stretched(self, factor: float) -> Self:
+        """Return the schedule over `factor` times as many steps, warm-up included."""
+        steps = max(1, round(self.steps * factor))
+        return replace(self, warmup=min(round(self.warmup * factor), steps - 1), steps=steps)
 
     def at(self, step: int) -> float:
         """Return the learning rate of optimizer step number `step` (from 0)."""
@@ -79,6 +89,10 @@ class WarmupPlateau:
     def __post_init__(self) -> None:
         if min(self.warmup, self.halvings) < 0 or min(self.window, self.patience) < 1:
             raise ValueError("warmup and halvings must be at least 0, window and patience at least 1")
+
+    def stretched(self, factor: float) -> Self:
+        """Return the schedule as it is: it follows the loss, not the length of the run."""
+        return self
 
     def at(self, step: int, n_halvings: int = 0) -> float:
         """Return the learning rate of optimizer step number `step` (from 0) after `n_halvings` halvings."""

@@ -3,8 +3,7 @@ import io
 import json
 import logging
 import multiprocessing
-import os
-import signal
+import subprocess
 import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
@@ -309,14 +308,26 @@ def test_reading_in_workers_leaves_the_global_generator_alone(data: ShardData) -
     assert torch.equal(before, torch.get_rng_state())
 
 
+def signal_from_elsewhere(name: str, *pids: int) -> None:
+    subprocess.run(["kill", f"-{name}", *map(str, pids)], check=True)
+
+
+def test_workers_end_when_the_training_process_says_so(data: ShardData) -> None:
+    stream = batches(data, transform, seed=0, micro_batch=2, workers=2)
+    next(stream)
+    for worker in multiprocessing.active_children():
+        worker.terminate()
+        worker.join(10)
+        assert worker.exitcode == 0
+
+
 def test_workers_survive_an_interrupt_and_end_with_the_stream(data: ShardData) -> None:
     stream = batches(data, transform, seed=0, micro_batch=2, workers=2)
     next(stream)
     workers = multiprocessing.active_children()
     assert len(workers) == 2
-    for worker in workers:
-        assert worker.pid is not None
-        os.kill(worker.pid, signal.SIGINT)
+    for name in ("INT", "TERM"):
+        signal_from_elsewhere(name, *(worker.pid or 0 for worker in workers))
     assert len(list(islice(stream, 30))) == 30
     del stream
     for worker in workers:

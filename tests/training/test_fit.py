@@ -2,6 +2,7 @@ import errno
 import multiprocessing
 import os
 import signal
+import subprocess
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -171,8 +172,8 @@ def test_the_reading_processes_outlive_a_signal_to_the_whole_job(new_run: NewRun
         if step == 3:
             workers = multiprocessing.active_children()
             assert len(workers) == 2
-            for pid in [*(worker.pid for worker in workers), os.getpid()]:
-                os.kill(pid or 0, signal.SIGTERM)
+            pids = [*(worker.pid for worker in workers), os.getpid()]
+            subprocess.run(["kill", "-TERM", *map(str, pids)], check=True)
 
     run = new_run("a")
     with pytest.raises(Interrupted, match="step 4"):
@@ -273,6 +274,63 @@ def test_a_loss_that_is_not_finite_stops_training_in_words(new_run: NewRun) -> N
     run = new_run("a")
     with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 2, training has diverged"):
         run(tiny.train_config(steps=6, log_every=2), scale=float("nan"))
+
+
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def spoil(step: int) -> None:
+        if step == 3:
+            forward = Objective.forward
+
+            def spoilt(self: Objective, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
+                loss, metrics = forward(self, **tensors)
+                loss.register_hook(lambda gradient: gradient * float("nan"))
+                return loss, metrics
+
+            monkeypatch.setattr(Objective, "forward", spoilt)
+
+    for steps in (8, 4):  # in between and at the end
+        run = new_run(f"{steps}")
+        with pytest.raises(ValueError, match=r"at step 4.*step00000002 is the last good"):
+            run(tiny.train_config(steps=steps, checkpoint_every=2), at_step=spoil)
+        monkeypatch.undo()
+        assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000002"
+        assert run.stage.exported == [2]
+
+
+def test_a_fresh_run_that_is_interrupted_goes_on_without_fresh(new_run: NewRun) -> None:
+    with pytest.raises(Interrupted, match=r"the same command without --fresh goes on"):
+        new_run("a")(tiny.train_config(steps=9), at_step=send(signal.SIGTERM, 3), fresh=True)
+
+
+def test_bad_samples_are_counted_from_the_first_step_of_the_run(new_run: NewRun, tmp_path: Path) -> None:
+    import io
+    import tarfile
+
+    with tarfile.open(tmp_path / "mixed.tar", "w") as tar:
+        for number in range(4):
+            buffer = io.BytesIO()
+            Image.new("RGB", (16, 16)).save(buffer, "png")
+            image = b"no picture" if number == 0 else buffer.getvalue()
+            for name, content in ((f"{number}.png", image), (f"{number}.txt", b"a caption")):
+                member = tarfile.TarInfo(name)
+                member.size = len(content)
+                tar.addfile(member, io.BytesIO(content))
+
+    def counts(run: Run) -> list[float]:
+        return [line["bad_samples"] for line in read_metrics(run.folder / "run" / "metrics.jsonl")]
+
+    config = tiny.train_config(steps=6, max_bad_fraction=1.0)
+    straight, stopped = new_run("straight"), new_run("stopped")
+    for run in (straight, stopped):
+        run.data = ShardData.open([tmp_path / "mixed.tar"], captions=True)
+    straight(config)
+    with pytest.raises(Interrupted):
+        stopped(config, at_step=send(signal.SIGTERM, 3))
+    stopped(config)
+    assert counts(straight)[-1] > counts(straight)[0]
+    assert counts(stopped) == counts(straight)
 
 
 def test_too_many_unusable_pictures_stop_training(tmp_path: Path, new_run: NewRun) -> None:

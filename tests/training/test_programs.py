@@ -3,7 +3,7 @@ import io
 import json
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
@@ -11,8 +11,9 @@ import tiny
 import torch
 
 import training.cli
+import training.demo
 import training.recipes
-from dalle.model import DALLE
+from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dvae import DVAE, DVAEConfig
 from dvae.directory import directory_hash
@@ -20,12 +21,13 @@ from rerank import CLIP
 from training.config import TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
-from training.engine import join_world
+from training.engine import join_world, latest_tag
 from training.evaluate import distinct_captions, evaluate
+from training.fit import Interrupted
 from training.metrics import MetricLog, read_metrics
-from training.plan import plan, state_bytes
+from training.plan import flops_per_sample, plan, state_bytes
 from training.programs import Inputs, train_all, train_dvae
-from training.recipes import RECIPES, recipe
+from training.recipes import RECIPES, Recipe, recipe
 
 NAMES = list(RECIPES)
 
@@ -105,15 +107,19 @@ def test_stages_train_in_lower_precision(tmp_path: Path, shards: Path, stage: st
 
 @pytest.mark.parametrize("stage", ["dvae", "clip", "transformer"])
 def test_a_stage_trained_in_two_parts_is_the_same_bit_for_bit(
-    tmp_path: Path, bundle: Path, shards: Path, stage: str
+    tmp_path: Path, bundle: Path, shards: Path, stage: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "out"
     if stage == "transformer":
         shutil.copytree(bundle / "dvae", out / "dvae")
         shutil.copy(bundle / "tokenizer.json", out)
     command = [stage, "tiny", "--data", shards, "--out", out]
-    assert run(*command, "--steps", 2) == 0
-    assert run(*command, "--steps", 4) == 0
+    whole, half = tiny.recipe(), tiny.recipe(steps=2)
+    half = dataclasses.replace(half, dvae=dataclasses.replace(half.dvae, warmup=whole.dvae.warmup))
+    with monkeypatch.context() as patch:
+        patch.setitem(training.recipes.RECIPES, "tiny", lambda: half)
+        assert run(*command) == 0
+    assert run(*command) == 0
     name = "dalle" if stage == "transformer" else stage
     assert directory_hash(out / name) == directory_hash(bundle / name)
 
@@ -147,6 +153,101 @@ def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: 
     for stage, steps in (("dvae-warmup", 4), ("dvae", 1)):
         record = json.loads((tmp_path / "training" / stage / "config.json").read_text())["training"]
         assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed")] == [steps, 6, 3, 5]
+
+
+def test_a_run_of_other_steps_has_its_schedules_stretched(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[Recipe] = []
+    monkeypatch.setattr(training.cli, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
+    for steps in (100, 400):
+        assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
+        before, after = recipe("demo").dvae, given[-1].dvae
+        assert after.warmup == before.warmup
+        factor = steps / before.train.steps
+        pairs = [(before.train.learning_rate, after.train.learning_rate)]
+        pairs += [(before.kl_weight, after.kl_weight), (before.temperature, after.temperature)]
+        for old, new in pairs:
+            for part in (0.3, 0.75, 1.0):
+                at = round(part * before.train.steps)
+                assert new.at(round(at * factor)) == pytest.approx(old.at(at), rel=0.1, abs=1e-6)
+    plateau = recipe("12b").transformer.train.learning_rate
+    assert plateau.stretched(0.1) == plateau
+
+
+@pytest.mark.parametrize("name", ["demo", "icons-cpu", "photos-cpu", "1m"])
+def test_recipes_for_cpus_validate_and_draw_about_four_times(name: str) -> None:
+    chosen = recipe(name)
+    assert chosen.dvae.warmup is not None
+    for train in (chosen.dvae.warmup, chosen.dvae.train, chosen.transformer.train, chosen.clip.train):
+        assert 3 <= train.steps / train.validate_every <= 4
+        assert train.sample_every in (train.validate_every, 0 if train is chosen.clip.train else train.validate_every)
+
+
+def test_an_interrupted_training_ends_with_130_so_that_nothing_goes_on_from_half_a_model(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted("stopped at step 3: the same command goes on from there")
+
+    monkeypatch.setattr(training.cli, "train_clip", interrupted)
+    with pytest.raises(SystemExit) as stop:
+        run("clip", "tiny", "--data", shards, "--out", tmp_path)
+    assert stop.value.code == 130
+    assert "the same command goes on" in capsys.readouterr().err
+
+
+def test_a_named_tokenizer_and_dvae_become_part_of_the_bundle(
+    tmp_path: Path, bundle: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    named = ["--tokenizer", bundle / "tokenizer.json", "--dvae", bundle / "dvae"]
+    assert run("transformer", "tiny", "--data", shards, "--out", out, *named) == 0
+    shutil.copytree(bundle / "clip", out / "clip")
+    assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
+    DVAE(DVAEConfig(n_hid=8, n_init=8, n_groups=3, n_blocks=1, vocab_size=32, image_size=16)).save(tmp_path / "other")
+    command = ["transformer", "tiny", "--data", shards, "--out", out, "--dvae", tmp_path / "other", "--fresh"]
+    assert run(*command) == 1
+    assert "is another than --dvae" in capsys.readouterr().err
+    assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
+
+
+def test_a_world_drawn_anew_makes_the_demonstration_forget_what_it_was_trained_on(
+    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.demo, "N_TRAIN", 8)
+    monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
+    trained: list[str] = []
+
+    def record(stage: str) -> Callable[..., None]:
+        def train(_recipe: object, inputs: Inputs, *_: object) -> None:
+            if latest_tag(inputs.run_directory(stage) / "checkpoints") is None:
+                trained.append(stage)
+                checkpoints = inputs.run_directory(stage) / "checkpoints"
+                (checkpoints / "step00000001").mkdir(parents=True)
+                (checkpoints / "latest").write_text("step00000001")
+
+        return train
+
+    for stage in ("dvae", "clip", "transformer"):
+        monkeypatch.setattr(training.demo, f"train_{stage}", record(stage))
+    monkeypatch.setattr(training.demo, "_finish", lambda *_: None)
+    for n, expected in ((8, ["dvae", "clip", "transformer"]), (8, []), (9, ["dvae", "clip", "transformer"])):
+        monkeypatch.setattr(training.demo, "N_TRAIN", n)
+        trained.clear()
+        before = (bundle_copy / "tokenizer.json").stat().st_mtime_ns
+        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None)
+        assert trained == expected
+        assert ((bundle_copy / "tokenizer.json").stat().st_mtime_ns != before) == bool(expected)
+
+
+def test_a_tokenizer_is_not_replaced_without_fresh(
+    bundle_copy: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["tokenizer", "tiny", "--data", shards, "--out", bundle_copy]
+    assert run(*command) == 1
+    assert "--fresh" in capsys.readouterr().err
+    assert run(*command, "--fresh") == 0
 
 
 def test_the_demonstration_refuses_to_run_on_several_ranks(tmp_path: Path) -> None:
@@ -242,6 +343,7 @@ def wrong_inputs(folder: Path, shards: Path) -> Iterator[tuple[Arguments, str]]:
     tar(folder / "mute" / "a.tar", {"1.png": png()})
     (folder / "broken.json").write_text("{")
     (folder / "unknown.json").write_text('{"zero_optimisation": {}}')
+    (folder / "recompute.json").write_text('{"activation_checkpointing": {"partition_activations": true}}')
     (folder / "batch.json").write_text('{"train_batch_size": 64}')
     (folder / "file").write_text("x")
     yield ["dvae", "demmo", *on(shards)], "unknown recipe 'demmo': did you mean 'demo'"
@@ -254,7 +356,12 @@ def wrong_inputs(folder: Path, shards: Path) -> Iterator[tuple[Arguments, str]]:
     yield ["clip", "tiny", *on(folder / "mute")], "has no captions"
     yield ["dvae", "tiny", *on(shards), "--validation", folder / "missing"], "missing"
     yield ["transformer", "tiny", *on(shards)], "tokenizer"
-    for name, told in (("broken", "not valid JSON"), ("unknown", "did you mean"), ("batch", "train_batch_size")):
+    for name, told in (
+        ("broken", "not valid JSON"),
+        ("unknown", "did you mean"),
+        ("batch", "train_batch_size"),
+        ("recompute", "--activation-checkpointing decides"),
+    ):
         yield ["dvae", "tiny", *on(shards), "--deepspeed-config", folder / f"{name}.json"], told
     yield ["dvae", "tiny", *on(shards), "--deepspeed-config", folder / "none.json"], "no DeepSpeed configuration at"
     yield ["dvae", "tiny", *on(shards), "--init", folder / "none"], "none"
@@ -379,6 +486,23 @@ def test_zero_divides_the_state_of_adam_as_published() -> None:
     assert totals == pytest.approx([31.4, 2.1], rel=0.03)
     with pytest.raises(ValueError, match="bf16"):
         state_bytes(1, "bf16", 0, 1)
+
+
+def test_the_arithmetic_of_a_step_is_that_counted_by_hand() -> None:
+    config = DALLEConfig(
+        n_layers=2, d_model=16, n_heads=2, text_len=24, grid=4, text_vocab=300, image_vocab=32, conv_kernel=3
+    )
+    S, d = 24 + 16, 16
+    block = 2 * S * (4 * d * d + 8 * d * d)  # multiplications: q, k, v, output and an MLP of 4·d; the same again adds
+    pairs = 2 * 2 * S * S * d  # of two layers: queries with keys, weights with values
+    heads = 24 * d * 300 + 16 * d * 32
+    assert flops_per_sample(config, 2 * 12 * d * d) == 3 * 2 * (block + pairs + heads)
+
+
+def test_a_plan_takes_the_recipes_micro_batch() -> None:
+    assert "micro-batch 8," in plan(recipe("12b"), gpus=16, gpu_memory_gib=80)
+    with pytest.raises(ValueError, match="not a multiple of micro batch 8 × 1024 ranks"):
+        plan(recipe("12b"), gpus=1024, gpu_memory_gib=80)
 
 
 def test_a_plan_says_what_does_not_fit() -> None:

@@ -321,7 +321,8 @@ def test_two_launched_ranks_train_the_same_bundle_as_one_process(
     bundle = shutil.copytree(untrained / "bundle", tmp_path / "bundle")
     code, output = launch(launcher, port, transformer_command(untrained, bundle, stage))
     assert code == 0, output
-    assert losses_of(bundle) == pytest.approx(losses_of_one, abs=1e-5)
+    # three steps at the full rate: AdamW's first ones turn rounding in a gradient near 0 into a whole step
+    assert losses_of(bundle) == pytest.approx(losses_of_one, abs=1e-3)
     record = json.loads((bundle / "training" / "transformer" / "config.json").read_text())
     assert record["ranks"] == 2
     assert output.count("transformer 3/3") == 1, "only the first rank reports"
