@@ -123,4 +123,5 @@ class Attention(nn.Module):
         """Return the attention branch, (B, S, D)."""
         qkv_BSD = self.qkv(x_BSD).unflatten(-1, (3, self.n_heads, -1))
         q_BHSK, k_BHSK, v_BHSK = qkv_BSD.permute(2, 0, 3, 1, 4).unbind(0)
-        return self.out(attend(q_BHSK, k_BHSK, v_BHSK).transpose(1, 2).flatten(2))
+        output: Tensor = self.out(attend(q_BHSK, k_BHSK, v_BHSK).transpose(1, 2).flatten(2))
+        return output

@@ -80,7 +80,8 @@ class Decoder:
         for layer, (block, kind) in enumerate(zip(model.blocks, config.kinds, strict=True)):
             h_B1D = block(h_B1D, partial(self._attend, layer, seen[kind]))
         self.position += 1
-        return model.image_head(model.final_norm(h_B1D))[:, 0]
+        output: Tensor = model.image_head(model.final_norm(h_B1D))[:, 0]
+        return output
 
     @torch.inference_mode()
     def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> None:

@@ -102,7 +102,8 @@ class MLP(nn.Module):
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the MLP branch, (B, S, D)."""
         wide_BSD = self.wide(x_BSD)
-        return self.out(wide_BSD * torch.sigmoid(1.702 * wide_BSD))
+        output: Tensor = self.out(wide_BSD * torch.sigmoid(1.702 * wide_BSD))
+        return output
 
 
 class Block(nn.Module):
@@ -118,7 +119,8 @@ class Block(nn.Module):
     def forward(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         """Return the residual stream after this layer, (B, S, D)."""
         h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), attend)
-        return h_BSD + self.mlp(self.mlp_norm(h_BSD))
+        output: Tensor = h_BSD + self.mlp(self.mlp_norm(h_BSD))
+        return output
 
 
 class Head(nn.Linear):
@@ -222,12 +224,14 @@ class DALLE(nn.Module):
         for block, kind in zip(self.blocks, config.kinds, strict=True):
             attend = partial(masked_attention, mask_SS=self.mask(kind))
             h_BSD = checkpoint(block, h_BSD, attend, use_reentrant=False) if recompute else block(h_BSD, attend)
-        return self.final_norm(h_BSD)
+        output: Tensor = self.final_norm(h_BSD)
+        return output
 
     def embed_text(self, text_BT: Tensor) -> Tensor:
         """Return the residual stream of the text positions before the first layer, (B, T, D)."""
         positions_T = torch.arange(self.config.text_len, device=text_BT.device)
-        return self.text_embedding(text_BT) + self.text_position_embedding(positions_T)
+        output: Tensor = self.text_embedding(text_BT) + self.text_position_embedding(positions_T)
+        return output
 
     def embed_image(self, inputs_BJ: Tensor, first: int = 0) -> Tensor:
         """Return the residual stream of image positions before the first layer, (B, J, D).
@@ -240,7 +244,8 @@ class DALLE(nn.Module):
         here = slice(first, first + inputs_BJ.shape[1])
         row_JD = self.row_embedding(stream.rows(device)[here])
         column_JD = self.column_embedding(stream.columns(device)[here])
-        return self.image_embedding(inputs_BJ) + row_JD + column_JD
+        output: Tensor = self.image_embedding(inputs_BJ) + row_JD + column_JD
+        return output
 
     def mask(self, kind: Kind) -> Tensor:
         """Return the attention mask of a kind on this model's device, bool (S, S)."""

@@ -131,7 +131,8 @@ class Tokenizer:
 
     def normalise(self, caption: str) -> str:
         """Return the caption as the model sees it: NFKC, lowercase, single spaces, none at the ends."""
-        return self._backend.normalizer.normalize_str(_encodable(caption))
+        text: str = self._backend.normalizer.normalize_str(_encodable(caption))
+        return text
 
     def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
         """Return the BPE ids of a caption, 0 … vocab_size-1; none if nothing is left after normalising.
@@ -148,7 +149,8 @@ class Tokenizer:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout ({dropout}) must be from 0 to 1")
         if dropout == 0:
-            return self._backend.encode(_encodable(caption), add_special_tokens=False).ids
+            whole: list[int] = self._backend.encode(_encodable(caption), add_special_tokens=False).ids
+            return whole
         if rng is None:
             raise ValueError(f"dropout ({dropout}) needs an rng, such as numpy.random.default_rng(0)")
         ids: list[int] = []
@@ -169,7 +171,8 @@ class Tokenizer:
             raise ValueError(
                 f"ids {min(listed)} to {max(listed)} cannot be decoded: BPE ids are 0 to {self.vocab_size - 1}"
             )
-        return self._backend.decode(listed, skip_special_tokens=False)
+        text: str = self._backend.decode(listed, skip_special_tokens=False)
+        return text
 
     def text(
         self,

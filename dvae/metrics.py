@@ -34,7 +34,8 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
         ValueError: the shapes differ or are no batches of pictures.
     """
     _require_pairs(images, reconstructions)
-    return peak_signal_noise_ratio(reconstructions, images, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    psnr: Tensor = peak_signal_noise_ratio(reconstructions, images, data_range=1.0, reduction="none", dim=(1, 2, 3))
+    return psnr
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
@@ -47,7 +48,8 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     """
     _require_pairs(images, reconstructions)
     values = structural_similarity_index_measure(reconstructions, images, data_range=1.0, reduction="none")
-    return values.reshape(len(images))
+    per_image: Tensor = values.reshape(len(images))
+    return per_image
 
 
 def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor | None:
@@ -75,7 +77,8 @@ def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor | None:
         betas=tuple(weight / sum(weights) for weight in weights),
         normalize="relu",
     )
-    return values.reshape(len(images))
+    per_image: Tensor | None = values.reshape(len(images))
+    return per_image
 
 
 @dataclass(frozen=True, kw_only=True)

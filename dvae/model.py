@@ -113,7 +113,8 @@ class Conv2d(nn.Conv2d):
         # the meta device, on which shapes are planned, has no autocast to switch off
         has_autocast = torch.amp.is_autocast_available(x.device.type)
         with torch.autocast(x.device.type, enabled=False) if has_autocast else nullcontext():
-            return self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+            output: Tensor = self._conv_forward(x.float(), self.weight.float(), self.bias.float())
+            return output
 
 
 class Block(nn.Module):
@@ -139,7 +140,8 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B,n_out,H,W) for (B,n_in,H,W)."""
-        return self.id_path(x) + self.post_gain * self.res_path(x)
+        output: Tensor = self.id_path(x) + self.post_gain * self.res_path(x)
+        return output
 
 
 class Encoder(nn.Module):
@@ -168,7 +170,8 @@ class Encoder(nn.Module):
         Returns:
             (B,V,Y,X) float32 logits.
         """
-        return self.blocks(x)
+        output: Tensor = self.blocks(x)
+        return output
 
 
 class Decoder(nn.Module):
@@ -200,7 +203,8 @@ class Decoder(nn.Module):
             (B,6,H,W) float32: the location μ of red, green and blue, then the logarithm of the scale b of
             each.
         """
-        return self.blocks(probabilities).float()
+        output: Tensor = self.blocks(probabilities).float()
+        return output
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """Return what `forward` returns for one-hot probabilities, without making them.
@@ -218,7 +222,8 @@ class Decoder(nn.Module):
         assert isinstance(codebook, Conv2d)
         assert codebook.bias is not None
         rows_BYXC = F.embedding(tokens, codebook.weight.float()[:, :, 0, 0].T) + codebook.bias.float()
-        return self.blocks[1:](rows_BYXC.permute(0, 3, 1, 2).contiguous()).float()
+        output: Tensor = self.blocks[1:](rows_BYXC.permute(0, 3, 1, 2).contiguous()).float()
+        return output
 
 
 class DVAE(nn.Module):
@@ -268,7 +273,8 @@ class DVAE(nn.Module):
                 f"encode was given pictures of {shape[2]}×{shape[3]} pixels, "
                 f"expected multiples of {f}: resize or crop them"
             )
-        return self.encoder(map_pixels(images)).argmax(dim=1)
+        codes: Tensor = self.encoder(map_pixels(images)).argmax(dim=1)
+        return codes
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:

@@ -113,7 +113,8 @@ class Attention(nn.Module):
         qkv_BSHK = self.qkv(h_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         q_BHSK, k_BHSK, v_BHSK = (x_BSHK.transpose(1, 2) for x_BSHK in qkv_BSHK)
         out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=self.is_causal)
-        return self.out(out_BHSK.transpose(1, 2).flatten(2))
+        output: Tensor = self.out(out_BHSK.transpose(1, 2).flatten(2))
+        return output
 
 
 class Block(nn.Module):
@@ -130,7 +131,8 @@ class Block(nn.Module):
     def forward(self, h_BSD: Tensor) -> Tensor:
         """(B, S, D) to (B, S, D)."""
         h_BSD = h_BSD + self.attention(self.norm1(h_BSD))
-        return h_BSD + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(h_BSD))))
+        output: Tensor = h_BSD + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(h_BSD))))
+        return output
 
 
 class VisionTower(nn.Module):
@@ -154,7 +156,8 @@ class VisionTower(nn.Module):
         h_BSD = self.norm_pre(torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding)
         for block in self.blocks:
             h_BSD = block(h_BSD)
-        return self.projection(self.norm_post(h_BSD[:, 0]))
+        output: Tensor = self.projection(self.norm_post(h_BSD[:, 0]))
+        return output
 
 
 class TextTower(nn.Module):
@@ -177,7 +180,8 @@ class TextTower(nn.Module):
         # argmax gives the first of equals, and end-of-text is the highest id
         end_B = ids_BL.argmax(dim=1)
         h_BD = h_BSD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
-        return self.projection(self.norm_final(h_BD))
+        output: Tensor = self.projection(self.norm_final(h_BD))
+        return output
 
 
 class CLIP(nn.Module):

@@ -146,7 +146,8 @@ def _warmed_up(
 
 def _channels_last(model: DVAE) -> DVAE:
     """Put a dVAE's weights into the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
-    return model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    placed: DVAE = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+    return placed
 
 
 def train_transformer(

@@ -339,7 +339,8 @@ def _lit_background(background: str, rng: np.random.Generator, size: int) -> NDA
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
     slope_y, slope_x = rng.uniform(-4, 4, 2).astype(np.float32)
     light_YX = slope_y * ramp[:, None] + slope_x * ramp[None, :]
-    return light_YX[..., None] + shade
+    lit_YXC: NDArray[np.float32] = light_YX[..., None] + shade
+    return lit_YXC
 
 
 # ---- the data set -----------------------------------------------------------------------------------------
