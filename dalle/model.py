@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, masked_attention, stored_mask
+from dalle.attention import KINDS, Attend, Attention, Kind, block_attention, layer_kinds, masked_attention, stored_mask
 from dalle.stream import Stream, image_inputs, n_image_ids, n_text_ids
 from dvae.directory import load_directory, save_directory
 
@@ -222,7 +222,7 @@ class DALLE(nn.Module):
         h_BSD = torch.cat([self.embed_text(text), self.embed_image(inputs_BI)], dim=1)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, kind in zip(self.blocks, config.kinds, strict=True):
-            attend = partial(masked_attention, mask_SS=self.mask(kind))
+            attend = self._attend(kind)
             h_BSD = checkpoint(block, h_BSD, attend, use_reentrant=False) if recompute else block(h_BSD, attend)
         output: Tensor = self.final_norm(h_BSD)
         return output
@@ -246,6 +246,15 @@ class DALLE(nn.Module):
         column_JD = self.column_embedding(stream.columns(device)[here])
         output: Tensor = self.image_embedding(inputs_BJ) + row_JD + column_JD
         return output
+
+    def _attend(self, kind: Kind) -> Attend:
+        """Return how a layer of this kind attends: by blocks on a CPU, where that is faster than one masked call."""
+        config = self.config
+        if kind == "dense" or self.device.type != "cpu":
+            return partial(masked_attention, mask_SS=self.mask(kind))
+        return partial(
+            block_attention, kind=kind, text_len=config.text_len, grid=config.grid, kernel=config.conv_kernel
+        )
 
     def mask(self, kind: Kind) -> Tensor:
         """Return the attention mask of a kind on this model's device, bool (S, S)."""
