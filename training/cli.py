@@ -1,6 +1,7 @@
 """`dalle-train`: every step from pictures to a bundle."""
 
 import dataclasses
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -57,6 +58,8 @@ class _Stage(_Data):
     steps: int | None = None
     """Optimizer steps; the recipe's if not given, as with all options below. Schedules that end at a step (learning
     rate, β, τ) are stretched in proportion; warm-up and plateaus of the paper's transformer stay as they are."""
+    learning_rate: float | None = None
+    """Highest learning rate; the recipe's schedule is scaled to it."""
     global_batch: int | None = None
     """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
@@ -84,12 +87,18 @@ class _Stage(_Data):
 
     def override(self, config: TrainConfig) -> TrainConfig:
         """Return the recipe's run with the options that were given."""
+        if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"--learning-rate is {self.learning_rate}; expected a number above 0, such as 1e-4")
         names = {field.name for field in dataclasses.fields(self)} & {
             field.name for field in dataclasses.fields(config)
         }
+        names.remove("learning_rate")  # a number here, a schedule there
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         changed = dataclasses.replace(config, **given)
-        return dataclasses.replace(changed, learning_rate=config.learning_rate.stretched(changed.steps / config.steps))
+        schedule = config.learning_rate.stretched(changed.steps / config.steps)
+        if self.learning_rate is not None:
+            schedule = schedule.with_peak(self.learning_rate)
+        return dataclasses.replace(changed, learning_rate=schedule)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -280,7 +289,7 @@ def _train(command: _Shards, chosen: Recipe) -> None:
 
 
 def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
-    """Return the dVAE's recipe with the options that were given; the warm-up keeps its steps."""
+    """Return the dVAE's recipe with the options that were given; the warm-up keeps its steps and rates."""
     train = command.override(chosen.train)
     factor = train.steps / chosen.train.steps
     return dataclasses.replace(
@@ -288,7 +297,7 @@ def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
         train=train,
         kl_weight=chosen.kl_weight.stretched(factor),
         temperature=chosen.temperature.stretched(factor),
-        warmup=dataclasses.replace(command, steps=None).override(chosen.warmup) if chosen.warmup else None,
+        warmup=chosen.warmup and dataclasses.replace(command, steps=None, learning_rate=None).override(chosen.warmup),
     )
 
 

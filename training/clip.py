@@ -14,8 +14,9 @@ import torch.distributed.nn
 from PIL import Image
 from torch import Tensor, nn
 
-from dvae.images import open_image, resize_and_crop, square_crop, to_tensor
+from dvae.images import open_image, square_crop, to_tensor
 from rerank.model import CLIP, contrastive_loss
+from rerank.score import clip_view
 from rerank.tokenizer import CLIPTokenizer
 from training.data import Sample
 from training.fit import Tensors
@@ -93,16 +94,16 @@ class CLIPStage:
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return a random square crop and one of the captions."""
         image = square_crop(open_image(sample.image_bytes, sample.source), self._config.image_size, rng)
-        return self._tensors(image, sample.captions[rng.integers(len(sample.captions))])
+        return self._tensors(to_tensor(image), sample.captions[rng.integers(len(sample.captions))])
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return the centre crop and the first caption."""
-        image = resize_and_crop(open_image(sample.image_bytes, sample.source), self._config.image_size)
-        return self._tensors(image, sample.captions[0])
+        """Return the picture as it is seen when it is scored, and the first caption."""
+        image = open_image(sample.image_bytes, sample.source)
+        return self._tensors(clip_view(image, self._config.image_size), sample.captions[0])
 
-    def _tensors(self, image: Image.Image, caption: str) -> Tensors:
+    def _tensors(self, image: Tensor, caption: str) -> Tensors:
         text, n_cut = self._tokenizer.tokenize_counting([caption], self._config.context_length)
-        return {"images": to_tensor(image), "text": text[0], "n_cut": torch.tensor(n_cut)}
+        return {"images": image, "text": text[0], "n_cut": torch.tensor(n_cut)}
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
         """Return the batch as it is."""

@@ -39,10 +39,11 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle.tarfiles import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
+from dvae.images import PICTURE_EXTENSIONS
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FIELDS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "img")
+IMAGE_FIELDS = (*sorted(extension[1:] for extension in PICTURE_EXTENSIONS), "img")
 TEXT_FIELDS = ("txt", "cap", "text", "caption")
 _FIELD_KINDS = dict.fromkeys(IMAGE_FIELDS, 0) | dict.fromkeys(TEXT_FIELDS, 1) | {"json": 2}
 _LARGEST_BRACE_RANGE = 1_000_000

@@ -190,7 +190,8 @@ class WarmupStage(DVAEStage):
         return None
 
 
-KMEANS_POSITIONS, KMEANS_ROUNDS = 40_000, 10
+KMEANS_POSITIONS, KMEANS_ROUNDS = 60_000, 10
+RARITY_CELLS, RARITY_PASSES = 256, 2
 ENTROPY_POSITIONS = 4_000
 """Positions on which the posterior's entropy is measured."""
 POSTERIOR_ENTROPY = 0.05
@@ -203,9 +204,11 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     """Turn a warmed-up autoencoder into a dVAE that quantises its bottleneck, in place.
 
     The bottleneck is what the decoder's input convolution makes of the encoder's output: e = E(Wh + b) + c for the
-    encoder's last features h. The codebook becomes the centres e_k of a k-means clustering of it. The encoder's output
-    convolution becomes logit k = s · (e · e_k − |e_k|² / 2), which is −s/2 times the squared distance to a centre, up
-    to a term that all logits share, and is again linear in h. So argmax picks the nearest centre; s makes the
+    encoder's last features h. The codebook becomes the centres e_k of a k-means clustering of it, in which rare
+    positions weigh as much as common ones: else most codes would be shades of backgrounds, between which tokens
+    switch at random. The encoder's output convolution becomes logit k = s · (e · e_k − |e_k|² / 2), which is −s/2
+    times the squared distance to a centre, up to a term that all logits share, and is again linear in h. So argmax
+    picks the nearest centre; s makes the
     posterior's mean entropy POSTERIOR_ENTROPY. k-means initialisation of codebooks: Zeghidour et al. 2021
     (SoundStream), 3.
 
@@ -222,7 +225,7 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     bottlenecks = [read(model.encoder(map_pixels(chunk))) for chunk in torch.split(images, 64)]
     e_NC = torch.cat([e_BCYX.permute(0, 2, 3, 1).flatten(0, 2) for e_BCYX in bottlenecks])
     e_NC = e_NC[torch.randperm(len(e_NC), generator=generator)[:KMEANS_POSITIONS]]
-    centres_KC = _kmeans(e_NC, model.config.vocab_size, generator)
+    centres_KC = _kmeans(e_NC, model.config.vocab_size, _rarity(e_NC, generator), generator)
     half_norms_K = centres_KC.square().sum(dim=1) / 2
     # with fewer distinct positions than codes, some centres coincide: only one of each can be told from the others
     used = torch.bincount((e_NC @ centres_KC.T - half_norms_K).argmax(dim=1), minlength=len(centres_KC)) > 0
@@ -236,23 +239,41 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     read.bias.zero_()
 
 
-def _kmeans(points_NC: Tensor, k: int, generator: torch.Generator) -> Tensor:
-    """Return k centres, (K,C), of points: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds.
+def _rarity(points_NC: Tensor, generator: torch.Generator) -> Tensor:
+    """Return a weight for each point, (N,): about the inverse of how densely the points lie there.
+
+    It is one over the number of points in the same cell of a clustering; clustering again with these weights
+    makes the cells more even.
+    """
+    weights_N = torch.ones(len(points_NC))
+    for _ in range(RARITY_PASSES):
+        nearest_N = _nearest(points_NC, _kmeans(points_NC, RARITY_CELLS, weights_N, generator))
+        weights_N = 1 / torch.bincount(nearest_N, minlength=RARITY_CELLS)[nearest_N]
+    return weights_N
+
+
+def _kmeans(points_NC: Tensor, k: int, weights_N: Tensor, generator: torch.Generator) -> Tensor:
+    """Return k centres, (K,C), of weighted points: k-means++ (Arthur and Vassilvitskii 2007), then Lloyd's rounds.
 
     A centre that is nearest to no point stays where it is; with fewer distinct points than k, some coincide.
     """
     chosen = [0]
     distance_N = (points_NC - points_NC[0]).square().sum(dim=1)
     for _ in range(k - 1):
-        chosen.append(int(torch.multinomial(distance_N.clamp_min(1e-12), 1, generator=generator)))
+        chosen.append(int(torch.multinomial((weights_N * distance_N).clamp_min(1e-12), 1, generator=generator)))
         distance_N = torch.minimum(distance_N, (points_NC - points_NC[chosen[-1]]).square().sum(dim=1))
     centres_KC = points_NC[chosen].clone()
     for _ in range(KMEANS_ROUNDS):
-        nearest_N = (points_NC @ centres_KC.T - centres_KC.square().sum(dim=1) / 2).argmax(dim=1)
-        counts_K1 = torch.bincount(nearest_N, minlength=k)[:, None]
-        sums_KC = torch.zeros_like(centres_KC).index_add_(0, nearest_N, points_NC)
-        centres_KC = torch.where(counts_K1 > 0, sums_KC / counts_K1.clamp_min(1), centres_KC)
+        nearest_N = _nearest(points_NC, centres_KC)
+        weight_K1 = points_NC.new_zeros(k).index_add_(0, nearest_N, weights_N)[:, None]
+        sums_KC = torch.zeros_like(centres_KC).index_add_(0, nearest_N, weights_N[:, None] * points_NC)
+        centres_KC = torch.where(weight_K1 > 0, sums_KC / weight_K1, centres_KC)
     return centres_KC
+
+
+def _nearest(points_NC: Tensor, centres_KC: Tensor) -> Tensor:
+    """Return the number of the centre that each point is nearest to, (N,)."""
+    return (points_NC @ centres_KC.T - centres_KC.square().sum(dim=1) / 2).argmax(dim=1)
 
 
 def _scale_for_entropy(scores_NK: Tensor, entropy: float) -> float:

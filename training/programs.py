@@ -33,7 +33,7 @@ from training.transformer import TransformerStage
 
 logger = logging.getLogger(__name__)
 
-CODEBOOK_IMAGES = 512
+CODEBOOK_IMAGES = 1024
 """Pictures from whose positions the codebook of a warmed-up dVAE is made."""
 
 

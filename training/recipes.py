@@ -130,7 +130,9 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
     )
 
 
-def _cpu_transformer(model: DALLEConfig, *, steps: int, batch: int, peak: float) -> TransformerRecipe:
+def _cpu_transformer(
+    model: DALLEConfig, *, steps: int, batch: int, peak: float, bpe_dropout: float = 0.1
+) -> TransformerRecipe:
     """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps."""
     train = TrainConfig(
         steps=steps,
@@ -143,7 +145,7 @@ def _cpu_transformer(model: DALLEConfig, *, steps: int, batch: int, peak: float)
         log_every=50,
         **_four_times(steps),
     )
-    return TransformerRecipe(model=model, train=train)
+    return TransformerRecipe(model=model, train=train, bpe_dropout=bpe_dropout)
 
 
 def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int) -> CLIPRecipe:
@@ -178,14 +180,14 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
-        n_layers=6, d_model=192, n_heads=3, text_len=32, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
+        n_layers=6, d_model=192, n_heads=3, text_len=32, grid=12, text_vocab=512, image_vocab=768, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=_cpu_dvae(48, 1024, warmup_steps=1800, steps=200),
-        transformer=_cpu_transformer(model, steps=1700, batch=16, peak=2e-3),
+        dvae=_cpu_dvae(48, 768, warmup_steps=1500, steps=100),
+        transformer=_cpu_transformer(model, steps=2200, batch=16, peak=2e-3, bpe_dropout=0.0),
         clip=_cpu_clip(48, 6, 40, steps=350),
     )
 
@@ -204,13 +206,13 @@ def one_million() -> Recipe:
 
 def icons_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, two CPU cores."""
-    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=1500)
+    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=2000)
 
 
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1200
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1800
     )
 
 
@@ -223,7 +225,7 @@ def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recip
         name=name,
         purpose=purpose,
         text_vocab=4096,
-        dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=800),
+        dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=200),
         transformer=_cpu_transformer(model, steps=transformer_steps, batch=12, peak=1e-3),
         clip=_cpu_clip(64, 8, 40, steps=400),
     )

@@ -27,6 +27,11 @@ class Cosine:
         """Return the schedule over `factor` times as many steps."""
         return replace(self, steps=max(1, round(self.steps * factor)))
 
+    def with_peak(self, peak: float) -> Self:
+        """Return the schedule with another value at its highest point, and all others in proportion."""
+        factor = peak / max(self.start, self.end)
+        return replace(self, start=self.start * factor, end=self.end * factor)
+
     def at(self, step: int) -> float:
         """Return the value before optimizer step number `step` (from 0)."""
         progress = min(step / self.steps, 1.0)
@@ -57,6 +62,10 @@ class WarmupCosine:
         """Return the schedule over `factor` times as many steps, warm-up included."""
         steps = max(1, round(self.steps * factor))
         return replace(self, warmup=min(round(self.warmup * factor), steps - 1), steps=steps)
+
+    def with_peak(self, peak: float) -> Self:
+        """Return the schedule with another peak, and all other rates in proportion."""
+        return replace(self, peak=peak, final=self.final * peak / self.peak)
 
     def at(self, step: int) -> float:
         """Return the learning rate of optimizer step number `step` (from 0)."""
@@ -93,6 +102,10 @@ class WarmupPlateau:
     def stretched(self, factor: float) -> Self:
         """Return the schedule as it is: it follows the loss, not the length of the run."""
         return self
+
+    def with_peak(self, peak: float) -> Self:
+        """Return the schedule with another peak, and all other rates in proportion."""
+        return replace(self, peak=peak)
 
     def at(self, step: int, n_halvings: int = 0) -> float:
         """Return the learning rate of optimizer step number `step` (from 0) after `n_halvings` halvings."""

@@ -38,9 +38,9 @@ COLOURS: dict[str, tuple[int, int, int]] = {
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (242, 242, 242),
     "black": (18, 18, 18),
-    "grey": (128, 128, 128),
+    "cyan": (130, 225, 230),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (6.4, 6.8), "large": (10.1, 10.5)}
+SIZES: dict[str, tuple[float, float]] = {"small": (6.9, 7.1), "large": (11.0, 11.3)}
 """Range of the radius of a thing, in 64ths of the picture's side."""
 LATTICE = 64 / 12
 """Distance of the places where things may stand, in 64ths of the picture's side: that of the demonstration's tokens."""
@@ -326,18 +326,18 @@ def draw(scene: Scene, rng: np.random.Generator, *, size: int = 64) -> Image.Ima
         radius = rng.uniform(*SIZES[thing.size])
         along = (k + 0.5) * 64 / n_things
         x, y = (along, line) if scene.relation == "left of" else (line, along)
-        shade = np.array(COLOURS[thing.colour], np.float32) + rng.normal(0, 5, 3).astype(np.float32)
+        shade = np.array(COLOURS[thing.colour], np.float32) + rng.normal(0, 2, 3).astype(np.float32)
         mask_YX1 = coverage(thing.shape, x * unit, y * unit, radius * unit, size)[..., None]
         picture_YXC += mask_YX1 * (shade - picture_YXC)
-    picture_YXC += 2.5 * rng.standard_normal(picture_YXC.shape, dtype=np.float32)
+    picture_YXC += 2.0 * rng.standard_normal(picture_YXC.shape, dtype=np.float32)
     return Image.fromarray(np.clip(picture_YXC + 0.5, 0, 255).astype(np.uint8))
 
 
 def _lit_background(background: str, rng: np.random.Generator, size: int) -> NDArray[np.float32]:
     """The background's shade with a slight slope of light across it: float32 (Y, X, C) in [0, 255]."""
-    shade = np.array(BACKGROUNDS[background], np.float32) + np.float32(rng.uniform(-5, 5))
+    shade = np.array(BACKGROUNDS[background], np.float32) + np.float32(rng.uniform(-2, 2))
     ramp = np.linspace(-1, 1, size, dtype=np.float32)
-    slope_y, slope_x = rng.uniform(-4, 4, 2).astype(np.float32)
+    slope_y, slope_x = rng.uniform(-2, 2, 2).astype(np.float32)
     light_YX = slope_y * ramp[:, None] + slope_x * ramp[None, :]
     lit_YXC: NDArray[np.float32] = light_YX[..., None] + shade
     return lit_YXC

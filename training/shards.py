@@ -29,11 +29,10 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import IO, Any, NamedTuple
 
-from dvae.images import open_image
+from dvae.images import PICTURE_EXTENSIONS, open_image
 
 logger = logging.getLogger(__name__)
 
-PICTURE_SUFFIXES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
 IMAGE_COLUMNS = (
     *("image", "file", "filepath", "path", "image_path", "file_name"),
     *("filename", "file_path", "image_name", "image_file", "img", "img_path"),
@@ -246,7 +245,7 @@ def _list_folder(folder: Path) -> list[_Candidate]:
                 candidates.append(_Candidate(name=str(linked.relative_to(folder)), skip="link to a folder"))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.startswith(".") or not name.lower().endswith(PICTURE_SUFFIXES):
+            if name.startswith(".") or Path(name).suffix.lower() not in PICTURE_EXTENSIONS:
                 continue
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()

@@ -28,6 +28,7 @@ from training.metrics import MetricLog, read_metrics
 from training.plan import flops_per_sample, plan, state_bytes
 from training.programs import Inputs, train_all, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
+from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 
 NAMES = list(RECIPES)
 
@@ -148,11 +149,12 @@ def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after
 
 
 def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: Path, shards: Path) -> None:
-    options = ["--steps", 1, "--global-batch", 6, "--micro-batch", 3, "--seed", 5]
+    options = ["--steps", 1, "--global-batch", 6, "--micro-batch", 3, "--seed", 5, "--learning-rate", 1e-5]
     assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, *options) == 0
     for stage, steps in (("dvae-warmup", 4), ("dvae", 1)):
         record = json.loads((tmp_path / "training" / stage / "config.json").read_text())["training"]
         assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed")] == [steps, 6, 3, 5]
+        assert (max(record["learning_rate"].values()) == 1e-5) == (stage == "dvae")
 
 
 def test_a_run_of_other_steps_has_its_schedules_stretched(
@@ -173,6 +175,15 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
                 assert new.at(round(at * factor)) == pytest.approx(old.at(at), rel=0.1, abs=1e-6)
     plateau = recipe("12b").transformer.train.learning_rate
     assert plateau.stretched(0.1) == plateau
+
+
+@pytest.mark.parametrize(
+    "schedule",
+    [Cosine(start=2e-4, end=1e-5, steps=9), WarmupCosine(peak=2e-4, warmup=3, steps=9, final=1e-6), WarmupPlateau()],
+)
+def test_a_schedule_with_another_peak_is_in_proportion(schedule: Schedule) -> None:
+    ratios = {round(schedule.with_peak(1e-2).at(step) / schedule.at(step), 6) for step in range(12)}
+    assert ratios == {round(1e-2 / max(schedule.at(step) for step in range(6_000)), 6)}
 
 
 @pytest.mark.parametrize("name", ["demo", "icons-cpu", "photos-cpu", "1m"])

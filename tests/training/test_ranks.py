@@ -266,6 +266,8 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def transformer_command(folder: Path, bundle: Path, stage: int) -> list[str]:
     command = ["transformer", "demo", "--data", str(folder / "world"), "--out", str(bundle), "--steps", "3"]
+    # at a high rate, AdamW's first steps would turn rounding in a gradient near 0 into a visible difference
+    command += ["--learning-rate", "1e-5", "--precision", "fp32"]
     return [*command, "--global-batch", "4", "--log-every", "1", "--zero-stage", str(stage), "--workers", "0"]
 
 
@@ -321,8 +323,7 @@ def test_two_launched_ranks_train_the_same_bundle_as_one_process(
     bundle = shutil.copytree(untrained / "bundle", tmp_path / "bundle")
     code, output = launch(launcher, port, transformer_command(untrained, bundle, stage))
     assert code == 0, output
-    # three steps at the full rate: AdamW's first ones turn rounding in a gradient near 0 into a whole step
-    assert losses_of(bundle) == pytest.approx(losses_of_one, abs=1e-3)
+    assert losses_of(bundle) == pytest.approx(losses_of_one, abs=1e-5)
     record = json.loads((bundle / "training" / "transformer" / "config.json").read_text())
     assert record["ranks"] == 2
     assert output.count("transformer 3/3") == 1, "only the first rank reports"

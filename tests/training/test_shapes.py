@@ -282,7 +282,7 @@ def test_reading_says_what_is_where():
 @pytest.mark.parametrize(
     ("words", "reason"),
     [
-        ("a small red circle left of a large blue square on a grey background", "background is white"),
+        ("a small red circle left of a large blue square on a cyan background", "background is white"),
         ("a small red circle above a large blue square on a white background", "in a row, not in a column"),
         ("a small red circle left of a large green square on a white background", "thing 2 is a large blue"),
         (

@@ -24,6 +24,7 @@ from training.dvae import (
     DVAEStage,
     WarmupStage,
     _kmeans,
+    _rarity,
     initialise_codebook,
 )
 from training.engine import join_world
@@ -193,17 +194,25 @@ def test_kmeans_finds_the_means_of_separate_clusters() -> None:
     generator = torch.Generator().manual_seed(0)
     means_KC = torch.tensor([[0.0, 0.0], [10.0, 0.0], [0.0, 10.0], [10.0, 10.0]])
     points_KNC = means_KC[:, None] + 0.1 * torch.randn(4, 50, 2, generator=generator)
-    centres_KC = _kmeans(points_KNC.flatten(0, 1), 4, generator)
+    centres_KC = _kmeans(points_KNC.flatten(0, 1), 4, torch.ones(200), generator)
     expected_KC = points_KNC.mean(dim=1)
     distances_KK = torch.cdist(centres_KC, expected_KC)
     assert distances_KK.amin(dim=0).max() < 1e-4
+
+
+def test_rare_points_weigh_as_much_as_common_ones() -> None:
+    generator = torch.Generator().manual_seed(0)
+    common = torch.randn(9_000, 2, generator=generator)
+    rare = 20 + torch.randn(1_000, 2, generator=generator)
+    weights = _rarity(torch.cat([common, rare]), generator)
+    assert 0.5 < weights[9_000:].sum() / weights[:9_000].sum() < 2
 
 
 @pytest.mark.parametrize("n_points", [1, 3, 40])
 def test_kmeans_centres_are_points_where_there_are_fewer_points_than_centres(n_points: int) -> None:
     generator = torch.Generator().manual_seed(0)
     points_NC = torch.randn(n_points, 5, generator=generator).repeat(3, 1)
-    centres_KC = _kmeans(points_NC, 64, generator)
+    centres_KC = _kmeans(points_NC, 64, torch.ones(len(points_NC)), generator)
     assert centres_KC.isfinite().all()
     assert (centres_KC[:, None] - points_NC).abs().amax(dim=-1).amin(dim=1).max() < 1e-5
 
