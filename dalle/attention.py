@@ -131,25 +131,33 @@ def _block_bias(kind: Kind, grid: int, kernel: int, dtype: torch.dtype, device: 
         return torch.zeros(allowed_NQL.shape, dtype=dtype, device=device).masked_fill_(~allowed_NQL, -torch.inf)
 
 
+@lru_cache(maxsize=32)
+def _causal_bias(text_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Return what is added to the scores between text positions, (T, T): 0 where allowed, else -inf."""
+    with torch.inference_mode(False):
+        return torch.full((text_len, text_len), -torch.inf, dtype=dtype, device=device).triu_(1)
+
+
 def block_attention(
     q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, kind: Kind, text_len: int, grid: int, kernel: int
 ) -> Tensor:
     """Return what `masked_attention` does with the kind's mask, from T + L keys to an image query instead of S.
 
-    A row layer has L = 2W keys to a block of W queries, a column layer W, a conv layer (k//2 + 2)·W. The scores
-    of text and image keys are two products and share one softmax.
+    A row layer has at most L = 2W keys to a block of W queries, a column layer W, a conv layer (k//2 + 2)·W. The scores
+    of text and image keys are two products and share one softmax. In bfloat16 the scores are rounded to it, too.
     """
     T, W, dtype = text_len, grid, q_BHSK.dtype
     to_blocks = partial(_to_blocks, kind=kind, grid=W)
     windows = partial(_windows, back=_look_back(kind, W, kernel))
     with torch.autocast(q_BHSK.device.type, enabled=False):
-        text_BHTK = F.scaled_dot_product_attention(q_BHSK[:, :, :T], k_BHSK[:, :, :T], v_BHSK[:, :, :T], is_causal=True)
-        q_BHIK = q_BHSK[:, :, T:] * q_BHSK.shape[-1] ** -0.5
-        text_scores_BHIT = q_BHIK @ k_BHSK[:, :, :T].transpose(-1, -2)
+        q_BHSK = q_BHSK * q_BHSK.shape[-1] ** -0.5
+        text_scores_BHST = q_BHSK @ k_BHSK[:, :, :T].transpose(-1, -2)
+        p_BHTT = (text_scores_BHST[:, :, :T] + _causal_bias(T, dtype, q_BHSK.device)).softmax(dim=-1)
+        text_BHTK = p_BHTT @ v_BHSK[:, :, :T]
         keys_BHNLK, values_BHNLK = (windows(to_blocks(x_BHSK[:, :, T:])) for x_BHSK in (k_BHSK, v_BHSK))
         bias_NQL = _block_bias(kind, W, kernel, dtype, q_BHSK.device)
-        scores_BHNQL = to_blocks(q_BHIK) @ keys_BHNLK.transpose(-1, -2) + bias_NQL
-        p_BHNQX = torch.cat([to_blocks(text_scores_BHIT), scores_BHNQL], dim=-1).softmax(dim=-1)
+        scores_BHNQL = to_blocks(q_BHSK[:, :, T:]) @ keys_BHNLK.transpose(-1, -2) + bias_NQL
+        p_BHNQX = torch.cat([to_blocks(text_scores_BHST[:, :, T:]), scores_BHNQL], dim=-1).softmax(dim=-1)
         from_text_BHIK = _from_blocks(p_BHNQX[..., :T], kind) @ v_BHSK[:, :, :T]
         from_image_BHIK = _from_blocks(p_BHNQX[..., T:] @ values_BHNLK, kind)
         return torch.cat([text_BHTK, from_text_BHIK + from_image_BHIK], dim=2)

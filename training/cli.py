@@ -57,7 +57,8 @@ class _Data(_Shards):
 class _Stage(_Data):
     steps: int | None = None
     """Optimizer steps; the recipe's if not given, as with all options below. Schedules that end at a step (learning
-    rate, β, τ) are stretched in proportion; warm-up and plateaus of the paper's transformer stay as they are."""
+    rate, β, τ) are stretched in proportion, also when a run goes on, whose rate then jumps; warm-up and plateaus of the
+    paper's transformer, and the intervals of validation and samples, stay as they are."""
     learning_rate: float | None = None
     """Highest learning rate; the recipe's schedule is scaled to it."""
     global_batch: int | None = None
@@ -125,9 +126,9 @@ class TransformerCommand(_Stage):
     """Train the transformer on captions and image tokens."""
 
     tokenizer: Path | None = None
-    """tokenizer.json to use; OUT/tokenizer.json if not given."""
+    """tokenizer.json to use, copied into OUT, which may hold no other; OUT/tokenizer.json if not given."""
     dvae: Path | None = None
-    """dVAE directory to use; OUT/dvae if not given."""
+    """dVAE directory to use, copied into OUT, which may hold no other; OUT/dvae if not given."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time."""
     null_caption_probability: float | None = None
@@ -224,8 +225,8 @@ INTERRUPTED = 130
 def _world() -> Iterator[tuple[World, Report]]:
     """Join the ranks; inside, `report` prints on the first one alone.
 
-    An interruption that saved everything ends the program with `INTERRUPTED`, so that a command after `&&`, which would
-    go on with a model half trained, is not started.
+    Raises:
+        Interrupted: what was raised inside, after it was reported.
     """
     world = join_world()
     report: Report = to_stderr if world.is_first else (lambda _line: None)
@@ -234,7 +235,7 @@ def _world() -> Iterator[tuple[World, Report]]:
     except Interrupted as stopped:
         report(str(stopped))
         leave_world()
-        raise SystemExit(INTERRUPTED) from None
+        raise
     except BaseException:
         leave_world(after_error=True)
         raise
@@ -317,6 +318,12 @@ def _make_shards(command: ShardsCommand) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `dalle-train`; returns the exit code."""
+    """Run `dalle-train`; returns the exit code: 0, 1 after an error, or `INTERRUPTED`.
+
+    An interruption that saved everything is not a success: a command after `&&` would go on with a model half trained.
+    """
     description = "Train every part of a bundle: tokenizer, dVAE, transformer and CLIP."
-    return run_program(Command, _run, argv, prog="dalle-train", description=description)
+    try:
+        return run_program(Command, _run, argv, prog="dalle-train", description=description)
+    except Interrupted:
+        return INTERRUPTED

@@ -672,6 +672,10 @@ def _obey_the_parent_alone(worker: int) -> None:
 
     Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it.
     """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+        return
     parent = os.getppid()
 
     def wait() -> None:

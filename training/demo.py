@@ -8,7 +8,6 @@ also for combinations never trained.
 import dataclasses
 import io
 import json
-import shutil
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -25,10 +24,10 @@ from dalle.progress import duration
 from dvae.images import to_image
 from rerank import score
 from training.data import ShardData, expand_shards
-from training.engine import World
+from training.engine import World, replace_text
 from training.evaluate import evaluate
 from training.metrics import Report
-from training.programs import Inputs, train_clip, train_dvae, train_tokenizer, train_transformer
+from training.programs import Inputs, forget_runs, train_clip, train_dvae, train_tokenizer, train_transformer
 from training.recipes import Recipe
 from training.shape_checker import check
 from training.shapes import Split, caption, random_scene, world
@@ -37,6 +36,8 @@ from training.shards import write_shards
 N_TRAIN, N_VALIDATION = 16_000, 256
 CANDIDATES = 16
 CAPTIONS_PER_SPLIT = 64
+SHARE_OF_THREE = 0.0
+"""Three things in a row would be a tenth of the pictures, too few to learn in these minutes."""
 SPLITS: dict[Split, str] = {
     "trained": "trained combinations",
     "pair": "held out: colour and shape never seen together",
@@ -61,7 +62,7 @@ class Score:
 class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
-    SECONDS: ClassVar = {"world": 20, "tokenizer": 2, "dvae": 215, "clip": 125, "transformer": 560, "samples": 90}
+    SECONDS: ClassVar = {"world": 18, "tokenizer": 2, "dvae": 180, "clip": 125, "transformer": 660, "samples": 80}
     """Seconds each part takes on two CPU cores; only their proportions matter."""
 
     def __init__(self, report: Report) -> None:
@@ -121,20 +122,21 @@ def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: 
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
     """Draw the world into shards, unless they are there; what was trained on an earlier world is then forgotten.
 
-    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it.
+    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it. Runs beside
+    no world are not the demonstration's, and stay.
     """
-    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 2}
+    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 3}
     note = folder / "world.json"
-    if not fresh and note.is_file() and json.loads(note.read_text()) == made_of:
+    if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
         report(f"the world is in {folder}")
         return folder / "train", folder / "validation"
-    note.unlink(missing_ok=True)
-    (folder.parent / "tokenizer.json").unlink(missing_ok=True)
-    for checkpoints in (folder.parent / "training").glob("*/checkpoints"):
-        shutil.rmtree(checkpoints)
+    if fresh or note.is_file():
+        forget_runs(folder.parent)
+        (folder.parent / "tokenizer.json").unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
     for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
         write_shards(_drawings(count, seed, size, report), folder / name, "world", 4_000, overwrite=True)
-    note.write_text(json.dumps(made_of))
+    replace_text(note, json.dumps(made_of))
     report(f"drew the world into {folder}")
     return folder / "train", folder / "validation"
 
@@ -142,7 +144,7 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
 def _drawings(
     count: int, seed: int, size: int, report: Report
 ) -> Iterator[tuple[str, bytes, str, Sequence[str], dict[str, object]]]:
-    for number, drawing in enumerate(world(count, seed, size=size), 1):
+    for number, drawing in enumerate(world(count, seed, size=size, share_of_three=SHARE_OF_THREE), 1):
         buffer = io.BytesIO()
         drawing.image.save(buffer, "png", compress_level=1)
         yield drawing.key, buffer.getvalue(), "png", drawing.captions, {}
@@ -181,7 +183,7 @@ def check_samples(pipe: Pipeline, split: Split, n_captions: int, report: Report)
     rng = np.random.default_rng(np.random.SeedSequence((7, list(SPLITS).index(split))))
     captions: dict[str, None] = {}
     while len(captions) < n_captions:
-        scene = random_scene(rng, split=split)
+        scene = random_scene(rng, split=split, share_of_three=SHARE_OF_THREE)
         captions.setdefault(caption(scene, rng))
     rights: list[list[bool]] = []
     firsts: list[bool] = []

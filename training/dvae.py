@@ -191,7 +191,9 @@ class WarmupStage(DVAEStage):
 
 
 KMEANS_POSITIONS, KMEANS_ROUNDS = 60_000, 10
+"""Positions from which the codebook is made, and Lloyd's rounds."""
 RARITY_CELLS, RARITY_PASSES = 256, 2
+"""Cells of the clusterings that tell how densely positions lie, and how many follow each other."""
 ENTROPY_POSITIONS = 4_000
 """Positions on which the posterior's entropy is measured."""
 POSTERIOR_ENTROPY = 0.05
@@ -245,7 +247,7 @@ def _rarity(points_NC: Tensor, generator: torch.Generator) -> Tensor:
     It is one over the number of points in the same cell of a clustering; clustering again with these weights
     makes the cells more even.
     """
-    weights_N = torch.ones(len(points_NC))
+    weights_N = points_NC.new_ones(len(points_NC))
     for _ in range(RARITY_PASSES):
         nearest_N = _nearest(points_NC, _kmeans(points_NC, RARITY_CELLS, weights_N, generator))
         weights_N = 1 / torch.bincount(nearest_N, minlength=RARITY_CELLS)[nearest_N]

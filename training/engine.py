@@ -383,11 +383,6 @@ class Engine:
                 gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
         return gathered
 
-    @property
-    def skips_overflows(self) -> bool:
-        """Whether steps whose gradient overflows are left out, as fp16's loss scaling does."""
-        return bool(self.deepspeed_config.get("fp16", {}).get("enabled"))
-
     def averaged_weights(self) -> dict[str, Tensor]:
         """Return the averaged weights, on the first rank; other ranks get an empty dictionary. No communication."""
         return self._ema.average if self._ema is not None else {}

@@ -155,6 +155,11 @@ class RunPlan:
     fresh: bool = False
     """Start anew although there is a checkpoint."""
 
+    def described(self) -> dict[str, Any]:
+        """Return the description as config.json gives it back."""
+        described: dict[str, Any] = json.loads(json.dumps(self.description, default=str))
+        return described
+
 
 def fit(
     stage: Stage,
@@ -170,7 +175,7 @@ def fit(
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         ValueError: the run in `plan.directory` is another one, the ranks were not told the same, too many samples are
-            unusable, or the loss, the gradient or the weights are not finite.
+            unusable, or the loss or the weights are not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
@@ -189,7 +194,7 @@ def fit(
     start, n_bad = 0, 0
     if not plan.fresh and latest_tag(checkpoints) is not None:
         state = engine.load(checkpoints)
-        start, n_bad = int(state["step"]), int(state.get("bad_samples", 0))
+        start, n_bad = int(state["step"]), int(state["bad_samples"])
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
     log = MetricLog(plan.directory, start) if world.is_first else None
@@ -197,7 +202,9 @@ def fit(
     try:
         with _StopSignals() as stop:
             loop.run(train, start, stop)
-        loop.finish(max(start, config.steps))
+            loop.finish(max(start, config.steps))
+            if agree(stop.raised, world):
+                raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
     finally:
         if log is not None:
             log.close()
@@ -370,15 +377,14 @@ class _Loop:
         return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
 
     def _require_finite(self, done: int) -> None:
-        """Raise ValueError unless the last step, on every rank, and the averaged weights are finite. Collective.
+        """Raise ValueError unless the last step's loss, on every rank, and the averaged weights are finite. Collective.
 
-        The loss says so of the weights before the step, the gradient's norm, where it is known, of those after it.
+        A gradient that is not finite is no reason to stop: DeepSpeed leaves out such a step above ZeRO 0, and at 0 the
+        weights show it.
         """
-        names = ("loss",) if self.engine.skips_overflows else ("loss", "grad_norm")
-        watched = {name: self.last_step[name] for name in names if name in self.last_step}
-        weights = self.engine.averaged_weights()
-        wrong = [f"{name} is {value.item()}" for name, value in watched.items() if not value.isfinite().all()]
-        wrong += [f"{name} has values that are no numbers" for name, w in weights.items() if not w.isfinite().all()]
+        loss, weights = self.last_step.get("loss"), self.engine.averaged_weights()
+        wrong = [f"loss is {loss.item()}"] if loss is not None and not loss.isfinite().all() else []
+        wrong += [f"{name} has values that are not finite" for name, w in weights.items() if not w.isfinite().all()]
         if agree(bool(wrong), self.world):
             raise self._diverged(f"the {wrong[0]}" if wrong else "the loss of another rank is not finite", done)
 
@@ -447,10 +453,21 @@ def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
     Raises:
         ValueError: the directory holds a run of another model or recipe.
     """
+    refuse_another_run(plan)
+    agree(False, world)  # every rank has read the files before the first one writes
+    on_first_rank(lambda: _write_claim(plan, config, world), world)
+
+
+def refuse_another_run(plan: RunPlan) -> None:
+    """Check that a run that is there and would go on is the planned one.
+
+    Raises:
+        ValueError: it is a run of another model or recipe.
+    """
     path = plan.directory / "config.json"
-    described = json.loads(json.dumps(plan.description, default=str))
     has_checkpoint = latest_tag(plan.directory / "checkpoints") is not None
     if path.is_file() and has_checkpoint and not plan.fresh:
+        described = plan.described()
         there = _run_of(path)
         different = sorted(key for key in described.keys() | there.keys() if described.get(key) != there.get(key))
         if different:
@@ -458,8 +475,6 @@ def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
                 f"{plan.directory} holds a run with another {' and '.join(different)}: give another --out, the same "
                 f"{' and '.join(different)}, or --fresh to train anew over it"
             )
-    agree(False, world)  # every rank has read the files before the first one writes
-    on_first_rank(lambda: _write_claim(plan, path, described, config, world), world)
 
 
 def _run_of(path: Path) -> dict[str, Any]:
@@ -471,12 +486,12 @@ def _run_of(path: Path) -> dict[str, Any]:
     return dict(run)
 
 
-def _write_claim(plan: RunPlan, path: Path, described: dict[str, Any], config: TrainConfig, world: World) -> None:
+def _write_claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
     plan.directory.mkdir(parents=True, exist_ok=True)
     if plan.fresh:
         shutil.rmtree(plan.directory / "checkpoints", ignore_errors=True)
     record = {
-        "run": described,
+        "run": plan.described(),
         "training": dataclasses.asdict(config),
         "ranks": world.size,
         "device": str(world.device),
@@ -484,7 +499,7 @@ def _write_claim(plan: RunPlan, path: Path, described: dict[str, Any], config: T
         "python": platform.python_version(),
         "git": _git_commit(),
     }
-    replace_text(path, json.dumps(record, indent=2, default=str))
+    replace_text(plan.directory / "config.json", json.dumps(record, indent=2, default=str))
 
 
 def _git_commit() -> str | None:

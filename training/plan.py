@@ -5,12 +5,13 @@ Bytes follow Rajbhandari et al. 2020, section 3 (weights, gradients, optimizer s
 that the backward pass of `dalle/model.py` keeps.
 """
 
+import math
 from dataclasses import dataclass
 
 import torch
 
 from dalle.model import DALLE, DALLEConfig
-from training.config import Precision
+from training.config import Precision, TrainConfig
 from training.recipes import RECIPES, Recipe
 
 GIB = 1 << 30
@@ -98,7 +99,7 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
         gpu_memory_gib: memory of one, GiB.
 
     Raises:
-        ValueError: fewer than one GPU, no memory, or so many GPUs that the batch cannot be shared among them.
+        ValueError: fewer than one GPU, no memory, or GPUs that cannot share the batch evenly.
     """
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
@@ -130,14 +131,14 @@ def plan(recipe: Recipe, gpus: int, gpu_memory_gib: float) -> str:
 def _memory_table(recipe: Recipe, n_parameters: int, gpus: int, gpu_memory_gib: float) -> list[str]:
     """Return the lines of the table of bytes per GPU, one for each ZeRO stage."""
     config, train = recipe.transformer.model, recipe.transformer.train
-    # without a micro-batch, training takes the whole share of a rank
-    micro = train.batch_of(gpus)[0] if train.micro_batch is not None else max(1, train.global_batch // gpus)
+    micro = _micro_batch(train, gpus)
+    advice = "" if train.micro_batch in (None, micro) else f"; train with --micro-batch {micro}"
     checkpointing = train.activation_checkpointing
     usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
     heads = f"{'weights':>10}{'gradients':>11}{'optimizer':>11}{'activations':>13}{'total':>9}"
     lines = [
         f"  GiB per GPU on {gpus} GPU{'s' if gpus > 1 else ''} of {gpu_memory_gib:g} GiB, micro-batch {micro}, "
-        f"activation checkpointing {'on' if checkpointing else 'off'}",
+        f"activation checkpointing {'on' if checkpointing else 'off'}{advice}",
         f"    {'':<20}{heads}   largest micro-batch",
     ]
     for zero_stage in range(4):
@@ -150,6 +151,20 @@ def _memory_table(recipe: Recipe, n_parameters: int, gpus: int, gpu_memory_gib: 
         cells += f"{some / GIB:>13.2f}{(state.total + some) / GIB:>9.2f}"
         lines.append(f"    ZeRO {zero_stage} {precision:<12}  {cells}   {largest or 'does not fit'}")
     return lines
+
+
+def _micro_batch(train: TrainConfig, gpus: int) -> int:
+    """Return the samples per GPU and forward pass: the recipe's, or fewer where many GPUs share the batch.
+
+    Raises:
+        ValueError: the GPUs cannot share the batch evenly.
+    """
+    share, rest = divmod(train.global_batch, gpus)
+    if rest:
+        raise ValueError(
+            f"{gpus} GPUs cannot share a batch of {train.global_batch} evenly: give --gpus a number that divides it"
+        )
+    return math.gcd(train.micro_batch or share, share)
 
 
 def recipe_list() -> str:

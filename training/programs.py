@@ -26,7 +26,7 @@ from training.data import ShardData, expand_shards
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
 from training.engine import World, latest_tag, on_first_rank
 from training.evaluate import evaluate_bundle
-from training.fit import RunPlan, fit
+from training.fit import RunPlan, fit, refuse_another_run
 from training.metrics import Report
 from training.recipes import Recipe
 from training.transformer import TransformerStage
@@ -102,6 +102,8 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     stage_recipe = recipe.dvae
     data, validation = inputs.open(captions=False)
     run = inputs.run_directory("dvae")
+    if inputs.fresh:  # at once, or a command interrupted in the warm-up would later go on from what was there before
+        on_first_rank(lambda: shutil.rmtree(run / "checkpoints", ignore_errors=True), world)
     goes_on = not inputs.fresh and latest_tag(run / "checkpoints") is not None
     torch.manual_seed(stage_recipe.train.seed)
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
@@ -170,7 +172,6 @@ def train_transformer(
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
-    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     image_coder = _channels_last(DVAE.load(dvae_directory, world.device))
     data, validation = inputs.open(captions=True)
     config = dataclasses.replace(
@@ -190,6 +191,8 @@ def train_transformer(
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
     plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
+    refuse_another_run(plan)  # before the bundle is given parts
+    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
@@ -255,6 +258,12 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     return directory
 
 
+def forget_runs(out: Path) -> None:
+    """Delete the checkpoints of all stages, so that no run goes on from what is to be made anew."""
+    for checkpoints in (out / "training").glob("*/checkpoints"):
+        shutil.rmtree(checkpoints)
+
+
 def _all_captions(data: ShardData) -> Iterator[str]:
     """Yield every caption; unreadable ones, which training will count as bad samples, are left out."""
     for index in range(len(data)):
@@ -266,6 +275,8 @@ def _all_captions(data: ShardData) -> Iterator[str]:
 
 def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> None:
     """Train everything, one part after the other, and evaluate the bundle on the validation data."""
+    if inputs.fresh:
+        on_first_rank(lambda: forget_runs(inputs.out), world)
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
         on_first_rank(lambda: train_tokenizer(recipe, inputs, report), world)
     train_dvae(recipe, inputs, world, report)

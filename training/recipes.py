@@ -11,7 +11,6 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
-from typing import TypedDict
 
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
@@ -88,15 +87,9 @@ DVAE_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient
 # ---- minutes on a CPU -------------------------------------------------------------------------------------
 
 
-class _Intervals(TypedDict):
-    validate_every: int
-    sample_every: int
-
-
-def _four_times(steps: int) -> _Intervals:
-    """Return how often to validate and to draw samples, for a run that shows both four times, the end included."""
-    interval = math.ceil(steps / 4)
-    return {"validate_every": interval, "sample_every": interval}
+def _four_times(steps: int) -> int:
+    """Return how often to validate, or to draw samples, in a run that does so four times, the end included."""
+    return math.ceil(steps / 4)
 
 
 def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -> DVAERecipe:
@@ -110,7 +103,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
         ema_every=1,
         precision="autocast",
         log_every=100,
-        **_four_times(warmup_steps),
+        validate_every=_four_times(warmup_steps),
     )
     train = dataclasses.replace(
         warmup,
@@ -118,7 +111,8 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
         optimizer=dataclasses.replace(DVAE_OPTIMIZER, gradient_clipping=0.3),
         learning_rate=WarmupCosine(peak=2e-5, warmup=20, steps=steps, final=2e-6),
         ema_decay=0.99,
-        **_four_times(steps),
+        validate_every=_four_times(steps),
+        sample_every=_four_times(steps),
     )
     return DVAERecipe(
         model=DVAEConfig(n_hid=32, n_init=12, n_groups=3, n_blocks=1, vocab_size=vocab_size, image_size=image_size),
@@ -143,7 +137,8 @@ def _cpu_transformer(
         ema_every=1,
         precision="autocast",
         log_every=50,
-        **_four_times(steps),
+        validate_every=_four_times(steps),
+        sample_every=_four_times(steps),
     )
     return TransformerRecipe(model=model, train=train, bpe_dropout=bpe_dropout)
 
@@ -172,7 +167,7 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
         ema_every=1,
         precision="autocast",
         log_every=50,
-        validate_every=_four_times(steps)["validate_every"],
+        validate_every=_four_times(steps),
     )
     return CLIPRecipe(model=model, train=train)
 
@@ -180,14 +175,14 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
-        n_layers=6, d_model=192, n_heads=3, text_len=32, grid=12, text_vocab=512, image_vocab=768, conv_kernel=5
+        n_layers=6, d_model=128, n_heads=4, text_len=32, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=_cpu_dvae(48, 768, warmup_steps=1500, steps=100),
-        transformer=_cpu_transformer(model, steps=2200, batch=16, peak=2e-3, bpe_dropout=0.0),
+        dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
+        transformer=_cpu_transformer(model, steps=3800, batch=16, peak=3e-3, bpe_dropout=0.0),
         clip=_cpu_clip(48, 6, 40, steps=350),
     )
 
@@ -195,7 +190,7 @@ def demo() -> Recipe:
 def one_million() -> Recipe:
     """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
     base = demo()
-    model = dataclasses.replace(base.transformer.model, n_layers=4, d_model=128, n_heads=4)
+    model = dataclasses.replace(base.transformer.model, n_layers=4)
     return dataclasses.replace(
         base,
         name="1m",
@@ -206,27 +201,27 @@ def one_million() -> Recipe:
 
 def icons_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, two CPU cores."""
-    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=2000)
+    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=2200)
 
 
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1800
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1600
     )
 
 
 def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recipe:
     """Return a recipe for 64×64 pictures and 16×16 tokens, with captions of up to 31 tokens."""
     model = DALLEConfig(
-        n_layers=8, d_model=256, n_heads=4, text_len=32, grid=16, text_vocab=4096, image_vocab=1024, conv_kernel=7
+        n_layers=6, d_model=192, n_heads=3, text_len=32, grid=16, text_vocab=4096, image_vocab=1024, conv_kernel=7
     )
     return Recipe(
         name=name,
         purpose=purpose,
         text_vocab=4096,
         dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=200),
-        transformer=_cpu_transformer(model, steps=transformer_steps, batch=12, peak=1e-3),
+        transformer=_cpu_transformer(model, steps=transformer_steps, batch=16, peak=2e-3),
         clip=_cpu_clip(64, 8, 40, steps=400),
     )
 

@@ -3,8 +3,7 @@
 A scene is a row or column of two (sometimes three) things on a plain background. Everything that varies on
 purpose is said in every caption (colours, shapes, sizes, relation, background), so that a picture can be
 checked against its caption exactly: `training/shape_checker.py` reads it back from pixels. What is not said
-(where the row or column runs, exact size, shade, lighting, grain) varies a little, so that the likelihood has
-something to model.
+(exact size, shade, lighting, grain) varies a little, so that the likelihood has something to model.
 
 Order of the file: the things, the captions, the held-out combinations, the pictures, the data set.
 
@@ -42,8 +41,6 @@ BACKGROUNDS: dict[str, tuple[int, int, int]] = {
 }
 SIZES: dict[str, tuple[float, float]] = {"small": (6.9, 7.1), "large": (11.0, 11.3)}
 """Range of the radius of a thing, in 64ths of the picture's side."""
-LATTICE = 64 / 12
-"""Distance of the places where things may stand, in 64ths of the picture's side: that of the demonstration's tokens."""
 
 INVERSE: dict[str, Relation] = {
     "left of": "right of",
@@ -301,12 +298,13 @@ def coverage(shape: str, x: float, y: float, radius: float, size: int) -> NDArra
 def draw(scene: Scene, rng: np.random.Generator, *, size: int = 64) -> Image.Image:
     """A picture of a scene: its things in equal parts of the picture, with a little of everything unsaid.
 
-    Neighbours never touch (at least 5 of 64 pixels between them). They stand on a lattice, exactly in line, so that a
-    small dVAE, whose tokens stand on a lattice too, learns the edges of all shapes in minutes.
+    Neighbours never touch (at least 4.6 of 64 pixels between them). They stand exactly in line, at multiples of a
+    twelfth of the side: a small dVAE, whose tokens stand on such a lattice too, learns the edges of all shapes in
+    minutes.
 
     Args:
         scene: what to draw.
-        rng: which of three lines the row or column runs along, exact sizes, shades, lighting and grain.
+        rng: exact sizes, shades, lighting and grain.
         size: side of the picture in pixels, at least 32 (reading it back is tested from 48).
 
     Returns:
@@ -321,11 +319,10 @@ def draw(scene: Scene, rng: np.random.Generator, *, size: int = 64) -> Image.Ima
     unit = size / 64
     picture_YXC = _lit_background(scene.background, rng, size)
     n_things = len(scene.things)
-    line = int(rng.integers(5, 8)) * LATTICE  # where the row or column runs: the middle, or next to it
     for k, thing in enumerate(scene.things):
         radius = rng.uniform(*SIZES[thing.size])
         along = (k + 0.5) * 64 / n_things
-        x, y = (along, line) if scene.relation == "left of" else (line, along)
+        x, y = (along, 32.0) if scene.relation == "left of" else (32.0, along)
         shade = np.array(COLOURS[thing.colour], np.float32) + rng.normal(0, 2, 3).astype(np.float32)
         mask_YX1 = coverage(thing.shape, x * unit, y * unit, radius * unit, size)[..., None]
         picture_YXC += mask_YX1 * (shade - picture_YXC)

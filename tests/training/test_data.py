@@ -8,6 +8,7 @@ import tarfile
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 
 import numpy as np
@@ -308,8 +309,9 @@ def test_reading_in_workers_leaves_the_global_generator_alone(data: ShardData) -
     assert torch.equal(before, torch.get_rng_state())
 
 
-def signal_from_elsewhere(name: str, *pids: int) -> None:
-    subprocess.run(["kill", f"-{name}", *map(str, pids)], check=True)
+def signal_from_elsewhere(name: str, processes: Sequence[BaseProcess]) -> None:
+    assert all(process.pid for process in processes)
+    subprocess.run(["sh", "-c", f"kill -{name} {' '.join(str(process.pid) for process in processes)}"], check=True)
 
 
 def test_workers_end_when_the_training_process_says_so(data: ShardData) -> None:
@@ -327,7 +329,7 @@ def test_workers_survive_an_interrupt_and_end_with_the_stream(data: ShardData) -
     workers = multiprocessing.active_children()
     assert len(workers) == 2
     for name in ("INT", "TERM"):
-        signal_from_elsewhere(name, *(worker.pid or 0 for worker in workers))
+        signal_from_elsewhere(name, workers)
     assert len(list(islice(stream, 30))) == 30
     del stream
     for worker in workers:

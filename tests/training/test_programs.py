@@ -12,6 +12,7 @@ import torch
 
 import training.cli
 import training.demo
+import training.programs
 import training.recipes
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
@@ -154,7 +155,7 @@ def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: 
     for stage, steps in (("dvae-warmup", 4), ("dvae", 1)):
         record = json.loads((tmp_path / "training" / stage / "config.json").read_text())["training"]
         assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed")] == [steps, 6, 3, 5]
-        assert (max(record["learning_rate"].values()) == 1e-5) == (stage == "dvae")
+        assert record["learning_rate"]["peak"] == (1e-5 if stage == "dvae" else 2e-3)
 
 
 def test_a_run_of_other_steps_has_its_schedules_stretched(
@@ -162,7 +163,7 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
 ) -> None:
     given: list[Recipe] = []
     monkeypatch.setattr(training.cli, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
-    for steps in (100, 400):
+    for steps in (50, 400):
         assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
         before, after = recipe("demo").dvae, given[-1].dvae
         assert after.warmup == before.warmup
@@ -192,7 +193,8 @@ def test_recipes_for_cpus_validate_and_draw_about_four_times(name: str) -> None:
     assert chosen.dvae.warmup is not None
     for train in (chosen.dvae.warmup, chosen.dvae.train, chosen.transformer.train, chosen.clip.train):
         assert 3 <= train.steps / train.validate_every <= 4
-        assert train.sample_every in (train.validate_every, 0 if train is chosen.clip.train else train.validate_every)
+        draws = train is not chosen.clip.train and train is not chosen.dvae.warmup
+        assert train.sample_every == (train.validate_every if draws else 0)
 
 
 def test_an_interrupted_training_ends_with_130_so_that_nothing_goes_on_from_half_a_model(
@@ -202,9 +204,7 @@ def test_an_interrupted_training_ends_with_130_so_that_nothing_goes_on_from_half
         raise Interrupted("stopped at step 3: the same command goes on from there")
 
     monkeypatch.setattr(training.cli, "train_clip", interrupted)
-    with pytest.raises(SystemExit) as stop:
-        run("clip", "tiny", "--data", shards, "--out", tmp_path)
-    assert stop.value.code == 130
+    assert run("clip", "tiny", "--data", shards, "--out", tmp_path) == 130
     assert "the same command goes on" in capsys.readouterr().err
 
 
@@ -224,9 +224,8 @@ def test_a_named_tokenizer_and_dvae_become_part_of_the_bundle(
 
 
 def test_a_world_drawn_anew_makes_the_demonstration_forget_what_it_was_trained_on(
-    bundle_copy: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.demo, "N_TRAIN", 8)
     monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
     trained: list[str] = []
 
@@ -246,10 +245,39 @@ def test_a_world_drawn_anew_makes_the_demonstration_forget_what_it_was_trained_o
     for n, expected in ((8, ["dvae", "clip", "transformer"]), (8, []), (9, ["dvae", "clip", "transformer"])):
         monkeypatch.setattr(training.demo, "N_TRAIN", n)
         trained.clear()
-        before = (bundle_copy / "tokenizer.json").stat().st_mtime_ns
-        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None)
+        tokenizer = tmp_path / "tokenizer.json"
+        before = tokenizer.stat().st_mtime_ns if tokenizer.exists() else None
+        run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None)
         assert trained == expected
-        assert ((bundle_copy / "tokenizer.json").stat().st_mtime_ns != before) == bool(expected)
+        assert (tokenizer.stat().st_mtime_ns != before) == bool(expected)
+
+
+def test_the_demonstration_leaves_the_runs_of_others_alone(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.demo, "N_TRAIN", 8)
+    monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
+    checkpoints = bundle_copy / "training" / "dvae" / "checkpoints"
+    before = sorted(checkpoints.rglob("*"))
+    with pytest.raises(ValueError, match="holds a run with another"):
+        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None)
+    assert before
+    assert sorted(checkpoints.rglob("*")) == before
+
+
+def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    command = ["dvae", "tiny", "--data", shards, "--out", tmp_path]
+    assert run(*command) == 0
+
+    def interrupted(*_: object, **__: object) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.programs, "fit", interrupted)
+        assert run(*command, "--fresh") == 130
+    assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") is None
+    assert run(*command) == 0
+    assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") is not None
 
 
 def test_a_tokenizer_is_not_replaced_without_fresh(
@@ -277,7 +305,7 @@ def test_a_dvae_learns_the_same_at_every_zero_stage(
         [line["loss"] for line in read_metrics(out / "training" / "dvae" / "metrics.jsonl") if line["split"] == "train"]
         for out in (tmp_path, bundle)
     )
-    assert losses == pytest.approx(expected, rel=1e-4)
+    assert losses == pytest.approx(expected, rel=5e-4)
 
 
 def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards: Path) -> None:
@@ -510,10 +538,19 @@ def test_the_arithmetic_of_a_step_is_that_counted_by_hand() -> None:
     assert flops_per_sample(config, 2 * 12 * d * d) == 3 * 2 * (block + pairs + heads)
 
 
-def test_a_plan_takes_the_recipes_micro_batch() -> None:
-    assert "micro-batch 8," in plan(recipe("12b"), gpus=16, gpu_memory_gib=80)
-    with pytest.raises(ValueError, match="not a multiple of micro batch 8 × 1024 ranks"):
-        plan(recipe("12b"), gpus=1024, gpu_memory_gib=80)
+@pytest.mark.parametrize(("gpus", "micro_batch"), [(16, 8), (128, 8), (512, 2), (1024, 1)])
+def test_a_plan_takes_the_recipes_micro_batch_or_the_share_of_a_gpu_if_that_is_less(
+    gpus: int, micro_batch: int
+) -> None:
+    text = plan(recipe("12b"), gpus=gpus, gpu_memory_gib=80)
+    assert f"micro-batch {micro_batch}," in text
+    assert (f"train with --micro-batch {micro_batch}" in text) == (micro_batch < 8)
+
+
+@pytest.mark.parametrize("gpus", [24, 4096])
+def test_a_plan_for_gpus_that_cannot_share_the_batch_is_refused(gpus: int) -> None:
+    with pytest.raises(ValueError, match=f"{gpus} GPUs cannot share a batch of 1024 evenly"):
+        plan(recipe("12b"), gpus=gpus, gpu_memory_gib=80)
 
 
 def test_a_plan_says_what_does_not_fit() -> None:
