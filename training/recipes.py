@@ -175,14 +175,14 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
-        n_layers=6, d_model=128, n_heads=4, text_len=32, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
+        n_layers=6, d_model=128, n_heads=2, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
         dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
-        transformer=_cpu_transformer(model, steps=3800, batch=16, peak=3e-3, bpe_dropout=0.0),
+        transformer=_cpu_transformer(model, steps=3000, batch=16, peak=3e-3, bpe_dropout=0.0),
         clip=_cpu_clip(48, 6, 40, steps=350),
     )
 
@@ -207,7 +207,7 @@ def icons_cpu() -> Recipe:
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1600
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1300
     )
 
 
