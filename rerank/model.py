@@ -98,6 +98,25 @@ class LayerNorm(nn.LayerNorm):
         return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
 
 
+def fused_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, is_causal: bool) -> Tensor:
+    """Return softmax(q·k / √K)·v, (B, H, S, K)."""
+    return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=is_causal)
+
+
+def explicit_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, is_causal: bool) -> Tensor:
+    """Return the same from two matrix products: forward and backward are several times faster in bfloat16 on a CPU.
+
+    The scores of all pairs are in memory at once: little for the at most 77 positions of the text and 50 of the image.
+    """
+    with torch.autocast(q_BHSK.device.type, enabled=False):
+        scores_BHSS = (q_BHSK * q_BHSK.shape[-1] ** -0.5) @ k_BHSK.transpose(-1, -2)
+        if is_causal:
+            later_SS = torch.ones(scores_BHSS.shape[-2:], dtype=torch.bool, device=q_BHSK.device).triu(1)
+            scores_BHSS = scores_BHSS.masked_fill(later_SS, -torch.inf)
+        output: Tensor = scores_BHSS.softmax(dim=-1) @ v_BHSK
+        return output
+
+
 class Attention(nn.Module):
     """Multi-head self-attention, optionally causal."""
 
@@ -112,7 +131,8 @@ class Attention(nn.Module):
         """(B, S, D) to (B, S, D)."""
         qkv_BSHK = self.qkv(h_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         q_BHSK, k_BHSK, v_BHSK = (x_BSHK.transpose(1, 2) for x_BSHK in qkv_BSHK)
-        out_BHSK = F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=self.is_causal)
+        attend = explicit_attention if h_BSD.device.type == "cpu" else fused_attention
+        out_BHSK = attend(q_BHSK, k_BHSK, v_BHSK, is_causal=self.is_causal)
         output: Tensor = self.out(out_BHSK.transpose(1, 2).flatten(2))
         return output
 

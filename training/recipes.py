@@ -183,7 +183,7 @@ def demo() -> Recipe:
         text_vocab=512,
         dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
         transformer=_cpu_transformer(model, steps=3000, batch=16, peak=3e-3, bpe_dropout=0.0),
-        clip=_cpu_clip(48, 6, 40, steps=350),
+        clip=_cpu_clip(48, 6, 26, steps=650),
     )
 
 
@@ -207,7 +207,7 @@ def icons_cpu() -> Recipe:
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1300
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1000
     )
 
 

@@ -15,6 +15,8 @@ from rerank.model import (
     Block,
     LayerNorm,
     contrastive_loss,
+    explicit_attention,
+    fused_attention,
     normalised_pixels,
     quick_gelu,
 )
@@ -379,3 +381,19 @@ def test_a_tiny_clip_learns_to_tell_four_colours_apart():
     assert scores.argmax(dim=1).tolist() == [0, 1, 2, 3]
     others = scores.masked_fill(torch.eye(4, dtype=torch.bool), -1)
     assert (scores.diagonal() - others.amax(dim=1)).min() > 0.2
+
+
+@pytest.mark.parametrize("is_causal", [False, True])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
+def test_explicit_attention_is_fused_attention_forward_and_backward(
+    is_causal: bool, dtype: torch.dtype, tolerance: float
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, upstream = (torch.randn(2, 3, 7, 8, generator=generator).to(dtype) for _ in range(4))
+    results = []
+    for attend in (explicit_attention, fused_attention):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        output = attend(*inputs, is_causal=is_causal)
+        results.append([output.detach(), *torch.autograd.grad(output, inputs, upstream)])
+    for ours, reference in zip(*results, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
