@@ -62,7 +62,7 @@ class Score:
 class _Parts:
     """Says which part of the demonstration is under way and about how long the rest will take."""
 
-    SECONDS: ClassVar = {"world": 18, "tokenizer": 2, "dvae": 190, "clip": 125, "transformer": 640, "samples": 60}
+    SECONDS: ClassVar = {"world": 18, "tokenizer": 2, "dvae": 215, "clip": 115, "transformer": 580, "samples": 60}
     """Seconds each part takes on two CPU cores; only their proportions matter."""
 
     def __init__(self, report: Report) -> None:

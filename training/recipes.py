@@ -182,8 +182,8 @@ def demo() -> Recipe:
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
         dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
-        transformer=_cpu_transformer(model, steps=3300, batch=16, peak=3e-3, bpe_dropout=0.0),
-        clip=_cpu_clip(48, 6, 26, steps=650),
+        transformer=_cpu_transformer(model, steps=2700, batch=16, peak=3e-3, bpe_dropout=0.0),
+        clip=_cpu_clip(48, 6, 26, steps=500),
     )
 
 
