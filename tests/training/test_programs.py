@@ -297,15 +297,16 @@ def test_the_demonstration_refuses_to_run_on_several_ranks(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("zero_stage", [1, 2, 3])
-def test_a_dvae_learns_the_same_at_every_zero_stage(
-    tmp_path: Path, bundle: Path, shards: Path, zero_stage: int
-) -> None:
-    assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, "--zero-stage", zero_stage) == 0
-    losses, expected = (
-        [line["loss"] for line in read_metrics(out / "training" / "dvae" / "metrics.jsonl") if line["split"] == "train"]
-        for out in (tmp_path, bundle)
-    )
-    assert losses == pytest.approx(expected, rel=5e-4)
+def test_a_dvae_learns_the_same_at_every_zero_stage(tmp_path: Path, shards: Path, zero_stage: int) -> None:
+    # at a high rate, AdamW's first steps turn rounding in a gradient near 0 into another code here and there
+    command = ["dvae", "tiny", "--data", shards, "--learning-rate", 1e-3]
+    losses = []
+    for stage in (zero_stage, 0):
+        out = tmp_path / f"stage{stage}"
+        assert run(*command, "--out", out, "--zero-stage", stage) == 0
+        lines = read_metrics(out / "training" / "dvae" / "metrics.jsonl")
+        losses.append([line["loss"] for line in lines if line["split"] == "train"])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
 
 def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards: Path) -> None:
