@@ -34,8 +34,10 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
         ValueError: the shapes differ or are no batches of pictures.
     """
     _require_pairs(images, reconstructions)
-    psnr: Tensor = peak_signal_noise_ratio(reconstructions, images, data_range=1.0, reduction="none", dim=(1, 2, 3))
-    return psnr
+    per_image: Tensor = peak_signal_noise_ratio(
+        reconstructions, images, data_range=1.0, reduction="none", dim=(1, 2, 3)
+    )
+    return per_image
 
 
 def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
