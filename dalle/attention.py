@@ -11,15 +11,14 @@ width:
     dense    0, 1, 2, …       everything before, and itself
 
 Text is causal and never sees the image. `mask` draws this for the whole stream and is the truth; `keys` lists
-the same for one position and is what decoding reads. `masked_attention` follows the mask literally;
-`block_attention` computes the same from the few keys that each row or column of the grid can see.
+the same for one position. `masked_attention` follows the mask literally and is the reference that the fast paths
+are held to: sparse_attention.py for the whole stream, cache.py for one position at a time.
 
 Legend: B batch  S stream = T+I  T text positions  I image positions  D width  H heads  K head dim
-        N blocks: rows or columns of the grid  Q queries of a block  L keys that a block may see
 """
 
 from collections.abc import Callable
-from functools import lru_cache, partial
+from functools import lru_cache
 from typing import Literal, get_args
 
 import torch
@@ -107,80 +106,6 @@ def stored_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch
 def masked_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_SS: Tensor) -> Tensor:
     """Attend where the mask allows it: one softmax over text and image keys. O(S²) whatever the mask."""
     return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, attn_mask=mask_SS)
-
-
-def _look_back(kind: Kind, grid: int, kernel: int) -> int:
-    """Return how many blocks before its own a query may look back into."""
-    return 0 if kind == "column" else -(-offsets(kind, grid, kernel)[-1] // grid)
-
-
-@lru_cache(maxsize=32)
-def _block_bias(kind: Kind, grid: int, kernel: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what is added to the scores of each block's image keys, (N, Q, L): 0 where allowed, else -inf.
-
-    The keys of block n are the positions of the blocks n - `_look_back` to n, those before the image included.
-    """
-    with torch.inference_mode(False):
-        back = _look_back(kind, grid, kernel) * grid
-        position = torch.arange(grid * grid, device=device).view(grid, grid)
-        query_NQ = position.T if kind == "column" else position
-        key_NL = query_NQ if back == 0 else position[:, :1] - back + torch.arange(back + grid, device=device)
-        distance_NQL = query_NQ[:, :, None] - key_NL[:, None, :]
-        allowed_NQL = torch.isin(distance_NQL, torch.tensor(offsets(kind, grid, kernel), device=device))
-        allowed_NQL &= key_NL[:, None, :] >= 0
-        return torch.zeros(allowed_NQL.shape, dtype=dtype, device=device).masked_fill_(~allowed_NQL, -torch.inf)
-
-
-@lru_cache(maxsize=32)
-def _causal_bias(text_len: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Return what is added to the scores between text positions, (T, T): 0 where allowed, else -inf."""
-    with torch.inference_mode(False):
-        return torch.full((text_len, text_len), -torch.inf, dtype=dtype, device=device).triu_(1)
-
-
-def block_attention(
-    q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, kind: Kind, text_len: int, grid: int, kernel: int
-) -> Tensor:
-    """Return what `masked_attention` does with the kind's mask, from T + L keys to an image query instead of S.
-
-    A row layer has at most L = 2W keys to a block of W queries, a column layer W, a conv layer (k//2 + 2)·W. The scores
-    of text and image keys are two products and share one softmax. In bfloat16 the scores are rounded to it, too.
-    """
-    T, W, dtype = text_len, grid, q_BHSK.dtype
-    to_blocks = partial(_to_blocks, kind=kind, grid=W)
-    windows = partial(_windows, back=_look_back(kind, W, kernel))
-    with torch.autocast(q_BHSK.device.type, enabled=False):
-        q_BHSK = q_BHSK * q_BHSK.shape[-1] ** -0.5
-        text_scores_BHST = q_BHSK @ k_BHSK[:, :, :T].transpose(-1, -2)
-        p_BHTT = (text_scores_BHST[:, :, :T] + _causal_bias(T, dtype, q_BHSK.device)).softmax(dim=-1)
-        text_BHTK = p_BHTT @ v_BHSK[:, :, :T]
-        keys_BHNLK, values_BHNLK = (windows(to_blocks(x_BHSK[:, :, T:])) for x_BHSK in (k_BHSK, v_BHSK))
-        bias_NQL = _block_bias(kind, W, kernel, dtype, q_BHSK.device)
-        scores_BHNQL = to_blocks(q_BHSK[:, :, T:]) @ keys_BHNLK.transpose(-1, -2) + bias_NQL
-        p_BHNQX = torch.cat([to_blocks(text_scores_BHST[:, :, T:]), scores_BHNQL], dim=-1).softmax(dim=-1)
-        from_text_BHIK = _from_blocks(p_BHNQX[..., :T], kind) @ v_BHSK[:, :, :T]
-        from_image_BHIK = _from_blocks(p_BHNQX[..., T:] @ values_BHNLK, kind)
-        return torch.cat([text_BHTK, from_text_BHIK + from_image_BHIK], dim=2)
-
-
-def _to_blocks(x_BHIC: Tensor, kind: Kind, grid: int) -> Tensor:
-    """Return image positions as (B, H, N, Q, C): one block for each row of the grid, or for each of its columns."""
-    blocks_BHNQC = x_BHIC.view(*x_BHIC.shape[:2], grid, grid, x_BHIC.shape[-1])
-    return blocks_BHNQC.transpose(2, 3) if kind == "column" else blocks_BHNQC
-
-
-def _from_blocks(x_BHNQC: Tensor, kind: Kind) -> Tensor:
-    """Return blocks as image positions in raster order, (B, H, I, C)."""
-    return (x_BHNQC.transpose(2, 3) if kind == "column" else x_BHNQC).flatten(2, 3)
-
-
-def _windows(x_BHNQC: Tensor, back: int) -> Tensor:
-    """Return each block after the `back` blocks before it, (B, H, N, L, C); zeros stand before the first."""
-    if back == 0:
-        return x_BHNQC
-    n_blocks = x_BHNQC.shape[2]
-    padded = F.pad(x_BHNQC, (0, 0, 0, 0, back, 0))
-    return torch.cat([padded[:, :, j : j + n_blocks] for j in range(back + 1)], dim=3)
 
 
 class Attention(nn.Module):

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dalle.attention import KINDS, Attend, Attention, Kind, block_attention, layer_kinds, masked_attention, stored_mask
+from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, stored_mask
+from dalle.sparse_attention import sparse_attention
 from dalle.stream import Stream, image_inputs, n_image_ids, n_text_ids
 from dvae.directory import load_directory, save_directory
 
@@ -248,12 +249,10 @@ class DALLE(nn.Module):
         return output
 
     def _attend(self, kind: Kind) -> Attend:
-        """Return how a layer of this kind attends: by blocks on a CPU, where that is faster than one masked call."""
+        """Return how a layer of this kind attends."""
         config = self.config
-        if kind == "dense" or self.device.type != "cpu":
-            return partial(masked_attention, mask_SS=self.mask(kind))
         return partial(
-            block_attention, kind=kind, text_len=config.text_len, grid=config.grid, kernel=config.conv_kernel
+            sparse_attention, kind=kind, text_len=config.text_len, grid=config.grid, kernel=config.conv_kernel
         )
 
     def mask(self, kind: Kind) -> Tensor:

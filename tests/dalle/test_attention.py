@@ -1,11 +1,9 @@
-from functools import partial
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from dalle.attention import KINDS, Attend, Kind, block_attention, keys, layer_kinds, mask, masked_attention, stored_mask
+from dalle.attention import KINDS, keys, layer_kinds, mask, stored_mask
 
 # A stream of 6 text positions and a 4×4 grid: one line per query, one digit per key, 1 where attention is allowed.
 
@@ -157,24 +155,3 @@ def test_unknown_kinds_even_kernels_and_no_layers_are_refused():
         mask("conv", 4, 4, 4)
     with pytest.raises(ValueError, match=r"n_layers \(0\)"):
         layer_kinds(0)
-
-
-@pytest.mark.parametrize("kind", ["row", "column", "conv"])
-@pytest.mark.parametrize(("text_len", "grid", "kernel"), [(6, 4, 3), (2, 5, 11), (9, 3, 5), (4, 1, 3)])
-@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 3e-2)])
-def test_attention_by_blocks_is_masked_attention_forward_and_backward(
-    kind: Kind, text_len: int, grid: int, kernel: int, dtype: torch.dtype, tolerance: float
-) -> None:
-    generator = torch.Generator().manual_seed(0)
-    shape = (2, 3, text_len + grid * grid, 8)
-    q, k, v, upstream = (torch.randn(shape, generator=generator).to(dtype) for _ in range(4))
-
-    def run(attend: Attend) -> list[torch.Tensor]:
-        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
-        output = attend(*inputs)
-        return [output.detach(), *torch.autograd.grad(output, inputs, upstream)]
-
-    by_blocks = run(partial(block_attention, kind=kind, text_len=text_len, grid=grid, kernel=kernel))
-    by_mask = run(partial(masked_attention, mask_SS=mask(kind, text_len, grid, kernel)))
-    for ours, reference in zip(by_blocks, by_mask, strict=True):
-        torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
