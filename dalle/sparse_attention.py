@@ -19,6 +19,7 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  H heads  K
         N blocks: rows or columns of the grid  Q queries of a block  L keys that a block may see  C any
 """
 
+from collections.abc import Iterable
 from functools import lru_cache, partial
 from typing import Any, TypedDict, cast
 
@@ -116,6 +117,15 @@ def _causal_bias(text_len: int, like: Tensor) -> Tensor:
             full_TT = torch.full((text_len, text_len), -torch.inf, dtype=like.dtype, device=like.device)
             _known_causal_biases[known] = full_TT.triu_(1)
     return _known_causal_biases[known]
+
+
+def prepare_compilation(kinds: Iterable[Kind], text_len: int, grid: int, kernel: int, device: torch.device) -> None:
+    """Make beforehand what compiled code of these layers reads, so that it is compiled once."""
+    for dtype in (torch.float32, torch.bfloat16):
+        like = torch.empty((), dtype=dtype, device=device)
+        _causal_bias(text_len, like)
+        for kind in set(kinds) - {"dense"}:
+            _window(kind, grid, kernel, like)
 
 
 def _to_blocks(x_BHIC: Tensor, kind: Kind, grid: int) -> Tensor:

@@ -2,12 +2,15 @@ import dataclasses
 
 import pytest
 import torch
+from torch.nn import functional as F
 
+from dalle import cross_entropy
 from dalle.attention import KINDS
 from dalle.cache import Decoder
-from dalle.loss import stream_loss
+from dalle.loss import stream_loss, training_loss
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import null_caption, text_row
+from dvae import compilation
 
 SMALL = DALLEConfig(
     n_layers=4, d_model=32, n_heads=2, text_len=6, grid=4, text_vocab=300, image_vocab=20, conv_kernel=3
@@ -314,3 +317,83 @@ def test_impossible_sizes_are_refused(change, message):
 def test_wrong_inputs_are_named(change, message):
     with pytest.raises(ValueError, match=message):
         DALLE(SMALL)(*change(*stream(SMALL)))
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 22])
+def test_the_training_loss_is_the_loss_of_all_logits_with_the_same_gradients(chunk, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", chunk)
+    text, image_tokens = stream(SMALL, batch=4)
+
+    def run(loss_of):
+        model = awake(SMALL)
+        loss = loss_of(model)
+        loss.total.backward()
+        return [loss.total, loss.text, loss.image], [parameter.grad for parameter in model.parameters()]
+
+    ours, our_gradients = run(lambda model: training_loss(model, text, image_tokens))
+    reference, gradients = run(lambda model: stream_loss(*model(text, image_tokens), text, image_tokens, SMALL))
+    torch.testing.assert_close(ours, reference, rtol=1e-6, atol=1e-6)
+    for ours, reference in zip(our_gradients, gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_the_training_loss_in_bfloat16_is_the_loss_of_float32_logits(autocast):
+    text, image_tokens = stream(SMALL, batch=4)
+    model = awake(SMALL) if autocast else awake(SMALL).bfloat16()
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+        ours = training_loss(model, text, image_tokens)
+        reference = stream_loss(*model(text, image_tokens), text, image_tokens, SMALL)
+    torch.testing.assert_close(ours.total, reference.total, rtol=1e-5, atol=1e-5)
+    ours_gradient, gradient = (
+        torch.autograd.grad(loss.total, model.image_head.weight, retain_graph=True)[0] for loss in (ours, reference)
+    )
+    assert (ours_gradient - gradient).norm() < 0.01 * gradient.norm()
+
+
+def test_the_training_loss_is_a_loss_without_gradients_too():
+    text, image_tokens = stream(SMALL)
+    model = awake(SMALL)
+    with torch.no_grad():
+        ours = training_loss(model, text, image_tokens)
+    assert not ours.total.requires_grad
+    assert ours.total.item() == pytest.approx(training_loss(model, text, image_tokens).total.item(), rel=1e-6)
+
+
+def test_the_mlp_is_two_linear_layers_around_the_sigmoid_gelu():
+    mlp = awake(SMALL).blocks[0].mlp
+    x = torch.randn(2, 3, SMALL.d_model, generator=torch.Generator().manual_seed(0))
+    wide = F.linear(x, mlp.wide.weight, mlp.wide.bias)
+    torch.testing.assert_close(mlp(x), F.linear(wide * torch.sigmoid(1.702 * wide), mlp.out.weight, mlp.out.bias))
+
+
+@pytest.mark.slow
+def test_compiled_layers_compute_the_same_loss_and_gradients():
+    text, image_tokens = stream(SMALL)
+
+    def run(compiled):
+        model = awake(SMALL)
+        if compiled:
+            model.compile_layers()
+        loss = training_loss(model, text, image_tokens).total
+        loss.backward()
+        return loss, [parameter.grad for parameter in model.parameters()]
+
+    loss, gradients = run(compiled=True)
+    reference, reference_gradients = run(compiled=False)
+    torch.testing.assert_close(loss, reference, rtol=1e-5, atol=1e-5)
+    for ours, reference in zip(gradients, reference_gradients, strict=True):
+        torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(monkeypatch, caplog):
+    def refuse(*args, **kwargs):
+        raise RuntimeError("no C++ compiler found")
+
+    compilation._can_compile.cache_clear()
+    monkeypatch.setattr(torch, "compile", refuse)
+    model = awake(SMALL)
+    model.compile_layers()
+    compilation._can_compile.cache_clear()
+    assert "no C++ compiler found" in caplog.text
+    training_loss(model, *stream(SMALL)).total.backward()
