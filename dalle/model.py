@@ -258,18 +258,19 @@ class DALLE(nn.Module):
         output: Tensor = self.text_embedding(text_BT) + self.text_position_embedding(positions_T)
         return output
 
-    def embed_image(self, inputs_BJ: Tensor, first: int = 0) -> Tensor:
-        """Return the residual stream of image positions before the first layer, (B, J, D).
+    def embed_image(self, inputs_BJ: Tensor) -> Tensor:
+        """Return the residual stream of the first J image positions before the first layer, (B, J, D).
 
         Args:
-            inputs_BJ: image ids fed to consecutive positions, see `stream.image_inputs`.
-            first: the first of these positions.
+            inputs_BJ: image ids fed to these positions, see `stream.image_inputs`.
         """
-        stream, device = self.config.stream, inputs_BJ.device
-        here = slice(first, first + inputs_BJ.shape[1])
-        row_JD = self.row_embedding(stream.rows(device)[here])
-        column_JD = self.column_embedding(stream.columns(device)[here])
-        output: Tensor = self.image_embedding(inputs_BJ) + row_JD + column_JD
+        output: Tensor = self.image_embedding(inputs_BJ) + self.image_places()[: inputs_BJ.shape[1]]
+        return output
+
+    def image_places(self) -> Tensor:
+        """Return the sum of row and column embedding of every image position, (I, D)."""
+        stream, device = self.config.stream, self.device
+        output: Tensor = self.row_embedding(stream.rows(device)) + self.column_embedding(stream.columns(device))
         return output
 
     def _attend(self, kind: Kind) -> Attend:

@@ -20,10 +20,14 @@ from hashlib import blake2b
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle.cache import Decoder
 from dalle.model import DALLE, check_ids
 from dalle.stream import n_text_ids, null_caption, start_of_image_id
+
+DRAW_BLOCK = 128
+"""Tokens whose probabilities are summed at a time when one is drawn."""
 
 
 def candidate_seed(seed: int, caption: str, k: int) -> int:
@@ -46,18 +50,20 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
         top_p: keep the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020), at least
             one; applied to what top_k leaves. None keeps all.
     """
-    if top_k is None and top_p is None:
-        return logits
-    sorted_BV, order_BV = logits.sort(dim=-1, descending=True, stable=True)
     if top_k is not None:
-        beyond_V = torch.arange(logits.shape[-1], device=logits.device) >= top_k
-        sorted_BV = sorted_BV.masked_fill(beyond_V, -torch.inf)
+        kth_B1 = logits.topk(top_k, dim=-1).values[:, -1:]
+        n_likelier_B1 = (logits > kth_B1).sum(-1, keepdim=True)
+        is_kth_BV = logits == kth_B1
+        is_late_BV = is_kth_BV & (is_kth_BV.cumsum(-1) > top_k - n_likelier_B1)
+        logits = logits.masked_fill((logits < kth_B1) | is_late_BV, -torch.inf)
     if top_p is not None:
+        sorted_BV, order_BV = logits.sort(dim=-1, descending=True, stable=True)
         probabilities_BV = sorted_BV.double().softmax(-1)
         likelier_BV = probabilities_BV.cumsum(-1) - probabilities_BV
         likelier_BV[:, 0] = 0.0  # exactly, so that the likeliest token always stays
         sorted_BV = sorted_BV.masked_fill(likelier_BV >= top_p, -torch.inf)
-    return torch.empty_like(logits).scatter(-1, order_BV, sorted_BV)
+        logits = torch.empty_like(logits).scatter(-1, order_BV, sorted_BV)
+    return logits
 
 
 def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
@@ -70,19 +76,29 @@ def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
     Returns:
         int64 (B,).
     """
-    # Float64: over 8,192 tokens the rounding of a float32 sum would be larger than rare tokens'
-    # probabilities.
-    cumulative_BV = logits.double().softmax(-1).cumsum(-1)
-    # At most 1 - 2^-53 times the total, which rounds to less than the total: some token is always past it.
-    threshold_B = uniforms_B * cumulative_BV[:, -1]
-    return torch.searchsorted(cumulative_BV, threshold_B[:, None], right=True)[:, 0]
+    # In two steps, over blocks of tokens and within the block: sums are float64, because over 8,192 tokens the rounding
+    # of a float32 sum would be larger than rare tokens' probabilities, but only a few numbers of each row are.
+    weights_BV = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
+    weights_BXY = F.pad(weights_BV, (0, -weights_BV.shape[1] % DRAW_BLOCK)).view(len(logits), -1, DRAW_BLOCK)
+    up_to_BX = weights_BXY.sum(dim=-1, dtype=torch.float64).cumsum(-1)
+    # At most 1 - 2^-53 times the total, which rounds to less than the total: some block is always past it.
+    threshold_B1 = uniforms_B[:, None] * up_to_BX[:, -1:]
+    block_B1 = torch.searchsorted(up_to_BX, threshold_B1, right=True)
+    rest_B1 = threshold_B1 - F.pad(up_to_BX, (1, 0)).gather(1, block_B1)
+    within_BY = weights_BXY.take_along_dim(block_B1[:, :, None], dim=1)[:, 0].double().cumsum(-1)
+    # The block's sum and the last of its cumulative ones may differ in their last bit.
+    rest_B1 = torch.minimum(rest_B1, within_BY[:, -1:].nextafter(torch.zeros_like(rest_B1)))
+    tokens_B1 = block_B1 * DRAW_BLOCK + torch.searchsorted(within_BY, rest_B1, right=True)
+    return tokens_B1[:, 0]
 
 
 def choose(logits: Tensor, uniforms_B: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
     """Return one token per row, int64 (B,): the likeliest at temperature 0, else drawn."""
     if temperature == 0:
         return logits.argmax(-1)
-    return draw(filter_logits(logits / temperature, top_k, top_p), uniforms_B)
+    if temperature != 1:
+        logits = logits / temperature
+    return draw(filter_logits(logits, top_k, top_p), uniforms_B)
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
@@ -103,6 +119,8 @@ def sample(
     guidance: float = 1.0,
     prefix: Tensor | None = None,
     on_step: Callable[[int, int], None] | None = None,
+    abandon: Callable[[Tensor], Tensor] | None = None,
+    compile: bool = False,
 ) -> Tensor:
     """Sample n candidates of each prompt, all as one batch; the caller decides how many fit.
 
@@ -119,9 +137,13 @@ def sample(
         prefix: int64 (m,), (1, m) or (P, m): the first m image tokens, kept verbatim. The paper completes pictures
             from 480.
         on_step: called with (step, total) after each of the `total` sampled positions, from step 1.
+        abandon: for one prompt only: called once, when the first half of the grid's rows is sampled, with their tokens
+            int64 (n, I/2); returns the int64 numbers, ascending, of the candidates to go on with. Not called if the
+            prefix is as long. What is left is no longer a sample of the model's distribution.
+        compile: see `Decoder`.
 
     Returns:
-        int64 (P, n, I) image tokens in raster order, on the model's device.
+        int64 (P, n, I) image tokens in raster order, on the model's device; of candidates that were not abandoned.
 
     Raises:
         ValueError: for an argument out of range.
@@ -136,14 +158,21 @@ def sample(
     _check_prefix(model, known, len(text))
     known = known.to(model.device)
     guided = guidance != 1.0
+    if abandon is not None and len(text) != 1:
+        raise ValueError(f"abandon is for one prompt, got {len(text)}")
+    m = known.shape[1]
+    halfway = config.grid // 2 * config.grid
     with torch.inference_mode():
         uniforms_BI = uniforms(seeds, n_image).to(model.device)
         tokens_BI = torch.zeros((len(text) * n, n_image), dtype=torch.int64, device=model.device)
-        m = known.shape[1]
         tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)
-        decoder = _decoder(model, text, n, known, guided=guided)
+        decoder = _decoder(model, text, n, known, guided=guided, compile=compile)
         inputs_B = torch.full_like(tokens_BI[:, 0], start_of_image_id(config.image_vocab))
         for position in range(m, n_image):
+            if abandon is not None and position == halfway > m:
+                kept_B = abandon(tokens_BI[:, :halfway].clone()).to(model.device)
+                decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if guided else kept_B)
+                tokens_BI, uniforms_BI = tokens_BI[kept_B], uniforms_BI[kept_B]
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
             logits_BV = decoder.step(inputs_B.repeat(2) if guided else inputs_B)
@@ -153,10 +182,10 @@ def sample(
             if on_step is not None:
                 on_step(position - m + 1, n_image - m)
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
-    return tokens_BI.clone().reshape(len(text), n, n_image)
+    return tokens_BI.clone().reshape(len(text), -1, n_image)
 
 
-def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, guided: bool) -> Decoder:
+def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, *, guided: bool, compile: bool) -> Decoder:
     """Return a decoder of n candidates per prompt, followed, if guided, by as many with the empty caption."""
     n_prompts = len(text_PT)
     counts = [n] * n_prompts
@@ -169,7 +198,7 @@ def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, guided: bool
         text_PT = torch.cat([text_PT, null_T.expand(n_null, -1)])
         counts = counts + [n_prompts * n // n_null] * n_null
         prefix_Pm = torch.cat([prefix_Pm, prefix])
-    return Decoder(model, text_PT, counts, prefix_Pm)
+    return Decoder(model, text_PT, counts, prefix_Pm, compile=compile)
 
 
 def _check_options(

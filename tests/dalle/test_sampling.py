@@ -207,3 +207,34 @@ def test_options_out_of_range_are_named(model, options, message):
     text = options.pop("text", TEXT)
     with pytest.raises(ValueError, match=message):
         sample(model, text, **{"seeds": [1, 2], "n": 1, **options})
+
+
+def test_tokens_are_those_of_the_whole_cumulative_distribution():
+    generator = torch.Generator().manual_seed(0)
+    for vocab in (5, 128, 1000, 8192):
+        logits = 4 * torch.randn(64, vocab, generator=generator)
+        numbers = torch.rand(64, dtype=torch.float64, generator=generator)
+        cumulative = logits.double().softmax(-1).cumsum(-1)
+        reference = torch.searchsorted(cumulative, (numbers * cumulative[:, -1])[:, None], right=True)[:, 0]
+        assert torch.equal(draw(logits, numbers), reference)
+
+
+def test_abandoned_candidates_leave_the_others_as_they_were(model):
+    text = TEXT[:1]
+    everything = sample(model, text, seeds=seeds(6, 1), n=6)
+    seen = []
+
+    def better_half(tokens):
+        seen.append(tokens)
+        return torch.tensor([1, 4, 5])
+
+    kept = sample(model, text, seeds=seeds(6, 1), n=6, abandon=better_half)
+    half = model.config.stream.n_image // 2
+    assert torch.equal(kept[0], everything[0, [1, 4, 5]])
+    assert len(seen) == 1
+    assert torch.equal(seen[0], everything[0, :, :half])
+
+
+def test_abandoning_is_for_one_prompt(model):
+    with pytest.raises(ValueError, match="one prompt, got 2"):
+        sample(model, TEXT, seeds=seeds(2), n=2, abandon=lambda tokens: torch.arange(1))
