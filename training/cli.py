@@ -15,12 +15,21 @@ from dalle.progress import Progress
 from training.config import Precision, TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
+from training.encode import EncodeConfig
 from training.engine import World, join_world, leave_world
 from training.evaluate import evaluate_bundle
 from training.fit import Interrupted
 from training.metrics import Report, to_stderr
 from training.plan import plan, recipe_list
-from training.programs import Inputs, train_all, train_clip, train_dvae, train_tokenizer, train_transformer
+from training.programs import (
+    Inputs,
+    encode_data,
+    train_all,
+    train_clip,
+    train_dvae,
+    train_tokenizer,
+    train_transformer,
+)
 from training.recipes import DVAERecipe, Recipe, recipe
 from training.shards import ShardFilter, make_shards
 
@@ -123,7 +132,11 @@ class DVAECommand(_Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerCommand(_Stage):
-    """Train the transformer on captions and image tokens."""
+    """Train the transformer on captions and image tokens.
+
+    Shards of pictures are encoded by the dVAE in every step; shards of image tokens, which `dalle-train encode` makes
+    of them, are read as they are.
+    """
 
     tokenizer: Path | None = None
     """tokenizer.json to use, copied into OUT, which may hold no other; OUT/tokenizer.json if not given."""
@@ -143,6 +156,47 @@ class CLIPCommand(_Stage):
 @dataclass(frozen=True, kw_only=True)
 class AllCommand(_Data):
     """Train tokenizer, dVAE, CLIP and transformer with one recipe, one after the other, and evaluate the bundle."""
+
+    encode_crops: int | None = None
+    """Encode the pictures once, before the transformer: this many random crops of each, of which every epoch takes one.
+    The image tokens go to OUT/encoded. Without it the dVAE encodes in every step, another crop each time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeCommand:
+    """Encode pictures once: make shards of image tokens, for `dalle-train transformer`, of shards of pictures.
+
+    The captions stay with them. Of every picture the random crops are encoded that training would see, of which every
+    epoch will take one, and the centre crop, which validation uses. The same command goes on where it was interrupted.
+    """
+
+    data: tuple[str, ...]
+    """Shards of captioned pictures: files, folders, globs or brace ranges such as shards/{000000..000099}.tar."""
+    dvae: Path
+    """Directory of the dVAE, such as runs/mine/dvae. The transformer can be trained with this one only."""
+    out: Path
+    """Folder for the shards of image tokens: one for each shard of pictures, of the same name."""
+    crops: int = EncodeConfig.crops
+    """Random crops of each picture, besides the centre crop. 0 for shards of validation pictures."""
+    seed: int = EncodeConfig.seed
+    """Of the random crops."""
+    batch_size: int = EncodeConfig.batch_size
+    """Crops that the dVAE encodes at once."""
+    workers: int = EncodeConfig.workers
+    """Processes that read and crop, per rank."""
+    max_bad_fraction: float = EncodeConfig.max_bad_fraction
+    """Stop when more than this fraction of the pictures is unusable."""
+    device: str | None = None
+    """Where to compute: cpu, cuda or cuda:1; the rank's GPU if there is one, otherwise the CPU, if not given."""
+    fresh: bool = False
+    """Encode anew, over shards of image tokens that are there."""
+    skip_damaged_shards: bool = False
+    """Use the whole samples of truncated shards instead of stopping."""
+
+    def config(self) -> EncodeConfig:
+        """Return what the program takes."""
+        names = [field.name for field in dataclasses.fields(EncodeConfig)]
+        return EncodeConfig(**{name: getattr(self, name) for name in names})
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -210,6 +264,7 @@ Command = (
     | Annotated[ShardsCommand, tyro.conf.subcommand("shards")]
     | Annotated[TokenizerCommand, tyro.conf.subcommand("tokenizer")]
     | Annotated[DVAECommand, tyro.conf.subcommand("dvae")]
+    | Annotated[EncodeCommand, tyro.conf.subcommand("encode")]
     | Annotated[TransformerCommand, tyro.conf.subcommand("transformer")]
     | Annotated[CLIPCommand, tyro.conf.subcommand("clip")]
     | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
@@ -256,6 +311,10 @@ def _run(command: Command) -> None:
         case DemoCommand():
             with _world() as (world, report):
                 run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh)
+        case EncodeCommand():
+            config = command.config()
+            with _world() as (world, report):
+                _encode(command, config, world, report)
         case _:
             _train(command, recipe(command.recipe))
 
@@ -286,7 +345,7 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 train_clip(dataclasses.replace(chosen, clip=clip), inputs, world, report)
         case AllCommand():
             with _world() as (world, report):
-                train_all(chosen, inputs, world, report)
+                train_all(chosen, inputs, world, report, encode_crops=command.encode_crops)
 
 
 def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
@@ -299,6 +358,21 @@ def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
         kl_weight=chosen.kl_weight.stretched(factor),
         temperature=chosen.temperature.stretched(factor),
         warmup=chosen.warmup and dataclasses.replace(command, steps=None, learning_rate=None).override(chosen.warmup),
+    )
+
+
+def _encode(command: EncodeCommand, config: EncodeConfig, world: World, report: Report) -> None:
+    if command.device is not None:
+        world = dataclasses.replace(world, device=resolve_device(command.device))
+    encode_data(
+        command.data,
+        command.out,
+        command.dvae,
+        config,
+        world,
+        report,
+        fresh=command.fresh,
+        skip_damaged_shards=command.skip_damaged_shards,
     )
 
 

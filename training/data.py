@@ -1,10 +1,10 @@
-"""Reading shards: which samples there are, in which order they come, and the micro-batches they make.
+"""Reading shards: which samples there are, what each holds, and the order in which an epoch shows them.
 
 1. `expand_shards`: names, folders, globs and brace ranges to paths of tar files.
 2. `index_shard`: one pass over a tar's headers to the place of every picture and caption in it.
 3. `ShardData`: the samples of all shards, read by number, in any order, from any process.
-4. `batches`: an endless, seeded, exactly resumable sequence of micro-batches.
-5. `validation_batches`: every sample once.
+
+`training/batches.py` makes batches of them.
 
 The format is WebDataset's (https://github.com/webdataset/webdataset): members of a tar that share a key (the
 path up to the first dot of the base name) are one sample. webdataset's own reader is avoided on purpose: it
@@ -12,46 +12,43 @@ runs `pipe:` URLs in a shell, unpickles members by their extension, drops the re
 damaged without a word, and gives each worker whole shards, so that what is trained on depends on the number
 of workers. Here headers are read once with `tarfile`, nothing is ever extracted or unpickled, and the sample
 at a position of the sequence is a function of (seed, position) alone.
+
+Shards that `dalle-train encode` made hold image tokens in place of pictures: see `training/image_tokens.py`.
 """
 
+import dataclasses
 import glob
 import hashlib
 import itertools
 import json
 import logging
-import math
 import os
 import re
-import signal
 import tarfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from dalle.tarfiles import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
 from dvae.images import PICTURE_EXTENSIONS
+from training.image_tokens import TOKENS_FIELD, Description, Encoding, description_in, unpack
 
 logger = logging.getLogger(__name__)
 
 IMAGE_FIELDS = (*sorted(extension[1:] for extension in PICTURE_EXTENSIONS), "img")
 TEXT_FIELDS = ("txt", "cap", "text", "caption")
-_FIELD_KINDS = dict.fromkeys(IMAGE_FIELDS, 0) | dict.fromkeys(TEXT_FIELDS, 1) | {"json": 2}
+_CAPTION_KINDS = dict.fromkeys(TEXT_FIELDS, 1) | {"json": 2}
+_PICTURE_KINDS = dict.fromkeys(IMAGE_FIELDS, 0) | _CAPTION_KINDS
+_TOKEN_KINDS = {TOKENS_FIELD: 0} | _CAPTION_KINDS
 _LARGEST_BRACE_RANGE = 1_000_000
 _LARGEST_TEXT_BYTES = 16 << 20
 _OPEN_FILES = 64  # per thread: far below the usual limit of 1,024 per process
-_REPLACEMENTS = 100  # samples tried in place of an unusable one
-_NAMED_IN_LOG = 20  # unusable samples that are logged by name
-_FEWEST_BAD = 10  # fewer unusable samples say nothing about those not read yet
 
 
 class DamagedShardError(ValueError):
@@ -162,12 +159,14 @@ class ShardIndex:
     """The tar file."""
     n_bytes: int
     """Its size."""
+    tokens: Description | None
+    """What it says of its image tokens, if it holds those in place of pictures."""
     keys: tuple[str, ...]
     """One per sample, n of them."""
     image_names: tuple[str, ...]
-    """Member names of the pictures; "" where a sample has none."""
+    """Member names of the pictures, or of their tokens; "" where a sample has none."""
     image: NDArray[np.int64]
-    """(n, 2) places of the pictures."""
+    """(n, 2) places of the pictures, or of their tokens."""
     text: NDArray[np.int64]
     """(n, 2) places of the captions."""
     json: NDArray[np.int64]
@@ -191,7 +190,7 @@ def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
 
     A picture is KEY.jpg, .jpeg, .png, .webp, .bmp, .gif or .img; captions are KEY.txt, .cap, .text or
     .caption, one a line, or the fields "caption" or "captions" of KEY.json. Members of a sample need not
-    stand together.
+    stand together. In a shard of image tokens, KEY.tokens is in place of a picture.
 
     Args:
         path: a tar file, not compressed.
@@ -199,12 +198,14 @@ def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
 
     Raises:
         DamagedShardError (a ValueError): truncated, not a tar, or empty.
-        ValueError: compressed.
+        ValueError: compressed, or its description of image tokens is damaged or of another version.
     """
     try:
         members, damage = whole_members(path)
     except DamagedTarError as error:
         raise DamagedShardError(f"{error}; make it again, or pass --skip-damaged-shards to leave it out") from error
+    tokens = description_in(path, members[0] if members else None)
+    kinds = _PICTURE_KINDS if tokens is None else _TOKEN_KINDS
     samples: dict[str, list[tarfile.TarInfo | None]] = {}
     n_ignored = n_duplicates = 0
     for member in members:
@@ -216,7 +217,7 @@ def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
             continue
         key, field = key_and_field
         places = samples.setdefault(key, [None, None, None])
-        kind = _FIELD_KINDS.get(field)
+        kind = kinds.get(field)
         if kind is None:
             continue
         n_duplicates += places[kind] is not None
@@ -233,6 +234,7 @@ def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
     return ShardIndex(
         path=path,
         n_bytes=path.stat().st_size,
+        tokens=tokens,
         # Names that are not UTF-8 come with lone surrogates, which no log and no JSON can hold.
         keys=tuple(key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in samples),
         image_names=tuple(row[0].name if row[0] else "" for row in rows),
@@ -264,11 +266,13 @@ class Sample:
     key: str
     """Its name within the data."""
     image_bytes: bytes
-    """The picture as it is stored (JPEG, PNG, …)."""
+    """The picture as it is stored (JPEG, PNG, …); empty where there are image tokens in its place."""
     captions: tuple[str, ...]
     """One or more, none of them blank; empty when the data was opened without captions."""
     source: str = ""
     """"SHARD: MEMBER", to name the picture in messages."""
+    image_tokens: NDArray[np.integer[Any]] | None = None
+    """(V,Y,X) tokens of the picture's views, the centre crop first; None where there is a picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -278,7 +282,7 @@ class DataReport:
     n_samples: int
     """Samples in use."""
     n_without_image: int
-    """Samples left out because they have no picture."""
+    """Samples left out because they have neither a picture nor image tokens."""
     n_without_caption: int
     """Samples left out because they have no caption, a blank one or an unreadable one."""
     n_duplicates: int
@@ -323,6 +327,8 @@ class ShardData:
     def __init__(self, shards: Sequence[ShardIndex], report: DataReport, *, captions: bool) -> None:
         """Take indexes that hold usable samples only; `ShardData.open` makes them."""
         self.report = report
+        self.encoding = _common_encoding(shards)
+        """How the image tokens were made that are in place of pictures; None if there are pictures."""
         self.shards = [shard.path for shard in shards]
         self.keys = [key for shard in shards for key in shard.keys]
         self.has_captions = captions
@@ -340,6 +346,7 @@ class ShardData:
         shards: Sequence[str | Path],
         *,
         captions: bool,
+        encoded: bool = False,
         skip_damaged: bool = False,
         progress: Callable[[int, int], None] | None = None,
     ) -> "ShardData":
@@ -348,12 +355,14 @@ class ShardData:
         Args:
             shards: what `expand_shards` takes.
             captions: whether samples need captions; those without are left out and counted.
+            encoded: whether shards of image tokens will do, which hold no pictures.
             skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
             progress: called with (shards indexed, shards).
 
         Raises:
             FileNotFoundError: a shard or folder is missing.
-            ValueError: a shard is damaged, or has no picture or no caption at all.
+            ValueError: a shard is damaged, or has no picture or no caption at all; there are shards of image tokens
+                where pictures are needed, among others, or made in another way than the others.
         """
         paths = expand_shards(shards)
         used: list[ShardIndex] = []
@@ -368,6 +377,11 @@ class ShardData:
                 logger.warning("shard left out: %s", error)
                 damaged.append(str(error))
                 continue
+            if index.tokens is not None and not encoded:
+                raise ValueError(
+                    f"{path} holds image tokens, and pictures are needed here: give the shards that it was made of by "
+                    f"`dalle-train encode` ({index.tokens.source}, …)"
+                )
             if index.damage is not None:
                 damaged.append(f"{path} {index.damage}")
             counts.update(n_duplicates=index.n_duplicates, n_ignored_members=index.n_ignored)
@@ -448,10 +462,47 @@ class ShardData:
         """Read sample i, 0 ≤ i < len(self).
 
         Raises:
-            ValueError, OSError: its bytes or captions cannot be read. The picture is not decoded here.
+            ValueError, OSError: its bytes, image tokens or captions cannot be read. The picture is not decoded here.
         """
-        image_bytes = self._bytes(i, self._image[i], LARGEST_PICTURE_BYTES)
-        return Sample(key=self.keys[i], image_bytes=image_bytes, captions=self.captions(i), source=self.source(i))
+        return Sample(
+            key=self.keys[i],
+            image_bytes=self._bytes(i, self._image[i], LARGEST_PICTURE_BYTES) if self.encoding is None else b"",
+            captions=self.captions(i),
+            source=self.source(i),
+            image_tokens=None if self.encoding is None else self._image_tokens(i, self.encoding),
+        )
+
+    def _image_tokens(self, i: int, encoding: Encoding) -> NDArray[np.integer[Any]]:
+        member = self._bytes(i, self._image[i], encoding.n_bytes)
+        try:
+            return unpack(member, encoding)
+        except ValueError as error:
+            raise ValueError(f"{self.source(i)}: {error}") from None
+
+    def caption_members(self, i: int) -> dict[str, bytes]:
+        """Return the bytes of the members with sample i's captions as they are: "txt", "json" or both.
+
+        Raises:
+            ValueError, OSError: they cannot be read any more.
+        """
+        places = {"txt": self._text[i], "json": self._json[i]}
+        return {field: self._bytes(i, place, _LARGEST_TEXT_BYTES) for field, place in places.items() if place[1] > 0}
+
+    def samples_of(self, shard: int) -> range:
+        """Return the numbers of the samples of `shards[shard]`."""
+        first, end = np.searchsorted(self._shard, [shard, shard + 1])
+        return range(int(first), int(end))
+
+    def fingerprint(self, shard: int) -> str:
+        """Return 16 hexadecimal digits that tell `shards[shard]` from one with other samples.
+
+        Of their keys, and the places and sizes of their members: nothing but the headers has to be read.
+        """
+        samples = self.samples_of(shard)
+        digest = hashlib.blake2b(repr(self.keys[samples.start : samples.stop]).encode(), digest_size=8)
+        for places in (self._image, self._text, self._json):
+            digest.update(places[samples.start : samples.stop].astype("<i8").tobytes())
+        return digest.hexdigest()
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
         """Return the order of an epoch: (n,) int64, a permutation that depends on (seed, epoch, n) alone.
@@ -479,23 +530,45 @@ def _usable(index: ShardIndex, captions: bool, counts: Counter[str]) -> ShardInd
                     keep[i] = False
                 counts["n_without_caption"] += int(not keep[i])
     chosen = np.flatnonzero(keep)
-    return ShardIndex(
-        path=index.path,
-        n_bytes=index.n_bytes,
+    return dataclasses.replace(
+        index,
         keys=tuple(index.keys[i] for i in chosen),
         image_names=tuple(index.image_names[i] for i in chosen),
         image=index.image[chosen],
         text=index.text[chosen],
         json=index.json[chosen],
-        n_ignored=index.n_ignored,
-        n_duplicates=index.n_duplicates,
-        damage=index.damage,
     )
+
+
+def _common_encoding(shards: Sequence[ShardIndex]) -> Encoding | None:
+    """Return how the image tokens of all shards were made; None if they hold pictures.
+
+    Raises:
+        ValueError: there are shards of both kinds, or tokens that were made differently.
+    """
+    first = shards[0]
+    for other in shards[1:]:
+        if (other.tokens is None) != (first.tokens is None):
+            tokens, pictures = (first, other) if other.tokens is None else (other, first)
+            raise ValueError(
+                f"{tokens.path} holds image tokens and {pictures.path} pictures: give shards of one kind; "
+                "`dalle-train encode` makes those of tokens"
+            )
+        if first.tokens is not None and other.tokens is not None:
+            differences = other.tokens.encoding.differences(first.tokens.encoding)
+            if differences:
+                raise ValueError(
+                    f"{other.path} holds other image tokens than {first.path} ({differences}): expected shards that "
+                    "`dalle-train encode` made with the same dVAE, crops and seed; encode one of them again"
+                )
+    return first.tokens.encoding if first.tokens is not None else None
 
 
 def _nothing_usable(index: ShardIndex, captions: bool) -> str:
     if not len(index.keys):
         return f"shard {index.path} has no samples: expected members called KEY.jpg and KEY.txt"
+    if not index.image[:, 1].any() and index.tokens is not None:
+        return f"shard {index.path} has no image tokens: expected KEY.{TOKENS_FIELD} in it; encode its pictures again"
     if not index.image[:, 1].any():
         fields = ", ".join("." + field for field in IMAGE_FIELDS)
         return (
@@ -521,294 +594,3 @@ def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Gener
     name = repr((int(seed), int(epoch), key, purpose)).encode()
     digest = hashlib.blake2b(name, digest_size=16).digest()
     return np.random.Generator(np.random.Philox(key=int.from_bytes(digest, "little")))
-
-
-# ---------------------------------------------------------------------------------------------------- batches
-
-Transform = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Batch:
-    """A micro-batch of B samples."""
-
-    tensors: dict[str, Tensor]
-    """What the transform made of the samples, stacked: (B, …) each."""
-    keys: list[str]
-    """The B samples, in order."""
-    n_bad: int
-    """How many samples that belong here were unusable; in training the next usable one replaces each."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Read:
-    """What a worker hands over: a batch, and the (number, reason) of each unusable sample.
-
-    No tensors: too many samples in a row were unusable.
-    """
-
-    tensors: dict[str, Tensor] | None
-    keys: list[str]
-    bad: list[tuple[int, str]]
-
-
-def _stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
-
-
-class _Positions(Dataset[_Read]):
-    """Reads the micro-batch at a range of positions of the endless sequence."""
-
-    def __init__(self, data: ShardData, transform: Transform, seed: int) -> None:
-        self._data = data
-        self._transform = transform
-        self._seed = seed
-        self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            self._orders[epoch] = self._data.order(self._seed, epoch)
-            if len(self._orders) > 2:  # a micro-batch may reach over the end of an epoch
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
-
-    def __getitem__(self, positions: range) -> _Read:
-        tensors: list[dict[str, Tensor]] = []
-        keys: list[str] = []
-        bad: list[tuple[int, str]] = []
-        n = len(self._data)
-        for position in positions:
-            epoch, place = divmod(position, n)
-            order = self._order(epoch)
-            for attempt in range(min(n, 1 + _REPLACEMENTS)):
-                i = int(order[(place + attempt) % n])
-                try:
-                    sample = self._data.read(i)
-                    tensors.append(self._transform(sample, sample_rng(self._seed, epoch, sample.key, "training")))
-                except (ValueError, OSError) as error:
-                    if attempt == 0:  # the others are counted at their own positions
-                        bad.append((i, str(error)))
-                    continue
-                keys.append(sample.key)
-                break
-            else:
-                return _Read(tensors=None, keys=keys, bad=bad)
-        return _Read(tensors=_stack(tensors), keys=keys, bad=bad)
-
-
-class _BadSamples:
-    """Counts unusable samples, logs each once, and raises when there are too many.
-
-    Too many are, first, more different ones than the fraction of all samples: certain, whatever part of which
-    epoch this process has read, and prompt for small data. Before that, for large data, at least ten, and
-    more among the samples read than chance explains (four standard deviations): an unlucky start stops
-    nothing.
-    """
-
-    def __init__(self, data: ShardData, max_fraction: float) -> None:
-        self._data = data
-        self._max_fraction = max_fraction
-        self._n_seen = 0
-        self._n_bad = 0
-        self._reasons: dict[int, str] = {}
-
-    def add(self, read: _Read, n_seen: int) -> None:
-        self._n_seen += n_seen
-        self._n_bad += len(read.bad)
-        for i, reason in read.bad:
-            if i in self._reasons:
-                continue
-            self._reasons[i] = reason
-            if len(self._reasons) <= _NAMED_IN_LOG:
-                logger.warning("unusable sample %s (%s): %s", self._data.keys[i], self._data.shard_of(i), reason)
-            elif len(self._reasons) == _NAMED_IN_LOG + 1:
-                logger.warning("further unusable samples are counted, not named")
-        if read.tensors is None:
-            raise self.error(f"{min(len(self._data), 1 + _REPLACEMENTS)} samples in a row are unusable")
-        limit = self._max_fraction * self._n_seen
-        is_certain = len(self._reasons) > self._max_fraction * len(self._data)
-        is_likely = self._n_bad >= _FEWEST_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
-        # The first condition spares long runs that add up rare failures of the disk or the network.
-        if self._n_bad > limit and (is_certain or is_likely):
-            n_read = min(self._n_seen, len(self._data))
-            raise self.error(f"{len(self._reasons):,} unusable samples after reading {n_read:,} of {len(self._data):,}")
-
-    def error(self, what: str) -> ValueError:
-        per_shard = Counter(str(self._data.shard_of(i)) for i in self._reasons)
-        worst = ", ".join(f"{shard} ({count:,})" for shard, count in per_shard.most_common(3))
-        first = next(iter(self._reasons.values()), "")
-        return ValueError(
-            f"{what}, more than --max-bad-fraction {self._max_fraction:g} allows; most are in {worst}; "
-            f"the first: {first}; repair the shards, or raise --max-bad-fraction"
-        )
-
-
-def _positions(
-    first_step: int, last_step: int | None, micro_batch: int, accumulation: int, rank: int, world_size: int
-) -> Iterator[range]:
-    """Yield the positions of each micro-batch of a rank: its contiguous part of every global batch."""
-    per_rank = micro_batch * accumulation
-    for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
-        start = (step * world_size + rank) * per_rank
-        for first in range(start, start + per_rank, micro_batch):
-            yield range(first, first + micro_batch)
-
-
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread: a process forked meanwhile begins with them blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _obey_the_parent_alone(worker: int) -> None:
-    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint.
-
-    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
-        return
-    parent = os.getppid()
-
-    def wait() -> None:
-        while True:
-            heard = signal.sigwaitinfo(_INTERRUPTS)
-            if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
-                os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _deliver(reads: Iterator[_Read], bad_samples: _BadSamples) -> Iterator[Batch]:
-    for read in reads:
-        bad_samples.add(read, n_seen=len(read.keys))
-        assert read.tensors is not None
-        yield Batch(tensors=read.tensors, keys=read.keys, n_bad=len(read.bad))
-
-
-def batches(
-    data: ShardData,
-    transform: Transform,
-    *,
-    seed: int,
-    micro_batch: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 0,
-    workers: int = 0,
-    max_bad_fraction: float = 0.01,
-    max_steps: int | None = None,
-) -> Iterator[Batch]:
-    """Return the micro-batches of a training run, for ever.
-
-    Optimizer step s takes the positions s·G to (s + 1)·G of the endless sequence (`ShardData.order`), where G
-    is micro_batch × accumulation × world_size; rank r takes the r-th of world_size equal parts, in
-    micro-batches. So what a step sees depends on (seed, step, G) alone: not on the number of workers or
-    ranks, nor on where it was resumed.
-
-    A sample whose reading or transform raises ValueError or OSError is replaced by the next usable one of its
-    epoch's order.
-
-    Args:
-        data: the samples.
-        transform: makes tensors of a sample; its only randomness is the generator it is given, a function of
-            (seed, epoch, key).
-        seed: ≥ 0.
-        micro_batch: samples per batch that is returned.
-        accumulation: micro-batches per optimizer step.
-        rank: of this process, 0 ≤ rank < world_size.
-        world_size: number of processes.
-        start_step: optimizer step to begin with: the number of steps already done.
-        workers: forked processes that read ahead; 0 reads in this one.
-        max_bad_fraction: of all samples that may be unusable, in [0, 1].
-        max_steps: the step before which to end, counted from step 0 of the run; None: never end.
-
-    Raises:
-        ValueError: an argument is out of range (at once); too many samples are unusable (while iterating).
-    """
-    for name, value, least in (
-        ("micro_batch", micro_batch, 1),
-        ("accumulation", accumulation, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be at least 0 and below world_size ({world_size}), got {rank}")
-    if start_step < 0 or workers < 0 or not 0 <= max_bad_fraction <= 1:
-        raise ValueError(
-            f"start_step ({start_step}) and workers ({workers}) must be at least 0, "
-            f"max_bad_fraction ({max_bad_fraction}) in [0, 1]"
-        )
-    positions = _positions(start_step, max_steps, micro_batch, accumulation, rank, world_size)
-    reader = _Positions(data, transform, seed)
-    if workers == 0:
-        return _deliver(map(reader.__getitem__, positions), _BadSamples(data, max_bad_fraction))
-    loader = DataLoader(
-        reader,
-        batch_size=None,  # an item is a micro-batch
-        sampler=positions,
-        num_workers=workers,  # DataLoader gives each worker one torch thread
-        prefetch_factor=4,
-        multiprocessing_context="fork",  # shares the index; transforms need not be picklable
-        worker_init_fn=_obey_the_parent_alone,
-        generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
-    )
-    with _interrupts_held_back():
-        reads = iter(loader)  # forks the workers
-    return _deliver(reads, _BadSamples(data, max_bad_fraction))
-
-
-def validation_batches(
-    data: ShardData, transform: Transform, batch_size: int, *, max_bad_fraction: float = 0.01
-) -> Iterator[Batch]:
-    """Yield every sample once, in the order of the shards, with the same randomness each time.
-
-    Args:
-        data: the samples.
-        transform: as in `batches`; its generator depends on the key alone.
-        batch_size: samples per batch; fewer in the last one, and where unusable samples are left out.
-        max_bad_fraction: of the samples that may be unusable, in [0, 1].
-
-    Raises:
-        ValueError: batch_size is below 1; too many samples are unusable, or all.
-    """
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
-    bad_samples = _BadSamples(data, max_bad_fraction)
-    n_bad = n_usable = 0
-    for first in range(0, len(data), batch_size):
-        numbers = range(first, min(first + batch_size, len(data)))
-        read = _read_once(data, transform, numbers)
-        bad_samples.add(read, n_seen=len(numbers))
-        n_bad += len(read.bad)
-        n_usable += len(read.keys)
-        if read.tensors:
-            yield Batch(tensors=read.tensors, keys=read.keys, n_bad=n_bad)
-            n_bad = 0  # those of a batch without a usable sample go with the next one
-    if n_usable == 0:
-        raise bad_samples.error(f"all {len(data):,} samples are unusable")
-
-
-def _read_once(data: ShardData, transform: Transform, numbers: range) -> _Read:
-    """Return the usable ones of some samples, none replaced; no usable one makes an empty dict of tensors."""
-    tensors: list[dict[str, Tensor]] = []
-    keys: list[str] = []
-    bad: list[tuple[int, str]] = []
-    for i in numbers:
-        try:
-            sample = data.read(i)
-            tensors.append(transform(sample, sample_rng(0, 0, sample.key, "validation")))
-            keys.append(sample.key)
-        except (ValueError, OSError) as error:
-            bad.append((i, str(error)))
-    return _Read(tensors=_stack(tensors) if tensors else {}, keys=keys, bad=bad)

@@ -28,8 +28,9 @@ from torch import Tensor, nn
 
 from dalle.gallery import save_png
 from dalle.progress import duration
+from training.batches import Batch, batches, validation_batches
 from training.config import TrainConfig
-from training.data import Batch, Sample, ShardData, batches, validation_batches
+from training.data import Sample, ShardData
 from training.engine import (
     Engine,
     World,
@@ -93,16 +94,17 @@ class Stage(Protocol):
 
 
 class Interrupted(Exception):  # noqa: N818  # not an error
-    """Training was asked to stop; the checkpoint is saved and the same command goes on from it."""
+    """The program was asked to stop; what is done is saved, and the same command goes on from it."""
 
 
-class _StopSignals:
+class StopSignals:
     """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved."""
 
     def __init__(self) -> None:
         self.raised = False
+        """Whether one has come."""
 
-    def __enter__(self) -> "_StopSignals":
+    def __enter__(self) -> "StopSignals":
         self._handlers = {number: signal.signal(number, self._raise_flag) for number in (signal.SIGINT, signal.SIGTERM)}
         return self
 
@@ -179,7 +181,7 @@ def fit(
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
-    data = [part and ([path.name for path in part.shards], len(part)) for part in (train, validation)]
+    data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
     _claim(plan, config, world)
     if not plan.fresh and _is_finished(checkpoints, config):
@@ -200,7 +202,7 @@ def fit(
     log = MetricLog(plan.directory, start) if world.is_first else None
     loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report, n_bad_before=n_bad)
     try:
-        with _StopSignals() as stop:
+        with StopSignals() as stop:
             loop.run(train, start, stop)
             loop.finish(max(start, config.steps))
             if agree(stop.raised, world):
@@ -233,7 +235,7 @@ class _Loop:
         self.last_step: Mapping[str, Tensor] = {}
         self.has_warned_of_cut = False
 
-    def run(self, data: ShardData, start: int, stop: _StopSignals) -> None:
+    def run(self, data: ShardData, start: int, stop: StopSignals) -> None:
         """Take the steps from `start` to the end."""
         config, engine = self.config, self.engine
         stream = batches(

@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 
 from dalle.model import DALLE
+from dalle.progress import Progress
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.directory import directory_hash
@@ -24,6 +25,7 @@ from training.clip import CLIPStage, check_negatives
 from training.config import TrainConfig
 from training.data import ShardData, expand_shards
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
+from training.encode import EncodeConfig, EncodeReport, encode_shards
 from training.engine import World, latest_tag, on_first_rank
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
@@ -52,22 +54,28 @@ class Inputs:
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
 
-    def open(self, *, captions: bool) -> tuple[ShardData, ShardData | None]:
+    def open(self, *, captions: bool, encoded: bool = False) -> tuple[ShardData, ShardData | None]:
         """Return the training and the validation data.
+
+        Args:
+            captions: whether samples need captions.
+            encoded: whether image tokens will do in place of pictures.
 
         Raises:
             FileNotFoundError: there are no shards.
-            ValueError: a shard is damaged or has nothing usable in it.
+            ValueError: a shard is damaged, has nothing usable in it, or has image tokens in place of pictures.
         """
-        train = self._open(self.data, captions=captions)
-        return train, self.open_validation(captions=captions) if self.validation else None
+        train = self._open(self.data, captions=captions, encoded=encoded)
+        return train, self.open_validation(captions=captions, encoded=encoded) if self.validation else None
 
-    def open_validation(self, *, captions: bool) -> ShardData:
-        """Return the validation data; raises as `open`."""
-        return self._open(self.validation, captions=captions)
+    def open_validation(self, *, captions: bool, encoded: bool = False) -> ShardData:
+        """Return the validation data; arguments and errors as those of `open`."""
+        return self._open(self.validation, captions=captions, encoded=encoded)
 
-    def _open(self, patterns: Sequence[str | Path], *, captions: bool) -> ShardData:
-        return ShardData.open(expand_shards(patterns), captions=captions, skip_damaged=self.skip_damaged_shards)
+    def _open(self, patterns: Sequence[str | Path], *, captions: bool, encoded: bool) -> ShardData:
+        return ShardData.open(
+            expand_shards(patterns), captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards
+        )
 
     def run_directory(self, stage: str) -> Path:
         """Return where a stage's run is kept."""
@@ -86,7 +94,7 @@ def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
             f"{path} is there, and a transformer may have been trained with it: give another --out, or --fresh to "
             "replace it"
         )
-    data, _ = inputs.open(captions=True)
+    data, _ = inputs.open(captions=True, encoded=True)
     tokenizer = Tokenizer.train(_all_captions(data), vocab_size=recipe.text_vocab)
     inputs.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
@@ -164,16 +172,21 @@ def train_transformer(
     """Train the transformer, on the bundle's tokenizer and dVAE; returns its directory.
 
     A tokenizer file and a dVAE's directory that are named are copied into the bundle, which cannot be loaded without.
+    The data may be shards of image tokens of this dVAE.
 
     Raises:
         FileNotFoundError: the tokenizer or the dVAE is missing.
-        ValueError: the bundle holds another tokenizer or dVAE than the one named; or as `fit`.
+        ValueError: the bundle holds another tokenizer or dVAE than the one named; the image tokens are of another dVAE;
+            or as `fit`.
     """
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
-    image_coder = _channels_last(DVAE.load(dvae_directory, world.device))
-    data, validation = inputs.open(captions=True)
+    image_coder = _channels_last(DVAE.load(dvae_directory))
+    data, validation = inputs.open(captions=True, encoded=True)
+    _require_tokens_of(image_coder, dvae_directory, data, validation)
+    if data.encoding is None:  # else only the sample sheets need it, on the first rank
+        image_coder = image_coder.to(world.device)
     config = dataclasses.replace(
         stage_recipe.model,
         text_vocab=text_bpe.vocab_size,
@@ -195,6 +208,35 @@ def train_transformer(
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation: ShardData | None) -> None:
+    """Check that image tokens in place of pictures are those of a dVAE, and that there are random crops to train on.
+
+    Raises:
+        ValueError: they are stale, or there are none.
+    """
+    for data in (train, validation):
+        if data is None or data.encoding is None:
+            continue
+        expected = dataclasses.replace(
+            data.encoding,
+            dvae_hash=directory_hash(directory),
+            image_size=dvae.config.image_size,
+            grid=dvae.config.grid,
+            vocab_size=dvae.config.vocab_size,
+        )
+        differences = data.encoding.differences(expected)
+        if differences:
+            raise ValueError(
+                f"{data.shards[0]} holds image tokens of another dVAE than {directory} ({differences}): encode the "
+                f"pictures again with `dalle-train encode --dvae {directory}`, or give --dvae the one they are of"
+            )
+    if train.encoding is not None and train.encoding.crops == 0:
+        raise ValueError(
+            f"{train.shards[0]} holds the tokens of centre crops only, which are for validation: encode the pictures "
+            "with --crops 1 or more"
+        )
 
 
 def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> None:
@@ -273,15 +315,83 @@ def _all_captions(data: ShardData) -> Iterator[str]:
             logger.warning("a caption is left out of the vocabulary: %s", error)
 
 
-def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> None:
-    """Train everything, one part after the other, and evaluate the bundle on the validation data."""
+def encode_data(
+    data: Sequence[str | Path],
+    out: Path,
+    dvae: Path,
+    config: EncodeConfig,
+    world: World,
+    report: Report,
+    *,
+    fresh: bool = False,
+    skip_damaged_shards: bool = False,
+) -> EncodeReport:
+    """Make shards of image tokens of shards of captioned pictures, with the dVAE in a directory; see `encode_shards`.
+
+    Raises:
+        FileNotFoundError: the dVAE is missing; and as `encode_shards`.
+    """
+    coder = _channels_last(DVAE.load(dvae, world.device))
+    with Progress("pictures") as progress:
+        made = encode_shards(
+            data,
+            out,
+            coder,
+            directory_hash(dvae),
+            config,
+            world,
+            fresh=fresh,
+            skip_damaged=skip_damaged_shards,
+            progress=progress.update if world.is_first else None,
+        )
+    report(f"{made}: {out}")
+    return made
+
+
+def _encoded(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: Report) -> Inputs:
+    """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
+    train = recipe.transformer.train
+    config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
+    centre_only = dataclasses.replace(config, crops=0)
+    shards: dict[str, Sequence[Path]] = {"train": (), "validation": ()}
+    for name, data, chosen in (("train", inputs.data, config), ("validation", inputs.validation, centre_only)):
+        if data:
+            shards[name] = encode_data(
+                data,
+                inputs.out / "encoded" / name,
+                inputs.out / "dvae",
+                chosen,
+                world,
+                report,
+                fresh=inputs.fresh,
+                skip_damaged_shards=inputs.skip_damaged_shards,
+            ).shards
+    return dataclasses.replace(inputs, data=shards["train"], validation=shards["validation"])
+
+
+def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, encode_crops: int | None = None) -> None:
+    """Train everything, one part after the other, and evaluate the bundle on the validation data.
+
+    Args:
+        recipe: of all stages.
+        inputs: shards of captioned pictures.
+        world: this process's place.
+        report: told how far it is.
+        encode_crops: random crops of each picture to encode once, for the transformer; None encodes in every step.
+
+    Raises:
+        ValueError: encode_crops is below 1; and as the stages.
+    """
+    if encode_crops is not None and encode_crops < 1:
+        raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
     if inputs.fresh:
         on_first_rank(lambda: forget_runs(inputs.out), world)
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
         on_first_rank(lambda: train_tokenizer(recipe, inputs, report), world)
     train_dvae(recipe, inputs, world, report)
     train_clip(recipe, inputs, world, report)
-    train_transformer(recipe, inputs, world, report)
+    images = inputs if encode_crops is None else _encoded(recipe, inputs, encode_crops, world, report)
+    train_transformer(recipe, images, world, report)
     if inputs.validation:
         validation = inputs.open_validation(captions=True)
         on_first_rank(lambda: evaluate_bundle(inputs.out, validation, report, device=str(world.device)), world)

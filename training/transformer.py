@@ -1,4 +1,7 @@
-"""The second stage: training the transformer on captions and image tokens (Ramesh et al. 2021, 2.2, B)."""
+"""The second stage: training the transformer on captions and image tokens (Ramesh et al. 2021, 2.2, B).
+
+The image tokens are encoded in every step, of pictures augmented anew, or were encoded once by `training/encode.py`.
+"""
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -6,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
@@ -47,6 +51,11 @@ class TransformerObjective(nn.Module):
         }
 
 
+def _one_view(tokens_VYX: NDArray[np.integer[Any]], view: int) -> Tensors:
+    """Return the (I,) int64 image tokens of one view of a picture."""
+    return {"image_tokens": torch.from_numpy(tokens_VYX[view].astype(np.int64).flatten())}
+
+
 class TransformerStage:
     """What `fit` needs to know to train the transformer.
 
@@ -54,7 +63,8 @@ class TransformerStage:
         recipe: the stage's recipe.
         model: the transformer.
         tokenizer: of the captions.
-        dvae: frozen; encodes the pictures on the fly, after augmentation, without Gumbel noise.
+        dvae: frozen; encodes pictures, after augmentation, without Gumbel noise, and decodes the sample sheets. With
+            data that was encoded before, no step touches it, and it stays on its device until there is a sheet.
         directory: where the transformer is exported.
         captions: that the sample sheets illustrate.
         metadata: written beside the configuration.
@@ -88,27 +98,37 @@ class TransformerStage:
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the augmented picture (Listing 2) and the ids of one caption, or by chance of the empty one.
 
-        The ids are those of BPE dropout.
+        The ids are those of BPE dropout. In place of the picture, a sample that was encoded has the tokens of one of
+        its random crops.
         """
-        picture = open_image(sample.image_bytes, sample.source)
-        image = transformer_augmentation(picture, self._dvae.config.image_size, rng)
+        if sample.image_tokens is None:
+            picture = open_image(sample.image_bytes, sample.source)
+            image = {"images": to_tensor(transformer_augmentation(picture, self._dvae.config.image_size, rng))}
+        else:
+            image = _one_view(sample.image_tokens, int(rng.integers(1, len(sample.image_tokens))))
         caption = sample.captions[rng.integers(len(sample.captions))]
         is_null = rng.random() < self.recipe.null_caption_probability
         text, n_cut = self._tokenizer.text(
             ["" if is_null else caption], self._config.text_len, dropout=self.recipe.bpe_dropout, rngs=[rng]
         )
-        return {"images": to_tensor(image), "text": text[0], "n_cut": torch.tensor(n_cut)}
+        return {**image, "text": text[0], "n_cut": torch.tensor(n_cut)}
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return the centre crop and the first caption, without dropout."""
-        image = resize_and_crop(open_image(sample.image_bytes, sample.source), self._dvae.config.image_size)
+        """Return the centre crop, or its tokens, and the first caption, without dropout."""
+        if sample.image_tokens is None:
+            picture = open_image(sample.image_bytes, sample.source)
+            image = {"images": to_tensor(resize_and_crop(picture, self._dvae.config.image_size))}
+        else:
+            image = _one_view(sample.image_tokens, 0)
         text, n_cut = self._tokenizer.text([sample.captions[0]], self._config.text_len)
-        return {"images": to_tensor(image), "text": text[0], "n_cut": torch.tensor(n_cut)}
+        return {**image, "text": text[0], "n_cut": torch.tensor(n_cut)}
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Encode the pictures."""
+        """Encode the pictures, unless they are encoded."""
+        if "image_tokens" in tensors:
+            return dict(tensors)
         images = tensors["images"].contiguous(memory_format=torch.channels_last)
-        image_tokens = self._dvae.encode(images).flatten(1)
+        image_tokens = self._dvae_on(images.device).encode(images).flatten(1)
         return {"text": tensors["text"], "image_tokens": image_tokens, "n_cut": tensors["n_cut"]}
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
@@ -118,14 +138,19 @@ class TransformerStage:
         model = self._with(weights)
         text, _ = self._tokenizer.text(self._captions, self._config.text_len)
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
-        device = next(self._dvae.parameters()).device
+        device = next(self.objective.parameters()).device
         tokens = sample(model.to(device), text.to(device), seeds=seeds, n=1)[:, 0]
-        images = self._dvae.decode(tokens.view(-1, self._config.grid, self._config.grid))
+        images = self._dvae_on(device).decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the transformer's directory."""
         self._with(weights).save(self.directory, metadata={**self.metadata, "step": step})
+
+    def _dvae_on(self, device: torch.device) -> DVAE:
+        if next(self._dvae.parameters()).device != device:
+            self._dvae = self._dvae.to(device)
+        return self._dvae
 
     def _with(self, weights: Mapping[str, Tensor]) -> DALLE:
         with torch.device("meta"):

@@ -24,6 +24,7 @@ from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
 from training.clip import CLIPObjective
+from training.encode import EncodeConfig, encode_shards
 from training.engine import Engine, World, join_world, on_first_rank, require_same
 from training.fit import Interrupted
 from training.metrics import read_metrics
@@ -119,6 +120,41 @@ def test_clip_trained_by_two_ranks_is_clip_trained_by_one(tmp_path: Path, shards
     expected = clip_losses(join_world(), shards, tmp_path / "one")
     for losses in on_ranks(tmp_path, clip_losses, shards, tmp_path / "two"):
         assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def encoded_shards(world: World, shards: list[Path], dvae: Path, out: Path) -> tuple[int, int, list[str]]:
+    report = encode_shards(shards, out, DVAE.load(dvae), "0" * 16, EncodeConfig(workers=0), world)
+    return report.n_written, report.n_samples, [path.name for path in report.shards]
+
+
+@pytest.mark.parametrize("n_shards", [1, 3])
+def test_two_ranks_share_out_the_shards_to_encode(tmp_path: Path, shards: Path, n_shards: int) -> None:
+    torch.manual_seed(0)
+    DVAE(tiny.recipe().dvae.model).save(tmp_path / "dvae")
+    given = sorted(shards.iterdir())[:n_shards]
+    expected = encoded_shards(join_world(), given, tmp_path / "dvae", tmp_path / "one")
+    assert expected == (n_shards, 8 * n_shards, [path.name for path in given])
+    for found in on_ranks(tmp_path, encoded_shards, given, tmp_path / "dvae", tmp_path / "two"):
+        assert found == expected
+    for path in (tmp_path / "one").iterdir():
+        assert (tmp_path / "two" / path.name).read_bytes() == path.read_bytes()
+    assert on_ranks(tmp_path, encoded_shards, given, tmp_path / "dvae", tmp_path / "two")[0][0] == 0
+
+
+def encoding_stopped(world: World, shards: Path, dvae: Path, out: Path) -> None:
+    def stop(done: int, total: int) -> None:
+        if world.rank == 1:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    coder = DVAE.load(dvae)
+    encode_shards([shards], out, coder, "0" * 16, EncodeConfig(workers=0), world, progress=stop)
+
+
+def test_all_ranks_hear_that_one_of_them_was_asked_to_stop_encoding(tmp_path: Path, shards: Path) -> None:
+    torch.manual_seed(0)
+    DVAE(tiny.recipe().dvae.model).save(tmp_path / "dvae")
+    for told in on_ranks(tmp_path, encoding_stopped, shards, tmp_path / "dvae", tmp_path / "out"):
+        assert told.startswith("Interrupted: stopped: 2 of 3 shards are encoded")
 
 
 def engine_steps(world: World, folder: Path, stage: int, first: int, last: int) -> list[float]:

@@ -11,7 +11,8 @@ import torch
 from PIL import Image
 
 from dvae.images import open_image, to_tensor
-from training.data import ShardData, batches
+from training.batches import batches
+from training.data import ShardData
 from training.shards import RawSample, ShardFilter, ShardReport, make_shards, safe_key, write_shards
 
 

@@ -1,6 +1,7 @@
 """A recipe and shards so small that a stage trains in a second: shared by the tests of the training programs."""
 
 import io
+import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -84,3 +85,24 @@ def write_world(folder: Path, n: int = N_SAMPLES, *, seed: int = 0, size: int = 
 
 def open_world(folder: Path, *, captions: bool = True) -> ShardData:
     return ShardData.open([folder], captions=captions)
+
+
+def write_tar(path: Path, members: Sequence[tuple[str, bytes] | tarfile.TarInfo]) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w") as tar:
+        for member in members:
+            if isinstance(member, tarfile.TarInfo):
+                tar.addfile(member)
+            else:
+                info = tarfile.TarInfo(member[0])
+                info.size = len(member[1])
+                tar.addfile(info, io.BytesIO(member[1]))
+    return path
+
+
+def samples_of(numbers: range, bad: Sequence[int] = ()) -> list[tuple[str, bytes]]:
+    members = []
+    for number in numbers:
+        picture = b"BROKEN" if number in bad else bytes([number])
+        members += [(f"k{number:03}.jpg", picture), (f"k{number:03}.txt", f"caption {number}\n\nanother".encode())]
+    return members
