@@ -58,6 +58,8 @@ class TrainConfig:
     """DeepSpeed ZeRO stage, 0 to 3."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
+    compile: bool = False
+    """Compile the layers: faster steps after a minute or so, more where they are small (transformer)."""
     seed: int = 0
     """Of the weights, the sample order, the augmentation and the noise."""
     log_every: int = 20

@@ -50,6 +50,9 @@ logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
+VOTE_EVERY = 10
+"""Steps between two votes of several GPUs on whether to stop: a vote waits until the device has done all its work."""
+
 
 class Stage(Protocol):
     """What a neural stage tells `fit`."""
@@ -233,6 +236,9 @@ class _Loop:
         self.plan, self.validation, self.log, self.report = plan, validation, log, report
         self.n_bad, self.n_bad_before = 0, n_bad_before
         self.last_step: Mapping[str, Tensor] = {}
+        self.unobserved: list[Tensor] = []
+        """Losses of the last steps, on the device, that the schedule has not seen."""
+        self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
         self.has_warned_of_cut = False
 
     def run(self, data: ShardData, start: int, stop: StopSignals) -> None:
@@ -261,10 +267,12 @@ class _Loop:
             means.add(metrics)
             self.last_step = metrics
             if self.rate.follows_loss:
-                self.rate.observe(step, mean_over_ranks(metrics["loss"].float(), self.world).item())
+                self.unobserved.append(metrics["loss"].detach().float())
+                if len(self.unobserved) >= self.rate.n_undecided(done - len(self.unobserved)):
+                    self._observe_losses(done)
             if measure:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
-            if agree(stop.raised, self.world) and done < config.steps:
+            if done % self.vote_every == 0 and agree(stop.raised, self.world) and done < config.steps:
                 self._save(done)
                 command = "the same command without --fresh" if self.plan.fresh else "the same command"
                 raise Interrupted(
@@ -273,6 +281,14 @@ class _Loop:
                 )
             self._once_in_a_while(done)
             timer.unit_done(done)
+
+    def _observe_losses(self, done: int) -> None:
+        """Let the schedule see the losses of the last steps; all at once: each look waits for the device."""
+        if self.unobserved:
+            losses = mean_over_ranks(torch.stack(self.unobserved), self.world).tolist()
+            for step, loss in enumerate(losses, done - len(losses)):
+                self.rate.observe(step, loss)
+            self.unobserved.clear()
 
     def finish(self, done: int) -> None:
         """Export, save, validate and show the end of the run, at step `done`.
@@ -403,6 +419,7 @@ class _Loop:
 
     def _save(self, done: int) -> None:
         self._require_finite(done)
+        self._observe_losses(done)
         state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
         self.engine.save(self.plan.directory / "checkpoints", done, state)
 

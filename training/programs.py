@@ -196,6 +196,8 @@ def train_transformer(
     torch.manual_seed(stage_recipe.train.seed)
     model = DALLE(config).to(world.device)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
+    if stage_recipe.train.compile:
+        model.compile_layers()
     hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
     metadata = {"recipe": recipe.name, "null_caption_probability": stage_recipe.null_caption_probability, **hashes}
     shown = validation or data

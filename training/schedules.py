@@ -137,6 +137,13 @@ class LearningRate:
         """Whether `observe` has to be called with the loss of every step, averaged over all ranks."""
         return isinstance(self.schedule, WarmupPlateau)
 
+    def n_undecided(self, step: int) -> int:
+        """Return how many losses, from that of `step` on, may be observed late: the last of them may change the rate."""
+        schedule = self.schedule
+        if not isinstance(schedule, WarmupPlateau):
+            return 0
+        return schedule.window - len(self.losses) + max(0, schedule.warmup - step)
+
     def observe(self, step: int, loss: float) -> None:
         """Take the training loss of a step into account; halves the rate when the loss has stopped falling."""
         schedule = self.schedule

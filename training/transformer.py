@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dalle.gallery import contact_sheet
-from dalle.loss import stream_loss
+from dalle.loss import training_loss
 from dalle.model import DALLE
 from dalle.sampling import candidate_seed, sample
 from dalle.tokenizer import Tokenizer
@@ -42,8 +42,7 @@ class TransformerObjective(nn.Module):
             image_tokens: (B,I) int64.
             n_cut: (B,) int64, 1 where the caption was longer than the text part of the stream.
         """
-        text_logits, image_logits = self.model(text, image_tokens)
-        loss = stream_loss(text_logits, image_logits, text, image_tokens, self.model.config)
+        loss = training_loss(self.model, text, image_tokens)
         return loss.total, {
             "text_loss": loss.text.detach(),
             "image_loss": loss.image.detach(),

@@ -572,3 +572,15 @@ def test_train_configs_of_all_recipes_share_their_batch_among_8_ranks_or_2_cores
             configs.append(chosen.dvae.warmup)
         for config in configs:
             assert config.batch_of(ranks)[0] * config.batch_of(ranks)[1] * ranks == config.global_batch
+
+
+@pytest.mark.slow
+def test_compiled_training_is_training(bundle_copy: Path, shards: Path) -> None:
+    losses = []
+    for extra in ([], ["--compile", "True"]):
+        shutil.rmtree(bundle_copy / "training" / "transformer", ignore_errors=True)
+        command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, "--steps", 3, "--log-every", 1]
+        assert run(*command, "--fresh", *extra) == 0
+        lines = read_metrics(bundle_copy / "training" / "transformer" / "metrics.jsonl")
+        losses.append([line["loss"] for line in lines if "loss" in line])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)

@@ -88,3 +88,20 @@ def test_a_rate_restored_from_json_goes_on_like_the_one_that_was_saved() -> None
         rates.append((straight.at(step), resumed.at(step)))
     assert all(a == b for a, b in rates)
     assert rates[-1] == (0.25, 0.25)
+
+
+def test_losses_observed_late_but_in_time_decide_as_if_observed_at_once():
+    schedule = WarmupPlateau(peak=1.0, warmup=3, window=4, patience=1, halvings=2)
+    losses = [5.0, 5.0, 5.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0, 4.0]
+    at_once, late = LearningRate(schedule), LearningRate(schedule)
+    waiting = []
+    for step, loss in enumerate(losses):
+        assert late.at(step) == at_once.at(step)
+        at_once.observe(step, loss)
+        waiting.append((step, loss))
+        if len(waiting) >= late.n_undecided(waiting[0][0]):
+            for seen in waiting:
+                late.observe(*seen)
+            waiting.clear()
+    assert late.state() != LearningRate(schedule).state()
+    assert late.n_halvings == at_once.n_halvings > 0
