@@ -12,7 +12,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle.stream import IGNORED
 
@@ -46,37 +45,56 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: torch.dtype | None) -> Tensor:
         """Return the loss; gradients are computed from products of the given type, or not at all."""
-        if h_ND.device.type == "cpu":  # elsewhere, counting them would wait for the device
+        on_cpu = h_ND.device.type == "cpu"
+        if on_cpu:  # elsewhere, counting them would wait for the device
             counted_N = (targets_N != IGNORED).nonzero()[:, 0]
         else:
             counted_N = torch.arange(len(targets_N), device=h_ND.device)
-        weight_float_VD = weight_VD.float()
+        n_rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // len(weight_VD))
+        weight_float_DV = weight_VD.float().T
+        # memory for all chunks: what is fresh has to be given by the system page by page
+        logits_RV = h_ND.new_empty((min(n_rows, len(counted_N)), len(weight_VD)), dtype=torch.float32)
         total = torch.zeros((), device=h_ND.device)
-        if product is not None:
-            weight_product_VD = weight_VD.to(product)
-            dh_ND = torch.zeros_like(h_ND)
-            dweight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        limit = CPU_CHUNK if h_ND.device.type == "cpu" else GPU_CHUNK
-        for rows_M in torch.split(counted_N, max(1, limit // len(weight_VD))):
+        gradients = None if product is None else _Gradients(h_ND, weight_VD, product)
+        for rows_M in torch.split(counted_N, n_rows):
             h_MD, targets_M = h_ND[rows_M], targets_N[rows_M]
             counts_M1 = (targets_M != IGNORED).float()[:, None]
             index_M1 = targets_M.clamp(min=0)[:, None]
-            logits_MV = F.linear(h_MD.float(), weight_float_VD)
-            logits_MV -= logits_MV.amax(dim=1, keepdim=True)
-            of_target_M1 = logits_MV.gather(1, index_M1)
-            sum_M1 = logits_MV.exp_().sum(dim=1, keepdim=True)
-            total += ((sum_M1.log() - of_target_M1) * counts_M1).sum()
-            if product is None:
-                continue
-            # softmax minus one-hot, in the place of the logits
-            dlogits_MV = logits_MV.mul_(counts_M1 / sum_M1).scatter_add_(1, index_M1, -counts_M1).to(product)
-            dh_ND[rows_M] = (dlogits_MV @ weight_product_VD).to(dh_ND.dtype)
-            dweight_VD += dlogits_MV.T @ h_MD.to(product)
-        if product is not None:
-            ctx.save_for_backward(dh_ND, dweight_VD.to(weight_VD.dtype))
+            logits_MV = torch.mm(h_MD.float(), weight_float_DV, out=logits_RV[: len(rows_M)])
+            log_p_MV = torch.log_softmax(logits_MV, dim=1, out=logits_MV)
+            total -= (log_p_MV.gather(1, index_M1) * counts_M1).sum()
+            if gradients is not None:
+                # softmax minus one-hot, in the place of the logits
+                dlogits_MV = log_p_MV.exp_().scatter_add_(1, index_M1, torch.full_like(counts_M1, -1.0))
+                gradients.add(rows_M, h_MD, dlogits_MV if on_cpu else dlogits_MV.mul_(counts_M1))
+        if gradients is not None:
+            ctx.save_for_backward(gradients.h_ND, gradients.weight_VD.to(weight_VD.dtype))
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
-        dh_ND, dweight_VD = ctx.saved_tensors
-        return dh_ND * upstream.to(dh_ND.dtype), dweight_VD * upstream.to(dweight_VD.dtype), None, None
+        """Return the gradients, scaled in place: they can be asked for once."""
+        h_ND, weight_VD = ctx.saved_tensors
+        if getattr(ctx, "is_used", False):
+            raise RuntimeError("the gradients of linear_cross_entropy can be computed once: compute the loss again")
+        ctx.is_used = True
+        return h_ND.mul_(upstream), weight_VD.mul_(upstream), None, None
+
+
+class _Gradients:
+    """The gradients of the sum, as they grow chunk by chunk."""
+
+    def __init__(self, h_ND: Tensor, weight_VD: Tensor, product: torch.dtype) -> None:
+        self.h_ND = torch.zeros_like(h_ND)
+        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
+        self._product = product
+        self._weight_product_VD = weight_VD.to(product)
+
+    def add(self, rows_M: Tensor, h_MD: Tensor, dlogits_MV: Tensor) -> None:
+        """Add the gradients of some rows, which no other call is about."""
+        dlogits_MV = dlogits_MV.to(self._product)
+        self.h_ND[rows_M] = (dlogits_MV @ self._weight_product_VD).to(self.h_ND.dtype)
+        if self._product == torch.float32:
+            self.weight_VD.addmm_(dlogits_MV.T, h_MD.float())
+        else:
+            self.weight_VD += dlogits_MV.T @ h_MD.to(self._product)
