@@ -97,15 +97,18 @@ class DALLEConfig:
 
 
 class ScaledLinear(nn.Linear):
-    """weight_scale · Wx + bias_scale · b, the factors applied within the matrix product, where they cost nothing."""
+    """out_scale · (W · in_scale · x + b), the factors applied within the matrix product, where they cost nothing."""
 
-    def __init__(self, n_in: int, n_out: int, *, weight_scale: float, bias_scale: float) -> None:
+    def __init__(self, n_in: int, n_out: int, *, in_scale: float = 1.0, out_scale: float = 1.0) -> None:
         super().__init__(n_in, n_out)
-        self.weight_scale, self.bias_scale = weight_scale, bias_scale
+        self.in_scale, self.out_scale = in_scale, out_scale
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., n_out) for (..., n_in)."""
-        flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), beta=self.bias_scale, alpha=self.weight_scale)
+        if torch.compiler.is_compiling():  # which joins the factors with what is before and after
+            return F.linear(self.in_scale * x, self.weight, self.bias) * self.out_scale
+        scale = self.in_scale * self.out_scale
+        flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), beta=self.out_scale, alpha=scale)
         return flat.view(*x.shape[:-1], -1)
 
 
@@ -117,8 +120,8 @@ class MLP(nn.Module):
 
     def __init__(self, d_model: int) -> None:
         super().__init__()
-        self.wide = ScaledLinear(d_model, 4 * d_model, weight_scale=GELU_SLOPE, bias_scale=GELU_SLOPE)
-        self.out = ScaledLinear(4 * d_model, d_model, weight_scale=1 / GELU_SLOPE, bias_scale=1.0)
+        self.wide = ScaledLinear(d_model, 4 * d_model, out_scale=GELU_SLOPE)
+        self.out = ScaledLinear(4 * d_model, d_model, in_scale=1 / GELU_SLOPE)
 
     def forward(self, x_BSD: Tensor) -> Tensor:
         """Return the MLP branch, (B, S, D)."""
