@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits_MV = log_p_MV.exp_().scatter_add_(1, index_M1, torch.full_like(counts_M1, -1.0))
                 gradients.add(rows_M, h_MD, dlogits_MV if on_cpu else dlogits_MV.mul_(counts_M1))
         if gradients is not None:
-            ctx.save_for_backward(gradients.h_ND, gradients.weight_VD.to(weight_VD.dtype))
+            ctx.save_for_backward(gradients.h_ND, gradients.weight_VD)
         return total
 
     @staticmethod
@@ -86,15 +86,25 @@ class _Gradients:
 
     def __init__(self, h_ND: Tensor, weight_VD: Tensor, product: torch.dtype) -> None:
         self.h_ND = torch.zeros_like(h_ND)
-        self.weight_VD = torch.zeros_like(weight_VD, dtype=torch.float32)
-        self._product = product
+        self._weight_VD = weight_VD
         self._weight_product_VD = weight_VD.to(product)
+        self._dweight_VD: Tensor | None = None
+        """Float32; None until the first chunk, whose part it then is."""
 
     def add(self, rows_M: Tensor, h_MD: Tensor, dlogits_MV: Tensor) -> None:
         """Add the gradients of some rows, which no other call is about."""
-        dlogits_MV = dlogits_MV.to(self._product)
+        product = self._weight_product_VD.dtype
+        dlogits_MV = dlogits_MV.to(product)
         self.h_ND[rows_M] = (dlogits_MV @ self._weight_product_VD).to(self.h_ND.dtype)
-        if self._product == torch.float32:
-            self.weight_VD.addmm_(dlogits_MV.T, h_MD.float())
+        part_VD = dlogits_MV.T @ h_MD.to(product)
+        if self._dweight_VD is None:
+            self._dweight_VD = part_VD.float()
         else:
-            self.weight_VD += dlogits_MV.T @ h_MD.to(self._product)
+            self._dweight_VD += part_VD
+
+    @property
+    def weight_VD(self) -> Tensor:
+        """The gradient of the weight, in its dtype."""
+        if self._dweight_VD is None:
+            return torch.zeros_like(self._weight_VD)
+        return self._dweight_VD.to(self._weight_VD.dtype)
