@@ -68,7 +68,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits_MV = log_p_MV.exp_().scatter_add_(1, index_M1, torch.full_like(counts_M1, -1.0))
                 gradients.add(rows_M, h_MD, dlogits_MV if on_cpu else dlogits_MV.mul_(counts_M1))
         if gradients is not None:
-            ctx.save_for_backward(gradients.h_ND, gradients.weight_VD)
+            ctx.save_for_backward(gradients.h_ND, gradients.of_weight)
         return total
 
     @staticmethod
@@ -103,8 +103,8 @@ class _Gradients:
             self._dweight_VD += part_VD
 
     @property
-    def weight_VD(self) -> Tensor:
-        """The gradient of the weight, in its dtype."""
+    def of_weight(self) -> Tensor:
+        """(V, D), in the dtype of the weight."""
         if self._dweight_VD is None:
             return torch.zeros_like(self._weight_VD)
         return self._dweight_VD.to(self._weight_VD.dtype)
