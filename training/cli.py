@@ -145,7 +145,7 @@ class TransformerCommand(_Stage):
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool | None = None
-    """Compile the layers: faster steps, after a minute or so at the start. Where it is impossible, a warning says why."""
+    """Compile the layers: faster steps, after a minute or so at the start. Where that fails, a warning says why."""
     null_caption_probability: float | None = None
     """Fraction of captions replaced by the empty one; guidance needs some, such as 0.1."""
 

@@ -138,7 +138,7 @@ class LearningRate:
         return isinstance(self.schedule, WarmupPlateau)
 
     def n_undecided(self, step: int) -> int:
-        """Return how many losses, from that of `step` on, may be observed late: the last of them may change the rate."""
+        """Return how many losses, from that of `step` on, may be observed late: the last one may change the rate."""
         schedule = self.schedule
         if not isinstance(schedule, WarmupPlateau):
             return 0
