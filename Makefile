@@ -1,10 +1,12 @@
-# The two commands of the README. Each sets up .venv first, with the versions of constraints.txt.
+# The commands of the README. Each sets up .venv first, with the versions of constraints.txt.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: demo test test-all lint clean
+BENCH_STAMP := $(VENV)/.installed-bench
+
+.PHONY: demo test test-all bench lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -15,10 +17,20 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
 
+# Every program compares in one process of its own; about half an hour on two cores. See docs/performance.md.
+bench: $(BENCH_STAMP)
+	$(BIN)/python -m benchmarks.attention
+	$(BIN)/python -m benchmarks.train_step
+	$(BIN)/python -m benchmarks.decode
+	$(BIN)/python -m benchmarks.dvae
+	$(BIN)/python -m benchmarks.loading
+	$(BIN)/python -m benchmarks.tokenizer
+	$(BIN)/python -m benchmarks.summary --page
+
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dalle dvae rerank training
+	$(BIN)/mypy dalle dvae rerank training benchmarks
 	$(BIN)/vulture
 	$(BIN)/codespell
 
@@ -26,6 +38,12 @@ lint: $(STAMP)
 $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
+	touch $@
+
+# The peers beside the virtual environment's own packages, without what they depend on: see benchmarks/peers.txt.
+$(BENCH_STAMP): $(STAMP) benchmarks/peers.txt
+	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers -r benchmarks/peers.txt
 	touch $@
 
 clean:

@@ -8,6 +8,7 @@ import dataclasses
 import json
 import logging
 import math
+import re
 import sys
 import tempfile
 import traceback
@@ -20,10 +21,11 @@ import torch
 import tyro
 from PIL import Image
 
+from dalle.candidates import Result, Sampling, check_request
 from dalle.gallery import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
 from dalle.pictures import Pictures, in_batches
-from dalle.pipeline import Pipeline, Result, bundle_part, check_request
-from dalle.progress import CLEAR_LINE, Progress
+from dalle.pipeline import Pipeline, Precision, bundle_part
+from dalle.progress import CLEAR_LINE, Progress, duration
 from dalle.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.results import ResultWriter
 from dalle.search import EMBEDDING_BATCH, folder_features
@@ -40,6 +42,14 @@ OUR_PACKAGES = ("dalle", "dvae", "rerank", "training")
 DEFAULT_BUNDLE = Path("runs/demo")
 PAPER_KEEP_SHARE = 15 / 32
 """Share of the rows that is kept by default when completing: 15 of 32 in the paper."""
+EARLY_ABANDON_NOTE = "half of every batch was dropped half-finished: not the best of n whole candidates"
+"""In the metadata of pictures."""
+UNITS = {"B": 1} | {
+    f"{prefix}{unit}": factor**power
+    for power, prefix in enumerate("KMGT", 1)
+    for unit, factor in (("B", 1000), ("IB", 1024))
+}
+"""Of memory, in bytes."""
 SHEET_CAPTIONS = 100
 SHEET_PICTURES = 16
 """Most captions, and pictures of a ranking, on a contact sheet, which would otherwise grow without limit."""
@@ -83,6 +93,15 @@ class Generate:
     """A picture whose top is kept and whose rest is made new."""
     keep_rows: int | None = None
     """Rows of tokens of that picture to keep; by default 15 of 32, as in the paper."""
+    early_abandon: bool = False
+    """Drop half of each batch when half of its rows are sampled: those whose unfinished pictures fit the caption worse.
+    Faster, but it changes the distribution: what is kept is not the best of n whole candidates."""
+    precision: Precision = "fp32"
+    """bf16 is faster; in fp32 candidates do not depend on the batch size."""
+    compile: bool = False
+    """Compile sampling and decoding on a CPU: takes a minute at first, worth it for many candidates of large models."""
+    memory: str | None = None
+    """Memory that a batch may take, like 4GB or 512MiB; by default 2GiB, on a GPU half of what is free."""
     batch_size: int | None = None
     """Candidates sampled at the same time; by default as many as fit the memory."""
     out: Path = Path("runs/samples")
@@ -92,49 +111,63 @@ class Generate:
     def run(self) -> None:
         """Sample, rank and write the pictures, caption by caption."""
         captions = self._all_captions()
-        check_request(captions, n=self.n, keep=self.keep)
+        check_request(captions, n=self.n, keep=self.keep, early_abandon=self.early_abandon)
+        sampling = self._sampling()
         if self.keep_rows is not None and self.image is None:
             raise ValueError(f"--keep-rows is {self.keep_rows}, but no picture is given: add --image PICTURE")
         image = open_image(self.image) if self.image is not None else None
-        pipe = Pipeline.load(self.bundle, resolve_device(self.device))
+        pipe = self._pipeline()
         keep_rows, prefix = None, None
         if image is not None:
             keep_rows = self._rows(pipe.dalle.config.grid)
             prefix = pipe.prefix(image, keep_rows)
+        # once, so that it is the same for all captions whatever memory is free later
+        batch_size = self.batch_size
+        if batch_size is None:
+            batch_size = pipe.default_batch_size(self.n, guided=sampling.is_guided, early_abandon=self.early_abandon)
+        settings = self._settings(sampling, keep_rows, batch_size)
         writer = ResultWriter(self.out)
         sections = []
         with Progress("candidates") as progress:
             for i, caption in enumerate(captions):
-                following = progress.after(i * self.n, len(captions) * self.n)
-                result = self._generate(pipe, caption, prefix, following)
-                writer.add(result, self._settings(keep_rows), pipe.hashes)
+                result = pipe.best(
+                    caption,
+                    sampling,
+                    n=self.n,
+                    keep=self.keep,
+                    prefix=prefix,
+                    early_abandon=self.early_abandon,
+                    batch_size=batch_size,
+                    progress=progress.after(i * self.n, len(captions) * self.n),
+                )
+                writer.add(result, settings, pipe.hashes)
                 if i < SHEET_CAPTIONS:
                     sections.append(_section(result))
+            elapsed_s = progress.elapsed_s()
         if len(captions) > SHEET_CAPTIONS:
             logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(captions))
-        title = f"best {self.keep} of {self.n}, seed {self.seed}"
-        save_png(contact_sheet(sections, title=title), self.out / "sheet.png")
-        print(f"{len(captions) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl")
+        save_png(contact_sheet(sections, title=self._title()), self.out / "sheet.png")
+        print(
+            f"{len(captions) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl "
+            f"({len(captions) * self.n} candidates in {duration(elapsed_s)})"
+        )
 
-    def _generate(
-        self,
-        pipe: Pipeline,
-        caption: str,
-        prefix: torch.Tensor | None,
-        progress: Callable[[float, int], None],
-    ) -> Result:
-        return pipe.generate(
-            caption,
-            n=self.n,
-            keep=self.keep,
+    def _sampling(self) -> Sampling:
+        return Sampling(
             seed=self.seed,
             temperature=self.temperature,
             top_k=self.top_k,
             top_p=self.top_p,
             guidance=self.guidance,
-            prefix=prefix,
-            batch_size=self.batch_size,
-            progress=progress,
+        )
+
+    def _pipeline(self) -> Pipeline:
+        return Pipeline.load(
+            self.bundle,
+            resolve_device(self.device),
+            precision=self.precision,
+            memory=None if self.memory is None else n_bytes(self.memory),
+            compile=self.compile,
         )
 
     def _all_captions(self) -> list[str]:
@@ -150,16 +183,20 @@ class Generate:
     def _rows(self, grid: int) -> int:
         return self.keep_rows if self.keep_rows is not None else int(grid * PAPER_KEEP_SHARE)
 
-    def _settings(self, keep_rows: int | None) -> dict[str, Any]:
+    def _title(self) -> str:
+        abandoned = ", half of them abandoned early" if self.early_abandon else ""
+        return f"best {self.keep} of {self.n}{abandoned}, seed {self.seed}"
+
+    def _settings(self, sampling: Sampling, keep_rows: int | None, batch_size: int) -> dict[str, Any]:
         """What else a picture depends on, for its metadata; options that are off are left out."""
         settings = {
-            "seed": self.seed,
-            "temperature": self.temperature,
-            "top_k": self.top_k,
-            "top_p": self.top_p,
-            "guidance": self.guidance,
+            **dataclasses.asdict(sampling),
             "image": None if self.image is None else str(self.image),
             "keep_rows": keep_rows,
+            "precision": self.precision,
+            "early_abandon": EARLY_ABANDON_NOTE if self.early_abandon else None,
+            # without these two no candidate depends on it
+            "batch_size": min(batch_size, self.n) if self.early_abandon or self.precision != "fp32" else None,
         }
         return {name: value for name, value in settings.items() if value is not None}
 
@@ -413,6 +450,19 @@ def resolve_device(name: str) -> torch.device:
             f"no device {name} here, there are {torch.cuda.device_count()} CUDA devices: give --device cpu"
         )
     return device
+
+
+def n_bytes(size: str) -> int:
+    """Return how many bytes a size like "4GB", "1.5 GiB" or "512mib" is.
+
+    Raises:
+        ValueError: it is no number above 0 with a unit.
+    """
+    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([a-z]+)", size.strip(), re.IGNORECASE)
+    factor = UNITS.get(match[2].upper()) if match else None
+    if match is None or factor is None or float(match[1]) * factor < 1:
+        raise ValueError(f"the memory {size!r} is not a number with a unit: give something like 4GB, 1.5GiB or 512MB")
+    return int(float(match[1]) * factor)
 
 
 def check_writable(folder: Path) -> None:

@@ -3,28 +3,44 @@
 A bundle is a directory with tokenizer.json, dvae/, dalle/ and clip/. Its transformer remembers the tokenizer
 and the dVAE it was trained with; others, whose ids mean something else, are refused.
 
+Candidates stream: a batch is sampled, decoded and scored, and what is not among the best so far is dropped. So
+memory depends on the batch and on what is kept, not on how many candidates there are.
+
 Source: §2.6 of Ramesh et al. 2021 (the best of 512 candidates by CLIP); completing a picture from its top
 rows is their figure 2d.
 
-Letters: P captions  N candidates  K kept ones  T text positions  I image positions  H, W pixels
+Letters: P captions  N candidates  K kept ones  T text positions  I image positions  J image positions of the
+top rows  E features of CLIP  H, W pixels
 """
 
 import logging
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Self
+from typing import Literal, Self
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
+from dalle.cache import bytes_per_candidate
+from dalle.candidates import (
+    PAPER_SAMPLING,
+    BatchProgress,
+    Best,
+    BetterHalf,
+    Progress,
+    Result,
+    Sampling,
+    batches,
+    check_request,
+    equal_batches,
+)
 from dalle.model import DALLE
 from dalle.sampling import candidate_seed, sample
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.directory import directory_hash
+from dvae.fast import optimised, pictures_at_once
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP, score
 from rerank.score import embed_captions, embed_images
@@ -40,25 +56,16 @@ HOW_TO_MAKE = {
 """The parts of a bundle, and what makes each."""
 
 CPU_MEMORY_BUDGET = 2 << 30
-"""Bytes that a batch of candidates may take on a CPU; on a GPU it is half of what is free."""
-MAX_BATCH_SIZE = 64
-"""Larger batches hardly sample faster, and their pictures are seen later."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Result:
-    """The best K of the candidates of one caption, best first."""
-
-    caption: str
-    """As it was given."""
-    images: Tensor
-    """float32 (K, 3, H, W) in [0, 1], on the CPU."""
-    scores: Tensor
-    """float32 (K,) in [-1, 1], descending: cosine of caption and picture under CLIP; on the CPU."""
-    tokens: Tensor
-    """int64 (K, I), raster order, on the CPU."""
-    candidates: tuple[int, ...]
-    """Which of the candidates these are: candidate k is a function of (seed, caption, k) and the settings."""
+"""Bytes that a batch may take on a CPU, unless told; on a GPU it is half of what is free."""
+DRAWING_BYTES = 64
+"""Most memory of a candidate per image token of the vocabulary while its next one is drawn: logits as they come,
+guided, cooled and sorted (float32), their order (int64), probabilities and their sums (float64, and once sorted)."""
+JUDGED_AT_ONCE = 32
+"""Most pictures that are decoded and scored at the same time: with more, a CPU is slower, because they outgrow its
+caches, a GPU hardly faster, and progress waits for them."""
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of sampling and decoding. In fp32 a candidate is the same at any batch size; CLIP is always fp32."""
 
 
 class Pipeline:
@@ -66,35 +73,73 @@ class Pipeline:
 
     Args:
         tokenizer: of the captions.
-        dalle: the transformer, with the metadata of its training.
+        dalle: the transformer, with the metadata of its training; sampling and decoding happen in its precision,
+            float32 or bfloat16.
         dvae: turns image tokens into pictures and pictures into image tokens.
         clip: ranks the pictures.
         hashes: part -> hash, for the metadata of what is made.
+        memory: bytes that a batch may take, beside the models; by default 2 GiB on a CPU, and half of what is free
+            on a GPU.
+        compile: whether to compile the steps of sampling and the decoding of pictures, on a CPU: worth it for many
+            candidates of large models.
 
     Raises:
-        ValueError: the parts do not fit one another.
+        ValueError: the parts do not fit one another, or memory is not above 0.
     """
 
     def __init__(
-        self, *, tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE, clip: CLIP, hashes: Mapping[str, str]
+        self,
+        *,
+        tokenizer: Tokenizer,
+        dalle: DALLE,
+        dvae: DVAE,
+        clip: CLIP,
+        hashes: Mapping[str, str],
+        memory: int | None = None,
+        compile: bool = False,
     ) -> None:
         _check_sizes(tokenizer, dalle, dvae)
+        if memory is not None and memory < 1:
+            raise ValueError(f"memory is {memory} bytes; it must be above 0")
         self.tokenizer = tokenizer
         self.dalle = dalle.eval().requires_grad_(False)
         self.dvae = dvae.eval().requires_grad_(False)
         self.clip = clip.eval().requires_grad_(False)
         self.hashes = dict(hashes)
+        # a faster copy, for decoding alone: pictures to complete are encoded in float32
+        is_plain = dalle.dtype == torch.float32 and not compile
+        self._decoding_dvae = self.dvae if is_plain else optimised(self.dvae, dtype=dalle.dtype, compile=compile)
+        self._memory = memory
+        self._compile = compile
         self._knows_null_caption = bool(dalle.metadata.get("null_caption_probability"))
         self._has_warned = False
 
     @classmethod
-    def load(cls, bundle: str | Path, device: str | torch.device = "cpu") -> Self:
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        precision: Precision = "fp32",
+        memory: int | None = None,
+        compile: bool = False,
+    ) -> Self:
         """Load a bundle and check that its parts belong together.
+
+        Args:
+            bundle: the directory.
+            device: where to compute.
+            precision: of sampling and decoding; in bf16 they are faster, and a candidate depends on its batch.
+            memory: see `Pipeline`.
+            compile: see `Pipeline`.
 
         Raises:
             FileNotFoundError: the bundle, or a part of it, is missing.
-            ValueError: a part is damaged, or the transformer was trained with another tokenizer or dVAE.
+            ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or an argument
+                is out of range.
         """
+        if precision not in DTYPES:
+            raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
         parts = {part: bundle_part(Path(bundle), part) for part in HOW_TO_MAKE}
         tokenizer = Tokenizer.load(parts["tokenizer.json"])
         hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
@@ -109,10 +154,12 @@ class Pipeline:
                 )
         return cls(
             tokenizer=tokenizer,
-            dalle=dalle.to(device),
+            dalle=dalle.to(device, DTYPES[precision]),
             dvae=DVAE.load(parts["dvae"]).to(device),
             clip=CLIP.load(parts["clip"]).to(device),
             hashes={"tokenizer": tokenizer.hash, **hashes},
+            memory=memory,
+            compile=compile,
         )
 
     def generate(
@@ -127,60 +174,90 @@ class Pipeline:
         top_p: float | None = None,
         guidance: float = 1.0,
         prefix: Tensor | None = None,
+        early_abandon: bool = False,
         batch_size: int | None = None,
-        progress: Callable[[float, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Result:
-        """Sample pictures for a caption and keep those that CLIP finds fit best.
+        """Sample, decode and score n candidates, batch by batch, and keep those that CLIP finds fit best.
 
         Args:
             caption: any text but an empty one; a longer one than the model reads is cut (logged).
             n: how many candidates are sampled.
             keep: how many of them are returned.
-            seed: of the candidates; same seed, same pictures, whatever `n`, `keep` and `batch_size` are.
-            temperature: logits are divided by it; below 1 is less varied.
-            top_k: sample from the k most likely tokens only.
-            top_p: sample from the most likely tokens that together have this probability only.
-            guidance: how far to go from "no caption" towards the caption; 1 is plain sampling. It costs a
-                second pass, and needs a model that saw empty captions in training.
+            seed: see `Sampling`, also for temperature, top_k, top_p and guidance.
+            temperature: logits are divided by it.
+            top_k: sample from the k likeliest tokens only.
+            top_p: sample from the likeliest tokens that together have this probability only.
+            guidance: how far to go from "no caption" towards the caption; 1 is plain sampling.
             prefix: int64 (1, m) image tokens that every candidate begins with: see the method `prefix`.
-            batch_size: candidates sampled at the same time; by default as many as fit a budget of memory.
-            progress: called with (candidates done, those under way counted in part; n).
+            early_abandon: drop half of every batch when half of the rows are sampled: those whose top halves fit the
+                caption worse. Not in the paper, and it changes the distribution: what is returned is no longer the
+                best of n whole pictures, and depends on the batch size. At most half of them can be kept.
+            batch_size: candidates sampled at the same time; by default as many as fit the memory.
+            progress: is told how many candidates are done.
 
         Returns:
             The best `keep`, best first; of equal ones the earlier candidate.
 
         Raises:
-            ValueError: an empty caption, or a number outside its range.
+            ValueError: an empty caption, a number outside its range, or an early abandon of pictures whose top half is
+                given.
         """
-        check_request([caption], n=n, keep=keep)
-        tokens_PNI = self.sample_tokens(
-            [caption],
-            n,
-            seed=seed,
-            temperature=temperature,
-            top_k=top_k,
-            top_p=top_p,
-            guidance=guidance,
+        sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        return self.best(
+            caption,
+            sampling,
+            n=n,
+            keep=keep,
             prefix=prefix,
+            early_abandon=early_abandon,
             batch_size=batch_size,
             progress=progress,
         )
-        return self.choose(caption, tokens_PNI[0], keep=keep)
+
+    @torch.no_grad()
+    def best(
+        self,
+        caption: str,
+        sampling: Sampling = PAPER_SAMPLING,
+        *,
+        n: int = 64,
+        keep: int = 8,
+        prefix: Tensor | None = None,
+        early_abandon: bool = False,
+        batch_size: int | None = None,
+        progress: Progress | None = None,
+    ) -> Result:
+        """Do what `generate` does, with the settings of sampling as one object."""
+        check_request([caption], n=n, keep=keep, early_abandon=early_abandon)
+        _check_batch_size(batch_size)
+        if early_abandon:
+            self._check_top_is_open(prefix)
+        self._warn_about_guidance(sampling)
+        size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=early_abandon)
+        text_1T = self._text([caption])
+        caption_E = embed_captions(self.clip, [caption])[0]
+        share = self._sampling_share()
+        best = Best(keep)
+        for _, ks in batches(1, n, size):
+            done = BatchProgress(progress, before=ks.start, n=len(ks), total=n, sampling_share=share)
+            halfway = BetterHalf(lambda tokens_NJ: self._score_tops(tokens_NJ, caption_E)) if early_abandon else None
+            seeds = [candidate_seed(sampling.seed, caption, k) for k in ks]
+            tokens_NI = self._sample(text_1T, seeds, sampling, prefix, done.sampled, halfway)[0]
+            candidates = ks if halfway is None else [ks[i] for i in halfway.kept]
+            self._judge(best, candidates, tokens_NI, caption_E, done.judged)
+        return best.result(caption)
 
     @torch.no_grad()
     def sample_tokens(
         self,
         captions: Sequence[str],
         n: int,
+        sampling: Sampling = PAPER_SAMPLING,
         *,
-        seed: int = 0,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float | None = None,
-        guidance: float = 1.0,
         prefix: Tensor | None = None,
         batch_size: int | None = None,
-        progress: Callable[[float, int], None] | None = None,
+        progress: Progress | None = None,
     ) -> Tensor:
         """Sample n candidates for each of P captions; captions share batches. Arguments as for `generate`.
 
@@ -191,27 +268,20 @@ class Pipeline:
             ValueError: no captions, an empty one, or a number outside its range.
         """
         check_request(captions, n=n, keep=1)
-        if batch_size is not None and batch_size < 1:
-            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-        self._warn_about_guidance(guidance)
-        size = batch_size or self.default_batch_size(len(captions) * n, guided=guidance != 1)
-        text_PT = self._text(captions).to(self.dalle.device)
+        _check_batch_size(batch_size)
+        self._warn_about_guidance(sampling)
+        total = len(captions) * n
+        size = batch_size or self.default_batch_size(n, n_captions=len(captions), guided=sampling.is_guided)
+        text_PT = self._text(captions)
         tokens_PNI = torch.empty(len(captions), n, self.dalle.config.stream.n_image, dtype=torch.int64)
-        n_done = 0
-        for rows, ks in _batches(len(captions), n, size):
-            tokens_PNI[rows.start : rows.stop, ks.start : ks.stop] = sample(
-                self.dalle,
-                text_PT[rows.start : rows.stop],
-                seeds=[candidate_seed(seed, captions[row], k) for row in rows for k in ks],
-                n=len(ks),
-                temperature=temperature,
-                top_k=top_k,
-                top_p=top_p,
-                guidance=guidance,
-                prefix=prefix,
-                on_step=_steps_as_candidates(progress, n_done, len(rows) * len(ks), len(captions) * n),
-            )
-            n_done += len(rows) * len(ks)
+        before = 0
+        for rows, ks in batches(len(captions), n, size):
+            done = BatchProgress(progress, before=before, n=len(rows) * len(ks), total=total)
+            here = slice(rows.start, rows.stop)
+            seeds = [candidate_seed(sampling.seed, caption, k) for caption in captions[here] for k in ks]
+            sampled = self._sample(text_PT[here], seeds, sampling, prefix, done.sampled)
+            tokens_PNI[here, ks.start : ks.stop] = sampled
+            before += len(seeds)
         return tokens_PNI
 
     @torch.no_grad()
@@ -230,32 +300,22 @@ class Pipeline:
             ValueError: keep is outside 1 … N, or the caption is empty.
         """
         check_request([caption], n=len(tokens), keep=keep)
-        caption_features_E = embed_captions(self.clip, [caption])[0]
-        scores_N, images = torch.empty(0), torch.empty(0)
-        kept_N = torch.empty(0, dtype=torch.int64)
-        size = self._decoding_batch_size()
-        for first in range(0, len(tokens), size):
-            new_images = self.decode(tokens[first : first + size])
-            new_scores_N = (embed_images(self.clip, new_images) @ caption_features_E).float().cpu()
-            scores_N = torch.cat([scores_N, new_scores_N])
-            images = torch.cat([images, new_images.cpu()]) if len(images) else new_images.cpu()
-            kept_N = torch.cat([kept_N, torch.arange(first, first + len(new_images))])
-            # stable, and earlier candidates come first: equal scores keep their order
-            order = scores_N.argsort(descending=True, stable=True)[:keep]
-            scores_N, images, kept_N = scores_N[order], images[order], kept_N[order]
-        return Result(
-            caption=caption,
-            images=images,
-            scores=scores_N,
-            tokens=tokens[kept_N].cpu(),
-            candidates=tuple(kept_N.tolist()),
-        )
+        best = Best(keep)
+        self._judge(best, range(len(tokens)), tokens, embed_captions(self.clip, [caption])[0])
+        return best.result(caption)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
-        """Turn image tokens int64 (N, I) into pictures, float32 (N, 3, H, W) in [0, 1], all at once."""
+        """Turn image tokens into pictures, all at once.
+
+        Args:
+            tokens: int64 (N, I), or the first of them (N, J), in whole rows.
+
+        Returns:
+            float32 (N, 3, H, W) in [0, 1], or the tops of the pictures.
+        """
         grid = self.dalle.config.grid
-        return self.dvae.decode(tokens.to(self.dalle.device).reshape(-1, grid, grid))
+        return self._decoding_dvae.decode(tokens.to(self.dalle.device).reshape(len(tokens), -1, grid))
 
     @torch.no_grad()
     def prefix(self, image: Image.Image, keep_rows: int) -> Tensor:
@@ -285,22 +345,127 @@ class Pipeline:
         """Cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
         return score(self.clip, captions, images).cpu()
 
-    def default_batch_size(self, n: int, *, guided: bool = False) -> int:
-        """How many of n candidates to sample at once: what fits the memory, in batches of equal size."""
-        config = self.dalle.config
-        device = self.dalle.device
-        budget = torch.cuda.mem_get_info(device)[0] // 2 if device.type == "cuda" else CPU_MEMORY_BUDGET
-        # keys and values of every layer; those of the captions are few. Guidance keeps them twice
-        cache = 2 * config.n_layers * config.stream.n_image * config.d_model * self.dalle.dtype.itemsize
-        largest = max(1, min(MAX_BATCH_SIZE, budget // (cache * (2 if guided else 1))))
-        return math.ceil(n / math.ceil(n / largest))
+    def default_batch_size(
+        self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False
+    ) -> int:
+        """Return how many candidates to sample at once: what fits the memory, in batches of equal size.
 
-    def _decoding_batch_size(self) -> int:
-        """Pictures to decode at once: the last group of the decoder has n_hid channels for every pixel."""
-        config = self.dvae.config
-        # its input, the branch of a block and their sum live at the same time, in float32
-        per_picture = 3 * 4 * config.n_hid * config.image_size**2
-        return max(1, min(MAX_BATCH_SIZE, CPU_MEMORY_BUDGET // per_picture))
+        There is no other limit: a step reads the weights and the captions once for the whole batch, so the time per
+        candidate falls as long as there is memory.
+
+        Args:
+            n: candidates of each caption.
+            n_captions: captions that share batches.
+            guided: whether each candidate is computed twice.
+            early_abandon: whether pictures are decoded while the batch is under way, which takes half of the memory.
+        """
+        config = self.dalle.config
+        times = 2 if guided else 1
+        each = times * (bytes_per_candidate(config, self.dalle.dtype) + DRAWING_BYTES * config.image_vocab)
+        caption = times * self._bytes_per_caption()
+        budget = self._memory_budget() // (2 if early_abandon else 1)
+        whole_captions = budget // (caption + n * each)
+        if whole_captions > 0:
+            return n * equal_batches(n_captions, whole_captions)
+        return equal_batches(n, (budget - caption) // each)
+
+    def _bytes_per_caption(self) -> int:
+        """Memory of a caption: its keys and values of all layers, and what one layer takes to read it."""
+        config, itemsize = self.dalle.config, self.dalle.dtype.itemsize
+        T, D = config.text_len, config.d_model
+        kept = 2 * config.n_layers * T * D * itemsize
+        wide = 3 * 4 * D * T * itemsize  # in the MLP, before, in and after its nonlinearity
+        scores = 2 * config.n_heads * T * T * itemsize
+        return kept + max(wide, scores)
+
+    def _memory_budget(self) -> int:
+        """Bytes that a batch may take."""
+        device = self.dalle.device
+        if self._memory is not None:
+            return self._memory
+        if device.type != "cuda":
+            return CPU_MEMORY_BUDGET
+        # what torch holds for later use is free as well
+        held = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return (torch.cuda.mem_get_info(device)[0] + held) // 2
+
+    def _sample(
+        self,
+        text_PT: Tensor,
+        seeds: Sequence[int],
+        sampling: Sampling,
+        prefix: Tensor | None,
+        on_step: Callable[[int, int], None],
+        halfway: Callable[[Tensor], Tensor] | None = None,
+    ) -> Tensor:
+        """Sample one batch, int64 (P, N, I) on the device of the model."""
+        return sample(
+            self.dalle,
+            text_PT,
+            seeds=seeds,
+            n=len(seeds) // len(text_PT),
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            guidance=sampling.guidance,
+            prefix=prefix,
+            on_step=on_step,
+            abandon=halfway,
+            compile=self._compile,
+        )
+
+    def _judge(
+        self,
+        best: Best,
+        candidates: Sequence[int],
+        tokens_NI: Tensor,
+        caption_E: Tensor,
+        on_judged: Callable[[int, int], None] = lambda done, n: None,
+    ) -> None:
+        """Decode and score candidates, a few at a time, and let `best` have them."""
+        n = len(tokens_NI)
+        size = self._decoding_batch_size(n)
+        for first in range(0, n, size):
+            some = slice(first, first + size)
+            # nothing here may hold the pictures while the next ones are decoded
+            best.add(candidates[some], tokens_NI[some], *self._scored(tokens_NI[some], caption_E))
+            on_judged(min(first + size, n), n)
+
+    def _scored(self, tokens_NI: Tensor, caption_E: Tensor) -> tuple[Tensor, Tensor]:
+        """Pictures (N, 3, H, W) and their scores (N,)."""
+        images = self.decode(tokens_NI)
+        return images, embed_images(self.clip, images) @ caption_E
+
+    def _score_tops(self, tokens_NJ: Tensor, caption_E: Tensor) -> Tensor:
+        """Scores (N,) of pictures of which only the top rows are known, on a ground of the top's own mean colour.
+
+        CLIP was trained on whole square pictures. A crop would hide more of the top, and a grey or white ground is
+        something to see: of the grounds that need no more than the top, this is the one whose scores told best
+        which candidates of the demonstration would be good.
+        """
+        scores = []
+        for some_NJ in torch.split(tokens_NJ, self._decoding_batch_size(len(tokens_NJ))):
+            top = self.decode(some_NJ)
+            ground = top.mean((2, 3), keepdim=True).expand(-1, -1, top.shape[3] - top.shape[2], top.shape[3])
+            scores.append(embed_images(self.clip, torch.cat([top, ground], dim=2)) @ caption_E)
+        return torch.cat(scores)
+
+    def _decoding_batch_size(self, n: int) -> int:
+        """Return how many of n pictures to decode at once, in batches of equal size."""
+        return equal_batches(n, min(JUDGED_AT_ONCE, pictures_at_once(self.dvae.config, self._memory_budget())))
+
+    def _sampling_share(self) -> float:
+        """Sampling's share of the multiplications that a candidate takes; the others are the dVAE's and CLIP's.
+
+        Progress goes by it, so that it runs evenly also where decoding takes longer than sampling.
+        """
+        grid, clip = self.dalle.config.grid, self.clip.config
+        sampling = grid**2 * (_n_weights(self.dalle.blocks) + _n_weights(self.dalle.image_head))
+        groups = [self.dvae.decoder.blocks.get_submodule(f"group_{g + 1}") for g in range(self.dvae.config.n_groups)]
+        decoding = sum((grid * 2**g) ** 2 * _n_weights(group) for g, group in enumerate(groups))
+        scoring = (clip.n_patches + 1) * _n_weights(self.clip.vision.blocks)
+        share: float = sampling / (sampling + decoding + scoring)
+        return share
 
     def _text(self, captions: Sequence[str]) -> Tensor:
         """Text ids (P, T) of captions; how much of which was cut is logged."""
@@ -318,26 +483,23 @@ class Pipeline:
                 )
         return self.tokenizer.text(captions, text_len)[0]
 
-    def _warn_about_guidance(self, guidance: float) -> None:
-        if guidance != 1 and not self._knows_null_caption and not self._has_warned:
+    def _warn_about_guidance(self, sampling: Sampling) -> None:
+        if sampling.is_guided and not self._knows_null_caption and not self._has_warned:
             self._has_warned = True  # once is enough for many captions
             logger.warning(
                 "guidance is %g, but this transformer never saw an empty caption in training, which guidance "
                 "compares with: expect worse pictures; train with a null_caption_probability above 0",
-                guidance,
+                sampling.guidance,
             )
 
-
-def check_request(captions: Sequence[str], *, n: int, keep: int) -> None:
-    """Raise ValueError unless there are captions, none of them empty, and 1 ≤ keep ≤ n."""
-    if not captions:
-        raise ValueError("no captions: give at least one")
-    if not all(caption.strip() for caption in captions):
-        raise ValueError("the caption is empty: say what the picture should show")
-    if n < 1:
-        raise ValueError(f"n is {n}; at least 1 candidate must be sampled")
-    if not 1 <= keep <= n:
-        raise ValueError(f"keep is {keep}, but {n} candidates are sampled: keep 1 to {n} of them, or sample more")
+    def _check_top_is_open(self, prefix: Tensor | None) -> None:
+        grid = self.dalle.config.grid
+        given = 0 if prefix is None else prefix.shape[-1]
+        if given >= grid // 2 * grid:
+            raise ValueError(
+                f"early abandon judges candidates by the top {grid // 2} of their {grid} rows of tokens, but the first "
+                f"{given} tokens are given to all of them: give fewer rows, or leave early abandon off"
+            )
 
 
 def bundle_part(bundle: Path, part: str) -> Path:
@@ -366,23 +528,10 @@ def _check_sizes(tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE) -> None:
             )
 
 
-def _batches(n_captions: int, n: int, size: int) -> Iterator[tuple[range, range]]:
-    """Split n candidates of each caption into (captions, candidates) of at most `size` products."""
-    n_rows = min(n_captions, size)
-    n_ks = max(1, size // n_rows)
-    for row in range(0, n_captions, n_rows):
-        for k in range(0, n, n_ks):
-            yield range(row, min(row + n_rows, n_captions)), range(k, min(k + n_ks, n))
+def _check_batch_size(batch_size: int | None) -> None:
+    if batch_size is not None and batch_size < 1:
+        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
 
 
-def _steps_as_candidates(
-    progress: Callable[[float, int], None] | None, n_done: int, n_batch: int, total: int
-) -> Callable[[int, int], None] | None:
-    """An `on_step` for `sample` that tells how many candidates are done, counting a batch by its tokens."""
-    if progress is None:
-        return None
-
-    def on_step(done: int, n_steps: int) -> None:
-        progress(n_done + n_batch * done / n_steps, total)
-
-    return on_step
+def _n_weights(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())

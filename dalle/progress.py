@@ -27,6 +27,7 @@ class Progress:
         self._started_at = time.monotonic()
         # nothing is said about work that ends at once
         self._shown_at = self._started_at
+        self._first: tuple[float, float] | None = None
 
     def __enter__(self) -> Self:
         return self
@@ -35,6 +36,10 @@ class Progress:
         if self._is_terminal:
             self._stream.write(CLEAR_LINE)
             self._stream.flush()
+
+    def elapsed_s(self) -> float:
+        """Seconds since the work began."""
+        return time.monotonic() - self._started_at
 
     def after(self, n_before: int, total: int) -> Callable[[float, int], None]:
         """An `update` for a part of the work, before which `n_before` of the `total` units were done."""
@@ -45,22 +50,36 @@ class Progress:
         return update
 
     def update(self, done: float, total: int) -> None:
-        """Say that `done` of `total` units, begun ones in part, are done; drawn only now and then."""
+        """Say that `done` of `total` units, begun ones in part, are done; drawn only now and then.
+
+        Speed is measured from the first call: preparations, such as compiling, do not count.
+        """
         now = time.monotonic()
+        if self._first is None:
+            self._first = (now, done)
         if now - self._shown_at < (TERMINAL_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S):
             return
         self._shown_at = now
-        line = progress_line(done, total, self._unit, now - self._started_at)
+        first_at, before = self._first
+        line = progress_line(done, total, self._unit, now - first_at, before=before)
         self._stream.write(f"{CLEAR_LINE}{line}" if self._is_terminal else f"{line}\n")
         self._stream.flush()
 
 
-def progress_line(done: float, total: int, unit: str, elapsed_s: float) -> str:
-    """The line itself: "12/64 candidates, 3.4 candidates/s, 15 s left"."""
+def progress_line(done: float, total: int, unit: str, elapsed_s: float, *, before: float = 0.0) -> str:
+    """Return the line itself: "12/64 candidates, 3.4 candidates/s, 15 s left".
+
+    Args:
+        done: units done.
+        total: units there are.
+        unit: their name, in the plural.
+        elapsed_s: seconds since the clock began.
+        before: units done by then.
+    """
     line = f"{int(done)}/{total} {unit}"
-    if done <= 0 or elapsed_s <= 0:
+    if done <= before or elapsed_s <= 0:
         return line
-    rate = done / elapsed_s
+    rate = (done - before) / elapsed_s
     return f"{line}, {rate:.3g} {unit}/s, {duration((total - done) / rate)} left"
 
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dalle.candidates import Result
 from dalle.gallery import replace_file, save_png, slug
-from dalle.pipeline import Result
 from dvae.images import to_image
 
 logger = logging.getLogger(__name__)

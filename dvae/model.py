@@ -140,8 +140,16 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B,n_out,H,W) for (B,n_in,H,W)."""
-        output: Tensor = self.id_path(x) + self.post_gain * self.res_path(x)
-        return output
+        return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
+
+    def forward_enlarged(self, x: Tensor) -> Tensor:
+        """Return (B,n_out,2H,2W) for (B,n_in,H,W): what `forward` returns for `x` enlarged to double, nearest.
+
+        Only for a block whose first kernel is 1×1: such a convolution and a ReLU see one position at a time, and
+        commute with copying it. So the first convolution of both paths is computed at a quarter of the positions.
+        """
+        first, rest = self.res_path[:2], self.res_path[2:]
+        return torch.add(_enlarged(self.id_path(x)), rest(_enlarged(first(x))), alpha=self.post_gain)
 
 
 class Encoder(nn.Module):
@@ -175,7 +183,11 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Probabilities of tokens to statistics of pixels; the first convolution is always computed in float32."""
+    """Probabilities of tokens to statistics of pixels; the first convolution is always computed in float32.
+
+    `blocks` is the plain graph. `forward` computes the same with the 1×1 convolutions that follow an enlargement moved
+    before it: 258 instead of 308 GFLOP a picture with the default sizes.
+    """
 
     def __init__(self, config: DVAEConfig) -> None:
         super().__init__()
@@ -203,8 +215,7 @@ class Decoder(nn.Module):
             (B,6,H,W) float32: the location μ of red, green and blue, then the logarithm of the scale b of
             each.
         """
-        output: Tensor = self.blocks(probabilities).float()
-        return output
+        return self._from_rows(self.blocks.get_submodule("input")(probabilities))
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """Return what `forward` returns for one-hot probabilities, without making them.
@@ -222,7 +233,21 @@ class Decoder(nn.Module):
         assert isinstance(codebook, Conv2d)
         assert codebook.bias is not None
         rows_BYXC = F.embedding(tokens, codebook.weight.float()[:, :, 0, 0].T) + codebook.bias.float()
-        output: Tensor = self.blocks[1:](rows_BYXC.permute(0, 3, 1, 2).contiguous()).float()
+        # permuted, they are in channels-last order, in which convolutions are fastest, and stay so from layer to layer
+        return self._from_rows(rows_BYXC.permute(0, 3, 1, 2))
+
+    def _from_rows(self, x: Tensor) -> Tensor:
+        """Return the statistics for rows of the codebook (B,C,Y,X), enlarging after the 1×1 convolutions."""
+        is_smaller = False
+        for group in self.blocks[1:-1].children():
+            for layer in group.children():
+                if isinstance(layer, nn.Upsample):
+                    is_smaller = True
+                    continue
+                assert isinstance(layer, Block)
+                x = layer.forward_enlarged(x) if is_smaller else layer(x)
+                is_smaller = False
+        output: Tensor = self.blocks[-1](x).float()
         return output
 
 
@@ -259,21 +284,10 @@ class DVAE(nn.Module):
         Raises:
             ValueError: the pictures have another shape or are not floats.
         """
-        shape, f = tuple(images.shape), self.config.downsampling
-        if images.ndim != 4 or shape[1] != 3:
-            raise ValueError(
-                f"encode was given pictures of shape {shape}, expected (batch, 3, height, width): RGB, channels first"
-            )
-        if not images.is_floating_point():
-            raise ValueError(
-                f"encode was given {images.dtype} pictures, expected floats in [0, 1]: divide 8-bit pixels by 255"
-            )
-        if 0 in shape[2:] or shape[2] % f or shape[3] % f:
-            raise ValueError(
-                f"encode was given pictures of {shape[2]}×{shape[3]} pixels, "
-                f"expected multiples of {f}: resize or crop them"
-            )
-        codes: Tensor = self.encoder(map_pixels(images)).argmax(dim=1)
+        check_images(self.config, images)
+        # convolutions are fastest in channels-last order, and keep it from layer to layer
+        x = map_pixels(images).contiguous(memory_format=torch.channels_last)
+        codes: Tensor = self.encoder(x).argmax(dim=1)
         return codes
 
     @torch.no_grad()
@@ -289,18 +303,7 @@ class DVAE(nn.Module):
         Raises:
             ValueError: the tokens have another shape or type, or are not in the vocabulary.
         """
-        if tokens.ndim != 3 or tokens.dtype != torch.int64:
-            raise ValueError(
-                f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
-                "expected int64 of shape (batch, rows, columns)"
-            )
-        if tokens.numel():
-            low, high = (int(value) for value in tokens.aminmax())
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"decode was given tokens from {low} to {high}, expected 0 … {self.config.vocab_size - 1}: "
-                    "are they of another dVAE, or of a stream with text?"
-                )
+        check_tokens(self.config, tokens)
         return unmap_pixels(self.decoder.from_tokens(tokens)[:, :3].sigmoid())
 
     def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
@@ -320,6 +323,44 @@ class DVAE(nn.Module):
             dvae = cls(config)
         load_weights(dvae, state, path)
         return dvae.to(device).eval()
+
+
+def check_images(config: DVAEConfig, images: Tensor) -> None:
+    """Raise ValueError unless `images` is what `DVAE.encode` takes: (B,3,H,W) floats, H and W multiples of f."""
+    shape, f = tuple(images.shape), config.downsampling
+    if images.ndim != 4 or shape[1] != 3:
+        raise ValueError(
+            f"encode was given pictures of shape {shape}, expected (batch, 3, height, width): RGB, channels first"
+        )
+    if not images.is_floating_point():
+        raise ValueError(
+            f"encode was given {images.dtype} pictures, expected floats in [0, 1]: divide 8-bit pixels by 255"
+        )
+    if 0 in shape[2:] or shape[2] % f or shape[3] % f:
+        raise ValueError(
+            f"encode was given pictures of {shape[2]}×{shape[3]} pixels, expected multiples of {f}: resize or crop them"
+        )
+
+
+def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
+    """Raise ValueError unless `tokens` is what `DVAE.decode` takes: (B,Y,X) int64 in 0 … V-1."""
+    if tokens.ndim != 3 or tokens.dtype != torch.int64:
+        raise ValueError(
+            f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
+            "expected int64 of shape (batch, rows, columns)"
+        )
+    if tokens.numel():
+        low, high = (int(value) for value in tokens.aminmax())
+        if low < 0 or high >= config.vocab_size:
+            raise ValueError(
+                f"decode was given tokens from {low} to {high}, expected 0 … {config.vocab_size - 1}: "
+                "are they of another dVAE, or of a stream with text?"
+            )
+
+
+def _enlarged(x: Tensor) -> Tensor:
+    """Return (B,C,2H,2W) for (B,C,H,W): every position copied to four."""
+    return F.interpolate(x, scale_factor=2.0, mode="nearest")
 
 
 def _group(config: DVAEConfig, n_in: int, n_out: int, kernels: tuple[int, ...]) -> OrderedDict[str, nn.Module]:

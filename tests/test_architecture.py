@@ -41,6 +41,7 @@ CORE_IMPORTS = {
     "dalle.loss": {"dalle.stream", "dalle.model"},
     "dalle.cache": {"dalle.stream", "dalle.attention", "dalle.model"},
     "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache"},
+    "dalle.candidates": set(),
     "dalle.gallery": set(),
     "dalle.tarfiles": set(),
     "dalle.pictures": {"dalle.tarfiles"},

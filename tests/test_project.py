@@ -40,7 +40,7 @@ def third_party(folder: Path) -> set[str]:
                 continue
             # torch's writer is only a door to the tensorboard distribution
             names |= {"tensorboard" if name == "torch.utils.tensorboard" else name.split(".")[0] for name in targets}
-    return names - set(sys.stdlib_module_names) - set(PACKAGES)
+    return names - set(sys.stdlib_module_names) - {*PACKAGES, "benchmarks"}
 
 
 def test_runtime_dependencies_are_exactly_what_is_imported() -> None:

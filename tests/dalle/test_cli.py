@@ -126,6 +126,43 @@ def test_a_picture_is_completed_from_its_top_rows(bundle, tmp_path):
     assert {line["keep_rows"] for line in results(out)} == {1}  # 15 of 32 rows
 
 
+def test_pictures_say_what_changed_their_distribution_and_their_precision(bundle, tmp_path):
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION, "--early-abandon", "--batch-size", "2") == 0
+    for line in results(out):
+        with Image.open(out / line["file"]) as image:
+            assert "not the best of n whole candidates" in image.text["early_abandon"]
+            assert image.text["batch_size"] == "2"
+            assert image.text["precision"] == "fp32"
+    assert generate(bundle, out, CAPTION, "--precision", "bf16") == 0
+    assert {(line["precision"], line["batch_size"]) for line in results(out)} == {("bf16", 4)}
+    assert generate(bundle, out, CAPTION) == 0
+    assert not [line for line in results(out) if "early_abandon" in line or "batch_size" in line]
+
+
+def test_candidates_are_sampled_in_batches_that_fit_the_memory(bundle, tmp_path, monkeypatch):
+    sizes = []
+    best = cli.Pipeline.best
+    monkeypatch.setattr(
+        cli.Pipeline,
+        "best",
+        lambda *arguments, **options: sizes.append(options["batch_size"]) or best(*arguments, **options),
+    )
+    for memory in ("1GB", "100KB", "1 B"):
+        assert generate(bundle, tmp_path / "out", CAPTION, "--memory", memory, "-n", "40") == 0
+    assert sizes[0] == 40
+    assert 1 <= sizes[1] < 40
+    assert sizes[2] == 1
+
+
+def test_sizes_of_memory_have_units():
+    sizes = {"4GB": 4 * 10**9, "1.5GiB": 3 << 29, "512 mib": 1 << 29, " 10kb ": 10_000, "1TB": 10**12, "7B": 7}
+    assert {size: cli.n_bytes(size) for size in sizes} == sizes
+    for wrong in ("", "4", "GB", "-1GB", "0GB", "0.1B", "1e3MB", "4 gigabytes", "nanGB", "9" * 400 + "GB"):
+        with pytest.raises(ValueError, match="is not a number with a unit: give something like 4GB"):
+            cli.n_bytes(wrong)
+
+
 def test_a_caption_is_never_a_path(bundle, tmp_path):
     out = tmp_path / "deep" / "out"
     assert generate(bundle, out, "../../escaped", "/tmp/x") == 0
@@ -146,6 +183,11 @@ def test_wrong_requests_end_in_one_line(bundle, tmp_path, capsys):
     assert_one_line_error(capsys, [*common, CAPTION, "--temperature", "-1"], "temperature")
     assert_one_line_error(capsys, [*common, CAPTION, "--keep-rows", "1"], "--image")
     assert_one_line_error(capsys, [*common, CAPTION, "--device", "abacus"], "abacus")
+    assert_one_line_error(capsys, [*common, CAPTION, "--memory", "4"], "'4'", "4GB")
+    assert_one_line_error(capsys, [*common, CAPTION, "--batch-size", "0"], "batch_size is 0")
+    assert_one_line_error(
+        capsys, [*common, CAPTION, "-n", "8", "--keep", "5", "--early-abandon"], "keep is 5", "only 4 of 8"
+    )
     assert_one_line_error(capsys, [*common, CAPTION, "--captions", tmp_path / "none.txt"], "none.txt")
     assert_one_line_error(capsys, [*common, CAPTION, "--image", tmp_path / "none.png"], "none.png")
     picture = save_noise(tmp_path / "picture.png", 0)
@@ -165,7 +207,7 @@ def test_wrong_bundles_end_in_one_line(bundle_copy, another_dvae, tmp_path, caps
 
 
 def test_a_place_that_cannot_be_written_to_is_found_before_sampling(bundle, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.Pipeline, "generate", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(cli.Pipeline, "best", lambda *_, **__: pytest.fail("sampled"))
     file = tmp_path / "file"
     file.write_text("")
     assert_one_line_error(capsys, ["generate", CAPTION, "--bundle", bundle, "--out", file], "file")
@@ -465,6 +507,7 @@ def test_help_shows_the_verbs_and_the_options(capsys):
     assert main(["generate", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("-n", "--keep", "--seed", "--captions", "Same seed, same pictures"))
+    assert all(option in shown for option in ("--early-abandon", "changes the", "--precision", "--compile", "--memory"))
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
@@ -517,6 +560,7 @@ def test_a_gpu_that_is_not_there_is_refused():
 def test_the_progress_line_says_speed_and_time_left():
     assert progress_line(16, 64, "candidates", 8.0) == "16/64 candidates, 2 candidates/s, 24 s left"
     assert progress_line(0, 64, "candidates", 0.0) == "0/64 candidates"
+    assert progress_line(17, 65, "candidates", 8.0, before=1) == "17/65 candidates, 2 candidates/s, 24 s left"
     assert [duration(s) for s in (5, 185, 8049)] == ["5 s", "3:05", "2:14:09"]
 
 
@@ -534,6 +578,16 @@ def test_progress_is_drawn_again_and_again_on_a_terminal_and_removed_at_the_end(
     assert drawn[1].startswith("1/4 pictures")
     assert drawn[2].startswith("2/4 pictures")
     assert drawn[-1] == ""
+
+
+def test_the_speed_does_not_count_what_came_before_the_first_step(monkeypatch):
+    now = iter([0.0, 60.0, 80.0])  # a minute of compiling, and then 2 candidates/s
+    monkeypatch.setattr("dalle.progress.time.monotonic", lambda: next(now))
+    pipe = io.StringIO()
+    with Progress("candidates", stream=pipe) as progress:
+        progress.update(2, 60)
+        progress.update(42, 60)
+    assert pipe.getvalue().splitlines() == ["2/60 candidates", "42/60 candidates, 2 candidates/s, 9 s left"]
 
 
 def test_nothing_is_drawn_in_a_pipe_about_work_that_ends_at_once():

@@ -1,4 +1,5 @@
 import dataclasses
+import gc
 import logging
 import shutil
 
@@ -6,11 +7,13 @@ import pytest
 import torch
 
 from dalle import pipeline
+from dalle.cache import bytes_per_candidate
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
 from dvae.directory import directory_hash
 from dvae.images import resize_and_crop, to_image, to_tensor
+from rerank.score import embed_captions
 
 CAPTION = "a red cube on a blue cube"
 
@@ -72,6 +75,69 @@ def test_the_decoding_batch_size_does_not_change_the_result(pipe, monkeypatch):
     assert torch.equal(result.tokens, expected.tokens)
 
 
+@pytest.mark.parametrize("keep", [1, 4, 11])
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 11])
+def test_streaming_gives_what_scoring_all_candidates_at_once_gives(pipe, monkeypatch, batch_size, keep):
+    monkeypatch.setattr(pipeline, "JUDGED_AT_ONCE", 3)
+    tokens = pipe.sample_tokens([CAPTION], 11)[0]
+    images = pipe.decode(tokens)
+    scores = pipe.rank([CAPTION], images)[0]
+    order = scores.argsort(descending=True, stable=True)[:keep]
+    result = pipe.generate(CAPTION, n=11, keep=keep, batch_size=batch_size)
+    assert result.candidates == tuple(order.tolist())
+    assert torch.equal(result.tokens, tokens[order])
+    torch.testing.assert_close(result.images, images[order], atol=1e-6, rtol=0)
+    torch.testing.assert_close(result.scores, scores[order], atol=1e-6, rtol=0)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("early_abandon", [False, True])
+def test_streaming_on_a_gpu_gives_what_its_candidates_give_all_at_once(bundle, early_abandon):
+    pipe = Pipeline.load(bundle, "cuda", memory=100_000_000)
+    result = pipe.generate(CAPTION, n=11, keep=4, batch_size=4, early_abandon=early_abandon)
+    assert {tensor.device.type for tensor in (result.images, result.scores, result.tokens)} == {"cpu"}
+    tokens = pipe.sample_tokens([CAPTION], 11)[0]
+    assert torch.equal(result.tokens, tokens[list(result.candidates)])
+    if not early_abandon:
+        assert result.candidates == pipe.choose(CAPTION, tokens, keep=4).candidates
+
+
+def test_the_caption_is_embedded_once(pipe, monkeypatch):
+    calls = []
+    embed = pipeline.embed_captions
+    monkeypatch.setattr(pipeline, "embed_captions", lambda *arguments: calls.append(1) or embed(*arguments))
+    pipe.generate(CAPTION, n=6, keep=2, batch_size=2)
+    assert len(calls) == 1
+
+
+def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch):
+    n, keep, batch_size = 30, 4, 5
+    held: list[tuple[int, int]] = []
+    decode = pipe.decode
+
+    def watched(tokens):
+        # before and after: neither the last batch nor anything that was dropped may still be there
+        before = rows_in_memory(3 * 16 * 16 * 4, (3, 16, 16)), rows_in_memory(16 * 8, (16,))
+        images = decode(tokens)
+        held.append(before)
+        return images
+
+    outside = rows_in_memory(3 * 16 * 16 * 4, (3, 16, 16)), rows_in_memory(16 * 8, (16,))
+    monkeypatch.setattr(pipe, "decode", watched)
+    pipe.generate(CAPTION, n=n, keep=keep, batch_size=batch_size)
+    assert len(held) == n // batch_size
+    assert max(pictures for pictures, _ in held) - outside[0] == keep
+    assert max(tokens for _, tokens in held) - outside[1] <= keep + batch_size
+
+
+def rows_in_memory(row_bytes: int, shape: tuple[int, ...]) -> int:
+    """How many rows of a shape all living tensors hold, each storage counted once."""
+    gc.collect()
+    tensors = [thing for thing in gc.get_objects() if type(thing) is torch.Tensor and thing.shape[1:] == shape]
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values()) // row_bytes
+
+
 def test_more_candidates_do_not_change_the_first_ones(pipe):
     few, many = pipe.sample_tokens([CAPTION], 2), pipe.sample_tokens([CAPTION], 5)
     assert torch.equal(few, many[:, :2])
@@ -82,6 +148,70 @@ def test_captions_sampled_together_are_as_if_sampled_alone(pipe):
     alone = torch.cat([pipe.sample_tokens([caption], 3) for caption in captions])
     for batch_size in (None, 2, 4):
         assert torch.equal(pipe.sample_tokens(captions, 3, batch_size=batch_size), alone)
+
+
+def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(pipe, monkeypatch):
+    seen = []
+    score_tops = pipe._score_tops
+
+    def watched(tokens, caption):
+        seen.append((tokens, score_tops(tokens, caption)))
+        return seen[-1][1]
+
+    monkeypatch.setattr(pipe, "_score_tops", watched)
+    whole = pipe.sample_tokens([CAPTION], 10)[0]
+    result = pipe.generate(CAPTION, n=10, keep=5, early_abandon=True, batch_size=4)
+    assert [len(tokens) for tokens, _ in seen] == [4, 4, 2]
+    assert torch.equal(torch.cat([tokens for tokens, _ in seen]), whole[:, :8])
+    better = [4 * i + k for i, (_, scores) in enumerate(seen) for k in scores.topk(len(scores) // 2).indices.tolist()]
+    assert sorted(result.candidates) == sorted(better)
+    # those that go on become what they would have been, and are ranked as always
+    assert torch.equal(result.tokens, whole[list(result.candidates)])
+    among_them = pipe.choose(CAPTION, whole[sorted(better)], keep=5)
+    assert torch.equal(result.tokens, among_them.tokens)
+    torch.testing.assert_close(result.scores, among_them.scores, atol=1e-6, rtol=0)
+
+
+def test_a_top_is_scored_on_a_ground_of_its_own_mean_colour(pipe, monkeypatch):
+    shown = []
+    embed = pipeline.embed_images
+    monkeypatch.setattr(pipeline, "embed_images", lambda clip, images: shown.append(images) or embed(clip, images))
+    tokens = pipe.sample_tokens([CAPTION], 3)[0]
+    caption_E = embed_captions(pipe.clip, [CAPTION])[0]
+    assert pipe._score_tops(tokens[:, :8], caption_E).shape == (3,)
+    assert shown[0].shape == (3, 3, 16, 16)
+    top, ground = shown[0].split(8, dim=2)
+    assert torch.equal(top, pipe.decode(tokens[:, :8]))
+    torch.testing.assert_close(ground, top.mean((2, 3), keepdim=True).expand_as(top))
+    # what is not known yet has no effect
+    other = torch.cat([tokens[:, :8], tokens.flip(0)[:, 8:]], dim=1)
+    assert torch.equal(pipe._score_tops(other[:, :8], caption_E), pipe._score_tops(tokens[:, :8], caption_E))
+
+
+def test_early_abandon_ends_its_progress_at_all_candidates(pipe):
+    dones: list[float] = []
+    pipe.generate(CAPTION, n=10, keep=2, early_abandon=True, batch_size=4, progress=lambda done, _: dones.append(done))
+    assert dones == sorted(dones)
+    assert dones[-1] == 10
+
+
+def test_early_abandon_of_single_candidates_drops_none(pipe):
+    assert same(
+        pipe.generate(CAPTION, n=3, keep=2, early_abandon=True, batch_size=1),
+        pipe.generate(CAPTION, n=3, keep=2, batch_size=1),
+    )
+
+
+def test_early_abandon_needs_something_to_choose_and_an_open_top(pipe):
+    assert len(pipe.generate(CAPTION, n=5, keep=3, early_abandon=True).candidates) == 3
+    with pytest.raises(ValueError, match="keep is 4, but early abandon finishes only 3 of 5"):
+        pipe.generate(CAPTION, n=5, keep=4, early_abandon=True)
+    one_row = pipe.prefix(picture(), keep_rows=1)
+    assert torch.equal(
+        pipe.generate(CAPTION, n=4, keep=2, early_abandon=True, prefix=one_row).tokens[:, :4], one_row.expand(2, -1)
+    )
+    with pytest.raises(ValueError, match="the top 2 of their 4 rows of tokens, but the first 8 tokens are given"):
+        pipe.generate(CAPTION, n=4, keep=2, early_abandon=True, prefix=pipe.prefix(picture(), keep_rows=2))
 
 
 def test_equal_scores_keep_the_order_of_the_candidates(pipe):
@@ -118,6 +248,17 @@ def test_progress_counts_candidates_up_to_the_total(pipe):
     assert dones[-1] == 5
 
 
+def test_progress_is_even_over_sampling_decoding_and_scoring(pipe, monkeypatch):
+    monkeypatch.setattr(pipeline, "JUDGED_AT_ONCE", 2)
+    dones: list[float] = []
+    pipe.generate(CAPTION, n=12, keep=1, batch_size=6, progress=lambda done, _: dones.append(done))
+    assert len(dones) == 2 * (16 + 3)
+    assert dones == sorted(set(dones))
+    assert dones[18] == 6
+    assert dones[-1] == 12
+    assert 0 < dones[15] < 6  # sampled, but not yet seen
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -127,6 +268,9 @@ def test_progress_counts_candidates_up_to_the_total(pipe):
         ({"n": 2, "keep": 1, "batch_size": 0}, "batch_size is 0"),
         ({"n": 2, "keep": 1, "temperature": -1.0}, "temperature"),
         ({"n": 2, "keep": 1, "top_p": 2.0}, "top_p"),
+        ({"n": 2, "keep": 1, "top_k": 0}, "top_k"),
+        ({"n": 2, "keep": 1, "top_k": 33}, "top_k"),
+        ({"n": 2, "keep": 1, "guidance": -1.0}, "guidance"),
     ],
 )
 def test_numbers_out_of_range_are_refused(pipe, options, message):
@@ -171,13 +315,76 @@ def test_guidance_with_null_captions_in_training_is_not_warned_of(bundle_copy, c
 
 
 def test_the_default_batch_size_fits_the_memory_in_equal_batches(pipe, monkeypatch):
-    assert pipe.default_batch_size(100) == 50
-    cache = 2 * 3 * 16 * 32 * 4  # keys and values, layers, image positions, width, bytes
-    monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", 4 * cache)
-    assert pipe.default_batch_size(9) == 3
-    assert pipe.default_batch_size(9, guided=True) == 2
-    monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", 0)
-    assert pipe.default_batch_size(9) == 1
+    assert pipe.default_batch_size(1_000) == 1_000  # no other limit: 2 GiB are plenty for these models
+    # the keys and values of a caption, and the fourfold width of one layer three times, are there once in each batch
+    caption = 2 * 3 * 24 * 32 * 4 + 3 * 4 * 32 * 24 * 4
+    each = bytes_per_candidate(pipe.dalle.config, torch.float32) + pipeline.DRAWING_BYTES * 32
+
+    def size(memory: int, n: int, **options) -> int:
+        monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", memory)
+        return pipe.default_batch_size(n, **options)
+
+    assert size(caption + 4 * each, 9) == 3
+    assert size(caption + 4 * each, 900) == 4
+    assert size(caption + 9 * each, 9) == 9
+    assert size(caption + 9 * each - 1, 9) == 3
+    assert size(2 * caption + 4 * each, 9, guided=True) == 2
+    assert size(2 * caption + 4 * each, 9, early_abandon=True) == 2
+    assert size(0, 9) == 1
+
+
+def test_captions_share_batches_as_far_as_memory_lasts(pipe, monkeypatch):
+    caption = 2 * 3 * 24 * 32 * 4 + 3 * 4 * 32 * 24 * 4
+    each = bytes_per_candidate(pipe.dalle.config, torch.float32) + pipeline.DRAWING_BYTES * 32
+    monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", 2 * (caption + 5 * each))
+    assert pipe.default_batch_size(5, n_captions=4) == 10
+    assert pipe.default_batch_size(5, n_captions=2) == 10
+    assert pipe.default_batch_size(5, n_captions=3, guided=True) == 5
+
+
+def test_the_memory_that_is_given_decides_the_batch_size(bundle):
+    few = Pipeline.load(bundle, memory=100_000).default_batch_size(1_000)
+    more = Pipeline.load(bundle, memory=1_000_000).default_batch_size(1_000)
+    assert 1 <= few < more < 1_000
+    assert Pipeline.load(bundle, memory=100_000, precision="bf16").default_batch_size(1_000) > few
+    with pytest.raises(ValueError, match="memory is 0 bytes"):
+        Pipeline.load(bundle, memory=0)
+
+
+def test_bf16_is_for_the_transformer_and_not_for_clip(bundle, pipe):
+    half = Pipeline.load(bundle, precision="bf16")
+    assert (half.dalle.dtype, pipe.dalle.dtype) == (torch.bfloat16, torch.float32)
+    assert {parameter.dtype for parameter in half.clip.parameters()} == {torch.float32}
+    result = half.generate(CAPTION, n=4, keep=2)
+    assert result.images.dtype == result.scores.dtype == torch.float32
+    torch.testing.assert_close(half.rank([CAPTION], result.images)[0], result.scores, atol=1e-6, rtol=0)
+
+
+def test_in_bf16_pictures_are_nearly_those_of_fp32_and_a_given_top_is_encoded_in_fp32(bundle, pipe):
+    half = Pipeline.load(bundle, precision="bf16")
+    tokens = pipe.sample_tokens([CAPTION], 4)[0]
+    torch.testing.assert_close(half.decode(tokens), pipe.decode(tokens), atol=0.05, rtol=0)
+    assert torch.equal(half.prefix(picture(), 2), pipe.prefix(picture(), 2))
+
+
+@pytest.mark.parametrize("compile", [False, True])
+def test_compile_is_for_sampling_and_decoding(bundle, monkeypatch, compile):
+    told = []
+    sample = pipeline.sample
+    monkeypatch.setattr(pipeline, "optimised", lambda dvae, **options: told.append(options) or dvae)
+    monkeypatch.setattr(
+        pipeline,
+        "sample",
+        lambda *arguments, **options: told.append(options) or sample(*arguments, **{**options, "compile": False}),
+    )
+    Pipeline.load(bundle, precision="bf16", compile=compile).generate(CAPTION, n=1, keep=1)
+    assert [options["compile"] for options in told] == [compile, compile]
+    assert told[0]["dtype"] == torch.bfloat16
+
+
+def test_an_unknown_precision_is_refused(bundle):
+    with pytest.raises(ValueError, match="unknown precision 'fp8': give fp32 or bf16"):
+        Pipeline.load(bundle, precision="fp8")
 
 
 def test_hashes_name_every_part(pipe, bundle):
