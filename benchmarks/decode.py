@@ -133,7 +133,10 @@ def timed(
         runs: dict[str, Callable[[], object]] = {}
         for name in names:
             runs[name] = partial(_repeat, SUBJECTS[name](n, start), 1 if name in ONCE else block)
-        times = measure.in_turns(runs, rounds, label=f"N={n}, position {start}")
+            if name not in ONCE or start == starts[0]:  # those that need no warming up take seconds a token
+                measure.say(f"N={n}, position {start}: warming up, {name}")
+                runs[name]()
+        times = measure.in_turns(runs, rounds, warmup=0, label=f"N={n}, position {start}")
         by_start.append({k: [t / (1 if k in ONCE else block) for t in values] for k, values in times.items()})
         report.samples[f"N={n}, position {start}"] = by_start[-1]
     static_cache.cache_clear()
