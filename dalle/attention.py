@@ -111,7 +111,8 @@ def masked_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_SS: Te
 class Attention(nn.Module):
     """Projections to heads and back.
 
-    How queries meet keys is the caller's: training gives a mask, decoding reads a cache.
+    How queries meet keys is the caller's: training attends sparsely (sparse_attention.py), decoding reads a cache
+    (cache.py).
     """
 
     def __init__(self, d_model: int, n_heads: int) -> None:

@@ -25,6 +25,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import groupby
 from typing import Any, NamedTuple
+from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor
@@ -123,10 +124,14 @@ class Decoder:
             counts: how many candidates each prompt has; candidates are numbered prompt by prompt.
             prefix: int64 (P, m), image tokens of the prompts that are known beforehand; None for none.
             compile: on a CPU, compile the step: two to three times as fast, after a minute or so for each new
-                number of candidates. On a GPU steps are recorded and replayed instead, always.
+                number of candidates; the weights are held twice, and must not change afterwards. On a GPU steps are
+                recorded and replayed instead, always.
+
+        Raises:
+            ValueError: there is not one count per prompt, or one is below 1.
         """
-        if len(counts) != len(text):
-            raise ValueError(f"{len(counts)} counts for {len(text)} prompts: expected one count per prompt")
+        if len(counts) != len(text) or min(counts) < 1:
+            raise ValueError(f"{len(counts)} counts for {len(text)} prompts: expected one count per prompt, at least 1")
         if prefix is None:
             prefix = text.new_empty((len(text), 0))
         config = model.config
@@ -157,12 +162,16 @@ class Decoder:
             inputs_B: int64 (B,), the image token before this position; start of image at position 0.
 
         Returns:
-            Logits of the image token at this position, float32 (B, V).
+            Logits of the image token at this position, float32 (B, V); on a GPU, until the next step.
+
+        Raises:
+            ValueError: all positions are decoded.
         """
         i = self.position
         if i >= self.model.config.stream.n_image:
             raise ValueError(f"all {i} image tokens are decoded")
-        logits_BV = self._step(self.model, self._groups, inputs_B, self._places_ID[i], self._layers(i))
+        # Contiguous: for a column of a matrix everything would be compiled once more.
+        logits_BV = self._step(self.model, self._groups, inputs_B.contiguous(), self._places_ID[i], self._layers(i))
         self.position += 1
         return logits_BV
 
@@ -172,9 +181,15 @@ class Decoder:
 
         Args:
             candidates: int64, ascending numbers of candidates; at least one of each prompt.
+
+        Raises:
+            ValueError: they are not.
         """
         prompt_of = torch.arange(len(self._counts)).repeat_interleave(torch.tensor(self._counts))
-        self._counts = prompt_of[candidates.cpu()].bincount(minlength=len(self._counts)).tolist()
+        counts = prompt_of[candidates.cpu()].bincount(minlength=len(self._counts)).tolist()
+        if min(counts) < 1 or not (candidates.diff() > 0).all():
+            raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
+        self._counts = counts
         candidates = candidates.to(self.model.device)
         for cache in (self._image_keys, self._image_values):
             for layer, slots in enumerate(cache):
@@ -242,8 +257,8 @@ def _step(model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layer
     h_B1D = model.image_embedding(inputs_B[:, None]) + place_D
     for block, layer in zip(model.blocks, layers, strict=True):
         h_B1D = block(h_B1D, partial(_attend, layer, groups))
-    # In a bfloat16 model the logits are rounded to it, as all that they are made of is: a float32 product, a seventh of
-    # the arithmetic, would take twice as long and make them no better.
+    # Deviation: a bfloat16 model's logits are rounded to bfloat16 here, as all that they are made of is. A float32
+    # product, a seventh of the arithmetic, would take twice as long.
     return F.linear(model.final_norm(h_B1D)[:, 0], model.image_head.weight).float()
 
 
@@ -281,14 +296,14 @@ class _CompiledSteps:
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
-        self._known: set[tuple[int, Groups]] = set()
+        self._known: WeakKeyDictionary[DALLE, set[Groups]] = WeakKeyDictionary()
 
     def __call__(self, model: DALLE, groups: Groups, *inputs: Any) -> Tensor:
         """Return what `_step` does."""
-        known = (id(model), groups)
-        if known in self._known:
+        known = self._known.setdefault(model, set())
+        if groups in known:
             return self._compiled(model, groups, *inputs)
-        self._known.add(known)
+        known.add(groups)
         with torch._inductor.config.patch(freezing=True):  # `options` of torch.compile come too late for this one
             return self._compiled(model, groups, *inputs)
 
@@ -307,11 +322,19 @@ class _RecordedSteps:
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, list[Tensor]]] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+        """Memory for what is made within a step, shared by the graphs: only one of them runs at a time."""
 
     def __call__(
         self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
     ) -> Tensor:
         """Return what `_step` does; the result is overwritten by the next call."""
+        with torch.cuda.device(inputs_B.device):
+            return self._replayed(model, groups, inputs_B, place_D, layers)
+
+    def _replayed(
+        self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
+    ) -> Tensor:
         changing = [inputs_B, place_D, *(x for layer in layers for x in (layer.slot, layer.bias))]
         memory = tuple(layer.keys.data_ptr() for layer in layers)
         if memory not in self._graphs:
@@ -334,6 +357,6 @@ class _RecordedSteps:
             _step(model, groups, inputs_B, place_D, layers)
         torch.cuda.current_stream().wait_stream(side)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
+        with torch.cuda.graph(graph, pool=self._pool):
             logits_BV = _step(model, groups, inputs_B, place_D, layers)
         return graph, logits_BV, fixed

@@ -138,7 +138,7 @@ class Best:
         joined = [*self._candidates, *(candidates[i] for i in own_K.tolist())]
         self._candidates = [joined[i] for i in order_K.tolist()]
         self._scores_K = scores_K[order_K]
-        self._tokens_KI = torch.cat([self._tokens_KI, tokens[own_K].cpu()])[order_K]
+        self._tokens_KI = torch.cat([self._tokens_KI, tokens[own_K.to(tokens.device)].cpu()])[order_K]
         self._images = torch.cat([self._images, images[own_K].cpu()])[order_K]
 
     def result(self, caption: str) -> Result:

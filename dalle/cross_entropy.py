@@ -1,10 +1,10 @@
-"""Cross entropy of a linear layer's logits without ever holding all of them.
+"""Cross entropy of a linear layer's logits, of which only a chunk exists at a time.
 
 The logits of a batch are its largest tensor by far: 2 × 1024 positions times 8,192 image tokens are 67 MB in float32,
 and the usual way holds several of that size. Here a chunk of rows is multiplied, turned into losses and at once into
 gradients, and forgotten.
 
-Legend: N rows  D width  V vocabulary
+Legend: N rows  M rows of a chunk  R rows that fit the memory of the chunks  D width  V vocabulary
 """
 
 from collections.abc import Callable
@@ -56,7 +56,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         logits_RV = h_ND.new_empty((min(n_rows, len(counted_N)), len(weight_VD)), dtype=torch.float32)
         total = torch.zeros((), device=h_ND.device)
         gradients = None if product is None else _Gradients(h_ND, weight_VD, product)
-        for rows_M in torch.split(counted_N, n_rows):
+        for rows_M in torch.split(counted_N, n_rows) if len(counted_N) else ():
             h_MD, targets_M = h_ND[rows_M], targets_N[rows_M]
             counts_M1 = (targets_M != IGNORED).float()[:, None]
             index_M1 = targets_M.clamp(min=0)[:, None]
@@ -68,24 +68,25 @@ class _LinearCrossEntropy(torch.autograd.Function):
                 dlogits_MV = log_p_MV.exp_().scatter_add_(1, index_M1, torch.full_like(counts_M1, -1.0))
                 gradients.add(rows_M, h_MD, dlogits_MV if on_cpu else dlogits_MV.mul_(counts_M1))
         if gradients is not None:
-            ctx.save_for_backward(gradients.h_ND, gradients.of_weight)
+            ctx.save_for_backward(gradients.of_h, gradients.of_weight)
         return total
 
     @staticmethod
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients, scaled in place: they can be asked for once."""
-        h_ND, weight_VD = ctx.saved_tensors
         if getattr(ctx, "is_used", False):
             raise RuntimeError("the gradients of linear_cross_entropy can be computed once: compute the loss again")
         ctx.is_used = True
-        return h_ND.mul_(upstream), weight_VD.mul_(upstream), None, None
+        dh_ND, dweight_VD = ctx.saved_tensors
+        return dh_ND.mul_(upstream), dweight_VD.mul_(upstream), None, None
 
 
 class _Gradients:
     """The gradients of the sum, as they grow chunk by chunk."""
 
     def __init__(self, h_ND: Tensor, weight_VD: Tensor, product: torch.dtype) -> None:
-        self.h_ND = torch.zeros_like(h_ND)
+        self.of_h = torch.zeros_like(h_ND)
+        """(N, D), in the dtype of `h`."""
         self._weight_VD = weight_VD
         self._weight_product_VD = weight_VD.to(product)
         self._dweight_VD: Tensor | None = None
@@ -95,7 +96,7 @@ class _Gradients:
         """Add the gradients of some rows, which no other call is about."""
         product = self._weight_product_VD.dtype
         dlogits_MV = dlogits_MV.to(product)
-        self.h_ND[rows_M] = (dlogits_MV @ self._weight_product_VD).to(self.h_ND.dtype)
+        self.of_h[rows_M] = (dlogits_MV @ self._weight_product_VD).to(self.of_h.dtype)
         part_VD = dlogits_MV.T @ h_MD.to(product)
         if self._dweight_VD is None:
             self._dweight_VD = part_VD.float()

@@ -39,8 +39,8 @@ def training_loss(model: DALLE, text: Tensor, image_tokens: Tensor) -> StreamLos
     Raises:
         ValueError: as `DALLE.forward`.
     """
+    h_BSD = model.states(text, image_tokens)  # checks both
     targets_BT = text_targets(text, model.config.text_vocab)
-    h_BSD = model.states(text, image_tokens)
     T = model.config.text_len
     text_loss = model.text_head(h_BSD[:, :T], targets_BT) / _count(targets_BT)
     image_loss = model.image_head(h_BSD[:, T:], image_tokens) / image_tokens.numel()

@@ -105,7 +105,9 @@ class ScaledLinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., n_out) for (..., n_in)."""
-        if torch.compiler.is_compiling():  # which joins the factors with what is before and after
+        # Compilation joins the factors with what is before and after. ZeRO-3, which marks its parameters, replaces the
+        # plain function by one that lets it free the weight between forward and backward.
+        if torch.compiler.is_compiling() or hasattr(self.weight, "ds_id"):
             return F.linear(self.in_scale * x, self.weight, self.bias) * self.out_scale
         scale = self.in_scale * self.out_scale
         flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), beta=self.out_scale, alpha=scale)
@@ -147,7 +149,10 @@ class Block(nn.Module):
 
 
 class Head(nn.Linear):
-    """Residual stream to logits, without bias; in float32 whatever the weights or autocast are (B.2, D)."""
+    """Residual stream to logits, without bias; in float32 whatever the weights or autocast are (B.2, D).
+
+    `Decoder` does not call it: see there for bfloat16.
+    """
 
     def __init__(self, d_model: int, vocab: int) -> None:
         super().__init__(d_model, vocab, bias=False)
@@ -286,7 +291,8 @@ class DALLE(nn.Module):
     def compile_layers(self) -> None:
         """Compile every layer, for training: faster steps, after about a minute at the first one.
 
-        Where that is impossible, as without a C++ compiler, the layers stay as they are, and a warning says why.
+        Other batch sizes, as of a last smaller batch, and validation are compiled when they come. Where that is
+        impossible, as without a C++ compiler, the layers stay as they are, and a warning says why.
         """
         if not can_compile(self.device):
             return

@@ -16,7 +16,7 @@ o = o₁·e^(l₁-l) + o₂·e^(l₂-l). Backward needs no such formula: the gra
 e^(score-l)·(dp - o·do) with the merged l and o, which is what a fused backward computes when it is fed those.
 
 Legend: B batch  S stream = T+I  T text positions  I image positions  H heads  K head dim
-        N blocks: rows or columns of the grid  Q queries of a block  L keys that a block may see  C any
+        N blocks: rows or columns of the grid  Q queries of a block  L keys that a block may see  X = T+L  C any
 """
 
 from collections.abc import Iterable
@@ -28,11 +28,13 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
-from dalle.attention import Kind, masked_attention, offsets, stored_mask
+from dalle.attention import Kind, mask, masked_attention, offsets, stored_mask
+from dvae.compilation import can_compile
 
 FEWEST_FUSED = 256
 """Image positions from which the two fused calls are faster than the written-out softmax, in float32 on a CPU."""
-_NARROWEST_FLEX_HEAD = 16
+NARROWEST_FLEX_HEAD = 16
+"""Head dimension that FlexAttention's kernels need, at least."""
 
 
 class _Layout(TypedDict):
@@ -70,7 +72,8 @@ def sparse_attention(
     if device.type == "cpu":
         fused = q_BHSK.dtype == torch.float32 and grid * grid >= FEWEST_FUSED
         return (two_part_attention if fused else block_attention)(q_BHSK, k_BHSK, v_BHSK, **layout)
-    if device.type == "cuda" and q_BHSK.shape[-1] >= _NARROWEST_FLEX_HEAD:
+    wide_enough = q_BHSK.shape[-1] >= NARROWEST_FLEX_HEAD
+    if device.type == "cuda" and wide_enough and (torch.compiler.is_compiling() or can_compile(device)):
         return block_mask_attention(q_BHSK, k_BHSK, v_BHSK, **layout)
     return masked_attention(q_BHSK, k_BHSK, v_BHSK, stored_mask(**layout, device=device))
 
@@ -121,6 +124,9 @@ def _causal_bias(text_len: int, like: Tensor) -> Tensor:
 
 def prepare_compilation(kinds: Iterable[Kind], text_len: int, grid: int, kernel: int, device: torch.device) -> None:
     """Make beforehand what compiled code of these layers reads, so that it is compiled once."""
+    if device.type == "cuda":
+        for kind in set(kinds) - {"dense"}:
+            _block_mask(kind, text_len, grid, kernel, device)
     for dtype in (torch.float32, torch.bfloat16):
         like = torch.empty((), dtype=dtype, device=device)
         _causal_bias(text_len, like)
@@ -191,32 +197,43 @@ def two_part_attention(
         return output
 
 
-def _image_blocks(x_HSC: Tensor, kind: Kind, text_len: int, grid: int) -> Tensor:
-    """Return the image positions of one sample as the batch of a fused call, (N, H, Q, C). A view."""
-    blocks_HNQC = x_HSC[:, text_len:].view(len(x_HSC), grid, grid, x_HSC.shape[-1])
-    return blocks_HNQC.permute(2, 0, 1, 3) if kind == "column" else blocks_HNQC.transpose(0, 1)
+class _ImagePart:
+    """How the image positions of one sample become the batch of a fused call: a block of queries and its keys each."""
 
+    def __init__(self, kind: Kind, text_len: int, grid: int, kernel: int, like: Tensor) -> None:
+        self._kind, self._text_len, self._grid = kind, text_len, grid
+        self._back, bias_NQL = _window(kind, grid, kernel, like)
+        # a column's own keys are causal; the others need the bias, the same for all heads
+        self.hidden: dict[str, Any] = {"is_causal": True}
+        if kind != "column":
+            self.hidden = {"is_causal": False, "attn_mask": bias_NQL[:, None]}
+        """What hides the keys of a block that a query may not see."""
 
-def _image_windows(x_HSC: Tensor, kind: Kind, text_len: int, grid: int, back: int) -> Tensor:
-    """Return what each block of one sample may see, (N, H, L, C). A view, if as much text stands before the image.
+    def blocks(self, x_HSC: Tensor) -> Tensor:
+        """Return the image positions, (N, H, Q, C). A view."""
+        blocks_HNQC = x_HSC[:, self._text_len :].view(len(x_HSC), self._grid, self._grid, x_HSC.shape[-1])
+        return blocks_HNQC.permute(2, 0, 1, 3) if self._kind == "column" else blocks_HNQC.transpose(0, 1)
 
-    Where a window reaches back before the image, it holds text, which the bias hides.
-    """
-    if back == 0:
-        return _image_blocks(x_HSC, kind, text_len, grid)
-    missing = max(0, back * grid - text_len)
-    x_HSC = F.pad(x_HSC, (0, 0, missing, 0)) if missing else x_HSC
-    start = text_len + missing - back * grid
-    return x_HSC[:, start:].unfold(1, (back + 1) * grid, grid).permute(1, 0, 3, 2)
+    def windows(self, x_HSC: Tensor) -> Tensor:
+        """Return what each block may see, (N, H, L, C). A view, if as much text stands before the image.
 
+        Where a window reaches back before the image, it holds text, which is hidden.
+        """
+        if self._back == 0:
+            return self.blocks(x_HSC)
+        reach = self._back * self._grid
+        missing = max(0, reach - self._text_len)
+        x_HSC = F.pad(x_HSC, (0, 0, missing, 0)) if missing else x_HSC
+        start = self._text_len + missing - reach
+        return x_HSC[:, start:].unfold(1, reach + self._grid, self._grid).permute(1, 0, 3, 2)
 
-def _add_windows(total_HSC: Tensor, windows_NHLC: Tensor, kind: Kind, text_len: int, grid: int, back: int) -> None:
-    """Write the sum of what falls on each image position: the transpose of `_image_windows`."""
-    total_NHQC = _image_blocks(total_HSC, kind, text_len, grid)
-    own_and_before = windows_NHLC.chunk(back + 1, dim=2)
-    total_NHQC.copy_(own_and_before[back])
-    for before in range(1, min(back, grid - 1) + 1):
-        total_NHQC[:-before] += own_and_before[back - before][before:]
+    def add_windows(self, total_HSC: Tensor, windows_NHLC: Tensor) -> None:
+        """Write the sum of what falls on each image position: the transpose of `windows`."""
+        total_NHQC = self.blocks(total_HSC)
+        own_and_before = windows_NHLC.chunk(self._back + 1, dim=2)
+        total_NHQC.copy_(own_and_before[self._back])
+        for before in range(1, min(self._back, self._grid - 1) + 1):
+            total_NHQC[:-before] += own_and_before[self._back - before][before:]
 
 
 def _empty_like_heads(x_BHSK: Tensor) -> Tensor:
@@ -234,27 +251,21 @@ def _two_part(
     q: Tensor, k: Tensor, v: Tensor, kind: str, text_len: int, grid: int, kernel: int
 ) -> tuple[Tensor, Tensor]:
     """Return the output (B, H, S, K) and the log-sum-exp of every query's scores, float32 (B, H, S)."""
-    T, kind = text_len, cast(Kind, kind)
-    back, bias_NQL = _window(kind, grid, kernel, q)
-    blocks = partial(_image_blocks, kind=kind, text_len=T, grid=grid)
-    windows = partial(_image_windows, kind=kind, text_len=T, grid=grid, back=back)
-    # a column's own keys are causal; the others need the bias, the same for all heads
-    hidden = {"is_causal": True} if kind == "column" else {"is_causal": False, "attn_mask": bias_NQL[:, None]}
+    T, image = text_len, _ImagePart(cast(Kind, kind), text_len, grid, kernel, q)
     out, lse = _empty_like_heads(q), _empty_lse(q)
     k_text, v_text = k[:, :, :T], v[:, :, :T]
     out[:, :, :T], lse[:, :, :T] = _flash(q[:, :, :T], k_text, v_text, 0.0, True)
     o1_BHIK, l1_BHI = _flash(q[:, :, T:], k_text, v_text, 0.0, False)
     for b in range(len(q)):
-        q_NHQK = blocks(q[b])
-        k_NHLK, v_NHLK = (windows(x[b]) for x in (k, v))
-        o2_NHQK, l2_NHQ = _flash(q_NHQK, k_NHLK, v_NHLK, 0.0, **hidden)
-        blocks(out[b]).copy_(o2_NHQK)
-        blocks(lse[b, ..., None]).copy_(l2_NHQ[..., None])
+        q_NHQK = image.blocks(q[b])
+        k_NHLK, v_NHLK = (image.windows(x[b]) for x in (k, v))
+        o2_NHQK, l2_NHQ = _flash(q_NHQK, k_NHLK, v_NHLK, 0.0, **image.hidden)
+        image.blocks(out[b]).copy_(o2_NHQK)
+        image.blocks(lse[b, ..., None]).copy_(l2_NHQ[..., None])
     # in place: out and lse hold the second part so far
-    o2_BHIK, l2_BHI = out[:, :, T:], lse[:, :, T:]
-    share_BHI1 = (l1_BHI - torch.logaddexp(l1_BHI, l2_BHI)).exp_()[..., None].to(q.dtype)
-    l2_BHI.copy_(torch.logaddexp(l1_BHI, l2_BHI))
-    o2_BHIK.lerp_(o1_BHIK, share_BHI1)
+    lse[:, :, T:] = torch.logaddexp(l1_BHI, lse[:, :, T:])
+    share_BHI1 = (l1_BHI - lse[:, :, T:]).exp_()[..., None].to(q.dtype)
+    out[:, :, T:].lerp_(o1_BHIK, share_BHI1)
     return out, lse
 
 
@@ -277,32 +288,26 @@ def _two_part_backward(
     kernel: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the gradients of queries, keys and values: each part's own, given the merged output and log-sum-exp."""
-    T, kind = text_len, cast(Kind, kind)
-    back, bias_NQL = _window(kind, grid, kernel, q)
-    blocks = partial(_image_blocks, kind=kind, text_len=T, grid=grid)
-    windows = partial(_image_windows, kind=kind, text_len=T, grid=grid, back=back)
-    # a column's own keys are causal; the others need the bias, the same for all heads
-    hidden = {"is_causal": True} if kind == "column" else {"is_causal": False, "attn_mask": bias_NQL[:, None]}
-    add_windows = partial(_add_windows, kind=kind, text_len=T, grid=grid, back=back)
+    T, image = text_len, _ImagePart(cast(Kind, kind), text_len, grid, kernel, q)
     dq, dk, dv = (_empty_like_heads(x) for x in (q, k, v))
     for b in range(len(q)):
-        g_NHQK, q_NHQK, out_NHQK = (blocks(x[b]) for x in (grad, q, out))
-        lse_NHQ = blocks(lse[b, ..., None])[..., 0].contiguous()
-        k_NHLK, v_NHLK = (windows(x[b]) for x in (k, v))
-        grads = _flash_backward(g_NHQK, q_NHQK, k_NHLK, v_NHLK, out_NHQK, lse_NHQ, 0.0, **hidden)
-        blocks(dq[b]).copy_(grads[0])
-        add_windows(dk[b], grads[1])
-        add_windows(dv[b], grads[2])
+        g_NHQK, q_NHQK, out_NHQK = (image.blocks(x[b]) for x in (grad, q, out))
+        lse_NHQ = image.blocks(lse[b, ..., None])[..., 0].contiguous()
+        k_NHLK, v_NHLK = (image.windows(x[b]) for x in (k, v))
+        grads = _flash_backward(g_NHQK, q_NHQK, k_NHLK, v_NHLK, out_NHQK, lse_NHQ, 0.0, **image.hidden)
+        image.blocks(dq[b]).copy_(grads[0])
+        image.add_windows(dk[b], grads[1])
+        image.add_windows(dv[b], grads[2])
     k_text, v_text = k[:, :, :T], v[:, :, :T]
-    text, image = ([x[:, :, part] for x in (grad, q, out, lse)] for part in (slice(None, T), slice(T, None)))
-    for (g, q_part, out_part, lse_part), is_causal in ((text, True), (image, False)):
-        grads = _flash_backward(g, q_part, k_text, v_text, out_part, lse_part, 0.0, is_causal)
-        if is_causal:
-            dq[:, :, :T], dk[:, :, :T], dv[:, :, :T] = grads
-        else:
-            dq[:, :, T:] += grads[0]
-            dk[:, :, :T] += grads[1]
-            dv[:, :, :T] += grads[2]
+    of_text, of_image = ([x[:, :, part] for x in (grad, q, out, lse)] for part in (slice(None, T), slice(T, None)))
+    g, q_part, out_part, lse_part = of_text
+    grads = _flash_backward(g, q_part, k_text, v_text, out_part, lse_part, 0.0, True)
+    dq[:, :, :T], dk[:, :, :T], dv[:, :, :T] = grads
+    g, q_part, out_part, lse_part = of_image
+    grads = _flash_backward(g, q_part, k_text, v_text, out_part, lse_part, 0.0, False)
+    dq[:, :, T:] += grads[0]
+    dk[:, :, :T] += grads[1]
+    dv[:, :, :T] += grads[2]
     return dq, dk, dv
 
 
@@ -326,16 +331,22 @@ _two_part.register_autograd(_backward, setup_context=_save_for_backward)
 # ------------------------------------------------------------------------------------------------ FlexAttention
 
 
-@lru_cache(maxsize=32)
+_known_block_masks: dict[tuple[Kind, int, int, int, str], BlockMask] = {}
+
+
 def _block_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch.device) -> BlockMask:
     """Return which blocks of the mask are empty, full or in between."""
-    allowed_SS = stored_mask(kind, text_len, grid, kernel, device)
+    known = (kind, text_len, grid, kernel, str(device))
+    if known not in _known_block_masks:
+        with torch.inference_mode(False):
+            allowed_SS = mask(kind, text_len, grid, kernel, device)
 
-    def is_allowed(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return allowed_SS[query, key]
+        def is_allowed(_b: Tensor, _h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return allowed_SS[query, key]
 
-    S = len(allowed_SS)
-    return create_block_mask(is_allowed, None, None, S, S, device=str(device))
+        S = len(allowed_SS)
+        _known_block_masks[known] = create_block_mask(is_allowed, None, None, S, S, device=str(device))
+    return _known_block_masks[known]
 
 
 @lru_cache(maxsize=1)

@@ -16,7 +16,8 @@ counts all layers together, and its own limit, 8, is for one model of one shape.
 def can_compile(device: torch.device | str) -> bool:
     """Return whether torch.compile works for a device, found out once by compiling something tiny.
 
-    Where it does not, as without a C++ compiler, a warning says why: what asked for it is to go on uncompiled.
+    Where it does not, as without a C++ compiler, a warning says why: what asked for it is to go on uncompiled. Where it
+    does, torch is told to keep `VARIANTS` versions of a function.
     """
     return _can_compile(torch.device(device).type)
 

@@ -51,7 +51,8 @@ logger = logging.getLogger(__name__)
 Tensors = dict[str, Tensor]
 
 VOTE_EVERY = 10
-"""Steps between two votes of several GPUs on whether to stop: a vote waits until the device has done all its work."""
+"""Steps between two votes of several GPUs on whether to stop: a vote waits until the device has done all its work. So a
+signal is obeyed up to that many steps late."""
 
 
 class Stage(Protocol):

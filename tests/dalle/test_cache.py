@@ -61,9 +61,11 @@ def test_cached_logits_equal_uncached_ones_at_every_position(attention: str) -> 
 
 
 @pytest.mark.parametrize("m", range(0, 49, 6))
-def test_a_prefix_of_any_length_leaves_the_slots_as_steps_would(m: int) -> None:
-    model = awake()
-    text, tokens = streams(2)
+@pytest.mark.parametrize("attention", ["paper", "dense"])
+def test_a_prefix_of_any_length_leaves_the_slots_as_steps_would(m: int, attention: str) -> None:
+    config = DALLEConfig(**{**vars(CONFIG), "attention": attention})
+    model = awake(config)
+    text, tokens = streams(2, config)
     cached = decoded(Decoder(model, text, counts=[1, 1], prefix=tokens[:, :m]), tokens, first=m)
     torch.testing.assert_close(cached, model(text, tokens)[1][:, m:], rtol=1e-5, atol=1e-5)
 
@@ -117,6 +119,25 @@ def test_a_candidates_memory_is_what_is_told_and_a_third_of_full_attention() -> 
     paper = DALLEConfig(n_layers=8, d_model=512, n_heads=8)
     full_attention = 2 * paper.n_layers * paper.stream.length * paper.d_model * 4
     assert bytes_per_candidate(paper, torch.float32) < full_attention / 3
+
+
+def test_a_decoder_says_when_the_picture_is_complete() -> None:
+    text, tokens = streams(1)
+    decoder = Decoder(awake(), text, counts=[1], prefix=tokens)
+    with pytest.raises(ValueError, match="all 49 image tokens are decoded"):
+        decoder.step(tokens[:, -1])
+
+
+@pytest.mark.parametrize("kept", [[0, 1], [3, 0], [2, 2, 3]])
+def test_only_ascending_candidates_of_every_prompt_can_be_kept(kept: list[int]) -> None:
+    decoder = Decoder(awake(), streams(2)[0], counts=[3, 4])
+    with pytest.raises(ValueError, match="not ascending candidates"):
+        decoder.keep(torch.tensor(kept))
+
+
+def test_a_decoder_refuses_a_prompt_without_candidates() -> None:
+    with pytest.raises(ValueError, match="at least 1"):
+        Decoder(awake(), streams(2)[0], counts=[1, 0])
 
 
 def test_a_decoder_refuses_more_counts_than_prompts() -> None:

@@ -351,6 +351,44 @@ def test_the_training_loss_in_bfloat16_is_the_loss_of_float32_logits(autocast):
     assert (ours_gradient - gradient).norm() < 0.01 * gradient.norm()
 
 
+@pytest.mark.gpu
+def test_the_training_loss_on_a_gpu_is_the_loss_of_all_logits():
+    for text, image_tokens in ([x.cuda() for x in stream(SMALL, batch=4)], empty_captions("cuda")):
+        model = awake(SMALL).cuda()
+        ours = training_loss(model, text, image_tokens)
+        reference = stream_loss(*model(text, image_tokens), text, image_tokens, SMALL)
+        gradients = [torch.autograd.grad(loss.total, list(model.parameters())) for loss in (ours, reference)]
+        torch.testing.assert_close(ours.total, reference.total, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-5)
+
+
+def empty_captions(device="cpu"):
+    _, image_tokens = stream(SMALL)
+    return null_caption(SMALL.text_vocab, SMALL.text_len).repeat(2, 1).to(device), image_tokens.to(device)
+
+
+def test_the_training_loss_of_empty_captions_has_no_text_part():
+    model = awake(SMALL)
+    loss = training_loss(model, *empty_captions())
+    loss.total.backward()
+    assert loss.text == 0
+    assert model.text_head.weight.grad.abs().max() == 0
+    assert all(parameter.grad.isfinite().all() for parameter in model.parameters())
+
+
+def test_gradients_of_the_training_loss_are_given_once():
+    loss = training_loss(awake(SMALL), *stream(SMALL)).total
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="can be computed once"):
+        loss.backward()
+
+
+def test_the_training_loss_names_wrong_inputs():
+    text, image_tokens = stream(SMALL)
+    with pytest.raises(ValueError, match="text has shape"):
+        training_loss(awake(SMALL), text[0], image_tokens)
+
+
 def test_the_training_loss_is_a_loss_without_gradients_too():
     text, image_tokens = stream(SMALL)
     model = awake(SMALL)
@@ -386,14 +424,20 @@ def test_compiled_layers_compute_the_same_loss_and_gradients():
         torch.testing.assert_close(ours, reference, rtol=1e-4, atol=1e-5)
 
 
-def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(monkeypatch, caplog):
+@pytest.fixture
+def no_compiler(monkeypatch):
     def refuse(*args, **kwargs):
         raise RuntimeError("no C++ compiler found")
 
     compilation._can_compile.cache_clear()
     monkeypatch.setattr(torch, "compile", refuse)
+    yield
+    compilation._can_compile.cache_clear()
+
+
+def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(no_compiler, caplog):
     model = awake(SMALL)
     model.compile_layers()
-    compilation._can_compile.cache_clear()
     assert "no C++ compiler found" in caplog.text
+    assert all(block._compiled_call_impl is None for block in model.blocks)
     training_loss(model, *stream(SMALL)).total.backward()

@@ -219,20 +219,39 @@ def test_tokens_are_those_of_the_whole_cumulative_distribution():
         assert torch.equal(draw(logits, numbers), reference)
 
 
-def test_abandoned_candidates_leave_the_others_as_they_were(model):
-    text = TEXT[:1]
-    everything = sample(model, text, seeds=seeds(6, 1), n=6)
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+@pytest.mark.parametrize("m", [0, 5])
+def test_abandoned_candidates_leave_the_others_as_they_were(model, guidance, m):
+    options = {"seeds": seeds(6, 1), "n": 6, "guidance": guidance, "prefix": torch.arange(m)}
+    everything = sample(model, TEXT[:1], **options)
     seen = []
 
     def better_half(tokens):
         seen.append(tokens)
         return torch.tensor([1, 4, 5])
 
-    kept = sample(model, text, seeds=seeds(6, 1), n=6, abandon=better_half)
+    kept = sample(model, TEXT[:1], **options, abandon=better_half)
     half = model.config.stream.n_image // 2
     assert torch.equal(kept[0], everything[0, [1, 4, 5]])
     assert len(seen) == 1
     assert torch.equal(seen[0], everything[0, :, :half])
+
+
+def test_nothing_is_abandoned_where_the_first_half_is_given(model):
+    prefix = torch.arange(model.config.stream.n_image // 2)
+    options = {"seeds": seeds(2, 1), "n": 2, "prefix": prefix}
+    kept = sample(model, TEXT[:1], **options, abandon=lambda tokens: pytest.fail("it was asked"))
+    assert torch.equal(kept, sample(model, TEXT[:1], **options))
+
+
+@pytest.mark.slow
+def test_sampling_compiles_one_step_and_gives_the_same_tokens(model):
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    compiled = sample(model, TEXT[:1], seeds=seeds(3, 1), n=3, compile=True)
+    # one for the trial whether anything can be compiled, unless an earlier test has made it
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
+    assert torch.equal(compiled, sample(model, TEXT[:1], seeds=seeds(3, 1), n=3))
 
 
 def test_abandoning_is_for_one_prompt(model):
