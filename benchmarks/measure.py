@@ -35,8 +35,18 @@ Times = dict[str, list[float]]
 # ------------------------------------------------------------------------------------------------ times
 
 
+FEWEST = 3
+"""Rounds that a slow machine has to go through, too, before a part's time is up."""
+
+
 def in_turns(
-    subjects: Mapping[str, Callable[[], object]], rounds: int, *, warmup: int = 1, label: str = "", units: int = 1
+    subjects: Mapping[str, Callable[[], object]],
+    rounds: int,
+    *,
+    warmup: int = 1,
+    label: str = "",
+    units: int = 1,
+    limit_s: float = float("inf"),
 ) -> Times:
     """Run all subjects once per round, in order, and return the seconds of each.
 
@@ -46,9 +56,12 @@ def in_turns(
         warmup: rounds before that, not timed.
         label: of the progress line on stderr.
         units: of work in one run; seconds are per unit.
+        limit_s: start no further round, after `FEWEST`, when the timed ones have taken so long.
     """
     times: Times = {name: [] for name in subjects}
     for number in range(-warmup, rounds):
+        if number >= FEWEST and sum(map(sum, times.values())) * units > limit_s:
+            break
         for name, run in subjects.items():
             say(f"{label}: {'warming up' if number < 0 else f'round {number + 1} of {rounds}'}, {name}")
             seconds = elapsed(run)
@@ -73,8 +86,10 @@ def ratio(times: Times, slow: str, fast: str) -> float:
 
 def say(text: str) -> None:
     """Report progress on stderr, on one line where that is a terminal."""
-    end = "\r" if sys.stderr.isatty() else "\n"
-    print(f"  {text:<110}"[:118], end=end, file=sys.stderr, flush=True)
+    if sys.stderr.isatty():
+        print(f"  {text:<110}"[:118], end="\r", file=sys.stderr, flush=True)
+    else:
+        print(f"  {text}", file=sys.stderr, flush=True)
 
 
 # ------------------------------------------------------------------------------------------------ the machine

@@ -111,37 +111,51 @@ def filled(page: str, made: Mapping[str, str]) -> str:
     return re.sub(r"<!-- (\w+) -->\n.*?<!-- end -->", fill, page, flags=re.S)
 
 
+COLOURS = {
+    "ours, best": "#0b5394",
+    "ours, bf16": "#0b5394",
+    "ours, float32, eager": "#8fbce6",
+    "ours": "#3d85c6",
+    "DALLE-pytorch": "#cc4125",
+    "LlamaGen": "#e69138",
+    "static cache": "#8a8a8a",
+}
+"""By the beginning of a curve's name, the first that fits."""
+
+
 def draw(found: Mapping[str, Any], folder: Path) -> None:
     """Draw the plots of which there are curves."""
     import matplotlib  # only for the plots, and slow to import
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
     series = [one for result in found.values() for one in result["series"]]
     for plot, (file, x_label, y_label, logarithmic) in PLOTS.items():
         curves = [one for one in series if one["plot"] == plot]
         if not curves:
             continue
-        figure_, axes = pyplot.subplots(figsize=(6.4, 4.0), dpi=120)
+        figure_, axes = pyplot.subplots(figsize=(6.4, 4.6), dpi=120, layout="constrained")
         for curve in curves:
-            ours = curve["name"].startswith("ours")
-            style = {"marker": "o", "linestyle": "-" if ours else "--", "linewidth": 2.0 if ours else 1.4}
-            axes.plot(curve["x"], curve["y"], label=curve["name"], **style)
-        ticks = sorted({x for curve in curves for x in curve["x"]})
+            name = curve["name"]
+            colour = next(colour for start, colour in COLOURS.items() if name.startswith(start))
+            line = "-" if name.startswith("ours") else "--"
+            axes.plot(curve["x"], curve["y"], label=name, color=colour, linestyle=line, marker="o", linewidth=2)
         if logarithmic:
             axes.set_xscale("log", base=2)
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter(ticker.StrMethodFormatter("{x:g}"))
         else:
             axes.set_ylim(bottom=0)
+        ticks = sorted({x for curve in curves for x in curve["x"]})
         axes.set_xticks(ticks, [f"{tick:g}" for tick in ticks])
         axes.minorticks_off()
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
-        axes.legend(frameon=False, fontsize=8)
-        figure_.tight_layout()
+        figure_.legend(loc="outside upper center", ncols=2, frameon=False, fontsize=9)
         figure_.savefig(folder / file, metadata={"Software": None})
         pyplot.close(figure_)
 

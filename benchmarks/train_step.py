@@ -89,7 +89,7 @@ def time(batch: int, options: Options, report: Report) -> None:
     report.notes.append(f"floor: {flops / 1e9:.0f} GFLOP a sample, divided by the rate of a 2048³ matrix product")
     steps: dict[str, Callable[[], object]] = {name: make(SHAPE, batch) for name, make in STEPS.items()}
     steps |= {FLOAT32: measure.products(torch.float32), BFLOAT16: measure.products(torch.bfloat16)}
-    times = measure.in_turns(steps, options.n(5), label=f"step, {batch} a batch")
+    times = measure.in_turns(steps, options.n(5), limit_s=60.0 * batch, label=f"step, {batch} a batch")
     report.samples[f"step, batch {batch}"] = times
     seconds = {name: median(values) for name, values in times.items()}
     rows: list[list[measure.Cell]] = [

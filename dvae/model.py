@@ -344,7 +344,7 @@ def check_images(config: DVAEConfig, images: Tensor) -> None:
 
 def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
     """Raise ValueError unless `tokens` is what `DVAE.decode` takes: (B,Y,X) int64 in 0 … V-1."""
-    if tokens.ndim != 3 or tokens.dtype != torch.int64:
+    if tokens.ndim != 3 or tokens.dtype != torch.int64 or 0 in tokens.shape[1:]:
         raise ValueError(
             f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
             "expected int64 of shape (batch, rows, columns)"

@@ -435,7 +435,8 @@ def no_compiler(monkeypatch):
     compilation._can_compile.cache_clear()
 
 
-def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(no_compiler, caplog):
+@pytest.mark.usefixtures("no_compiler")
+def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(caplog):
     model = awake(SMALL)
     model.compile_layers()
     assert "no C++ compiler found" in caplog.text

@@ -98,6 +98,31 @@ def test_looking_tokens_up_equals_decoding_one_hot_probabilities() -> None:
     assert torch.allclose(dvae.decode(tokens), unmap_pixels(stats[:, :3].sigmoid()), atol=1e-6)
 
 
+@pytest.mark.parametrize("n_groups", [1, 2, 3, 4])
+@pytest.mark.parametrize("n_blocks", [1, 2])
+def test_the_decoder_computes_what_its_plain_graph_computes_with_the_same_gradients(
+    n_groups: int, n_blocks: int
+) -> None:
+    decoder = small(config=dataclasses.replace(SMALL, n_groups=n_groups, n_blocks=n_blocks)).decoder
+    p = torch.rand(2, 32, 3, 2, generator=torch.Generator().manual_seed(0)).softmax(dim=1).requires_grad_()
+    weights = [p, *decoder.parameters()]
+    plain, found = decoder.blocks(p), decoder(p)
+    assert torch.allclose(found, plain, atol=1e-5 * plain.detach().std().item())
+    upstream = torch.randn(plain.shape, generator=torch.Generator().manual_seed(1))
+    for expected, gradient in zip(
+        torch.autograd.grad(plain, weights, upstream), torch.autograd.grad(found, weights, upstream), strict=True
+    ):
+        assert torch.allclose(gradient, expected, atol=1e-5 * float(expected.abs().max()))
+
+
+def test_the_order_of_the_pictures_in_memory_changes_no_token() -> None:
+    dvae, images = small(), pictures(2, 3, 16, 16)
+    assert torch.equal(
+        dvae.encode(images.contiguous(memory_format=torch.channels_last)),
+        dvae.encoder(map_pixels(images)).argmax(dim=1),
+    )
+
+
 def test_the_convolutions_beside_the_relaxation_compute_in_float32_under_autocast() -> None:
     dvae = small()
     seen = {}
@@ -159,6 +184,7 @@ def test_encode_says_what_it_expected(images: torch.Tensor, message: str) -> Non
         (torch.zeros(1, 4, 4), "torch.float32 tokens"),
         (torch.full((1, 4, 4), 32), r"tokens from 32 to 32, expected 0 … 31"),
         (torch.full((1, 4, 4), -1), r"tokens from -1 to -1, expected 0 … 31"),
+        (torch.zeros(1, 0, 4, dtype=torch.int64), r"shape \(1, 0, 4\), expected int64"),
     ],
 )
 def test_decode_says_what_it_expected(tokens: torch.Tensor, message: str) -> None:
