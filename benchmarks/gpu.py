@@ -56,8 +56,8 @@ def attention_error(kind: Kind, text_len: int, grid: int, dtype: torch.dtype) ->
     expected = masked_attention(wide[0], wide[1], wide[2], mask(kind, text_len, grid, KERNEL, "cuda"))
     found = sparse_attention(narrow[0], narrow[1], narrow[2], kind=kind, text_len=text_len, grid=grid, kernel=KERNEL)
     pairs = zip(
-        [found, *torch.autograd.grad(found, narrow, gradient)],
-        [expected, *torch.autograd.grad(expected, wide, gradient.float())],
+        [found.detach(), *torch.autograd.grad(found, narrow, gradient)],
+        [expected.detach(), *torch.autograd.grad(expected, wide, gradient.float())],
         strict=True,
     )
     return max(float((a.float() - b).abs().max() / b.abs().max()) for a, b in pairs)
