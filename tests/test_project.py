@@ -72,7 +72,7 @@ def test_the_changelog_has_an_entry_for_this_version() -> None:
 @pytest.mark.slow
 def test_all_tests_can_be_collected_without_data_network_or_home(tmp_path: Path) -> None:
     clone = tmp_path / "clone"
-    for name in (*PACKAGES, "tests"):
+    for name in (*PACKAGES, "benchmarks", "tests"):
         shutil.copytree(ROOT / name, clone / name, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("setup.cfg", "pyproject.toml", "README.md", "CHANGELOG.md", "constraints.txt", "Makefile"):
         shutil.copy(ROOT / name, clone / name)
