@@ -78,6 +78,8 @@ def test_all_tests_can_be_collected_without_data_network_or_home(tmp_path: Path)
         shutil.copy(ROOT / name, clone / name)
     shutil.copytree(ROOT / "docs", clone / "docs")
     environment = {"PATH": os.environ["PATH"], "HOME": str(tmp_path / "home"), "OMP_NUM_THREADS": "1"}
+    # which `make bench` installs, and torchmetrics then imports
+    environment["MPLCONFIGDIR"] = str(tmp_path / "matplotlib")
     command = [sys.executable, "-m", "pytest", "--collect-only", "-q", "-m", "", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=clone, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
