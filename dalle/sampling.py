@@ -76,17 +76,19 @@ def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
     Returns:
         int64 (B,).
     """
-    # In two steps, over blocks of tokens and within the block: sums are float64, because over 8,192 tokens the rounding
-    # of a float32 sum would be larger than rare tokens' probabilities, but only a few numbers of each row are.
+    # In two steps, over blocks of tokens and within the block. A float32 sum of a block is exact to its last bits; over
+    # all 8,192 tokens its rounding would be larger than rare tokens' probabilities, so those sums are float64.
     weights_BV = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    weights_BXY = F.pad(weights_BV, (0, -weights_BV.shape[1] % DRAW_BLOCK)).view(len(logits), -1, DRAW_BLOCK)
-    up_to_BX = weights_BXY.sum(dim=-1, dtype=torch.float64).cumsum(-1)
+    if missing := -weights_BV.shape[1] % DRAW_BLOCK:
+        weights_BV = F.pad(weights_BV, (0, missing))
+    weights_BXY = weights_BV.view(len(logits), -1, DRAW_BLOCK)
+    up_to_BX = weights_BXY.sum(dim=-1).double().cumsum(-1)
     # At most 1 - 2^-53 times the total, which rounds to less than the total: some block is always past it.
     threshold_B1 = uniforms_B[:, None] * up_to_BX[:, -1:]
     block_B1 = torch.searchsorted(up_to_BX, threshold_B1, right=True)
     rest_B1 = threshold_B1 - F.pad(up_to_BX, (1, 0)).gather(1, block_B1)
     within_BY = weights_BXY.take_along_dim(block_B1[:, :, None], dim=1)[:, 0].double().cumsum(-1)
-    # The block's sum and the last of its cumulative ones may differ in their last bit.
+    # The block's sum and the last of its cumulative ones may differ in their last bits.
     rest_B1 = torch.minimum(rest_B1, within_BY[:, -1:].nextafter(torch.zeros_like(rest_B1)))
     tokens_B1 = block_B1 * DRAW_BLOCK + torch.searchsorted(within_BY, rest_B1, right=True)
     return tokens_B1[:, 0]
