@@ -20,10 +20,10 @@ from dvae import DVAE, DVAEConfig
 from training.batches import Batch, batches
 from training.data import ShardData
 from training.encode import EncodeConfig, encode_shards
-from training.engine import World
 from training.recipes import recipe
 from training.shards import write_shards
 from training.transformer import TransformerStage
+from training.world import World
 
 N, BATCH = 256, 16
 STEP = "training step, our best, B=2"

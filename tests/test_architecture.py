@@ -53,7 +53,7 @@ FACADE = "dalle"
 """dalle/__init__.py names the public classes for type checkers and imports them on first use."""
 
 LIBRARY_HOMES = {
-    "deepspeed": {"training/engine.py"},
+    "deepspeed": {"training/checkpoints.py", "training/engine.py"},
     "webdataset": {"training/shards.py"},
     "tyro": {"dalle/cli.py", "training/cli.py"},
     "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
@@ -301,8 +301,8 @@ def unsafe(call: ast.Call, name: str, file: str) -> str | None:
     last = name.rpartition(".")[2]
     if name == "torch.load":
         # DeepSpeed's checkpoints for resuming are torch files; everything for use is safetensors
-        is_home = file == "training/engine.py" and keyword(call, "weights_only") is True
-        return None if is_home else "torch.load is for training/engine.py alone, with weights_only=True"
+        is_home = file == "training/checkpoints.py" and keyword(call, "weights_only") is True
+        return None if is_home else "torch.load is for training/checkpoints.py alone, with weights_only=True"
     if name in {"eval", "exec", "compile", "__import__", "input"}:
         return f"{name} hides what a program does"
     if name in {"pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "marshal.loads", "os.system", "os.popen"}:

@@ -16,7 +16,6 @@ from training.config import Precision, TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
 from training.encode import EncodeConfig
-from training.engine import World, join_world, leave_world
 from training.evaluate import evaluate_bundle
 from training.fit import Interrupted
 from training.metrics import Report, to_stderr
@@ -32,6 +31,7 @@ from training.programs import (
 )
 from training.recipes import DVAERecipe, Recipe, recipe
 from training.shards import ShardFilter, make_shards
+from training.world import World, join_world, leave_world
 
 
 @dataclass(frozen=True, kw_only=True)

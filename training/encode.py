@@ -36,7 +36,6 @@ from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from training.batches import BadSamples, Batch, parts_in_order
 from training.data import Sample, ShardData, expand_shards, sample_rng
-from training.engine import World, on_first_rank
 from training.fit import Interrupted, StopSignals
 from training.image_tokens import (
     DESCRIPTION_MEMBER,
@@ -46,6 +45,7 @@ from training.image_tokens import (
     pack,
     read_description,
 )
+from training.world import World, on_first_rank
 
 logger = logging.getLogger(__name__)
 

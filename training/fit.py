@@ -29,22 +29,13 @@ from torch import Tensor, nn
 from dalle.gallery import save_png
 from dalle.progress import duration
 from training.batches import Batch, batches, validation_batches
+from training.checkpoints import checkpoint_tag, latest_tag, read_checkpoint, replace_text
 from training.config import TrainConfig
 from training.data import Sample, ShardData
-from training.engine import (
-    Engine,
-    World,
-    agree,
-    checkpoint_tag,
-    latest_tag,
-    mean_over_ranks,
-    on_first_rank,
-    read_checkpoint,
-    replace_text,
-    require_same,
-)
+from training.engine import Engine
 from training.metrics import MetricLog, Report
 from training.schedules import LearningRate
+from training.world import World, agree, mean_over_ranks, on_first_rank, require_same
 
 logger = logging.getLogger(__name__)
 

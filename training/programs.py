@@ -21,17 +21,18 @@ from dvae import DVAE
 from dvae.directory import directory_hash
 from rerank.model import CLIP
 from rerank.tokenizer import CLIPTokenizer
+from training.checkpoints import latest_tag
 from training.clip import CLIPStage, check_negatives
 from training.config import TrainConfig
 from training.data import ShardData, expand_shards
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
 from training.encode import EncodeConfig, EncodeReport, encode_shards
-from training.engine import World, latest_tag, on_first_rank
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
 from training.metrics import Report
 from training.recipes import Recipe
 from training.transformer import TransformerStage
+from training.world import World, on_first_rank
 
 logger = logging.getLogger(__name__)
 

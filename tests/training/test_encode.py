@@ -35,13 +35,13 @@ from training.batches import batches
 from training.data import Sample, ShardData, sample_rng
 from training.dvae import initialise_codebook
 from training.encode import EncodeConfig, EncodeReport, encode_shards
-from training.engine import join_world
 from training.fit import Interrupted
 from training.image_tokens import Description, Encoding, pack, read_description, unpack
 from training.metrics import read_metrics
 from training.programs import Inputs, train_transformer
 from training.recipes import Recipe
 from training.transformer import TransformerStage
+from training.world import join_world
 
 CROPS, SEED = 3, 5
 

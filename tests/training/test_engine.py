@@ -16,8 +16,11 @@ from torch.nn import functional as F
 from dalle.model import DALLE
 from dvae import DVAE
 from rerank import CLIP
+from training.checkpoints import latest_tag, read_checkpoint
 from training.config import OptimizerConfig, TrainConfig
-from training.engine import Engine, World, decay_groups, deepspeed_config, join_world, latest_tag, read_checkpoint
+from training.deepspeed_config import deepspeed_config
+from training.engine import Engine, decay_groups
+from training.world import World, join_world
 
 
 class Objective(nn.Module):

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from dvae.images import open_image, to_tensor
 from training.config import TrainConfig
 from training.data import Sample, ShardData
-from training.engine import World, join_world
 from training.fit import Interrupted, RunPlan, fit
 from training.metrics import read_metrics
 from training.schedules import WarmupPlateau
+from training.world import World, join_world
 
 Prepare = Callable[[int], None]
 

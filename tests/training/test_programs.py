@@ -19,10 +19,10 @@ from dalle.pipeline import Pipeline
 from dvae import DVAE, DVAEConfig
 from dvae.directory import directory_hash
 from rerank import CLIP
+from training.checkpoints import latest_tag
 from training.config import TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
-from training.engine import join_world, latest_tag
 from training.evaluate import distinct_captions, evaluate
 from training.fit import Interrupted
 from training.metrics import MetricLog, read_metrics
@@ -30,6 +30,7 @@ from training.plan import flops_per_sample, plan, state_bytes
 from training.programs import Inputs, train_all, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
+from training.world import join_world
 
 NAMES = list(RECIPES)
 

@@ -25,11 +25,12 @@ from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
 from training.clip import CLIPObjective
 from training.encode import EncodeConfig, encode_shards
-from training.engine import Engine, World, join_world, on_first_rank, require_same
+from training.engine import Engine
 from training.fit import Interrupted
 from training.metrics import read_metrics
 from training.programs import Inputs, train_clip, train_tokenizer
 from training.recipes import recipe
+from training.world import World, join_world, on_first_rank, require_same
 
 pytestmark = pytest.mark.slow
 

@@ -27,12 +27,12 @@ from training.dvae import (
     _rarity,
     initialise_codebook,
 )
-from training.engine import join_world
 from training.fit import RunPlan, fit
 from training.metrics import read_metrics
 from training.recipes import DVAERecipe, TransformerRecipe
 from training.schedules import Cosine, WarmupCosine
 from training.transformer import TransformerStage
+from training.world import join_world
 
 
 @pytest.fixture
