@@ -53,7 +53,7 @@ FACADE = "dalle"
 """dalle/__init__.py names the public classes for type checkers and imports them on first use."""
 
 LIBRARY_HOMES = {
-    "deepspeed": {"training/checkpoints.py", "training/engine.py"},
+    "deepspeed": {"training/checkpoints.py", "training/engine.py", "training/resharding.py"},
     "webdataset": {"training/shards.py"},
     "tyro": {"dalle/cli.py", "training/cli.py"},
     "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},

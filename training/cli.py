@@ -94,6 +94,19 @@ class _Stage(_Data):
     """Steps between two sample pictures; 0 for the end only."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints."""
+    keep_last: int | None = None
+    """Newest checkpoints that are kept."""
+    keep_every: int | None = None
+    """Checkpoints whose step is a multiple of it are kept for good; 0 for none."""
+    resume: bool = False
+    """Go on from the newest good checkpoint, as happens without it if there is one; with it, there must be one."""
+    resume_from: str | None = None
+    """Go back to this checkpoint, such as step00000500. From then on it is the newest: a run that is started again goes
+    on from it, and later ones are deleted when the run saves again."""
+
+    def inputs(self) -> Inputs:
+        """Return what the programs take."""
+        return dataclasses.replace(super().inputs(), resume=self.resume, resume_from=self.resume_from)
 
     def override(self, config: TrainConfig) -> TrainConfig:
         """Return the recipe's run with the options that were given."""

@@ -71,7 +71,9 @@ class TrainConfig:
     checkpoint_every: int = 500
     """Steps between two checkpoints; the last step and an interruption save one too."""
     keep_last: int = 2
-    """Checkpoints that are kept."""
+    """Newest checkpoints that are kept."""
+    keep_every: int = 0
+    """Checkpoints whose step is a multiple of it are kept for good; 0 for none."""
     workers: int = 1
     """Processes that read and augment, per rank."""
     max_bad_fraction: float = 0.01
@@ -83,7 +85,7 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "validate_every", "sample_every", "workers"):
+        for name in ("seed", "validate_every", "sample_every", "workers", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):

@@ -3,7 +3,6 @@
 DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
 """
 
-import json
 import logging
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
@@ -17,21 +16,34 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from training import resharding
 from training.checkpoints import (
     READ_ERRORS,
+    UNIVERSAL,
     WRITE_ERRORS,
+    Mark,
+    candidates,
     checkpoint_tag,
-    errors_kept,
+    drop,
+    first_good,
+    from_all_ranks,
+    go_on_from,
     latest_tag,
+    make_place,
+    mark_of,
     publish,
-    read_checkpoint,
-    sync_files,
+    read_note,
     tensors_only,
+    writes_recorded,
 )
 from training.config import OptimizerConfig, TrainConfig
 from training.deepspeed_config import deepspeed_config, is_half
 from training.ema import EMA
+from training.metrics import Report
+from training.random_states import random_states, restore_random_states
 from training.world import World, agree, on_first_rank
+
+logger = logging.getLogger(__name__)
 
 Metrics = dict[str, Tensor]
 
@@ -140,10 +152,12 @@ class Engine:
         return self._ema.average if self._ema is not None else {}
 
     def save(self, directory: Path, step: int, state: Mapping[str, Any]) -> None:
-        """Save a checkpoint to resume from, complete before `latest` names it; then drop the oldest.
+        """Save a checkpoint to resume from, complete and read back before `latest` names it; then drop old ones.
+
+        Collective.
 
         Args:
-            directory: where checkpoints of the run are kept.
+            directory: where checkpoints of the run are kept; the same folder for all ranks.
             step: optimizer steps taken so far; names the checkpoint.
             state: plain numbers, strings and lists that `load` returns.
 
@@ -151,80 +165,126 @@ class Engine:
             OSError: it could not be written; the previous checkpoint stays good.
         """
         tag = checkpoint_tag(step)
-        error = self._write(directory, tag, {"step": step, "state": dict(state)})
-        failed = agree(error is not None, self.world)
-        if failed:
-            if self.world.is_first:
-                shutil.rmtree(directory / tag, ignore_errors=True)
-            reason = str(error).splitlines()[0] if error else "another rank could not write its part"
-            kept = latest_tag(directory)
-            raise OSError(
-                f"could not save the checkpoint {directory / tag} ({reason}): free some space and start again; "
-                + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
-            )
-        on_first_rank(lambda: publish(directory, tag, self.config.keep_last), self.world)
-
-    def _write(self, directory: Path, tag: str, meta: dict[str, Any]) -> Exception | None:
-        """Write this rank's files of a checkpoint; returns what went wrong, so that all ranks hear of it."""
-        errors: list[Exception] = []
+        marks: dict[str, Mark] = {}
+        problem = ""
         try:
-            directory.mkdir(parents=True, exist_ok=True)
-            with errors_kept(errors):
-                self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
-            if self._ema is not None and not errors:
-                average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
-                save_file(average, directory / tag / "ema.safetensors")
-                meta |= {"ranks": self.world.size, "zero_stage": self.stage}
-                (directory / tag / "checkpoint.json").write_text(json.dumps(meta, indent=2))
-                sync_files(directory / tag)
+            on_first_rank(lambda: make_place(directory / tag), self.world)
+            marks = self._write(directory, tag)
         except (*WRITE_ERRORS, SafetensorError) as error:
-            errors.append(error)
-        return errors[0] if errors else None
+            problem = _first_line(error)
+        parts = from_all_ranks((marks, problem), self.world)
+        problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
+        if not problem:
+            files = {name: mark for part, _ in parts for name, mark in part.items()}
+            note = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
+            note["files"] = files
+            keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
+            try:
+                on_first_rank(lambda: publish(directory, tag, note, **keep), self.world)
+                return
+            except OSError as error:
+                problem = _first_line(error)
+        on_first_rank(lambda: drop(directory / tag), self.world)
+        kept = latest_tag(directory)
+        raise OSError(
+            f"could not save the checkpoint {directory / tag} ({problem}): free some space and start again; "
+            + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
+        )
 
-    def load(self, directory: Path) -> dict[str, Any]:
-        """Resume from the newest checkpoint of `directory`; returns the state given to `save`.
+    def _write(self, directory: Path, tag: str) -> dict[str, Mark]:
+        """Write this rank's files of a checkpoint, and return the size and digest of each by its name.
 
         Raises:
-            ValueError: it is damaged, of another model, or of another number of ranks.
+            OSError, RuntimeError, SafetensorError: one could not be written.
         """
-        tag = latest_tag(directory)
-        if tag is None:
+        folder = directory / tag
+        written: list[Path] = []
+        errors: list[Exception] = []
+        with writes_recorded(written, errors):
+            self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+        if errors:
+            raise errors[0]
+        written.append(folder / _random_file(self.world.rank))
+        save_file(random_states(self.world.device), written[-1])
+        if self._ema is not None:
+            written.append(folder / "ema.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in self._ema.average.items()}, written[-1])
+        return {path.name: mark_of(path) for path in written}
+
+    def load(self, directory: Path, tag: str | None = None, report: Report = logger.info) -> dict[str, Any]:
+        """Resume from a checkpoint of `directory`; returns the state given to `save`. Collective.
+
+        One whose files are not what was written is passed over for the newest good one before it. The one that is
+        loaded becomes what `latest` names. Random states are restored where as many ranks saved them.
+
+        Args:
+            directory: where checkpoints of the run are kept.
+            tag: the one to go back to, and no other; None for the newest.
+            report: told of a conversion for another number of ranks, which takes time.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: none is good, or it is of another model, or of a ZeRO stage that this one cannot go on from.
+        """
+        tags = from_all_ranks(candidates(directory) if tag is None else [tag], self.world)[0]
+        if not tags:
             raise FileNotFoundError(f"no checkpoint in {directory}")
-        meta = read_checkpoint(directory)
-        self._require_fitting(meta, directory / tag)
+        good, wrong = first_good(directory, tags, self.world)
+        if good is None:
+            raise ValueError(
+                f"the checkpoint {', '.join(str(directory / bad) for bad in tags)} cannot be loaded "
+                f"({'; '.join(wrong)}): put back a good one and name it in {directory / 'latest'}, or start afresh "
+                "with --fresh"
+            )
+        if wrong and self.world.is_first:
+            logger.warning("%s: going back to %s, the newest good checkpoint", "; ".join(wrong), directory / good)
+        note = read_note(directory / good)
+        self._load_from(directory, good, note, report)
+        on_first_rank(lambda: go_on_from(directory, good), self.world)
+        return dict(note["state"])
+
+    def _load_from(self, directory: Path, tag: str, note: Mapping[str, Any], report: Report) -> None:
+        """Load a checkpoint whose files are good; raises ValueError if it does not fit."""
+        folder = directory / tag
+        saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
+        is_other = resharding.must_reshard(folder, saved, now)
+        if is_other:
+            report(f"{tag} was saved by {saved[0]} ranks: converting it for {now[0]}")
+            on_first_rank(lambda: resharding.convert(directory, tag), self.world)
         error: Exception | None = None
         try:
             with tensors_only():
-                path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+                if is_other:
+                    path = resharding.load_universal(self._engine, directory / UNIVERSAL, tag)
+                else:
+                    path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
             if path is None:
                 raise FileNotFoundError("files are missing")
             if self._ema is not None:
-                self._ema.load(load_file(directory / tag / "ema.safetensors"))
+                self._ema.load(load_file(folder / "ema.safetensors"))
+            if saved[0] == now[0]:
+                restore_random_states(load_file(folder / _random_file(self.world.rank)), self.world.device)
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
-        if agree(error is not None, self.world):
-            reason = (str(error).splitlines() or [type(error).__name__])[0] if error else "by another rank"
+        has_failed = agree(error is not None, self.world)  # and now every rank has read what it needs
+        if is_other and self.world.is_first:
+            shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
+        if has_failed:
+            reason = _first_line(error) if error else "by another rank"
             raise ValueError(
-                f"the checkpoint {directory / tag} cannot be loaded ({reason}): it is damaged, or of another model. "
-                f"Name an earlier one in {directory / 'latest'}, or start afresh with --fresh"
+                f"the checkpoint {folder} cannot be loaded ({reason}): its files are as they were written, so it is "
+                f"of another model, precision or program. Name another one in {directory / 'latest'}, or start afresh "
+                "with --fresh"
             ) from error
-        return dict(meta["state"])
 
-    def _require_fitting(self, meta: Mapping[str, Any], checkpoint: Path) -> None:
-        """Raise ValueError unless a checkpoint was saved by as many ranks and at the same ZeRO stage.
 
-        Stage 0 is an exception: every rank has everything, and any number of them can go on.
-        """
-        ranks, stage = meta["ranks"], meta["zero_stage"]
-        if ranks != self.world.size and (stage > 0 or self.stage > 0):
-            raise ValueError(
-                f"{checkpoint} was saved by {ranks} ranks at ZeRO stage {stage}, this run has {self.world.size}: "
-                f"start it with {ranks}"
-            )
-        if stage != self.stage:
-            raise ValueError(
-                f"{checkpoint} was saved at ZeRO stage {stage}, this run is at {self.stage}: use --zero-stage {stage}"
-            )
+def _random_file(rank: int) -> str:
+    """Return the name of the file with a rank's random states."""
+    return f"random_{rank:05d}.safetensors"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _initialize(

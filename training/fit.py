@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from dalle.gallery import save_png
 from dalle.progress import duration
 from training.batches import Batch, batches, validation_batches
-from training.checkpoints import checkpoint_tag, latest_tag, read_checkpoint, replace_text
+from training.checkpoints import checkpoint_tag, latest_tag, replace_text, require_tag, step_of
 from training.config import TrainConfig
 from training.data import Sample, ShardData
 from training.engine import Engine
@@ -151,11 +151,35 @@ class RunPlan:
     """What identifies the run in config.json: stage, recipe, model. A resumed run must agree."""
     fresh: bool = False
     """Start anew although there is a checkpoint."""
+    resume: bool = False
+    """Go on from a checkpoint: there must be one."""
+    resume_from: str | None = None
+    """The checkpoint to go back to, such as step00000500; None for the newest."""
 
     def described(self) -> dict[str, Any]:
         """Return the description as config.json gives it back."""
         described: dict[str, Any] = json.loads(json.dumps(self.description, default=str))
         return described
+
+    def tag(self) -> str | None:
+        """Return the name of the checkpoint to go on from; None for a run from the start.
+
+        Raises:
+            ValueError: the run must go on from one, and it is not there.
+        """
+        checkpoints = self.directory / "checkpoints"
+        if self.resume_from is not None:
+            require_tag(checkpoints, self.resume_from)
+            return self.resume_from
+        tag = None if self.fresh else latest_tag(checkpoints)
+        if tag is None and self.resume:
+            raise ValueError(f"no checkpoint in {checkpoints} to --resume from: leave it out to start a new run")
+        return tag
+
+    def command(self) -> str:
+        """Return which command goes on with an interrupted run."""
+        option = "--fresh" if self.fresh else "--resume-from" if self.resume_from is not None else None
+        return f"the same command without {option}" if option else "the same command"
 
 
 def fit(
@@ -167,19 +191,22 @@ def fit(
     plan: RunPlan,
     report: Report,
 ) -> None:
-    """Train a stage, from its newest checkpoint if there is one, and export the averaged weights to `stage.directory`.
+    """Train a stage, from its newest good checkpoint if there is one, and export the averaged weights.
+
+    They go to `stage.directory`.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
-        ValueError: the run in `plan.directory` is another one, the ranks were not told the same, too many samples are
-            unusable, or the loss or the weights are not finite.
+        ValueError: the run in `plan.directory` is another one or has no good checkpoint to go on from, the ranks were
+            not told the same, too many samples are unusable, or the loss or the weights are not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
+    tag = plan.tag()
     _claim(plan, config, world)
-    if not plan.fresh and _is_finished(checkpoints, config):
+    if tag is not None and step_of(tag) >= config.steps:
         report(
             f"{stage.name}: the {config.steps} steps in {plan.directory} are done (--fresh trains anew, --steps trains "
             "longer)"
@@ -189,8 +216,8 @@ def fit(
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
     start, n_bad = 0, 0
-    if not plan.fresh and latest_tag(checkpoints) is not None:
-        state = engine.load(checkpoints)
+    if tag is not None:
+        state = engine.load(checkpoints, plan.resume_from, report)
         start, n_bad = int(state["step"]), int(state["bad_samples"])
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
@@ -266,10 +293,9 @@ class _Loop:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
             if done % self.vote_every == 0 and agree(stop.raised, self.world) and done < config.steps:
                 self._save(done)
-                command = "the same command without --fresh" if self.plan.fresh else "the same command"
                 raise Interrupted(
-                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: {command} goes on from "
-                    "there"
+                    f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: {self.plan.command()} "
+                    "goes on from there"
                 )
             self._once_in_a_while(done)
             timer.unit_done(done)
@@ -452,10 +478,6 @@ class _Timer:
         """Return the estimated seconds until the last step."""
         taken = done - self._first_step
         return (time.perf_counter() - self._started_at) / taken * (self.steps - done) if taken > 0 else 0.0
-
-
-def _is_finished(checkpoints: Path, config: TrainConfig) -> bool:
-    return latest_tag(checkpoints) is not None and int(read_checkpoint(checkpoints)["step"]) >= config.steps
 
 
 def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:

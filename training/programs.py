@@ -11,6 +11,7 @@ import shutil
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,8 +53,16 @@ class Inputs:
     """The bundle's directory."""
     fresh: bool = False
     """Start anew although there is a checkpoint."""
+    resume: bool = False
+    """Go on from a checkpoint: there must be one."""
+    resume_from: str | None = None
+    """The checkpoint to go back to, such as step00000500; None for the newest."""
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
+
+    def __post_init__(self) -> None:
+        if self.fresh and (self.resume or self.resume_from is not None):
+            raise ValueError("--fresh starts anew, --resume and --resume-from go on: give one of them")
 
     def open(self, *, captions: bool, encoded: bool = False) -> tuple[ShardData, ShardData | None]:
         """Return the training and the validation data.
@@ -81,6 +90,16 @@ class Inputs:
     def run_directory(self, stage: str) -> Path:
         """Return where a stage's run is kept."""
         return self.out / "training" / stage
+
+    def run_plan(self, stage: str, description: dict[str, Any]) -> RunPlan:
+        """Return where a stage's run reads and writes, and how it starts."""
+        return RunPlan(
+            directory=self.run_directory(stage),
+            description=description,
+            fresh=self.fresh,
+            resume=self.resume,
+            resume_from=self.resume_from,
+        )
 
 
 def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
@@ -118,6 +137,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
     if init is None and stage_recipe.warmup is not None and not goes_on:  # else the weights come from the checkpoint
         model = _warmed_up(recipe, stage_recipe.warmup, model, inputs, data, validation, world, report)
+        inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
     model = _channels_last(model.to(world.device))
     directory = inputs.out / "dvae"
     stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
@@ -127,7 +147,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         "model": dataclasses.asdict(model.config),
         "init": str(init) if init else None,
     }
-    plan = RunPlan(directory=run, description=description, fresh=inputs.fresh)
+    plan = inputs.run_plan("dvae", description)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
@@ -147,7 +167,7 @@ def _warmed_up(
     model = _channels_last(model.to(world.device))
     stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
     description = {"stage": stage.name, "recipe": recipe.name, "model": dataclasses.asdict(model.config)}
-    plan = RunPlan(directory=run, description=description, fresh=inputs.fresh)
+    plan = inputs.run_plan("dvae-warmup", description)
     fit(stage, warmup, world, data, validation, plan, report)
     warm = DVAE.load(stage.directory)
     images, _ = stage.first_images(CODEBOOK_IMAGES, data)
@@ -206,7 +226,7 @@ def train_transformer(
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
-    plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
+    plan = inputs.run_plan("transformer", description)
     refuse_another_run(plan)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
@@ -298,7 +318,7 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
         "model": dataclasses.asdict(config),
         "tokenizer_hash": tokenizer_hash,
     }
-    plan = RunPlan(directory=inputs.run_directory("clip"), description=description, fresh=inputs.fresh)
+    plan = inputs.run_plan("clip", description)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 

@@ -361,14 +361,11 @@ def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, world: World) 
         Engine(Objective(width=6), config(), world).load(tmp_path)
 
 
-def test_a_checkpoint_of_other_ranks_or_another_stage_is_refused_in_words(tmp_path: Path, world: World) -> None:
+def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words(tmp_path: Path, world: World) -> None:
     Engine(Objective(), config(zero_stage=1), world).save(tmp_path, 1, {})
-    with pytest.raises(ValueError, match="was saved at ZeRO stage 1, this run is at 2: use --zero-stage 1"):
-        Engine(Objective(), config(zero_stage=2), world).load(tmp_path)
-    note = tmp_path / "step00000001" / "checkpoint.json"
-    note.write_text(json.dumps({**json.loads(note.read_text()), "ranks": 4}))
-    with pytest.raises(ValueError, match="saved by 4 ranks at ZeRO stage 1, this run has 1: start it with 4"):
-        Engine(Objective(), config(zero_stage=1), world).load(tmp_path)
+    for stage in (0, 3):
+        with pytest.raises(ValueError, match=f"at ZeRO stage 1, this run is at {stage}: use --zero-stage 1 or 2"):
+            Engine(Objective(), config(zero_stage=stage), world).load(tmp_path)
 
 
 @pytest.mark.parametrize("writer", ["torch.save", "training.engine.save_file"])

@@ -86,13 +86,18 @@ class Run:
         at_step: Prepare | None = None,
         scale: float = 1.0,
         fresh: bool = False,
+        resume: bool = False,
+        resume_from: str | None = None,
         recipe: str = "tiny",
         validation: ShardData | None = None,
         directory: Path | None = None,
     ) -> None:
         self.stage = MeanColours(directory or self.folder / "model", at_step, scale)
         description = {"stage": "colours", "recipe": recipe, "model": {"width": 3}}
-        plan = RunPlan(directory=self.folder / "run", description=description, fresh=fresh)
+        directory = self.folder / "run"
+        plan = RunPlan(
+            directory=directory, description=description, fresh=fresh, resume=resume, resume_from=resume_from
+        )
         fit(self.stage, config, self.world, self.data, validation, plan, self.said.append)
 
     @property

@@ -1,0 +1,267 @@
+"""Runs that go on with another number of ranks, and saves that end in the middle."""
+
+import itertools
+import os
+import shutil
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import tiny
+import torch
+import torch.distributed as dist
+from test_checkpoints import Killed, forge_digests, kill_at
+from test_engine import Bomb, Objective, config, data
+from test_fit import Run, send
+from test_ranks import on_ranks
+
+import training.fit
+from training.batches import Batch
+from training.checkpoints import UNIVERSAL, read_note
+from training.config import OptimizerConfig, TrainConfig
+from training.engine import Engine
+from training.fit import Interrupted
+from training.schedules import WarmupCosine
+from training.world import World, join_world
+
+pytestmark = pytest.mark.slow
+
+STEPS = 9
+
+
+class Trained(NamedTuple):
+    """What a rank saw of a run."""
+
+    losses: dict[int, float]
+    keys: list[list[str]]
+    """Of the samples of this rank, a list for each micro-batch."""
+    said: list[str]
+    random: float
+    """Drawn from the global generator at the end."""
+
+
+def colours(**changes: Any) -> TrainConfig:
+    """A run whose rates and weight decay are so high that losses show whether every state was restored."""
+    settings: dict[str, Any] = {
+        "steps": STEPS,
+        "micro_batch": 1,  # so that the noise of a sample is the same on any number of ranks
+        "learning_rate": WarmupCosine(peak=5e-2, warmup=2, steps=100),
+        "optimizer": OptimizerConfig(weight_decay=1.0, gradient_clipping=1.0),
+    }
+    return tiny.train_config(**{**settings, **changes})
+
+
+def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfig, until: int = STEPS) -> Trained:
+    """Train, or go on, until a step; returns what this rank saw."""
+    seen: list[list[str]] = []
+    batches = training.fit.batches
+
+    def recorded(*args: Any, **kwargs: Any) -> Iterator[Batch]:
+        for batch in batches(*args, **kwargs):
+            seen.append(list(batch.keys))
+            yield batch
+
+    training.fit.batches = recorded
+    if world.is_first:
+        folder.mkdir(exist_ok=True, parents=True)
+    run = Run(folder, tiny.open_world(shards), world)
+    try:
+        run(settings, at_step=send(signal.SIGTERM, until - 1) if until < STEPS else None)
+    except Interrupted:
+        assert until < STEPS
+    finally:
+        training.fit.batches = batches
+    return Trained(run.losses, seen, run.said, float(torch.rand(1)))
+
+
+def keys_by_step(ranks: list[Trained], first: int) -> dict[int, list[str]]:
+    """Return the keys of the samples of every step, in the order of their positions."""
+    n_steps_seen = [len(rank.keys) for rank in ranks]
+    assert len(set(n_steps_seen)) == 1
+    in_order = [keys for micro in zip(*(rank.keys for rank in ranks), strict=True) for keys in micro]
+    flat = list(itertools.chain.from_iterable(in_order))
+    n = colours().global_batch
+    return {first + start // n: flat[start : start + n] for start in range(0, len(flat), n)}
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[int, list[Trained]]:
+    """Two ranks that were not interrupted, for each ZeRO stage."""
+    folder = tmp_path_factory.mktemp("straight")
+    return {
+        stage: on_ranks(folder, train_colours, folder / f"{stage}", shards, colours(zero_stage=stage))
+        for stage in range(4)
+    }
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("ranks", [(2, 1, 2), (2, 4)], ids=["2-1-2", "2-4"])
+def test_a_run_goes_on_with_another_number_of_ranks(
+    tmp_path: Path, shards: Path, straight: dict[int, list[Trained]], stage: int, ranks: tuple[int, ...]
+) -> None:
+    settings = colours(zero_stage=stage)
+    expected = keys_by_step(straight[stage], 0)
+    start = 0
+    for turn, n_ranks in enumerate(ranks):
+        until = (3, 6)[turn] if turn + 1 < len(ranks) else STEPS
+        parts = on_ranks(tmp_path, train_colours, tmp_path / "run", shards, settings, until, n_ranks=n_ranks)
+        assert all(isinstance(part, Trained) for part in parts), parts
+        assert keys_by_step(parts, start) == {step: expected[step] for step in range(start, until)}
+        converted = [line for line in parts[0].said if "converting it" in line]
+        assert len(converted) == (1 if turn and stage else 0)
+        start = until
+    assert parts[0].losses == pytest.approx(straight[stage][0].losses, abs=1e-5)
+    assert sorted(parts[0].losses) == list(range(1, STEPS + 1))
+    assert not (tmp_path / "run" / "run" / "checkpoints" / UNIVERSAL).exists()
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_as_many_ranks_go_on_bit_for_bit(
+    tmp_path: Path, shards: Path, straight: dict[int, list[Trained]], stage: int
+) -> None:
+    settings = colours(zero_stage=stage)
+    on_ranks(tmp_path, train_colours, tmp_path / "run", shards, settings, 4)
+    parts = on_ranks(tmp_path, train_colours, tmp_path / "run", shards, settings)
+    for part, whole in zip(parts, straight[stage], strict=True):
+        assert part.losses == whole.losses
+        assert part.random == whole.random
+
+
+def engine_losses(
+    world: World, folder: Path, settings: TrainConfig, first: int, last: int, dtype: torch.dtype = torch.float32
+) -> list[float]:
+    """Take steps with a bare engine, going on from the checkpoint in `folder` if there is one; save in `folder`."""
+    engine = Engine(Objective(), settings, world)
+    if first:
+        engine.load(folder)
+    engine.train()
+    size = 4 // world.size
+    losses = []
+    for step in range(first, last):
+        tensors = {name: tensor[world.rank * size : (world.rank + 1) * size] for name, tensor in data(step).items()}
+        loss = engine.step([{"x": tensors["x"].to(dtype), "y": tensors["y"]}], 1e-2, step)["loss"]
+        if world.size > 1:
+            dist.all_reduce(loss)
+        losses.append(loss.item() / world.size)
+    engine.save(folder, last, {})
+    return losses
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_bfloat16_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: int) -> None:
+    settings = config(zero_stage=stage, precision="bf16")
+    whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", settings, 0, 8, torch.bfloat16)[0]
+    begun = on_ranks(tmp_path, engine_losses, tmp_path / "b", settings, 0, 3, torch.bfloat16)[0]
+    one = engine_losses(join_world(), tmp_path / "b", settings, 3, 6, torch.bfloat16)
+    two = on_ranks(tmp_path, engine_losses, tmp_path / "b", settings, 6, 8, torch.bfloat16)[0]
+    assert begun + one + two == pytest.approx(whole, rel=1e-2)
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_stage_and_ranks_change_at_once(tmp_path: Path, before: int, after: int) -> None:
+    whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", config(zero_stage=before), 0, 6)[0]
+    begun = on_ranks(tmp_path, engine_losses, tmp_path / "b", config(zero_stage=before), 0, 3)[0]
+    ended = engine_losses(join_world(), tmp_path / "b", config(zero_stage=after), 3, 6)
+    assert begun + ended == pytest.approx(whole, rel=1e-5)
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_code_in_a_checkpoint_does_not_run_when_it_is_converted(tmp_path: Path, stage: int) -> None:
+    on_ranks(tmp_path, engine_losses, tmp_path / "c", config(zero_stage=stage), 0, 1)
+    folder = tmp_path / "c" / "step00000001"
+    pickles = [name for name in read_note(folder)["files"] if name.endswith(".pt")]
+    assert len(pickles) == (4 if stage == 3 else 3)
+    for name in pickles:
+        good = (folder / name).read_bytes()
+        torch.save({"module": Bomb(tmp_path / "ran"), "optimizer_state_dict": Bomb(tmp_path / "ran")}, folder / name)
+        forge_digests(folder)
+        with pytest.raises(ValueError, match="cannot be loaded"):
+            Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+        assert not (tmp_path / "ran").exists()
+        assert not (tmp_path / "c" / UNIVERSAL).exists()
+        (folder / name).write_bytes(good)
+        forge_digests(folder)
+    Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+
+
+def test_what_an_interrupted_conversion_left_is_not_loaded(tmp_path: Path) -> None:
+    whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", config(zero_stage=2), 0, 4)[0]
+    on_ranks(tmp_path, engine_losses, tmp_path / "b [c+d]", config(zero_stage=2), 0, 2)
+    left = tmp_path / "b [c+d]" / UNIVERSAL / "step00000002" / "zero"
+    left.mkdir(parents=True)
+    torch.save(Bomb(tmp_path / "ran"), left / "optimizer_state.pt")
+    assert engine_losses(join_world(), tmp_path / "b [c+d]", config(zero_stage=2), 2, 4) == pytest.approx(whole[2:])
+
+
+def save_until_killed(world: World, folder: Path, stage: int, victim: int, moment: int) -> str:
+    engine = Engine(Objective(), config(zero_stage=stage, keep_last=1), world)
+    engine.save(folder, 1, {"n": 1})
+    with pytest.MonkeyPatch.context() as patch:
+        if world.rank == victim:
+            kill_at(patch, moment)
+        try:
+            engine.save(folder, 2, {"n": 2})
+        except Killed:
+            dist.destroy_process_group()  # as a dead process does: the other rank's connections break
+            return "killed"
+        except BaseException:
+            dist.destroy_process_group()
+            raise
+    return "saved"
+
+
+def load_n(world: World, folder: Path, stage: int) -> int:
+    return int(Engine(Objective(seed=1), config(zero_stage=stage), world).load(folder)["n"])
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tmp_path: Path, victim: int) -> None:
+    outcomes = []
+    for moment in itertools.count(0, 2):
+        folder = tmp_path / f"{moment}"
+        told = on_ranks(tmp_path, save_until_killed, folder, 2, victim, moment)
+        first, second = on_ranks(tmp_path, load_n, folder, 2)
+        assert first == second
+        outcomes.append(first)
+        if told[victim] != "killed":
+            break
+    assert told == ["saved", "saved"]
+    assert len(outcomes) > 4
+    assert outcomes == sorted(outcomes)
+    assert set(outcomes) == {1, 2}
+
+
+def flip_and_load(world: World, folder: Path) -> int:
+    """Load on two ranks what one of them alone finds damaged."""
+    return int(Engine(Objective(), config(zero_stage=2), world).load(folder)["n"])
+
+
+def save_twice(world: World, folder: Path) -> None:
+    engine = Engine(Objective(), config(zero_stage=2), world)
+    for step in (1, 2):
+        engine.save(folder, step, {"n": step})
+
+
+def test_all_ranks_go_back_from_what_one_of_them_finds_damaged(tmp_path: Path) -> None:
+    on_ranks(tmp_path, save_twice, tmp_path / "c")
+    folder = tmp_path / "c" / "step00000002"
+    for number, name in enumerate(sorted(read_note(folder)["files"])):
+        copy = shutil.copytree(tmp_path / "c", tmp_path / f"copy{number}")
+        os.truncate(copy / "step00000002" / name, 5)
+        assert on_ranks(tmp_path, flip_and_load, copy) == [1, 1]
+
+
+def save_where_only_the_first_rank_sees(world: World, folder: Path) -> None:
+    """Save to a folder that is another one on the second rank, as on machines without a common file system."""
+    engine = Engine(Objective(), config(zero_stage=2), world)
+    own = folder / f"{world.rank}"
+    engine.save(own, 1, {})
+
+
+def test_ranks_that_do_not_see_the_same_folder_are_told_so(tmp_path: Path) -> None:
+    first, second = on_ranks(tmp_path, save_where_only_the_first_rank_sees, tmp_path / "c")
+    assert "OSError: could not save the checkpoint" in first
+    assert "the folder must be the same on all machines" in first
+    assert "OSError: could not save the checkpoint" in second
