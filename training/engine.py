@@ -31,6 +31,7 @@ from training.checkpoints import (
     latest_tag,
     make_place,
     mark_of,
+    plain_path,
     publish,
     read_note,
     tensors_only,
@@ -253,11 +254,11 @@ class Engine:
             on_first_rank(lambda: resharding.convert(directory, tag), self.world)
         error: Exception | None = None
         try:
-            with tensors_only():
+            with tensors_only(), plain_path(directory) as plain:
                 if is_other:
-                    path = resharding.load_universal(self._engine, directory / UNIVERSAL, tag)
+                    path = resharding.load_universal(self._engine, plain / UNIVERSAL, tag)
                 else:
-                    path, _ = self._engine.load_checkpoint(str(directory), tag=tag)
+                    path, _ = self._engine.load_checkpoint(str(plain), tag=tag)
             if path is None:
                 raise FileNotFoundError("files are missing")
             if self._ema is not None:

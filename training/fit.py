@@ -329,7 +329,8 @@ class _Loop:
             timer.waited_s += time.perf_counter() - waited_from
             self.n_bad += batch.n_bad
             tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
-            position = (step * self.engine.accumulation + micro) * self.world.size + self.world.rank
+            # that of the micro-batch in the order of the samples: as many ranks as may be, the noise is the same
+            position = (step * self.world.size + self.world.rank) * self.engine.accumulation + micro
             noise_seed = int(np.random.SeedSequence((self.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
             yield self.stage.prepare(tensors, step, noise_seed, measure=measure)
 

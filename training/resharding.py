@@ -8,7 +8,6 @@ import contextlib
 import io
 import os
 import shutil
-import tempfile
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,7 +16,7 @@ from typing import Any
 
 from torch import Tensor
 
-from training.checkpoints import READ_ERRORS, UNIVERSAL, read_tensors, tensors_only
+from training.checkpoints import READ_ERRORS, UNIVERSAL, plain_path, read_tensors, tensors_only
 
 
 def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int]) -> bool:
@@ -54,13 +53,10 @@ def convert(directory: Path, tag: str) -> None:
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     try:
-        # 0.19.8 takes paths for patterns: through a link, they have no special characters
-        with tempfile.TemporaryDirectory() as plain, tensors_only(), contextlib.redirect_stdout(io.StringIO()):
-            link = Path(plain) / "checkpoints"
-            link.symlink_to(directory.resolve(), target_is_directory=True)
+        with plain_path(directory) as plain, tensors_only(), contextlib.redirect_stdout(io.StringIO()):
             arguments = Namespace(
-                input_folder=str(link / tag),
-                output_folder=str(link / UNIVERSAL / tag),
+                input_folder=str(plain / tag),
+                output_folder=str(plain / UNIVERSAL / tag),
                 num_extract_workers=1,  # more would be processes, which know nothing of `tensors_only`
                 num_merge_workers=1,
                 keep_temp_folder=False,

@@ -158,6 +158,12 @@ def test_without_any_good_checkpoint_the_error_names_all_that_are_bad(saved: Pat
         loaded(saved)
 
 
+def test_a_folder_with_special_characters_in_its_name_is_resumed_from(tmp_path: Path, world: World) -> None:
+    folder = tmp_path / "b [c+d]*?"
+    Engine(Objective(), config(), world).save(folder, 1, {"n": 1})
+    assert loaded(folder) == {"n": 1}
+
+
 def test_no_checkpoint_at_all_is_an_error_in_words(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="no checkpoint in"):
         loaded(tmp_path / "nothing")
@@ -321,6 +327,7 @@ def kill_at(patch: pytest.MonkeyPatch, moment: int) -> None:
     patch.setattr("training.engine.save_file", ending(save_file))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_save_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path, world: World, stage: int) -> None:
     start = tmp_path / "start"
