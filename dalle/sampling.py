@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.cache import Decoder
+from dalle.candidates import Sampling
 from dalle.model import DALLE, check_ids
 from dalle.stream import n_text_ids, null_caption, start_of_image_id
 
@@ -222,14 +223,9 @@ def _check_options(
         )
     if min(seeds) < 0:
         raise ValueError(f"seeds must not be negative, got {min(seeds)}")
-    if not 0 <= temperature < float("inf"):
-        raise ValueError(f"temperature ({temperature}) must be at least 0 (0: the likeliest token) and finite")
-    if top_k is not None and not 1 <= top_k <= vocab:
-        raise ValueError(f"top_k ({top_k}) must be from 1 to the image vocabulary, {vocab}; leave it out for all")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p ({top_p}) must be above 0 and at most 1; leave it out for all")
-    if not 0 <= guidance < float("inf"):
-        raise ValueError(f"guidance ({guidance}) must be at least 0 (1: none) and finite")
+    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)  # checks their ranges
+    if top_k is not None and top_k > vocab:
+        raise ValueError(f"top_k ({top_k}) must be at most the image vocabulary, {vocab}; leave it out for all tokens")
 
 
 def _check_prefix(model: DALLE, prefix: Tensor, n_prompts: int) -> None:

@@ -40,7 +40,7 @@ CORE_IMPORTS = {
     "dalle.model": {"dalle.stream", "dalle.attention", "dalle.sparse_attention", "dalle.cross_entropy"},
     "dalle.loss": {"dalle.stream", "dalle.model"},
     "dalle.cache": {"dalle.stream", "dalle.attention", "dalle.model"},
-    "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache"},
+    "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache", "dalle.candidates"},
     "dalle.candidates": set(),
     "dalle.gallery": set(),
     "dalle.tarfiles": set(),

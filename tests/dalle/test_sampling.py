@@ -193,7 +193,7 @@ def test_filters_keep_the_likeliest():
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
         ({"top_k": 0}, "top_k"),
-        ({"top_k": 21}, r"top_k \(21\) must be from 1 to the image vocabulary, 20"),
+        ({"top_k": 21}, r"top_k \(21\) must be at most the image vocabulary, 20"),
         ({"top_p": 0.0}, "top_p"),
         ({"top_p": 1.1}, "top_p"),
         ({"guidance": -1.0}, "guidance"),
