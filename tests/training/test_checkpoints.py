@@ -1,3 +1,4 @@
+import dataclasses
 import itertools
 import logging
 import os
@@ -17,9 +18,12 @@ from safetensors.torch import save_file
 from test_engine import Bomb, Objective, config, train
 from test_fit import NewRun, Run, send
 
+import training.cli
 from training.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+from training.dvae import WarmupStage
 from training.engine import Engine
 from training.fit import Interrupted
+from training.programs import Inputs, train_dvae
 from training.world import World, join_world
 
 Act = Callable[..., Any]
@@ -420,3 +424,50 @@ def test_a_finished_run_whose_last_checkpoint_is_cut_is_trained_to_its_end_again
     run(settings)
     assert any("going on from step 2 of 4" in line for line in run.said)
     assert run.weights == before
+
+
+def test_fresh_and_resume_contradict_each_other(shards: Path, tmp_path: Path) -> None:
+    for changes in ({"resume": True}, {"resume_from": TAGS[0]}):
+        with pytest.raises(ValueError, match="give one of them"):
+            Inputs(data=[shards], out=tmp_path, fresh=True, **changes)  # type: ignore[arg-type]
+
+
+def test_resume_goes_on_with_a_warm_up_too(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+) -> None:
+    def stop_at(step: int) -> Callable[..., Any]:
+        prepare = WarmupStage.prepare
+
+        def prepare_and_stop(self: WarmupStage, *args: Any, **kwargs: Any) -> Any:
+            if args[1] == step:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return prepare(self, *args, **kwargs)
+
+        return prepare_and_stop
+
+    said: list[str] = []
+    inputs = Inputs(data=[shards], out=tmp_path)
+    resumed = dataclasses.replace(inputs, resume=True)
+    with pytest.raises(ValueError, match=r"dvae-warmup/checkpoints to --resume from"):
+        train_dvae(tiny.recipe(), resumed, world, said.append)
+    with monkeypatch.context() as patch:
+        patch.setattr(WarmupStage, "prepare", stop_at(1))
+        with pytest.raises(Interrupted):
+            train_dvae(tiny.recipe(), inputs, world, said.append)
+    train_dvae(tiny.recipe(), resumed, world, said.append)
+    assert any(line.startswith("dvae-warmup: going on from step 2") for line in said)
+    assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") == "step00000004"
+
+
+def test_the_command_line_has_the_options_of_keeping_and_resuming(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[tuple[Any, Inputs]] = []
+    monkeypatch.setattr(training.cli, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
+    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    command = ["clip", "demo", "--data", str(shards), "--out", str(tmp_path)]
+    options = ["--keep-last", "3", "--keep-every", "500", "--resume-from", TAGS[0], "--resume"]
+    assert training.cli.main([*command, *options]) == 0
+    recipe, inputs = given[0]
+    assert (recipe.clip.train.keep_last, recipe.clip.train.keep_every) == (3, 500)
+    assert (inputs.resume, inputs.resume_from) == (True, TAGS[0])
