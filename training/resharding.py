@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from training.checkpoints import READ_ERRORS, UNIVERSAL, plain_path, read_tensors, tensors_only
@@ -63,7 +64,7 @@ def convert(directory: Path, tag: str) -> None:
                 strict=True,
                 inject_missing_state=True,
             )
-            with contextlib.redirect_stderr(io.StringIO()):
+            with contextlib.redirect_stderr(io.StringIO()), _scalars_of_one_dimension():
                 ds_to_universal.main(arguments)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -75,6 +76,23 @@ def convert(directory: Path, tag: str) -> None:
             f"the checkpoint {directory / tag} cannot be loaded by another number of ranks ({reason}): start as many "
             "as saved it"
         ) from error
+
+
+@contextmanager
+def _scalars_of_one_dimension() -> Iterator[None]:
+    """While it lasts, scalars such as CLIP's logit scale are put together, too (0.19.8 cannot concatenate them)."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    original = ds_to_universal._group_per_tp_shapes
+
+    def shapes(*arguments: Any) -> dict[str, list[torch.Size]]:
+        return {name: [shape or torch.Size([1]) for shape in each] for name, each in original(*arguments).items()}
+
+    ds_to_universal._group_per_tp_shapes = shapes
+    try:
+        yield
+    finally:
+        ds_to_universal._group_per_tp_shapes = original
 
 
 def load_universal(engine: Any, folder: Path, tag: str) -> str | None:

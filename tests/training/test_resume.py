@@ -1,5 +1,6 @@
 """Runs that go on with another number of ranks, and saves that end in the middle."""
 
+import dataclasses
 import itertools
 import os
 import shutil
@@ -23,6 +24,8 @@ from training.checkpoints import UNIVERSAL, read_note
 from training.config import OptimizerConfig, TrainConfig
 from training.engine import Engine
 from training.fit import Interrupted
+from training.metrics import read_metrics
+from training.programs import Inputs, train_clip, train_dvae
 from training.schedules import WarmupCosine
 from training.world import World, join_world
 
@@ -157,6 +160,32 @@ def test_bfloat16_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: in
     one = engine_losses(join_world(), tmp_path / "b", settings, 3, 6, torch.bfloat16)
     two = on_ranks(tmp_path, engine_losses, tmp_path / "b", settings, 6, 8, torch.bfloat16)[0]
     assert begun + one + two == pytest.approx(whole, rel=1e-2)
+
+
+def train_models(world: World, shards: Path, out: Path, stage: int, steps: int) -> dict[str, list[float]]:
+    """Train CLIP, which has a scalar among its weights, and a dVAE, whose weights are laid out in another order."""
+    small = tiny.recipe(steps=steps, zero_stage=stage)
+    fixed = dataclasses.replace(small.dvae.train, micro_batch=2)
+    recipe = dataclasses.replace(small, dvae=dataclasses.replace(small.dvae, train=fixed, warmup=None))
+    inputs = Inputs(data=[shards], out=out)
+    train_clip(recipe, inputs, world, lambda line: None)
+    train_dvae(recipe, inputs, world, lambda line: None)
+    runs = {name: inputs.run_directory(name) / "metrics.jsonl" for name in ("clip", "dvae")}
+    return {
+        name: [line["loss"] for line in read_metrics(path) if line["split"] == "train"] for name, path in runs.items()
+    }
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_the_models_go_on_with_another_number_of_ranks(tmp_path: Path, shards: Path, stage: int) -> None:
+    whole = train_models(join_world(), shards, tmp_path / "a", 0, 6)
+    on_ranks(tmp_path, train_models, shards, tmp_path / "b", stage, 2)
+    train_models(join_world(), shards, tmp_path / "b", stage, 4)
+    ended = on_ranks(tmp_path, train_models, shards, tmp_path / "b", stage, 6)[0]
+    assert isinstance(ended, dict), ended
+    for name, losses in whole.items():
+        assert len(losses) == 6
+        assert ended[name] == pytest.approx(losses, abs=1e-5)
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
