@@ -90,10 +90,18 @@ class _Stage(_Data):
     """Steps between two lines of metrics."""
     validate_every: int | None = None
     """Steps between two validations; 0 for the end only."""
+    validation_samples: int | None = None
+    """Validate on this many of the validation samples, chosen by chance but always the same, instead of on all."""
     sample_every: int | None = None
     """Steps between two sample pictures; 0 for the end only."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints."""
+    peak_tflops: float | None = None
+    """TFLOP/s that one of the devices can do at best, for the model FLOP/s utilisation (MFU) that is logged. Known for
+    common GPUs, and measured on a CPU."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too; needs `pip install wandb`. With WANDB_MODE=offline it
+    stays on the disk."""
 
     def override(self, config: TrainConfig) -> TrainConfig:
         """Return the recipe's run with the options that were given."""

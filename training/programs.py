@@ -30,6 +30,7 @@ from training.encode import EncodeConfig, EncodeReport, encode_shards
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
 from training.metrics import Report
+from training.plan import flops_per_sample
 from training.recipes import Recipe
 from training.transformer import TransformerStage
 from training.world import World, on_first_rank
@@ -206,7 +207,13 @@ def train_transformer(
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
-    plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
+    sizes = model.n_parameters()
+    plan = RunPlan(
+        directory=inputs.run_directory("transformer"),
+        description=description,
+        fresh=inputs.fresh,
+        flops_per_sample=flops_per_sample(config, sizes["attention"] + sizes["mlp"]),
+    )
     refuse_another_run(plan)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
