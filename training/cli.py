@@ -30,7 +30,9 @@ from training.programs import (
     train_transformer,
 )
 from training.recipes import DVAERecipe, Recipe, recipe
+from training.report import write_report
 from training.shards import ShardFilter, make_shards
+from training.status import show_status
 from training.world import World, join_world, leave_world
 
 
@@ -268,6 +270,26 @@ class PlanCommand:
     """Memory of one of them, GiB."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class StatusCommand:
+    """Show how a run is going: state, losses, validation, speed, checkpoints. Only reads what the run has written."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
+    watch: float | None = None
+    """Show it again every so many seconds, until all runs there have ended, or Ctrl-C."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReportCommand:
+    """Write a run as one HTML page with curves and pictures, which needs no network and runs no script."""
+
+    run: tyro.conf.Positional[Path]
+    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
+    out: Path | None = None
+    """The file; RUN/report.html if not given."""
+
+
 Command = (
     Annotated[DemoCommand, tyro.conf.subcommand("demo")]
     | Annotated[AllCommand, tyro.conf.subcommand("all")]
@@ -278,6 +300,8 @@ Command = (
     | Annotated[TransformerCommand, tyro.conf.subcommand("transformer")]
     | Annotated[CLIPCommand, tyro.conf.subcommand("clip")]
     | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
+    | Annotated[StatusCommand, tyro.conf.subcommand("status")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
 )
 
@@ -314,6 +338,10 @@ def _run(command: Command) -> None:
         case PlanCommand():
             chosen = recipe(command.recipe) if command.recipe is not None else None
             print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
+        case StatusCommand():
+            show_status(command.run, watch_s=command.watch)
+        case ReportCommand():
+            print(write_report(command.run, command.out))
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))

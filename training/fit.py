@@ -60,7 +60,8 @@ class Stage(Protocol):
     @property
     def objective(self) -> nn.Module:
         """What is trained is `objective.model`; `objective(**prepare(...))` returns the loss and a dictionary of
-        metrics, 0-d tensors or 1-d ones."""
+        metrics, 0-d tensors or 1-d ones.
+        """
 
     @property
     def unit(self) -> str:
@@ -411,7 +412,7 @@ _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", 
 
 
 def _name_perplexities(values: dict[str, Any]) -> None:
-    """Replace losses by row of the image, in nats, by perplexities, in place: e to the mean, not a mean of e to each."""
+    """Replace losses by row of the image, in nats, by perplexities, in place: e to the mean, no mean of e to each."""
     losses = values.pop("image_loss_by_row", None)
     if losses is not None:
         perplexities = [math.exp(loss) if loss < _LARGEST_LOSS else math.inf for loss in losses]

@@ -101,9 +101,7 @@ class WeightsAndBiases:
         described = _read_json(run / "config.json")
         name = "/".join(run.absolute().parts[-3:])
         self._wandb = wandb
-        self._run = wandb.init(
-            project=project, dir=str(run), id=run_id, resume="allow", name=name, config=described
-        )
+        self._run = wandb.init(project=project, dir=str(run), id=run_id, resume="allow", name=name, config=described)
         kept.write_text(run_id + "\n")
 
     def write(self, step: int, values: Mapping[str, float]) -> None:
