@@ -416,4 +416,5 @@ print(json.dumps(loaded))
     loaded = json.loads(done.stdout)
     assert loaded["dalle"] == [], "`import dalle` must cost nothing: public names are imported on first use"
     assert loaded["packages"] == ["torch"], "models and pipeline need torch and nothing else that is heavy"
-    assert not {"deepspeed", "webdataset", "tensorboard", "wandb"} & set(loaded["dalle-train"]), "imported where they are used"
+    late = {"deepspeed", "webdataset", "tensorboard", "wandb"}
+    assert not late & set(loaded["dalle-train"]), "imported where they are used"

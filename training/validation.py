@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle.progress import Progress
-from training.batches import Batch, validation_batches
+from training.batches import validation_batches
 from training.config import TrainConfig
 from training.data import ShardData
 from training.engine import Engine
@@ -46,19 +46,22 @@ def validate(
         rank=world.rank,
         world_size=world.size,
     )
-    means, n_measured, spare = Means(), 0, {}
+    means, n_measured = Means(), 0
+    spare: dict[str, Tensor] = {}
     error: Exception | None = None
     with Progress("validation samples") as progress:
         for turn in range(rounds):
-            batch: Batch | None = None
+            weight = 0
             try:
                 batch = next(batches, None) if error is None else None
+                if batch is not None and batch.numbers:
+                    spare, weight = batch.tensors, len(batch.numbers)
+                elif not spare and world.size > 1:
+                    spare = _any_batch(stage, data, batch_size)
             except (ValueError, OSError) as caught:
-                error = caught
-            weight = len(batch.numbers) if batch is not None else 0
-            if weight == 0 and world.size == 1:
+                error = error or caught
+            if not spare or (weight == 0 and world.size == 1):
                 continue
-            spare = batch.tensors if batch is not None and weight else spare or _any_batch(stage, data, batch_size)
             tensors = {name: tensor.to(world.device) for name, tensor in spare.items()}
             number = turn * world.size + world.rank
             loss, metrics = engine.forward(stage.prepare(tensors, step, number, measure=True))
@@ -70,7 +73,7 @@ def validate(
 
 
 def _any_batch(stage: "Stage", data: ShardData, batch_size: int) -> dict[str, Tensor]:
-    """Return the tensors of the first batch that has a usable sample."""
+    """Return the tensors of the first batch that has a usable sample; raises ValueError if there is none."""
     batches = validation_batches(data, stage.transform_for_validation, batch_size, max_bad_fraction=1.0)
     return next(batch.tensors for batch in batches if batch.numbers)
 
@@ -78,5 +81,8 @@ def _any_batch(stage: "Stage", data: ShardData, batch_size: int) -> dict[str, Te
 def _result(means: Means, n_measured: int, error: Exception | None, world: World) -> dict[str, Any]:
     if agree(error is not None, world):
         raise error if error is not None else OSError("the validation of another rank failed: see its message")
-    count = torch.tensor(n_measured, dtype=torch.float64, device=world.device)
-    return {**means.take(world), "samples": round(mean_over_ranks(count, world).item() * world.size)}
+    here = torch.tensor(n_measured, dtype=torch.float64, device=world.device)
+    total = round(mean_over_ranks(here, world).item() * world.size)
+    if total == 0:
+        raise ValueError("none of the validation samples is usable: `--validation` needs other shards")
+    return {**means.take(world), "samples": total}
