@@ -151,7 +151,7 @@ class Run:
         return max(LEAST_SILENCE_S, LONGEST_SILENCE * log_every * self.seconds_per_step)
 
 
-_NO_METRICS = {"step", "time"}
+_NO_METRICS = {"step", "time", "samples"}
 
 
 def is_number(value: Any) -> bool:

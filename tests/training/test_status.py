@@ -266,10 +266,4 @@ def test_sizes_and_ages_are_for_people() -> None:
     assert {n_bytes: size(n_bytes) for n_bytes in sizes} == sizes
     ages = {3: "3 s ago", 119: "119 s ago", 121: "2 min ago", 7300: "2 h ago", 200_000: "2 days ago"}
     assert {seconds: ago(seconds) for seconds in ages} == ages
-        "3 s ago",
-        "119 s ago",
-        "2 min ago",
-        "2 h ago",
-        "2 days ago",
-    ]
     assert ago(-5) == "in the future by this clock"
