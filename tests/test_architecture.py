@@ -46,6 +46,7 @@ CORE_IMPORTS = {
     "dalle.tarfiles": set(),
     "dalle.pictures": {"dalle.tarfiles"},
     "dalle.progress": set(),
+    "dalle.command": {"dalle.progress"},
 }
 """The modules of dalle that know no other package, and what of dalle each may import (leaves besides)."""
 
@@ -55,7 +56,7 @@ FACADE = "dalle"
 LIBRARY_HOMES = {
     "deepspeed": {"training/checkpoints.py", "training/engine.py"},
     "webdataset": {"training/shards.py"},
-    "tyro": {"dalle/cli.py", "training/cli.py"},
+    "tyro": {"dalle/cli.py", "dalle/command.py", "training/cli.py", "training/start.py"},
     "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
     "torchmetrics": {"dvae/metrics.py"},
     "tensorboard": {"training/metrics.py"},

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from dalle.cli import resolve_device, run_program
+from dalle.cli import resolve_device
+from dalle.command import run_program
 from dalle.progress import Progress
 from training.config import Precision, TrainConfig
 from training.data import ShardData
@@ -30,9 +31,8 @@ from training.programs import (
     train_transformer,
 )
 from training.recipes import DVAERecipe, Recipe, recipe
-from training.report import write_report
 from training.shards import ShardFilter, make_shards
-from training.status import show_status
+from training.start import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
 from training.world import World, join_world, leave_world
 
 
@@ -270,26 +270,6 @@ class PlanCommand:
     """Memory of one of them, GiB."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class StatusCommand:
-    """Show how a run is going: state, losses, validation, speed, checkpoints. Only reads what the run has written."""
-
-    run: tyro.conf.Positional[Path]
-    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
-    watch: float | None = None
-    """Show it again every so many seconds, until all runs there have ended, or Ctrl-C."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class ReportCommand:
-    """Write a run as one HTML page with curves and pictures, which needs no network and runs no script."""
-
-    run: tyro.conf.Positional[Path]
-    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
-    out: Path | None = None
-    """The file; RUN/report.html if not given."""
-
-
 Command = (
     Annotated[DemoCommand, tyro.conf.subcommand("demo")]
     | Annotated[AllCommand, tyro.conf.subcommand("all")]
@@ -338,10 +318,8 @@ def _run(command: Command) -> None:
         case PlanCommand():
             chosen = recipe(command.recipe) if command.recipe is not None else None
             print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
-        case StatusCommand():
-            show_status(command.run, watch_s=command.watch)
-        case ReportCommand():
-            print(write_report(command.run, command.out))
+        case StatusCommand() | ReportCommand():
+            read(command)
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))
@@ -434,8 +412,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An interruption that saved everything is not a success: a command after `&&` would go on with a model half trained.
     """
-    description = "Train every part of a bundle: tokenizer, dVAE, transformer and CLIP."
     try:
-        return run_program(Command, _run, argv, prog="dalle-train", description=description)
+        return run_program(Command, _run, argv, prog=PROGRAM, description=DESCRIPTION)
     except Interrupted:
         return INTERRUPTED

@@ -242,14 +242,17 @@ def test_ctrl_c_ends_watching_quietly(folder: NewFolder, monkeypatch: pytest.Mon
 def test_status_does_not_wait_for_torch(folder: NewFolder) -> None:
     run = folder().config().lines(40)
     program = (
-        "import sys; from pathlib import Path; from training.status import show_status; "
-        "show_status(Path(sys.argv[1])); print('torch' in sys.modules)"
+        "import sys; from training.start import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(
-        [sys.executable, "-c", program, str(run.path)], capture_output=True, text=True, env=environment, timeout=120
+        [sys.executable, "-c", program, "status", str(run.path)],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=120,
     )
-    assert done.stdout.splitlines()[-1] == "False", done.stderr
+    assert done.stdout.splitlines()[-1] == "0 False", done.stderr
     assert ASCII_BLOCKS[-1] in done.stdout, "a terminal without UTF-8 gets other blocks"
 
 
