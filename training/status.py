@@ -42,7 +42,7 @@ def show_status(path: Path, *, watch_s: float | None = None, out: TextIO | None 
     while True:
         now = time.time()
         runs = [read_run(run) for run in find_runs(path)]
-        text = "\n\n".join(summary(run, now, blocks=_blocks(stream)) for run in runs)
+        text = _for_stream("\n\n".join(summary(run, now, blocks=_blocks(stream)) for run in runs), stream)
         print((CLEAR_SCREEN if watch_s is not None and stream.isatty() else "") + text, file=stream, flush=True)
         if watch_s is None or not any(run.state(now) in ("running", "silent") for run in runs):
             return
@@ -57,10 +57,16 @@ def show_status(path: Path, *, watch_s: float | None = None, out: TextIO | None 
 def _blocks(stream: TextIO) -> str:
     """Return the characters of a sparkline that a stream can take."""
     try:
-        BLOCKS.encode(stream.encoding or "ascii")
+        BLOCKS.encode(stream.encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
         return ASCII_BLOCKS
     return BLOCKS
+
+
+def _for_stream(text: str, stream: TextIO) -> str:
+    """Return a text in which a stream has all characters; names can have others."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "replace").decode(encoding)
 
 
 def summary(run: Run, now: float, *, blocks: str = BLOCKS) -> str:

@@ -240,7 +240,7 @@ def test_ctrl_c_ends_watching_quietly(folder: NewFolder, monkeypatch: pytest.Mon
 
 
 def test_status_does_not_wait_for_torch(folder: NewFolder) -> None:
-    run = folder().config().lines(40)
+    run = folder("läuft").config().lines(40)
     program = (
         "import sys; from training.start import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
@@ -250,6 +250,7 @@ def test_status_does_not_wait_for_torch(folder: NewFolder) -> None:
         capture_output=True,
         text=True,
         env=environment,
+        cwd=Path(__file__).parents[2],
         timeout=120,
     )
     assert done.stdout.splitlines()[-1] == "0 False", done.stderr
