@@ -73,7 +73,7 @@ def _stream_loss(text_loss: Tensor, image_loss: Tensor, losses_BI: Tensor, confi
         total=TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss,
         text=text_loss,
         image=image_loss,
-        image_by_row=losses_BI.detach().unflatten(1, (config.grid, config.grid)).mean(dim=(0, 2)),
+        image_by_row=losses_BI.detach().view(-1, config.grid, config.grid).mean(dim=(0, 2)),
     )
 
 

@@ -157,7 +157,9 @@ class Head(nn.Linear):
     def __init__(self, d_model: int, vocab: int) -> None:
         super().__init__(d_model, vocab, bias=False)
 
-    def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(  # type: ignore[override]  # two tensors, where Linear has one
+        self, h_BSD: Tensor, targets_BS: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
         """Return logits, float32 (B, S, V), or given targets their cross entropies: the sum, and each, (B, S).
 
         The second holds only a part of the logits at a time: see `linear_cross_entropy`.

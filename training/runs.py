@@ -78,7 +78,7 @@ class Run:
     @property
     def step(self) -> int:
         """The last step that there is a line or a checkpoint of."""
-        return max([0, *(line["step"] for line in self.lines), *(saved.step for saved in self.checkpoints)])
+        return max([0, *(int(line["step"]) for line in self.lines), *(saved.step for saved in self.checkpoints)])
 
     def split(self, name: str) -> list[dict[str, Any]]:
         """Return the lines of a split, train or validation, in the order of their steps."""
@@ -111,7 +111,7 @@ class Run:
             return None
         usual = statistics.median(elapsed_s / steps for elapsed_s, steps in pairs)
         steady = [(elapsed_s, steps) for elapsed_s, steps in pairs if elapsed_s / steps <= PAUSE_FACTOR * usual]
-        return sum(elapsed_s for elapsed_s, _ in steady) / sum(steps for _, steps in steady)
+        return float(sum(elapsed_s for elapsed_s, _ in steady) / sum(steps for _, steps in steady))
 
     @property
     def left_s(self) -> float | None:
