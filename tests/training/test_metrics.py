@@ -2,6 +2,7 @@ import errno
 import json
 import logging
 import math
+import os
 import sys
 import types
 from pathlib import Path
@@ -262,11 +263,11 @@ def test_measuring_the_peak_draws_no_random_numbers() -> None:
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def test_memory_grows_with_what_is_held() -> None:
-    before = peak_memory_gib(torch.device("cpu"))
-    held = torch.ones(2**28, dtype=torch.uint8)
-    assert held.sum() == 2**28
-    assert before < peak_memory_gib(torch.device("cpu")) < 100
+@pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="Linux says how much is held now")
+def test_the_most_memory_a_process_has_taken_is_no_less_than_what_it_holds() -> None:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    held_gib = pages * os.sysconf("SC_PAGE_SIZE") / 2**30
+    assert 0.9 * held_gib < peak_memory_gib(torch.device("cpu")) < 50 * held_gib
 
 
 @pytest.fixture
