@@ -142,12 +142,12 @@ def _legend(curves: Sequence[Curve]) -> list[str]:
 
 
 def _round_numbers(low: float, high: float) -> list[float]:
-    """Return 2 to 6 round numbers in a range; its only value if it has no extent."""
+    """Return 2 to 7 round numbers in a range; its only value if it has no extent."""
     span = high - low
     if not span > abs(high) * 1e-12:
         return [low]
     unit = 10 ** math.floor(math.log10(span / 4))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 5)
+    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 6)
     first = math.ceil(low / step - 1e-9)
     return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
 
