@@ -214,7 +214,7 @@ class _Loop:
         """Losses of the last steps, on the device, that the schedule has not seen."""
         self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
         self.has_warned_of_cut = False
-        self.peak_flops = _total_peak_flops(plan, config, world)
+        self.peak_flops = total_peak_flops(plan, config, world)
 
     def run(self, data: ShardData, start: int, stop: StopSignals) -> None:
         """Take the steps from `start` to the end."""
@@ -423,7 +423,7 @@ _LARGEST_LOSS = 700.0
 """Nats; e to more than that is no float. A loss that is not a number is no smaller, either."""
 
 
-def _total_peak_flops(plan: RunPlan, config: TrainConfig, world: World) -> float | None:
+def total_peak_flops(plan: RunPlan, config: TrainConfig, world: World) -> float | None:
     """Return what the devices of all ranks together can do at best, per second, where that is needed and known."""
     if plan.flops_per_sample is None:
         return None

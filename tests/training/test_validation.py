@@ -15,9 +15,11 @@ from torch import Tensor
 
 from training.batches import validation_batches
 from training.data import Sample, ShardData
+from training.fit import RunPlan, total_peak_flops
+from training.means import Means
 from training.metrics import read_metrics
 from training.programs import Inputs, train_clip
-from training.world import World, join_world
+from training.world import World, join_world, max_over_ranks
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -173,3 +175,21 @@ def test_a_log_that_the_first_rank_cannot_write_stops_both(tmp_path: Path, shard
     first, second = on_ranks(tmp_path, a_log_that_cannot_be_written, shards, tmp_path / "out")
     assert "No space left on device" in first
     assert "the first rank failed" in second
+
+
+def means_and_peak(world: World) -> tuple[dict[str, Any], float | None, float]:
+    means = Means()
+    means.add(
+        {"loss": torch.tensor(1.0 + world.rank), "rows": torch.tensor([1.0, 2.0]) * world.rank}, 1 + 2 * world.rank
+    )
+    plan = RunPlan(directory=Path("run"), description={}, flops_per_sample=1.0)
+    peak = total_peak_flops(plan, tiny.train_config(peak_tflops=0.5), world)
+    return means.take(world), peak, max_over_ranks(float(world.rank), world)
+
+
+@pytest.mark.slow
+def test_two_ranks_weigh_their_means_add_their_peaks_and_name_the_largest(tmp_path: Path) -> None:
+    for means, peak, largest in on_ranks(tmp_path, means_and_peak):
+        assert means == {"loss": (1 + 3 * 2) / 4, "rows": [3 / 4, 6 / 4]}
+        assert peak == 1e12
+        assert largest == 1.0
