@@ -14,31 +14,43 @@ class Means:
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int | Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor], weight: int = 1) -> None:
-        """Take metrics, 0-d or 1-d, into account as often as `weight` says; at 0, only their names."""
+    def add(self, metrics: Mapping[str, Tensor], weight: int | Tensor = 1) -> None:
+        """Take metrics, 0-d or 1-d, into account as often as `weight` says; at 0, only their names, even of NaNs.
+
+        A weight on the device, 0-d, is not read either.
+        """
         for name, value in metrics.items():
-            value = weight * value.detach().double() if weight else torch.zeros_like(value, dtype=torch.float64)
+            value = value.detach().double()
+            if isinstance(weight, Tensor):
+                value = torch.where(weight > 0, weight * value.to(weight.device), 0.0)
+            else:
+                value = weight * value if weight else torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + weight
 
     def take(self, world: World) -> dict[str, Any]:
         """Return the means over all that was added on all ranks, and start anew: numbers, and lists for 1-d metrics.
 
-        Collective: every rank must have added the same names.
+        NaN where all that was added had the weight 0. Collective: every rank must have added the same names.
         """
         names = sorted(self._sums)
         if not names:
             return {}
-        sums = torch.cat([self._sums[name].to(world.device).flatten() for name in names])
         sizes = [self._sums[name].numel() for name in names]
-        counts = [self._counts[name] for name, size in zip(names, sizes, strict=True) for _ in range(size)]
-        both = mean_over_ranks(torch.stack([sums, sums.new_tensor(counts)]), world)
-        parts = torch.split(both[0] / both[1], sizes)
+        sums = torch.cat([self._sums[name].to(world.device).flatten() for name in names])
+        counts = torch.cat(
+            [
+                torch.as_tensor(self._counts[name], dtype=sums.dtype, device=world.device).expand(size)
+                for name, size in zip(names, sizes, strict=True)
+            ]
+        )
+        totals, weights = mean_over_ranks(torch.stack([sums, counts]), world)
+        parts = torch.split((totals / weights).cpu(), sizes)
         means = {
             name: part.tolist() if self._sums[name].ndim else part.item()
-            for name, part in zip(names, (part.cpu() for part in parts), strict=True)
+            for name, part in zip(names, parts, strict=True)
         }
         self._sums, self._counts = {}, {}
         return means

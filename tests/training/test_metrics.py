@@ -219,6 +219,15 @@ def test_means_weigh_what_was_added_and_a_weight_of_nothing_adds_a_name_only() -
     assert means.take(join_world()) == {}
 
 
+def test_a_step_whose_weight_the_device_says_is_nothing_leaves_no_trace() -> None:
+    means = Means()
+    means.add({"loss": torch.tensor(math.inf)}, torch.tensor(0))
+    assert math.isnan(means.take(join_world())["loss"])
+    means.add({"loss": torch.tensor(2.0), "rows": torch.tensor([1.0, 2.0])}, torch.tensor(1))
+    means.add({"loss": torch.tensor(math.nan), "rows": torch.tensor([math.inf, 2.0])}, torch.tensor(0))
+    assert means.take(join_world()) == {"loss": 2.0, "rows": [1.0, 2.0]}
+
+
 # ----------------------------------------------------------------------------------------------------- throughput
 
 
