@@ -1,7 +1,7 @@
 """The command line `dalle`: generate, rank, search, reconstruct, import-dvae.
 
 Results go to files and stdout, messages to stderr. What a user can cause ends in one line and exit code 1.
-`run_program` and `run_command` are shared with the training programs.
+How a command line is run at all is in `dalle/command.py`.
 """
 
 import dataclasses
@@ -9,10 +9,8 @@ import json
 import logging
 import math
 import re
-import sys
 import tempfile
-import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -22,10 +20,11 @@ import tyro
 from PIL import Image
 
 from dalle.candidates import Result, Sampling, check_request
+from dalle.command import run_program
 from dalle.gallery import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
 from dalle.pictures import Pictures, in_batches
 from dalle.pipeline import Pipeline, Precision, bundle_part
-from dalle.progress import CLEAR_LINE, Progress, duration
+from dalle.progress import Progress, duration
 from dalle.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.results import ResultWriter
 from dalle.search import EMBEDDING_BATCH, folder_features
@@ -38,7 +37,6 @@ from rerank.score import clip_view, embed_captions, embed_images
 
 logger = logging.getLogger(__name__)
 
-OUR_PACKAGES = ("dalle", "dvae", "rerank", "training")
 DEFAULT_BUNDLE = Path("runs/demo")
 PAPER_KEEP_SHARE = 15 / 32
 """Share of the rows that is kept by default when completing: 15 of 32 in the paper."""
@@ -365,74 +363,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     return run_program(Commands, lambda command: command.run(), argv, prog="dalle", description=description)
 
 
-def run_program(
-    commands: Any,
-    run: Callable[[Any], None],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str,
-) -> int:
-    """Parse a command line and run the command; `--debug` anywhere shows tracebacks.
-
-    Args:
-        commands: a union of dataclasses, one per verb, as tyro reads it.
-        run: does what the parsed dataclass says.
-        argv: the arguments; by default those of the process.
-        prog: the name of the program.
-        description: the first lines of its help.
-
-    Returns:
-        The exit code: 0, or 1 after any error, also one of usage.
-    """
-    arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
-    try:
-        command = tyro.cli(
-            commands,
-            args=arguments,
-            prog=prog,
-            description=f"{description} Add --debug to see the traceback of an error.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
-    except SystemExit as stop:  # help, or a usage error that tyro has explained on stderr
-        return 1 if stop.code else 0
-    return run_command(lambda: run(command), debug=debug)
-
-
-def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
-    """Call a function that is a command: messages to stderr, errors of the user as one line.
-
-    Args:
-        function: prints results, and raises ValueError or OSError for what a user can cause.
-        debug: show the traceback of any error.
-
-    Returns:
-        The exit code, 0 or 1.
-    """
-    set_up_logging()
-    try:
-        function()
-    except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
-        if debug:
-            traceback.print_exc()
-        print(f"error: {error_line(error)}", file=sys.stderr)
-        return 1
-    return 0
-
-
-def error_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped"
-    if isinstance(error, torch.OutOfMemoryError):
-        return f"not enough memory on the device, use a smaller batch size ({error})".split(". ")[0]
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
-
-
 def resolve_device(name: str) -> torch.device:
     """Return the device of a name, with "auto" for the GPU if there is one.
 
@@ -554,21 +484,3 @@ def _finite(measures: Measures) -> dict[str, float | None]:
     """The measures for JSON, which has no infinity: the PSNR of an exact copy, for example."""
     values = dataclasses.asdict(measures)
     return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
-
-
-class _StderrHandler(logging.Handler):
-    """One line per message: "warning: …", or "note: …" for what is only good to know."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning" if record.levelno >= logging.WARNING else "note"
-        clear = CLEAR_LINE if sys.stderr.isatty() else ""
-        print(f"{clear}{prefix}: {' '.join(record.getMessage().split())}", file=sys.stderr)
-
-
-def set_up_logging() -> None:
-    """Show warnings of all libraries, and notes of our own packages; calling it again changes nothing."""
-    root = logging.getLogger()
-    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
-        root.addHandler(_StderrHandler(logging.INFO))
-    for name in OUR_PACKAGES:
-        logging.getLogger(name).setLevel(logging.INFO)

@@ -19,8 +19,10 @@ CPU_CHUNK, GPU_CHUNK = 1 << 22, 1 << 27
 """Logits that exist at a time: small enough for a CPU's cache, large enough to fill a GPU."""
 
 
-def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> Tensor:
-    """Return the sum over rows of the cross entropy of `h @ weight.T`, in nats, a float32 scalar.
+def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum over rows of the cross entropy of `h @ weight.T`, in nats, a float32 scalar, and its N terms.
+
+    The terms, float32 (N,), are for looking at: they have no gradient. That of an `IGNORED` row is 0.
 
     The logits are float32 whatever the inputs are (B.2 and D of the paper). Under autocast, and where the inputs are
     bfloat16, the products of the backward pass are bfloat16, as those of all other layers are.
@@ -34,17 +36,18 @@ def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
     device = h_ND.device.type
     product = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else h_ND.dtype
     with torch.autocast(device, enabled=False):
-        sums = cast("Callable[..., Tensor]", _LinearCrossEntropy.apply)
-        loss = sums(h_ND, weight_VD, targets_N, product if wants_gradients else None)
-        return loss
+        losses = cast("Callable[..., tuple[Tensor, Tensor]]", _LinearCrossEntropy.apply)
+        return losses(h_ND, weight_VD, targets_N, product if wants_gradients else None)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
     """Computes the gradients in the forward pass, while a chunk's logits are there; backward only scales them."""
 
     @staticmethod
-    def forward(ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: torch.dtype | None) -> Tensor:
-        """Return the loss; gradients are computed from products of the given type, or not at all."""
+    def forward(
+        ctx: Any, h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, product: torch.dtype | None
+    ) -> tuple[Tensor, Tensor]:
+        """Return the loss and its terms; gradients are computed from products of the given type, or not at all."""
         on_cpu = h_ND.device.type == "cpu"
         if on_cpu:  # elsewhere, counting them would wait for the device
             counted_N = (targets_N != IGNORED).nonzero()[:, 0]
@@ -55,6 +58,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
         # memory for all chunks: what is fresh has to be given by the system page by page
         logits_RV = h_ND.new_empty((min(n_rows, len(counted_N)), len(weight_VD)), dtype=torch.float32)
         total = torch.zeros((), device=h_ND.device)
+        losses_N = torch.zeros(len(h_ND), device=h_ND.device)
         gradients = None if product is None else _Gradients(h_ND, weight_VD, product)
         for rows_M in torch.split(counted_N, n_rows) if len(counted_N) else ():
             h_MD, targets_M = h_ND[rows_M], targets_N[rows_M]
@@ -62,17 +66,20 @@ class _LinearCrossEntropy(torch.autograd.Function):
             index_M1 = targets_M.clamp(min=0)[:, None]
             logits_MV = torch.mm(h_MD.float(), weight_float_DV, out=logits_RV[: len(rows_M)])
             log_p_MV = torch.log_softmax(logits_MV, dim=1, out=logits_MV)
-            total -= (log_p_MV.gather(1, index_M1) * counts_M1).sum()
+            log_p_M1 = log_p_MV.gather(1, index_M1) * counts_M1
+            total -= log_p_M1.sum()
+            losses_N[rows_M] = -log_p_M1[:, 0]
             if gradients is not None:
                 # softmax minus one-hot, in the place of the logits
                 dlogits_MV = log_p_MV.exp_().scatter_add_(1, index_M1, torch.full_like(counts_M1, -1.0))
                 gradients.add(rows_M, h_MD, dlogits_MV if on_cpu else dlogits_MV.mul_(counts_M1))
         if gradients is not None:
             ctx.save_for_backward(gradients.of_h, gradients.of_weight)
-        return total
+        ctx.mark_non_differentiable(losses_N)
+        return total, losses_N
 
     @staticmethod
-    def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, upstream: Tensor, _of_terms: Tensor | None) -> tuple[Tensor, Tensor, None, None]:
         """Return the gradients, scaled in place: they can be asked for once."""
         if getattr(ctx, "is_used", False):
             raise RuntimeError("the gradients of linear_cross_entropy can be computed once: compute the loss again")

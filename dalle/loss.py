@@ -1,6 +1,6 @@
 """The training objective: ⅛ of the text's and ⅞ of the image's cross entropy (Ramesh et al. 2021, §2.2, B.2).
 
-Legend: B batch  T text positions  I image positions  V vocabulary
+Legend: B batch  T text positions  I image positions  V vocabulary  Y rows of the grid
 """
 
 from dataclasses import dataclass
@@ -26,6 +26,8 @@ class StreamLoss:
     """Mean over all BPE tokens of the batch; 0 if all its captions are empty."""
     image: Tensor
     """Mean over all image tokens of the batch."""
+    image_by_row: Tensor
+    """Mean over the image tokens of each row of the grid, (Y,), without a gradient."""
 
 
 def training_loss(model: DALLE, text: Tensor, image_tokens: Tensor) -> StreamLoss:
@@ -42,9 +44,9 @@ def training_loss(model: DALLE, text: Tensor, image_tokens: Tensor) -> StreamLos
     h_BSD = model.states(text, image_tokens)  # checks both
     targets_BT = text_targets(text, model.config.text_vocab)
     T = model.config.text_len
-    text_loss = model.text_head(h_BSD[:, :T], targets_BT) / _count(targets_BT)
-    image_loss = model.image_head(h_BSD[:, T:], image_tokens) / image_tokens.numel()
-    return StreamLoss(total=TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text=text_loss, image=image_loss)
+    text_sum, _ = model.text_head(h_BSD[:, :T], targets_BT)
+    image_sum, losses_BI = model.image_head(h_BSD[:, T:], image_tokens)
+    return _stream_loss(text_sum / _count(targets_BT), image_sum / image_tokens.numel(), losses_BI, model.config)
 
 
 def stream_loss(
@@ -62,8 +64,17 @@ def stream_loss(
     targets_BT = text_targets(text, config.text_vocab)
     summed = F.cross_entropy(text_logits.flatten(0, 1), targets_BT.flatten(), ignore_index=IGNORED, reduction="sum")
     text_loss = summed / _count(targets_BT)
-    image_loss = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten())
-    return StreamLoss(total=TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss, text=text_loss, image=image_loss)
+    losses_N = F.cross_entropy(image_logits.flatten(0, 1), image_tokens.flatten(), reduction="none")
+    return _stream_loss(text_loss, losses_N.mean(), losses_N.view(image_tokens.shape), config)
+
+
+def _stream_loss(text_loss: Tensor, image_loss: Tensor, losses_BI: Tensor, config: DALLEConfig) -> StreamLoss:
+    return StreamLoss(
+        total=TEXT_WEIGHT * text_loss + IMAGE_WEIGHT * image_loss,
+        text=text_loss,
+        image=image_loss,
+        image_by_row=losses_BI.detach().view(-1, config.grid, config.grid).mean(dim=(0, 2)),
+    )
 
 
 def _count(targets: Tensor) -> Tensor:

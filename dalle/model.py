@@ -157,13 +157,16 @@ class Head(nn.Linear):
     def __init__(self, d_model: int, vocab: int) -> None:
         super().__init__(d_model, vocab, bias=False)
 
-    def forward(self, h_BSD: Tensor, targets_BS: Tensor | None = None) -> Tensor:
-        """Return logits, float32 (B, S, V), or given targets the sum of their cross entropies, a scalar.
+    def forward(  # type: ignore[override]  # two tensors, where Linear has one
+        self, h_BSD: Tensor, targets_BS: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits, float32 (B, S, V), or given targets their cross entropies: the sum, and each, (B, S).
 
         The second holds only a part of the logits at a time: see `linear_cross_entropy`.
         """
         if targets_BS is not None:
-            return linear_cross_entropy(h_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+            total, losses_N = linear_cross_entropy(h_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+            return total, losses_N.view(targets_BS.shape)
         with torch.autocast(h_BSD.device.type, enabled=False):
             return F.linear(h_BSD.float(), self.weight.float())
 

@@ -9,7 +9,6 @@ The sample at a position of the sequence is a function of (seed, position) alone
 epoch, key): neither the number of workers nor that of ranks changes what is seen.
 """
 
-import dataclasses
 import itertools
 import logging
 import math
@@ -115,7 +114,7 @@ class _Parts(Dataset[_Read]):
         self._data = data
         self._transform = transform
 
-    def __getitem__(self, numbers: range) -> _Read:
+    def __getitem__(self, numbers: Sequence[int]) -> _Read:
         tensors: list[dict[str, Tensor]] = []
         used: list[int] = []
         bad: list[tuple[int, str]] = []
@@ -228,7 +227,7 @@ def _obey_the_parent_alone(worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _reads(reader: Dataset[_Read], parts: Iterable[range], workers: int) -> Iterator[_Read]:
+def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int) -> Iterator[_Read]:
     """Return what `reader` makes of each part, in order, read ahead by forked processes if there are workers."""
     if workers == 0:
         return map(reader.__getitem__, parts)
@@ -321,7 +320,7 @@ def batches(
 
 
 def parts_in_order(
-    data: ShardData, transform: Transform, parts: Iterable[range], bad_samples: BadSamples, *, workers: int = 0
+    data: ShardData, transform: Transform, parts: Iterable[Sequence[int]], bad_samples: BadSamples, *, workers: int = 0
 ) -> Iterator[Batch]:
     """Yield the usable samples of each part, as numbers of samples, in order: one batch a part, empty if it has none.
 
@@ -342,29 +341,45 @@ def parts_in_order(
 
 
 def validation_batches(
-    data: ShardData, transform: Transform, batch_size: int, *, max_bad_fraction: float = 0.01
+    data: ShardData,
+    transform: Transform,
+    batch_size: int,
+    *,
+    max_bad_fraction: float = 0.01,
+    samples: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[Batch]:
-    """Yield every sample once, in the order of the shards, with the same randomness each time.
+    """Yield every sample once, or some, always the same ones, in the order of the shards, with the same randomness.
 
     Args:
         data: the samples.
         transform: as in `batches`; its generator depends on the key alone.
-        batch_size: samples per batch; fewer in the last one, and where unusable samples are left out.
+        batch_size: samples per batch; fewer in the last one, and where unusable samples are left out, even none.
         max_bad_fraction: of the samples that may be unusable, in [0, 1].
+        samples: how many, chosen by chance from all shards, but always the same; None: all.
+        rank: whose batches: every `world_size`-th one.
+        world_size: ranks that share the batches out.
 
     Raises:
-        ValueError: batch_size is below 1; too many samples are unusable, or all.
+        ValueError: batch_size is below 1; too many samples are unusable, or all where they are not shared out.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     bad_samples = BadSamples(data, max_bad_fraction)
-    parts = [range(first, min(first + batch_size, len(data))) for first in range(0, len(data), batch_size)]
-    n_bad = n_usable = 0
-    for batch in parts_in_order(data, transform, parts, bad_samples):
-        n_bad += batch.n_bad
+    chosen = _chosen(data, samples)
+    parts = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    n_usable = 0
+    for batch in parts_in_order(data, transform, parts[rank::world_size], bad_samples):
         n_usable += len(batch.numbers)
-        if batch.numbers:
-            yield dataclasses.replace(batch, n_bad=n_bad)
-            n_bad = 0  # those of a batch without a usable sample go with the next one
-    if n_usable == 0:
-        raise bad_samples.error(f"all {len(data):,} samples are unusable")
+        yield batch
+    if n_usable == 0 and world_size == 1:
+        raise bad_samples.error(f"all {len(chosen):,} samples are unusable")
+
+
+def _chosen(data: ShardData, count: int | None) -> Sequence[int]:
+    """Return the numbers of all samples, or of some of them, in the order of the shards."""
+    if count is None or count >= len(data):
+        return range(len(data))
+    chosen: list[int] = sorted(data.order(0, 0)[:count].tolist())
+    return chosen

@@ -10,7 +10,8 @@ from typing import Annotated
 
 import tyro
 
-from dalle.cli import resolve_device, run_program
+from dalle.cli import resolve_device
+from dalle.command import run_program
 from dalle.progress import Progress
 from training.config import Precision, TrainConfig
 from training.data import ShardData
@@ -31,6 +32,7 @@ from training.programs import (
 )
 from training.recipes import DVAERecipe, Recipe, recipe
 from training.shards import ShardFilter, make_shards
+from training.start import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
 from training.world import World, join_world, leave_world
 
 
@@ -90,10 +92,18 @@ class _Stage(_Data):
     """Steps between two lines of metrics."""
     validate_every: int | None = None
     """Steps between two validations; 0 for the end only."""
+    validation_samples: int | None = None
+    """Validate on this many of the validation samples, chosen by chance but always the same, instead of on all."""
     sample_every: int | None = None
     """Steps between two sample pictures; 0 for the end only."""
     checkpoint_every: int | None = None
     """Steps between two checkpoints."""
+    peak_tflops: float | None = None
+    """TFLOP/s that one of the devices can do at best, for the model FLOP/s utilisation (MFU) that is logged. Known for
+    common GPUs, and measured on a CPU."""
+    wandb: str | None = None
+    """Log to this project of Weights & Biases too; needs `pip install wandb`. With WANDB_MODE=offline it
+    stays on the disk."""
     keep_last: int | None = None
     """Newest checkpoints that are kept."""
     keep_every: int | None = None
@@ -283,6 +293,8 @@ Command = (
     | Annotated[TransformerCommand, tyro.conf.subcommand("transformer")]
     | Annotated[CLIPCommand, tyro.conf.subcommand("clip")]
     | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
+    | Annotated[StatusCommand, tyro.conf.subcommand("status")]
+    | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
 )
 
@@ -319,6 +331,8 @@ def _run(command: Command) -> None:
         case PlanCommand():
             chosen = recipe(command.recipe) if command.recipe is not None else None
             print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
+        case StatusCommand() | ReportCommand():
+            read(command)
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))
@@ -411,8 +425,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     An interruption that saved everything is not a success: a command after `&&` would go on with a model half trained.
     """
-    description = "Train every part of a bundle: tokenizer, dVAE, transformer and CLIP."
     try:
-        return run_program(Command, _run, argv, prog="dalle-train", description=description)
+        return run_program(Command, _run, argv, prog=PROGRAM, description=DESCRIPTION)
     except Interrupted:
         return INTERRUPTED

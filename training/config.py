@@ -4,6 +4,7 @@ One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one
 replaces single fields.
 """
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -66,6 +67,8 @@ class TrainConfig:
     """Steps between two lines of metrics."""
     validate_every: int = 0
     """Steps between two validations; 0 for the end only."""
+    validation_samples: int | None = None
+    """Validation samples that are measured, chosen by chance but always the same; None for all."""
     sample_every: int = 0
     """Steps between two sample pictures; 0 for the end only."""
     checkpoint_every: int = 500
@@ -80,6 +83,11 @@ class TrainConfig:
     """Training stops when more than this fraction of the samples read is unusable."""
     deepspeed_config: Path | None = None
     """A DeepSpeed JSON of the user's, merged over what is derived here."""
+    peak_tflops: float | None = None
+    """What the device of a rank can do at best, TFLOP/s, with which model FLOP/s are compared; None for what is known
+    of common GPUs, and measured on a CPU."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well, if that is installed."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
@@ -88,6 +96,10 @@ class TrainConfig:
         for name in ("seed", "validate_every", "sample_every", "workers", "keep_every"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
+        if self.validation_samples is not None and self.validation_samples < 1:
+            raise ValueError(f"validation_samples must be at least 1, got {self.validation_samples}")
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
+            raise ValueError(f"peak_tflops must be a number above 0, got {self.peak_tflops}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"

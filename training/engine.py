@@ -69,7 +69,8 @@ class Engine:
     """A model in training: its weights, optimizer and averaged weights, over all ranks.
 
     Args:
-        objective: `objective.model` is what is trained; `objective(**tensors)` returns (loss, metrics of 0-d tensors).
+        objective: `objective.model` is what is trained; `objective(**tensors)` returns the loss and its metrics,
+            0-d or 1-d tensors.
         config: the run.
         world: this process's place.
 

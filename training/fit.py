@@ -15,6 +15,7 @@ import platform
 import shutil
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -28,14 +29,17 @@ from torch import Tensor, nn
 
 from dalle.gallery import save_png
 from dalle.progress import duration
-from training.batches import Batch, batches, validation_batches
+from training.batches import Batch, batches
 from training.checkpoints import checkpoint_tag, latest_tag, replace_text, require_tag, step_of
 from training.config import TrainConfig
 from training.data import Sample, ShardData
 from training.engine import Engine
-from training.metrics import MetricLog, Report
+from training.means import Means
+from training.metrics import MetricLog, Report, RunState, require_wandb
 from training.schedules import LearningRate
-from training.world import World, agree, mean_over_ranks, on_first_rank, require_same
+from training.throughput import Timer, peak_flops, peak_memory_gib
+from training.validation import validate
+from training.world import World, agree, max_over_ranks, mean_over_ranks, on_first_rank, require_same
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +59,9 @@ class Stage(Protocol):
 
     @property
     def objective(self) -> nn.Module:
-        """What is trained is `objective.model`; `objective(**prepare(...))` returns (loss, metrics of 0-d tensors)."""
+        """What is trained is `objective.model`; `objective(**prepare(...))` returns the loss and a dictionary of
+        metrics, 0-d tensors or 1-d ones.
+        """
 
     @property
     def unit(self) -> str:
@@ -113,34 +119,6 @@ class StopSignals:
         self.raised = True
 
 
-class _Means:
-    """Running means of metrics that are not all there at every step; nothing is read from the device before `take`."""
-
-    def __init__(self) -> None:
-        self._sums: Tensors = {}
-        self._counts: dict[str, int] = {}
-
-    def add(self, metrics: Mapping[str, Tensor], weight: int = 1) -> None:
-        """Take metrics into account, as often as `weight` says."""
-        for name, value in metrics.items():
-            value = weight * value.detach().float()
-            self._sums[name] = self._sums[name] + value if name in self._sums else value
-            self._counts[name] = self._counts.get(name, 0) + weight
-
-    def take(self, world: World) -> dict[str, float]:
-        """Return the means over steps and ranks, and start anew.
-
-        Collective: every rank must have added the same names.
-        """
-        names = sorted(self._sums)
-        if not names:
-            return {}
-        means = torch.stack([self._sums[name].to(world.device) / self._counts[name] for name in names])
-        values = mean_over_ranks(means, world).tolist()
-        self._sums, self._counts = {}, {}
-        return dict(zip(names, values, strict=True))
-
-
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RunPlan:
     """Where a run reads and writes, and what is written down about it."""
@@ -155,6 +133,8 @@ class RunPlan:
     """Go on from a checkpoint: there must be one."""
     resume_from: str | None = None
     """The checkpoint to go back to, such as step00000500; None for the newest."""
+    flops_per_sample: float | None = None
+    """Floating-point operations of a training step per sample, forward and backward; None where that is not known."""
 
     def described(self) -> dict[str, Any]:
         """Return the description as config.json gives it back."""
@@ -205,6 +185,8 @@ def fit(
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
     tag = plan.tag()
+    if config.wandb is not None:
+        on_first_rank(require_wandb, world)
     _claim(plan, config, world)
     if tag is not None and step_of(tag) >= config.steps:
         report(
@@ -221,7 +203,7 @@ def fit(
         start, n_bad = int(state["step"]), int(state["bad_samples"])
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
-    log = MetricLog(plan.directory, start) if world.is_first else None
+    log = _open_log(plan, start, config, world)
     loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report, n_bad_before=n_bad)
     try:
         with StopSignals() as stop:
@@ -231,7 +213,7 @@ def fit(
                 raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
     finally:
         if log is not None:
-            log.close()
+            log.close(*_ending(sys.exception()))
 
 
 class _Loop:
@@ -259,6 +241,7 @@ class _Loop:
         """Losses of the last steps, on the device, that the schedule has not seen."""
         self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
         self.has_warned_of_cut = False
+        self.peak_flops = total_peak_flops(plan, config, world)
 
     def run(self, data: ShardData, start: int, stop: StopSignals) -> None:
         """Take the steps from `start` to the end."""
@@ -277,7 +260,7 @@ class _Loop:
             max_bad_fraction=config.max_bad_fraction,
         )
         engine.train()
-        means, timer = _Means(), _Timer(start, config.steps)
+        means, timer = Means(), Timer(start, config.steps)
         for step in range(start, config.steps):
             done = step + 1
             measure = done % config.log_every == 0 or done == config.steps
@@ -297,7 +280,8 @@ class _Loop:
                     f"stopped at step {done} of {config.steps}, saved in {self.plan.directory}: {self.plan.command()} "
                     "goes on from there"
                 )
-            self._once_in_a_while(done)
+            with timer.aside():
+                self._once_in_a_while(done)
             timer.unit_done(done)
 
     def _observe_losses(self, done: int) -> None:
@@ -321,7 +305,7 @@ class _Loop:
         self._sample(done)
 
     def _micro_batches(
-        self, stream: Iterator[Batch], step: int, timer: "_Timer", *, measure: bool
+        self, stream: Iterator[Batch], step: int, timer: Timer, *, measure: bool
     ) -> Iterator[dict[str, Any]]:
         for micro in range(self.engine.accumulation):
             waited_from = time.perf_counter()
@@ -346,22 +330,30 @@ class _Loop:
         if config.sample_every and done % config.sample_every == 0:
             self._sample(done)
 
-    def _log_training(self, done: int, values: dict[str, float], learning_rate: float, timer: "_Timer") -> None:
-        interval_s, wait = timer.lap()
-        samples = timer.steps_in_lap(done) * self.config.global_batch
+    def _log_training(self, done: int, values: dict[str, Any], learning_rate: float, timer: Timer) -> None:
+        lap = timer.lap(done)
+        samples_per_s = lap.steps * self.config.global_batch / lap.elapsed_s
         values |= {
             "learning_rate": learning_rate,
-            f"{self.stage.unit}_per_s": samples * self.stage.units_per_sample / interval_s,
-            "data_wait": wait,
+            f"{self.stage.unit}_per_s": samples_per_s * self.stage.units_per_sample,
+            "data_wait": lap.data_wait,
+            "peak_memory_gib": max_over_ranks(peak_memory_gib(self.world.device), self.world),
             "bad_samples": float(self._bad_samples()),
         }
-        if self.log is not None:
+        if self.peak_flops is not None and self.plan.flops_per_sample is not None:
+            values["mfu"] = samples_per_s * self.plan.flops_per_sample / self.peak_flops
+        _name_perplexities(values)
+
+        def tell() -> None:
+            assert self.log is not None
             self.log.write(done, "train", values)
             self._report_training(done, values, timer)
+
+        on_first_rank(tell, self.world)
         if not math.isfinite(values["loss"]):
             raise self._diverged(f"the loss is {values['loss']}", done)
 
-    def _report_training(self, done: int, values: Mapping[str, float], timer: "_Timer") -> None:
+    def _report_training(self, done: int, values: Mapping[str, Any], timer: Timer) -> None:
         unit, config = self.stage.unit, self.config
         if values.get("captions_cut") and not self.has_warned_of_cut:
             self.has_warned_of_cut = True
@@ -376,27 +368,21 @@ class _Loop:
         self.report(f"{self.stage.name} {done}/{config.steps}  {shown}  {speed}  {left}")
 
     def _validate(self, done: int) -> None:
-        """Measure the objective on the validation samples, the same ones every time; every rank measures them all."""
+        """Measure the objective on the validation samples, the same ones every time, shared out among the ranks."""
         if self.validation is None:
             return
         self.engine.model.eval()
-        means = _Means()
-        stream = validation_batches(
-            self.validation,
-            self.stage.transform_for_validation,
-            self.engine.micro_batch,
-            max_bad_fraction=self.config.max_bad_fraction,
-        )
-        for index, batch in enumerate(stream):
-            tensors = {name: tensor.to(self.world.device) for name, tensor in batch.tensors.items()}
-            loss, metrics = self.engine.forward(self.stage.prepare(tensors, done, index, measure=True))
-            means.add({"loss": loss, **metrics}, len(batch.keys))
+        values = validate(self.stage, self.engine, self.validation, self.config, self.world, done)
         self.engine.train()
-        values = means.take(self.world)
-        if self.log is not None:
+        _name_perplexities(values)
+
+        def tell() -> None:
+            assert self.log is not None
             self.log.write(done, "validation", values)
-            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items())
+            shown = " ".join(f"{name} {value:.4g}" for name, value in values.items() if not isinstance(value, list))
             self.report(f"{self.stage.name} {done}/{self.config.steps}  validation: {shown}")
+
+        on_first_rank(tell, self.world)
 
     def _sample(self, done: int) -> None:
         def draw() -> None:
@@ -404,7 +390,10 @@ class _Loop:
             if picture is not None:
                 folder = self.plan.directory / "samples"
                 folder.mkdir(exist_ok=True)
-                save_png(picture, folder / f"{checkpoint_tag(done)}.png")
+                path = folder / f"{checkpoint_tag(done)}.png"
+                save_png(picture, path)
+                assert self.log is not None
+                self.log.picture(done, path)
 
         on_first_rank(draw, self.world)
 
@@ -449,36 +438,40 @@ class _Loop:
 _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")
 
 
-class _Timer:
-    """Times the loop: laps between two lines of metrics, and what is left."""
+def _name_perplexities(values: dict[str, Any]) -> None:
+    """Replace losses by row of the image, in nats, by perplexities, in place: e to the mean, no mean of e to each."""
+    losses = values.pop("image_loss_by_row", None)
+    if losses is not None:
+        perplexities = [math.exp(loss) if loss < _LARGEST_LOSS else math.inf for loss in losses]
+        values["image_perplexity_by_row"] = [float(f"{value:.6g}") for value in perplexities]
 
-    def __init__(self, start: int, steps: int) -> None:
-        self.steps = steps
-        self.waited_s = 0.0
-        self._lap_from, self._lap_step = time.perf_counter(), start
-        self._started_at, self._first_step = time.perf_counter(), start
 
-    def lap(self) -> tuple[float, float]:
-        """Return the seconds since the last lap, and the fraction of them spent waiting for data; start a new lap."""
-        now = time.perf_counter()
-        interval_s, waited_s = max(now - self._lap_from, 1e-9), self.waited_s
-        self._lap_from, self.waited_s = now, 0.0
-        return interval_s, waited_s / interval_s
+_LARGEST_LOSS = 700.0
+"""Nats; e to more than that is no float. A loss that is not a number is no smaller, either."""
 
-    def steps_in_lap(self, done: int) -> int:
-        """Return the number of steps since this was last asked."""
-        steps, self._lap_step = done - self._lap_step, done
-        return steps
 
-    def unit_done(self, done: int) -> None:
-        """Forget the first step, which pays for warming up, when estimating what is left."""
-        if done == self._first_step + 1:
-            self._started_at, self._first_step = time.perf_counter(), done
+def total_peak_flops(plan: RunPlan, config: TrainConfig, world: World) -> float | None:
+    """Return what the devices of all ranks together can do at best, per second, where that is needed and known."""
+    if plan.flops_per_sample is None:
+        return None
+    here = peak_flops(world.device, config.precision, config.peak_tflops)
+    total = mean_over_ranks(torch.tensor(here or math.nan, dtype=torch.float64, device=world.device), world).item()
+    return total * world.size if math.isfinite(total) else None
 
-    def left_s(self, done: int) -> float:
-        """Return the estimated seconds until the last step."""
-        taken = done - self._first_step
-        return (time.perf_counter() - self._started_at) / taken * (self.steps - done) if taken > 0 else 0.0
+
+def _open_log(plan: RunPlan, step: int, config: TrainConfig, world: World) -> MetricLog | None:
+    """Return the log of a run that goes on from a step, on the first rank; where that fails, it fails on all."""
+    logs: list[MetricLog] = []
+    on_first_rank(lambda: logs.append(MetricLog(plan.directory, step, wandb_project=config.wandb)), world)
+    return logs[0] if logs else None
+
+
+def _ending(error: BaseException | None) -> tuple[RunState, str]:
+    """Return how a run ended, and why."""
+    if error is None:
+        return "finished", ""
+    reason = " ".join(str(error).split()) or type(error).__name__
+    return "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed", reason
 
 
 def _claim(plan: RunPlan, config: TrainConfig, world: World) -> None:

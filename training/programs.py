@@ -31,6 +31,7 @@ from training.encode import EncodeConfig, EncodeReport, encode_shards
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
 from training.metrics import Report
+from training.plan import flops_per_sample
 from training.recipes import Recipe
 from training.transformer import TransformerStage
 from training.world import World, on_first_rank
@@ -91,7 +92,7 @@ class Inputs:
         """Return where a stage's run is kept."""
         return self.out / "training" / stage
 
-    def run_plan(self, stage: str, description: dict[str, Any]) -> RunPlan:
+    def run_plan(self, stage: str, description: dict[str, Any], *, flops_per_sample: float | None = None) -> RunPlan:
         """Return where a stage's run reads and writes, and how it starts."""
         return RunPlan(
             directory=self.run_directory(stage),
@@ -99,6 +100,7 @@ class Inputs:
             fresh=self.fresh,
             resume=self.resume,
             resume_from=self.resume_from,
+            flops_per_sample=flops_per_sample,
         )
 
 
@@ -226,7 +228,9 @@ def train_transformer(
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
-    plan = inputs.run_plan("transformer", description)
+    sizes = model.n_parameters()
+    flops = flops_per_sample(config, sizes["attention"] + sizes["mlp"])
+    plan = inputs.run_plan("transformer", description, flops_per_sample=flops)
     refuse_another_run(plan)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)

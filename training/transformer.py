@@ -35,7 +35,8 @@ class TransformerObjective(nn.Module):
     def forward(self, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
         """Return the weighted loss of a batch, and metrics.
 
-        The metrics are the text and image losses in nats per token, and the fraction of captions cut.
+        The metrics are the text and image losses in nats per token, the image loss of each row of the grid,
+        (Y,), and the fraction of captions cut.
 
         Args:
             text: (B,T) int64 text ids.
@@ -46,6 +47,7 @@ class TransformerObjective(nn.Module):
         return loss.total, {
             "text_loss": loss.text.detach(),
             "image_loss": loss.image.detach(),
+            "image_loss_by_row": loss.image_by_row,
             "captions_cut": n_cut.float().mean(),
         }
 

@@ -124,3 +124,12 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
     total = values.clone()
     dist.all_reduce(total)
     return total / world.size
+
+
+def max_over_ranks(value: float, world: World) -> float:
+    """Return the largest of all ranks' values. Collective."""
+    if world.size == 1:
+        return value
+    largest = torch.tensor(value, dtype=torch.float64, device=world.device)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX)
+    return largest.item()

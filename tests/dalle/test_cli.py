@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dalle import cli, pictures, search
-from dalle.cli import main, read_captions, resolve_device, run_command
+from dalle.cli import main, read_captions, resolve_device
+from dalle.command import run_command
 from dalle.gallery import slug
 from dalle.progress import Progress, duration, progress_line
 from dvae import DVAE

@@ -442,3 +442,21 @@ def test_where_nothing_can_be_compiled_a_warning_says_why_and_layers_stay(caplog
     assert "no C++ compiler found" in caplog.text
     assert all(block._compiled_call_impl is None for block in model.blocks)
     training_loss(model, *stream(SMALL)).total.backward()
+
+
+@pytest.mark.parametrize("chunk", [1, 40, 1 << 22])
+def test_the_image_loss_by_row_is_that_of_the_logits_of_each_row(chunk, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CPU_CHUNK", chunk)
+    text, image_tokens = stream(SMALL, batch=4)
+    model, grid = awake(SMALL), SMALL.grid
+    ours = training_loss(model, text, image_tokens)
+    _, logits = model(text, image_tokens)
+    rows = [slice(row * grid, (row + 1) * grid) for row in range(grid)]
+    expected = [
+        torch.nn.functional.cross_entropy(logits[:, row].flatten(0, 1), image_tokens[:, row].flatten()) for row in rows
+    ]
+    assert not ours.image_by_row.requires_grad
+    torch.testing.assert_close(ours.image_by_row, torch.stack(expected).detach(), rtol=1e-5, atol=1e-6)
+    assert len({round(value, 4) for value in ours.image_by_row.tolist()}) == grid, "the rows can be told apart"
+    reference = stream_loss(*model(text, image_tokens), text, image_tokens, SMALL)
+    torch.testing.assert_close(ours.image_by_row, reference.image_by_row, rtol=1e-5, atol=1e-6)

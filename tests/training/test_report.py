@@ -1,0 +1,255 @@
+import base64
+import io
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tiny
+from PIL import Image
+from test_fit import Run as FitRun
+from test_status import NOW, RunFolder
+
+import training.cli
+from training.curves import Curve, chart, heat_map
+from training.report import MOST_SHEETS, page, write_report
+from training.runs import read_run
+from training.world import join_world
+
+VOID = {"meta", "input", "img", "br"}
+ATTACK = '<script>alert(1)</script><img src="http://evil/x" onerror="alert(2)">"\'&'
+
+
+class Checker(HTMLParser):
+    """Collects what a page consists of, and that its tags are balanced."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__(convert_charrefs=True)
+        self.open: list[str] = []
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.text: list[str] = []
+        self.wrong: list[str] = []
+        self.feed(html)
+        self.close()
+        self.wrong += self.open
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_endtag(self, tag: str) -> None:
+        if not self.open or self.open.pop() != tag:
+            self.wrong.append(f"</{tag}>")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+    def require_harmless(self) -> None:
+        """Balanced, without scripts, and without a reference to anything outside."""
+        assert self.wrong == []
+        for tag, attributes in self.tags:
+            assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form")
+            assert not any(name.startswith("on") for name in attributes), attributes
+            for name in ("src", "href", "xlink:href", "action"):
+                assert (attributes.get(name) or "#").startswith(("#", "data:image/jpeg;base64,")), attributes
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Callable[..., RunFolder]:
+    return lambda *parts: RunFolder(tmp_path.joinpath(*(parts or ("run",))))
+
+
+def sheet(run: RunFolder, step: int, size: tuple[int, int] = (64, 48)) -> None:
+    path = run.path / "samples" / f"step{step:08d}.png"
+    path.parent.mkdir(exist_ok=True)
+    Image.new("RGB", size, (step % 256, 0, 0)).save(path)
+
+
+def full(run: RunFolder) -> RunFolder:
+    run.config().lines(100, text_loss=2.0, grad_norm=1.0).validation(50, 4.0).validation(100, 3.0).checkpoint(100)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        for step in range(10, 101, 10):
+            rows = [100.0 / row for row in range(1, 5)]
+            file.write(json.dumps({"step": step, "split": "train", "image_perplexity_by_row": rows}) + "\n")
+    for step in (50, 100):
+        sheet(run, step)
+    return run.said("finished")
+
+
+def html_of(*runs: RunFolder) -> str:
+    return page([read_run(run.path) for run in runs], "mine", NOW)
+
+
+def test_a_page_shows_curves_perplexities_samples_checkpoints_and_the_configuration(folder: Any) -> None:
+    html = html_of(full(folder()))
+    checker = Checker(html)
+    checker.require_harmless()
+    text = " ".join(checker.text)
+    for expected in (
+        "loss",
+        "text loss, nats per token",
+        "gradient norm",
+        "perplexity of image tokens, train",
+        "step 50",
+        "step00000100",
+        "3.0 KiB",
+        "finished",
+        "abc",
+        "2.13.0",
+        '"n_layers": 2',
+    ):
+        assert expected in text, expected
+    classes = [attributes.get("class") for tag, attributes in checker.tags if tag == "polyline"]
+    assert classes.count("train") == 2 * 3, "each metric once with linear and once with logarithmic steps"
+    assert classes.count("validation") == 2
+    assert [tag for tag, _ in checker.tags].count("rect") == 4 * 10
+
+
+def test_a_page_forbids_scripts_and_requests(folder: Any) -> None:
+    checker = Checker(html_of(full(folder())))
+    (policy,) = [attributes["content"] for tag, attributes in checker.tags if "http-equiv" in attributes]
+    assert policy == "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
+
+
+def test_names_that_hold_html_are_shown_as_they_are(folder: Any) -> None:
+    run = folder("run").config(recipe=ATTACK).lines(20, **{ATTACK: 1.0}).said("failed", ATTACK)
+    record = json.loads((run.path / "config.json").read_text())
+    record["run"] |= {"stage": ATTACK, "captions": [ATTACK], ATTACK: ATTACK}
+    record["git"] = ATTACK
+    (run.path / "config.json").write_text(json.dumps(record))
+    with (run.path / "metrics.jsonl").open("a") as file:
+        line = {"step": 30, "split": ATTACK, "time": ATTACK, "loss": ATTACK, "image_perplexity_by_row": [ATTACK]}
+        file.write(json.dumps(line) + "\n")
+    html = page([read_run(run.path)], ATTACK, NOW)
+    checker = Checker(html)
+    checker.require_harmless()
+    assert "<script" not in html
+    assert "".join(checker.text).count("<script>alert(1)</script>") >= 6, "it is text"
+
+
+def test_sample_sheets_are_small_pictures_in_the_page_spread_over_the_steps(folder: Any) -> None:
+    run = folder().config().lines(20)
+    for step in range(1, 31):
+        sheet(run, step, size=(3000, 500))
+    (run.path / "samples" / "step00000031.png").write_bytes(b"no picture")
+    html = html_of(run)
+    checker = Checker(html)
+    images = [attributes for tag, attributes in checker.tags if tag == "img"]
+    assert len(images) == MOST_SHEETS - 1
+    assert "step00000031.png cannot be read" in html
+    assert images[-1]["alt"] == "samples at step 1"
+    for image in images:
+        with Image.open(io.BytesIO(base64.b64decode((image["src"] or "").partition(",")[2]))) as picture:
+            assert picture.format == "JPEG"
+            assert picture.size == (1000, 167)
+
+
+def test_a_sheet_that_would_be_large_is_made_smaller(folder: Any) -> None:
+    import numpy as np
+
+    run = folder().config().lines(20)
+    (run.path / "samples").mkdir()
+    noise = np.random.default_rng(0).integers(0, 256, (1400, 1000, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(run.path / "samples" / "step00000001.png")
+    assert len(html_of(run)) < 700_000
+
+
+def test_a_page_of_runs_that_have_hardly_begun_or_are_damaged(folder: Any) -> None:
+    begun = folder("begun").config().said("running")
+    damaged = folder("damaged")
+    (damaged.path / "metrics.jsonl").write_text('{"step": 1, "lo')
+    checker = Checker(html_of(begun, damaged))
+    checker.require_harmless()
+    assert "No metrics yet." in checker.text
+    assert "config.json is missing or damaged." in checker.text
+
+
+def test_the_command_writes_the_page_where_it_is_told(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    run = full(folder("bundle", "training", "transformer"))
+    bundle = run.path.parents[1]
+    assert training.cli.main(["report", str(bundle)]) == 0
+    assert capsys.readouterr().out.strip() == str(bundle / "report.html")
+    out = bundle.parent / "pages" / "mine.html"
+    assert training.cli.main(["report", str(run.path), "--out", str(out)]) == 0
+    Checker(out.read_text()).require_harmless()
+    assert sorted(path.name for path in out.parent.iterdir()) == ["mine.html"]
+
+
+def test_a_page_of_a_real_run(tmp_path: Path, shards: Path) -> None:
+    run = FitRun(tmp_path, tiny.open_world(shards), join_world())
+    run(tiny.train_config(steps=6, validate_every=2, sample_every=3), validation=run.data)
+    target = write_report(tmp_path / "run")
+    checker = Checker(target.read_text())
+    checker.require_harmless()
+    assert {"samples at step 3", "samples at step 6"} <= {attributes.get("alt") for _, attributes in checker.tags}
+    assert "finished" in "".join(checker.text)
+
+
+# --------------------------------------------------------------------------------------------------------- curves
+
+
+def places(svg: str, kind: str) -> list[tuple[float, float]]:
+    match = re.search(rf'<polyline class="{kind}" points="([^"]*)"', svg)
+    assert match is not None
+    return [(float(x), float(y)) for x, _, y in (pair.partition(",") for pair in match[1].split())]
+
+
+def test_a_curve_that_falls_goes_down_and_to_the_right() -> None:
+    svg = chart("loss", [Curve(name="train", kind="train", points=[(1, 4.0), (2, 3.0), (3, 2.0)])], log_x=False)
+    (x0, y0), (x1, y1), (x2, y2) = places(svg, "train")
+    assert x0 < x1 < x2
+    assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
+    assert y0 < y1 < y2, "SVG counts from the top"
+    assert y2 - y1 == pytest.approx(y1 - y0, abs=0.2)
+
+
+def test_on_logarithmic_axes_equal_factors_are_equal_distances() -> None:
+    curve = Curve(name="train", kind="train", points=[(1, 1.0), (10, 100.0), (100, 10_000.0)])
+    svg = chart("loss", [curve], log_x=True)
+    (x0, y0), (x1, y1), (x2, y2) = places(svg, "train")
+    assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
+    assert y2 - y1 == pytest.approx(y1 - y0, abs=0.2)
+    assert "(logarithmic)" in svg
+
+
+def test_a_long_curve_keeps_its_peaks_as_a_band() -> None:
+    points = [(step, 100.0 if step == 5000 else 10.0) for step in range(1, 10_001)]
+    svg = chart("loss", [Curve(name="train", kind="train", points=points)], log_x=False)
+    assert len(places(svg, "train")) <= 240
+    assert "band train" in svg
+    assert len(svg) < 20_000
+    assert min(float(y) for y in re.findall(r",([\d.]+)", svg.split("band train")[1].split("/>")[0])) < 30
+
+
+@pytest.mark.parametrize("value", [0.0, -3.0, 1e-12, 1e30, 5])
+@pytest.mark.parametrize("log_x", [True, False])
+def test_a_single_or_constant_value_is_drawn_too(value: float, log_x: bool) -> None:
+    for points in ([(7, value)], [(0, value), (7, value), (9, value)]):
+        svg = chart("loss", [Curve(name="train", kind="train", points=points)], log_x=log_x)
+        assert Checker(svg).wrong == []
+        assert "nan" not in svg
+        assert "inf" not in svg
+    assert chart("loss", [Curve(name="train", kind="train", points=[])], log_x=log_x) == ""
+
+
+def test_a_heat_map_is_dark_where_values_are_low() -> None:
+    svg = heat_map("rows", [(10, [1.0, 100.0]), (20, [10.0, 10.0])])
+    fills = re.findall(r'fill="(#[0-9a-f]{6})"', svg)
+    assert fills[0] == "#440154"
+    assert fills[1] == "#fde725"
+    assert fills[2] == fills[3] == "#21918c"
+    assert Checker(svg).wrong == []
+    assert heat_map("rows", []) == ""
+
+
+def test_a_heat_map_of_a_long_run_stays_small() -> None:
+    svg = heat_map("rows", [(step, [float(row + 1) for row in range(32)]) for step in range(1, 20_000)])
+    assert svg.count("<rect") == 80 * 32
+    assert len(svg) < 300_000
