@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all bench lint clean
+.PHONY: demo test test-all bench bench-plan lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -26,6 +26,10 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.loading
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.summary --page
+
+# What `dalle-train plan` predicts beside measured peaks of training; a few minutes.
+bench-plan: $(STAMP)
+	$(BIN)/python -m benchmarks.plan
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

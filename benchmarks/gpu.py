@@ -10,7 +10,7 @@ import torch
 
 from benchmarks import made, measure, train_step
 from benchmarks.dvae import paper_dvae
-from benchmarks.flops import read_cache, read_weights, training_flops
+from benchmarks.flops import read_cache, read_weights
 from benchmarks.measure import Options, Report
 from dalle.attention import KINDS, Kind, mask, masked_attention
 from dalle.cache import Decoder
@@ -20,6 +20,7 @@ from dalle.sparse_attention import sparse_attention
 from dalle.stream import start_id, start_of_image_id
 from dvae.fast import optimised
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
+from training.flops import training_flops
 from training.recipes import recipe
 
 SIDE, TEXT_LEN, KERNEL = 8192, 256, 11

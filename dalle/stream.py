@@ -20,6 +20,7 @@ Legend: B batch  T text positions  I image positions  S stream = T+I
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -90,6 +91,16 @@ def text_row(ids: Sequence[int], text_vocab: int, text_len: int) -> list[int]:
     """Return the T text ids of a caption: start, its BPE ids (T-1 at most, the rest is cut), and pads."""
     used = [start_id(text_vocab), *ids[: text_len - 1]]
     return used + [pad_id(text_vocab, t) for t in range(len(used), text_len)]
+
+
+def text_rows(captions: Sequence[Sequence[int]], text_vocab: int, text_len: int) -> Tensor:
+    """Return `text_row` of the BPE ids of B captions, int64 (B, T)."""
+    pads_T = np.arange(pad_id(text_vocab, 0), pad_id(text_vocab, text_len), dtype=np.int64)
+    rows_BT = np.broadcast_to(pads_T, (len(captions), text_len)).copy()
+    rows_BT[:, 0] = start_id(text_vocab)
+    for row_T, ids in zip(rows_BT, captions, strict=True):
+        row_T[1 : len(ids) + 1] = ids[: text_len - 1]
+    return torch.from_numpy(rows_BT)
 
 
 def null_caption(text_vocab: int, text_len: int) -> Tensor:

@@ -19,12 +19,11 @@ from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
-import torch
 from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
-from dalle.stream import text_row
+from dalle.stream import text_rows
 
 N_BYTES = 256
 MAX_MERGE_LENGTH = 64
@@ -195,13 +194,10 @@ class Tokenizer:
         """
         if rngs is not None and len(rngs) != len(captions):
             raise ValueError(f"{len(rngs)} rngs for {len(captions)} captions: expected one each")
-        rows: list[list[int]] = []
-        n_cut = 0
-        for b, caption in enumerate(captions):
-            ids = self.encode(caption, dropout=dropout, rng=None if rngs is None else rngs[b])
-            n_cut += len(ids) > text_len - 1
-            rows.append(text_row(ids, self.vocab_size, text_len))
-        return torch.tensor(rows, dtype=torch.int64).reshape(len(rows), text_len), n_cut
+        each: Sequence[np.random.Generator | None] = [None] * len(captions) if rngs is None else rngs
+        ids = [self.encode(caption, dropout=dropout, rng=rng) for caption, rng in zip(captions, each, strict=True)]
+        n_cut = sum(len(one) > text_len - 1 for one in ids)
+        return text_rows(ids, self.vocab_size, text_len), n_cut
 
     def _merged(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
         """Merge the bytes of a word: the best candidate that dropout leaves, again until it leaves none."""

@@ -20,7 +20,7 @@ from training.encode import EncodeConfig
 from training.evaluate import evaluate_bundle
 from training.fit import Interrupted
 from training.metrics import Report, to_stderr
-from training.plan import plan, recipe_list
+from training.plan import make_plan, recipe_list, text
 from training.programs import (
     Inputs,
     encode_data,
@@ -273,7 +273,7 @@ class ShardsCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class PlanCommand:
-    """Show what a recipe needs: parameters, optimizer state, activations, bytes per GPU for every ZeRO stage."""
+    """Show what a recipe needs: parameters, arithmetic, bytes per GPU in every mode, time, and what to train with."""
 
     recipe: tyro.conf.Positional[str | None] = None
     """Name of a recipe; without one, all are listed."""
@@ -281,6 +281,16 @@ class PlanCommand:
     """GPUs to share the work."""
     gpu_memory: float = 80.0
     """Memory of one of them, GiB."""
+    micro_batch: int | None = None
+    """Samples per GPU and forward pass; the recipe's, or the share of a GPU if that is less, if not given."""
+    precision: Precision | None = None
+    """Instead of the recipe's."""
+    mfu: float = 0.4
+    """Fraction of the GPUs' arithmetic that training is assumed to use; its log names the real one."""
+    peak_tflops: float | None = None
+    """Arithmetic of one GPU, 10¹² operations a second: 312 for an A100, 989 for an H100, which is the default."""
+    json: bool = False
+    """Print it as JSON, sizes in bytes."""
 
 
 Command = (
@@ -329,8 +339,7 @@ def _run(command: Command) -> None:
         case ShardsCommand():
             _make_shards(command)
         case PlanCommand():
-            chosen = recipe(command.recipe) if command.recipe is not None else None
-            print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
+            print(recipe_list() if command.recipe is None else _plan(command, recipe(command.recipe)))
         case StatusCommand() | ReportCommand():
             read(command)
         case EvaluateCommand():
@@ -388,6 +397,20 @@ def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
         temperature=chosen.temperature.stretched(factor),
         warmup=chosen.warmup and dataclasses.replace(command, steps=None, learning_rate=None).override(chosen.warmup),
     )
+
+
+def _plan(command: PlanCommand, chosen: Recipe) -> str:
+    """Return what `plan` prints."""
+    made = make_plan(
+        chosen,
+        command.gpus,
+        command.gpu_memory,
+        micro_batch=command.micro_batch,
+        precision=command.precision,
+        mfu=command.mfu,
+        peak_tflops=command.peak_tflops,
+    )
+    return made.as_json() if command.json else text(made)
 
 
 def _encode(command: EncodeCommand, config: EncodeConfig, world: World, report: Report) -> None:

@@ -13,6 +13,7 @@ from dalle.stream import (
     start_id,
     start_of_image_id,
     text_row,
+    text_rows,
     text_targets,
 )
 
@@ -53,6 +54,14 @@ def test_rows_start_with_start_and_pad_to_their_length(ids, text_len):
     assert len(row) == text_len
     assert row[: n + 1] == [10, *ids[:n]]
     assert row[n + 1 :] == [11 + t for t in range(n + 1, text_len)]
+
+
+def test_rows_of_several_captions_are_those_of_each():
+    captions = [[], [3], [1, 2, 3, 4], [5] * 9]
+    rows = text_rows(captions, 10, 5)
+    assert rows.dtype == torch.int64
+    assert rows.tolist() == [text_row(ids, 10, 5) for ids in captions]
+    assert text_rows([], 10, 5).shape == (0, 5)
 
 
 def test_the_null_caption_is_start_and_pads():

@@ -1,0 +1,86 @@
+"""Operations that the models' arithmetic cannot do without, from the configuration alone.
+
+A matrix product of m×k by k×n is 2·m·k·n. Attention is counted with the keys that the mask allows, twice (scores,
+values). A backward pass has one product for the gradient of each factor, twice the forward pass; that of attention
+has five products to the forward pass's two, since the scores, which nobody stores, are computed again. Softmax,
+norms, activations and the optimizer count as nothing.
+"""
+
+from collections import Counter
+
+from dalle.attention import mask
+from dalle.model import DALLEConfig
+from dvae.model import DVAEConfig
+from rerank.model import CLIPConfig
+
+
+def attended(config: DALLEConfig) -> int:
+    """Return the pairs of query and key that the masks allow, summed over the layers, of one sample."""
+    return sum(
+        n_layers * int(mask(kind, config.text_len, config.grid, config.conv_kernel).sum())
+        for kind, n_layers in Counter(config.kinds).items()
+    )
+
+
+def block_weights(config: DALLEConfig) -> int:
+    """Return the entries of the matrices of all layers: 12·D² each."""
+    return config.n_layers * 12 * config.d_model**2
+
+
+def linear_flops(config: DALLEConfig) -> int:
+    """Return the operations of one sample's forward pass but for attention: layers, and each position's head."""
+    stream, d = config.stream, config.d_model
+    heads = 2 * d * (config.text_len * config.text_vocab + stream.n_image * config.image_vocab)
+    return 2 * block_weights(config) * stream.length + heads
+
+
+def attention_flops(config: DALLEConfig) -> int:
+    """Return the operations of one sample's attention in the forward pass: scores, and the weighted values."""
+    return 2 * 2 * config.d_model * attended(config)
+
+
+def training_flops(config: DALLEConfig) -> int:
+    """Return the operations of one sample's forward and backward pass: 251 GFLOP for the benchmarks' shape."""
+    return 3 * linear_flops(config) + attention_flops(config) * 7 // 2
+
+
+def dvae_flops(config: DVAEConfig) -> int:
+    """Return the operations of a picture's way through a dVAE, encoder and decoder, forward."""
+    side, narrow = config.image_size**2, config.grid**2
+    n_in, counted = config.n_hid, 7 * 7 * 3 * config.n_hid * side
+    for group in range(config.n_groups):
+        width, positions = config.n_hid * 2**group, side // 4**group
+        for _ in range(config.n_blocks):
+            first, others = _block_weights(n_in, width, first_kernel=3, last_kernel=1)
+            counted += positions * (first + others)
+            n_in = width
+    counted += narrow * (n_in * config.vocab_size + config.vocab_size * config.n_init)
+    n_in = config.n_init
+    for group in reversed(range(config.n_groups)):
+        width, positions = config.n_hid * 2**group, side // 4**group
+        for block in range(config.n_blocks):
+            first, others = _block_weights(n_in, width, first_kernel=1, last_kernel=3)
+            # what comes first in a group is computed before the picture is enlarged: see `Block.forward_enlarged`
+            is_before = block == 0 and group < config.n_groups - 1
+            counted += (positions // 4 if is_before else positions) * first + positions * others
+            n_in = width
+    return 2 * (counted + side * n_in * 6)
+
+
+def _block_weights(n_in: int, n_out: int, *, first_kernel: int, last_kernel: int) -> tuple[int, int]:
+    """Return a dVAE block's weights: of its first convolution and the skip path, and of the other three."""
+    skip = n_in * n_out if n_in != n_out else 0
+    hidden = n_out // 4
+    return first_kernel**2 * n_in * hidden + skip, 2 * 9 * hidden**2 + last_kernel**2 * hidden * n_out
+
+
+def clip_flops(config: CLIPConfig) -> int:
+    """Return the operations of a pair's way through CLIP's towers, forward; attention between all positions."""
+    pixels = config.n_patches * 3 * config.patch_size**2 * config.vision_width
+    towers = (
+        (config.vision_layers, config.n_patches + 1, config.vision_width),
+        (config.text_layers, config.context_length, config.text_width),
+    )
+    layers = sum(n * (12 * length * width**2 + 2 * length**2 * width) for n, length, width in towers)
+    projections = (config.vision_width + config.text_width) * config.embed_dim
+    return 2 * (pixels + layers + projections)
