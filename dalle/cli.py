@@ -25,7 +25,7 @@ from dalle.candidates import Result, Sampling, check_request
 from dalle.gallery import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
 from dalle.pictures import Pictures, in_batches
 from dalle.pipeline import Pipeline, Precision, bundle_part
-from dalle.progress import CLEAR_LINE, Progress, duration
+from dalle.progress import CLEAR_LINE, Progress, duration, printable
 from dalle.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.results import ResultWriter
 from dalle.search import EMBEDDING_BATCH, folder_features
@@ -417,7 +417,7 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
     except (ValueError, OSError, torch.OutOfMemoryError, KeyboardInterrupt) as error:
         if debug:
             traceback.print_exc()
-        print(f"error: {error_line(error)}", file=sys.stderr)
+        print(f"error: {printable(error_line(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -562,7 +562,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning" if record.levelno >= logging.WARNING else "note"
         clear = CLEAR_LINE if sys.stderr.isatty() else ""
-        print(f"{clear}{prefix}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+        print(f"{clear}{prefix}: {printable(' '.join(record.getMessage().split()))}", file=sys.stderr)
 
 
 def set_up_logging() -> None:

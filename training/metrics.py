@@ -8,12 +8,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from dalle.progress import printable
+
 Report = Callable[[str], None]
 
 
 def to_stderr(line: str) -> None:
     """Print a line where messages belong."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class MetricLog:
