@@ -527,7 +527,10 @@ def _first_number(name: str) -> int:
 def _findings(summary: Summary, out: Path | None) -> list[str]:
     """Return a line for each kind of thing that is wrong."""
     samples, found = summary.counts["samples"], []
-    list_of = (lambda name: f" ({out / name} lists them)") if out is not None else (lambda name: "")
+
+    def list_of(name: str) -> str:
+        return f" ({out / name} lists them)" if out is not None else ""
+
     for shard in summary.damaged[:_NAMED_IN_REPORT]:
         found.append(f"damaged: {' '.join(shard.split())}; copy or make it again, or train with --skip-damaged-shards")
     if len(summary.damaged) > _NAMED_IN_REPORT:

@@ -7,15 +7,18 @@ and clip/ for use, and `training/<stage>/` with the runs behind them.
 import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
+from dalle.gallery import replace_file
 from dalle.model import DALLE
 from dalle.progress import Progress
 from dalle.tokenizer import Tokenizer
@@ -142,6 +145,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         "init": str(init) if init else None,
     }
     plan = RunPlan(directory=run, description=description, fresh=inputs.fresh)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
@@ -222,6 +226,7 @@ def train_transformer(
     plan = RunPlan(directory=inputs.run_directory("transformer"), description=description, fresh=inputs.fresh)
     refuse_another_run(plan)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
@@ -323,17 +328,19 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
         "tokenizer_hash": tokenizer_hash,
     }
     plan = RunPlan(directory=inputs.run_directory("clip"), description=description, fresh=inputs.fresh)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
 
 def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: World) -> CLIPTokenizer:
-    """Return the run's tokenizer, trained on the captions when it began: they may since have become fewer."""
+    """Return a tokenizer trained on the captions; the run's own if it goes on and captions have been lost since."""
     run = inputs.run_directory("clip")
     path = run / "tokenizer.json"
-    if path.is_file() and not inputs.fresh and latest_tag(run / "checkpoints") is not None:
+    unreadable = np.flatnonzero(data.is_lost).tolist()
+    tokenizer = CLIPTokenizer.train(_all_captions(data, unreadable), vocab_size=vocab_size)
+    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / "checkpoints") is not None:
         return CLIPTokenizer.load(path)
-    tokenizer = CLIPTokenizer.train(_all_captions(data), vocab_size=vocab_size)
 
     def save() -> None:
         run.mkdir(parents=True, exist_ok=True)
@@ -343,19 +350,60 @@ def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: Wor
     return tokenizer
 
 
+def _note_data(plan: RunPlan, data: ShardData, world: World) -> None:
+    """Write down how many samples a run is trained on; when it goes on with another number, a warning says so.
+
+    The order of the samples depends on their number: it must not change without a word.
+    """
+    refuse_another_run(plan)
+    path = plan.directory / "data.json"
+    shards = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
+    now = {"samples": len(data), "shards": shards}
+
+    def note() -> None:
+        if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
+            _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda partial: partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
+
+    on_first_rank(note, world)
+
+
+def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if before["samples"] == now["samples"]:
+        return
+    changed = [
+        f"{shard}: {count:,} samples, now {now['shards'].get(shard, 0):,}"
+        for shard, count in before["shards"].items()
+        if count != now["shards"].get(shard, 0)
+    ]
+    logger.warning(
+        "the run began with %d samples, and goes on with %d (%s): from here on their order is another; with a manifest "
+        "of the shards as they were (--manifest), lost samples keep their places",
+        before["samples"],
+        now["samples"],
+        "; ".join(changed[:5]) or "there are more shards",
+    )
+
+
 def forget_runs(out: Path) -> None:
     """Delete the checkpoints of all stages, so that no run goes on from what is to be made anew."""
     for checkpoints in (out / "training").glob("*/checkpoints"):
         shutil.rmtree(checkpoints)
 
 
-def _all_captions(data: ShardData) -> Iterator[str]:
-    """Yield every caption; unreadable ones, which training will count as bad samples, are left out."""
+def _all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
+    """Yield every caption; unreadable ones, which training will count as bad samples, are left out.
+
+    Their samples are added to `unreadable`.
+    """
     for index in np.flatnonzero(~data.is_lost):
         try:
             yield from data.captions(int(index))
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
+            if unreadable is not None:
+                unreadable.append(int(index))
 
 
 def encode_data(

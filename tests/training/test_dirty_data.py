@@ -147,10 +147,25 @@ def test_training_goes_on_exactly_when_a_shard_is_lost(tmp_path: Path, capsys: p
     errors = capsys.readouterr().err
     assert "2.tar: 0 of 12 samples are left (the shard is missing)" in errors
     assert "going on from step 4 of 12" in errors
+    assert "from here on their order is another" not in errors
     lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
     # steps 5 to 12 are the rest of the only epoch: what is lost and was not seen before is counted
     order = ShardData.open([tmp_path / "data"], captions=True, manifest=Manifest.open(tmp_path / "m")).order(0, 0)
     assert lines[-1]["bad_samples"] == sum(24 <= i < 36 for i in order[16:].tolist()) > 0
+
+
+@pytest.mark.slow
+def test_another_order_of_the_samples_is_never_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in range(2):
+        write_tar(tmp_path / "data" / f"{shard}.tar", world_members(range(12 * shard, 12 * shard + 12)))
+    command = ["dvae", "tiny", "--data", str(tmp_path / "data"), "--global-batch", "4", "--out", str(tmp_path / "out")]
+    assert training.cli.main([*command, "--steps", "2"]) == 0
+    assert training.cli.main([*command, "--steps", "3"]) == 0
+    assert "order is another" not in capsys.readouterr().err
+    write_tar(tmp_path / "data" / "1.tar", world_members(range(12, 20)))
+    assert training.cli.main([*command, "--steps", "4"]) == 0
+    assert "began with 24 samples, and goes on with 20" in (errors := capsys.readouterr().err)
+    assert "1.tar: 12 samples, now 8" in errors
 
 
 # -------------------------------------------------------------------------------------------------------- several ranks
