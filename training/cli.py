@@ -506,7 +506,9 @@ def _find_duplicates(command: DuplicatesCommand) -> None:
             workers=command.workers,
             progress=progress.update,
         )
-    print(f"{found}\nlook at {command.out / SHEET}, and give {command.out / EXCLUDED} to check-data --exclude-keys")
+    print(f"{found}\nto choose the threshold, look at {command.out / SHEET}")
+    if found.n_excluded:
+        print(f"to leave them out, give {command.out / EXCLUDED} to `dalle-train check-data --exclude-keys`")
 
 
 def _make_shards(command: ShardsCommand) -> None:

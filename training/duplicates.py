@@ -283,10 +283,10 @@ def _sample_names(data: ShardData) -> Callable[[int], tuple[str, str]]:
 
 
 def _save_sheet(path: Path, pairs: Sequence[Pair], data: ShardData, others: ShardData, threshold: float) -> None:
-    """Draw the nearest pairs of every band of cosines, side by side; nothing if there is no pair."""
+    """Draw the nearest pairs of every band of cosines around the threshold; nothing if there is no pair."""
     bands: dict[int, list[Pair]] = {}
     for pair in pairs:
-        band = bands.setdefault(int(np.floor(pair.cosine / BAND + 1e-9)), [])
+        band = bands.setdefault(int(np.floor((pair.cosine - threshold) / BAND + 1e-4)), [])
         if len(band) < PAIRS_PER_BAND:
             band.append(pair)
     # the lowest bands, below and above the threshold, are those to judge it by
@@ -301,8 +301,8 @@ def _save_sheet(path: Path, pairs: Sequence[Pair], data: ShardData, others: Shar
 
 
 def _heading(band: int, threshold: float) -> str:
-    side = "taken to be the same" if (band + 1) * BAND > threshold else "kept"
-    return f"cosine {band * BAND:.2f} to {(band + 1) * BAND:.2f}: {side}"
+    low = threshold + band * BAND
+    return f"cosine {low:.3f} to {min(1.0, low + BAND):.3f}: {'taken to be the same' if band >= 0 else 'kept'}"
 
 
 def _pictures(pairs: Sequence[Pair], data: ShardData, others: ShardData) -> tuple[list[Image.Image], list[str]]:

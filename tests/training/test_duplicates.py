@@ -140,7 +140,9 @@ def test_the_command_finds_them_with_the_clip_of_a_bundle(
 ) -> None:
     command = ["duplicates", "--data", str(data), "--clip", str(bundle), "--out", str(tmp_path / "found")]
     assert training.cli.main([*command, "--threshold", "1", "--workers", "0"]) == 0
-    assert "12 pictures, among themselves" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "12 pictures, among themselves" in shown
+    assert "excluded.jsonl to `dalle-train check-data --exclude-keys`" in shown
     assert json.loads((tmp_path / "found" / "excluded.jsonl").read_text().splitlines()[0])["key"] == "b3"
     assert training.cli.main([*command, "--threshold", "1.5"]) == 1
     assert "the threshold must be a cosine" in capsys.readouterr().err
