@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from dalle.progress import CLEAR_LINE
+from dalle.progress import CLEAR_LINE, printable
 
 OUR_PACKAGES = ("dalle", "dvae", "rerank", "training")
 
@@ -70,7 +70,7 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
             raise
         if debug:
             traceback.print_exc()
-        print(f"error: {error_line(error)}", file=sys.stderr)
+        print(f"error: {printable(error_line(error))}", file=sys.stderr)
         return 1
     return 0
 
@@ -98,7 +98,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning" if record.levelno >= logging.WARNING else "note"
         clear = CLEAR_LINE if sys.stderr.isatty() else ""
-        print(f"{clear}{prefix}: {' '.join(record.getMessage().split())}", file=sys.stderr)
+        print(f"{clear}{prefix}: {printable(' '.join(record.getMessage().split()))}", file=sys.stderr)
 
 
 def set_up_logging() -> None:

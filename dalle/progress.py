@@ -90,3 +90,11 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{hours}:{minutes:02}:{s:02}"
     return f"{minutes}:{s:02}" if minutes else f"{s} s"
+
+
+def printable(text: str) -> str:
+    """The text with its control characters, which could steer a terminal, written out as in Python; newlines stay.
+
+    Names and captions in data are other people's.
+    """
+    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)

@@ -134,7 +134,10 @@ class BadSamples:
     Too many are, first, more different ones than the fraction of all samples: certain, whatever part of which
     epoch this process has read, and prompt for small data. Before that, for large data, at least ten, and
     more among the samples read than chance explains (four standard deviations): an unlucky start stops
-    nothing.
+    nothing. Samples that a manifest knows and the shards have lost count from the start, on every rank alike.
+
+    Raises:
+        ValueError: more samples are lost than the fraction of all.
     """
 
     def __init__(self, data: ShardData, max_fraction: float) -> None:
@@ -142,7 +145,16 @@ class BadSamples:
         self._max_fraction = max_fraction
         self._n_seen = 0
         self._n_bad = 0
-        self._reasons: dict[int, str] = {}
+        self._reasons = {int(i): "the sample is lost" for i in np.flatnonzero(data.is_lost)}
+        n_lost = data.report.n_lost
+        if n_lost > max_fraction * len(data):
+            shards = data.report.damaged_shards
+            listed = "; ".join(shards[:_NAMED_IN_LOG]) + ("; …" if len(shards) > _NAMED_IN_LOG else "")
+            raise ValueError(
+                f"{n_lost:,} of the {len(data):,} samples that the manifest knows are lost, more than "
+                f"--max-bad-fraction {max_fraction:g} allows: {listed}; restore these shards, or raise "
+                "--max-bad-fraction; for a new run, a new manifest will do (`dalle-train check-data`)"
+            )
 
     def name(self, bad: Sequence[tuple[int, str]]) -> None:
         """Take note of the (number, reason) of unusable samples."""

@@ -2,8 +2,10 @@
 
 import dataclasses
 import math
+import os
+import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -12,12 +14,17 @@ import tyro
 
 from dalle.cli import resolve_device
 from dalle.command import run_program
-from dalle.progress import Progress
+from dalle.progress import Progress, printable
+from rerank import CLIP
+from training.check_data import check_data
+from training.check_data import report as check_report
 from training.config import Precision, TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
+from training.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.encode import EncodeConfig
 from training.evaluate import evaluate_bundle
+from training.filters import ShardFilter
 from training.fit import Interrupted
 from training.metrics import Report, to_stderr
 from training.plan import make_plan, recipe_list, text
@@ -31,7 +38,7 @@ from training.programs import (
     train_transformer,
 )
 from training.recipes import DVAERecipe, Recipe, recipe
-from training.shards import ShardFilter, make_shards
+from training.shards import make_shards
 from training.start import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
 from training.world import World, join_world, leave_world
 
@@ -48,20 +55,33 @@ class _Shards:
     """Start anew, over a run that is there. Without it, a run goes on from its newest checkpoint."""
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
+    manifest: Path | None = None
+    """Folder that `dalle-train check-data --out` wrote about these shards. With it, samples that shards have lost and
+    bytes that have changed since are noticed, and count as unusable; the order of all the others stays."""
 
     def inputs(self) -> Inputs:
         """Return what the programs take."""
-        return Inputs(data=self.data, out=self.out, fresh=self.fresh, skip_damaged_shards=self.skip_damaged_shards)
+        return Inputs(
+            data=self.data,
+            out=self.out,
+            fresh=self.fresh,
+            skip_damaged_shards=self.skip_damaged_shards,
+            manifest=self.manifest,
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Data(_Shards):
     validation: tuple[str, ...] = ()
     """Shards to validate on."""
+    validation_manifest: Path | None = None
+    """Folder that `dalle-train check-data --out` wrote about the shards to validate on."""
 
     def inputs(self) -> Inputs:
         """Return what the programs take."""
-        return dataclasses.replace(super().inputs(), validation=self.validation)
+        return dataclasses.replace(
+            super().inputs(), validation=self.validation, validation_manifest=self.validation_manifest
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -217,6 +237,8 @@ class EncodeCommand:
     """Encode anew, over shards of image tokens that are there."""
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
+    manifest: Path | None = None
+    """Folder that `dalle-train check-data --out` wrote about these shards: what changed since is noticed."""
 
     def config(self) -> EncodeConfig:
         """Return what the program takes."""
@@ -263,12 +285,78 @@ class ShardsCommand:
     """Folder that the table's picture names are relative to; the table's own if not given."""
     samples_per_shard: int = 1000
     """Samples in one tar."""
-    min_caption_chars: int = ShardFilter.min_caption_chars
-    """Shorter captions are left out."""
+    paper_filters: bool = False
+    """Filter as the paper does, as far as it says how: captions of at least 3 words that are not mostly boilerplate,
+    and aspect ratios within 1/2 … 2. Options below take precedence."""
+    min_caption_chars: int | None = None
+    """Captions of fewer characters are left out."""
+    max_caption_chars: int | None = None
+    """Captions of more characters are left out."""
+    min_caption_words: int | None = None
+    """Captions of fewer words are left out."""
+    max_caption_words: int | None = None
+    """Captions of more words are left out."""
+    drop_boilerplate: bool = False
+    """Leave out captions such as "photographed on 3 March 2019" or "stock photo", with hardly a word besides."""
+    min_side: int | None = None
+    """Pictures with a side of fewer pixels are left out."""
     max_aspect_ratio: float | None = None
     """Pictures longer than this times their width, or wider, are left out; the paper's is 2."""
     overwrite: bool = False
     """Replace shards of the same name that are there."""
+
+    def keep(self) -> ShardFilter:
+        """Return which pictures are kept."""
+        chosen = ShardFilter.of_the_paper() if self.paper_filters else ShardFilter()
+        names = ("min_caption_chars", "max_caption_chars", "min_caption_words", "max_caption_words", "min_side")
+        given = {name: getattr(self, name) for name in (*names, "max_aspect_ratio") if getattr(self, name) is not None}
+        return dataclasses.replace(chosen, **given, drop_boilerplate=self.drop_boilerplate or chosen.drop_boilerplate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckDataCommand:
+    """Check shards: read and decode everything in them once, and say what is wrong and what to do.
+
+    Nothing in the shards is changed. What is found is no error: the exit code is 0.
+    """
+
+    data: tuple[str, ...]
+    """Shards: files, folders, globs or brace ranges such as shards/{000000..000099}.tar; also those of image tokens."""
+    out: Path | None = None
+    """Folder for the manifest, which training takes as --manifest; shards that it knows and that have not changed are
+    not read again. Without it, only the report is printed."""
+    workers: int | None = None
+    """Processes that read; one for each core if not given, 0 for this one alone."""
+    tokenizer: Path | None = None
+    """tokenizer.json, to count the captions' tokens."""
+    exclude_keys: tuple[Path, ...] = ()
+    """Files of samples that training with this manifest leaves out, such as its own duplicates.jsonl or unusable.jsonl,
+    or the excluded.jsonl of `dalle-train duplicates`: lines of {"shard": …, "key": …}."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplicatesCommand:
+    """Find near-duplicates by CLIP's features: within some pictures, or between those to train and to validate on.
+
+    OUT gets pairs.jsonl, the pairs with their cosines (with --against: the nearest picture for each of those);
+    pairs.png, which shows pairs by their cosine, to choose the threshold by; and excluded.jsonl, what to leave out.
+    """
+
+    data: tuple[str, ...]
+    """Shards of pictures in which copies are looked for."""
+    clip: Path
+    """Directory of a CLIP, or of a bundle."""
+    out: Path
+    """Folder for what is found."""
+    against: tuple[str, ...] = ()
+    """Shards of validation pictures: pictures of --data near one of these are to be left out. Without it, the pictures
+    of --data are compared among themselves, and the later one of two is to be left out."""
+    threshold: float = 0.97
+    """Cosine from which two pictures are taken to be the same. It depends on the CLIP: look at pairs.png."""
+    workers: int = 1
+    """Processes that read."""
+    device: str = "cpu"
+    """Where to compute: cpu, cuda or cuda:1."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -297,6 +385,8 @@ Command = (
     Annotated[DemoCommand, tyro.conf.subcommand("demo")]
     | Annotated[AllCommand, tyro.conf.subcommand("all")]
     | Annotated[ShardsCommand, tyro.conf.subcommand("shards")]
+    | Annotated[CheckDataCommand, tyro.conf.subcommand("check-data")]
+    | Annotated[DuplicatesCommand, tyro.conf.subcommand("duplicates")]
     | Annotated[TokenizerCommand, tyro.conf.subcommand("tokenizer")]
     | Annotated[DVAECommand, tyro.conf.subcommand("dvae")]
     | Annotated[EncodeCommand, tyro.conf.subcommand("encode")]
@@ -338,6 +428,10 @@ def _run(command: Command) -> None:
     match command:
         case ShardsCommand():
             _make_shards(command)
+        case CheckDataCommand():
+            _check_data(command)
+        case DuplicatesCommand():
+            _find_duplicates(command)
         case PlanCommand():
             print(recipe_list() if command.recipe is None else _plan(command, recipe(command.recipe)))
         case StatusCommand() | ReportCommand():
@@ -425,22 +519,60 @@ def _encode(command: EncodeCommand, config: EncodeConfig, world: World, report: 
         report,
         fresh=command.fresh,
         skip_damaged_shards=command.skip_damaged_shards,
+        manifest=command.manifest,
     )
 
 
+def _check_data(command: CheckDataCommand) -> None:
+    workers = command.workers if command.workers is not None else os.cpu_count() or 1
+    with ExitStack() as stack:
+        out = command.out
+        if out is None:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        progress = stack.enter_context(Progress("shards"))
+        summary = check_data(
+            command.data,
+            out,
+            workers=workers,
+            tokenizer=command.tokenizer,
+            exclude=command.exclude_keys,
+            progress=progress.update,
+        )
+    print(printable(check_report(summary, command.out)))
+
+
+def _find_duplicates(command: DuplicatesCommand) -> None:
+    directory = command.clip / "clip" if (command.clip / "clip").is_dir() else command.clip
+    clip = CLIP.load(directory).to(resolve_device(command.device)).eval()
+    data = ShardData.open(command.data, captions=False)
+    against = ShardData.open(command.against, captions=False) if command.against else None
+    with Progress("pictures") as progress:
+        found = find_duplicates(
+            data,
+            against,
+            clip,
+            command.out,
+            threshold=command.threshold,
+            workers=command.workers,
+            progress=progress.update,
+        )
+    print(f"{found}\nto choose the threshold, look at {command.out / SHEET}")
+    if found.n_excluded:
+        print(f"to leave them out, give {command.out / EXCLUDED} to `dalle-train check-data --exclude-keys`")
+
+
 def _make_shards(command: ShardsCommand) -> None:
-    keep = ShardFilter(min_caption_chars=command.min_caption_chars, max_aspect_ratio=command.max_aspect_ratio)
     with Progress("pictures") as progress:
         report = make_shards(
             command.source,
             command.out,
             images=command.images,
             samples_per_shard=command.samples_per_shard,
-            keep=keep,
+            keep=command.keep(),
             overwrite=command.overwrite,
             progress=progress.update,
         )
-    print(report.table())
+    print(printable(report.table()))
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -1,33 +1,19 @@
-"""Reading shards: which samples there are, what each holds, and the order in which an epoch shows them.
+"""Reading shards: the samples of many, read by number, and the order in which an epoch shows them.
 
-1. `expand_shards`: names, folders, globs and brace ranges to paths of tar files.
-2. `index_shard`: one pass over a tar's headers to the place of every picture and caption in it.
-3. `ShardData`: the samples of all shards, read by number, in any order, from any process.
+`training/shard_index.py` says which samples a shard has; `ShardData` reads them, in any order, from any process;
+`training/batches.py` makes batches of them. The sample at a position of the sequence is a function of (seed, position)
+alone.
 
-`training/batches.py` makes batches of them.
-
-The format is WebDataset's (https://github.com/webdataset/webdataset): members of a tar that share a key (the
-path up to the first dot of the base name) are one sample. webdataset's own reader is avoided on purpose: it
-runs `pipe:` URLs in a shell, unpickles members by their extension, drops the rest of a shard whose bytes are
-damaged without a word, and gives each worker whole shards, so that what is trained on depends on the number
-of workers. Here headers are read once with `tarfile`, nothing is ever extracted or unpickled, and the sample
-at a position of the sequence is a function of (seed, position) alone.
-
-Shards that `dalle-train encode` made hold image tokens in place of pictures: see `training/image_tokens.py`.
+With a manifest (`training/manifest.py`) samples have the numbers that they had when it was made, whatever became of
+the shards since: a sample that is lost keeps its number and cannot be read, and bytes that changed are noticed.
 """
 
-import dataclasses
-import glob
 import hashlib
-import itertools
-import json
 import logging
 import os
-import re
-import tarfile
 import threading
 from collections import Counter, OrderedDict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -35,228 +21,23 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.tarfiles import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
-from dvae.images import PICTURE_EXTENSIONS
-from training.image_tokens import TOKENS_FIELD, Description, Encoding, description_in, unpack
+from dalle.tarfiles import LARGEST_PICTURE_BYTES
+from training.image_tokens import TOKENS_FIELD, Encoding, unpack
+from training.manifest import Manifest, checksum, located
+from training.shard_index import (
+    IMAGE_FIELDS,
+    LARGEST_TEXT_BYTES,
+    DamagedShardError,
+    ShardIndex,
+    captions_of,
+    expand_shards,
+    index_shard,
+)
 
 logger = logging.getLogger(__name__)
 
-IMAGE_FIELDS = (*sorted(extension[1:] for extension in PICTURE_EXTENSIONS), "img")
-TEXT_FIELDS = ("txt", "cap", "text", "caption")
-_CAPTION_KINDS = dict.fromkeys(TEXT_FIELDS, 1) | {"json": 2}
-_PICTURE_KINDS = dict.fromkeys(IMAGE_FIELDS, 0) | _CAPTION_KINDS
-_TOKEN_KINDS = {TOKENS_FIELD: 0} | _CAPTION_KINDS
-_LARGEST_BRACE_RANGE = 1_000_000
-_LARGEST_TEXT_BYTES = 16 << 20
+_NAMED_IN_LOG = 20  # shards that are logged by name
 _OPEN_FILES = 64  # per thread: far below the usual limit of 1,024 per process
-
-
-class DamagedShardError(ValueError):
-    """A shard that cannot be read to its end; the message says which and what to do."""
-
-
-# --------------------------------------------------------------------------------------------- names to paths
-
-
-def _expand_braces(pattern: str) -> list[str]:
-    """Return the names that `{000..009}` and `{a,b}` stand for; a pattern without braces is its own name."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
-    if match is None:
-        return [pattern]
-    first, last, listed = match.groups()
-    if listed is not None:
-        middles: Iterable[str] = listed.split(",")
-    else:
-        count = int(last) - int(first) + 1
-        if not 1 <= count <= _LARGEST_BRACE_RANGE:
-            raise ValueError(
-                f"the range {match.group()} of {pattern} has {max(count, 0):,} members, "
-                f"expected 1 to {_LARGEST_BRACE_RANGE:,}"
-            )
-        middles = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    before, after = pattern[: match.start()], _expand_braces(pattern[match.end() :])
-    return [before + middle + rest for middle in middles for rest in after]
-
-
-def _shards_in(folder: Path) -> list[Path]:
-    """Return every tar below a folder, sorted; hidden names are left out: they are being written."""
-    files = [
-        path for path in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in path.relative_to(folder).parts)
-    ]
-    shards = [path for path in files if path.suffix == ".tar" and path.is_file()]
-    if not shards:
-        compressed = [path.name for path in files if path.name.endswith((".tar.gz", ".tgz"))]
-        hint = (
-            f"; {compressed[0]} is compressed: gunzip it first"
-            if compressed
-            else "; make some with `dalle-train shards`"
-        )
-        raise FileNotFoundError(f"no shards in the folder {folder}: expected *.tar in it or below it{hint}")
-    return shards
-
-
-def _expand_name(name: str, pattern: str) -> list[Path]:
-    path = Path(name)
-    if path.is_dir():
-        return _shards_in(path)
-    if path.exists():
-        return [path]
-    found = [Path(match) for match in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else []
-    if not found:
-        asked = "" if name == pattern else f" (one of {pattern})"
-        raise FileNotFoundError(
-            f"no shard {name}{asked}: expected a .tar file, a folder of them, or a pattern that matches some"
-        )
-    return [shard for match in found for shard in (_shards_in(match) if match.is_dir() else [match])]
-
-
-def expand_shards(patterns: Sequence[str | Path]) -> list[Path]:
-    """Return the tar files that names, folders (searched recursively), globs and brace ranges stand for.
-
-    Args:
-        patterns: e.g. `["pictures/", "more/train-{000000..000009}.tar", "other/*.tar"]`.
-
-    Returns:
-        Existing paths in the order given (sorted within a folder or a glob), each once.
-
-    Raises:
-        FileNotFoundError: a pattern matches nothing, or a folder holds no shards.
-        ValueError: nothing was given; a URL, a pipe or a compressed tar.
-    """
-    if isinstance(patterns, str | Path):
-        patterns = [patterns]
-    if not patterns:
-        raise ValueError(
-            "no shards were given: expected .tar files, folders of them, or patterns such as train-{000000..000009}.tar"
-        )
-    shards: dict[Path, Path] = {}
-    for pattern in map(str, patterns):
-        # One slash after the colon is enough: Path("http://x") has lost the other.
-        if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]+:/)", pattern, re.IGNORECASE):
-            raise ValueError(
-                f"{pattern!r} is a URL or a command: shards are read from local files only, never downloaded "
-                "and never through a shell; download them first"
-            )
-        names = [pattern] if Path(pattern).exists() else _expand_braces(pattern)
-        for shard in itertools.chain.from_iterable(_expand_name(name, pattern) for name in names):
-            if shard.name.endswith((".tar.gz", ".tgz")):
-                raise ValueError(f"{shard} is compressed: samples are read at random places, so gunzip it first")
-            shards.setdefault(shard.resolve(), shard)
-    return list(shards.values())
-
-
-# -------------------------------------------------------------------------------------------------- one shard
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardIndex:
-    """Where the samples of one shard are.
-
-    Places are (offset, size) in bytes from the start of the file; size 0 means that there is none.
-    """
-
-    path: Path
-    """The tar file."""
-    n_bytes: int
-    """Its size."""
-    tokens: Description | None
-    """What it says of its image tokens, if it holds those in place of pictures."""
-    keys: tuple[str, ...]
-    """One per sample, n of them."""
-    image_names: tuple[str, ...]
-    """Member names of the pictures, or of their tokens; "" where a sample has none."""
-    image: NDArray[np.int64]
-    """(n, 2) places of the pictures, or of their tokens."""
-    text: NDArray[np.int64]
-    """(n, 2) places of the captions."""
-    json: NDArray[np.int64]
-    """(n, 2) places of the JSON members."""
-    n_ignored: int
-    """Links, devices, sparse members and names that lead out of a folder: never looked at."""
-    n_duplicates: int
-    """Members whose sample had such a member already: the first one counts."""
-    damage: str | None
-    """What is wrong with the file after these samples; None if nothing is."""
-
-
-def _key_and_field(name: str) -> tuple[str, str] | None:
-    """Return ("a.b/c", "d.jpg") for "a.b/c.d.jpg"; None without key or field, as in macOS's "._c.jpg"."""
-    match = re.fullmatch(r"(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
-    return None if match is None else (match.group(1), match.group(2).lower())
-
-
-def index_shard(path: Path, *, skip_damaged: bool = False) -> ShardIndex:
-    """Read the headers of a shard: WebDataset's and img2dataset's conventions.
-
-    A picture is KEY.jpg, .jpeg, .png, .webp, .bmp, .gif or .img; captions are KEY.txt, .cap, .text or
-    .caption, one a line, or the fields "caption" or "captions" of KEY.json. Members of a sample need not
-    stand together. In a shard of image tokens, KEY.tokens is in place of a picture.
-
-    Args:
-        path: a tar file, not compressed.
-        skip_damaged: where a shard is damaged, log a warning and return the whole samples before the damage.
-
-    Raises:
-        DamagedShardError (a ValueError): truncated, not a tar, or empty.
-        ValueError: compressed, or its description of image tokens is damaged or of another version.
-    """
-    try:
-        members, damage = whole_members(path)
-    except DamagedTarError as error:
-        raise DamagedShardError(f"{error}; make it again, or pass --skip-damaged-shards to leave it out") from error
-    tokens = description_in(path, members[0] if members else None)
-    kinds = _PICTURE_KINDS if tokens is None else _TOKEN_KINDS
-    samples: dict[str, list[tarfile.TarInfo | None]] = {}
-    n_ignored = n_duplicates = 0
-    for member in members:
-        if not place_is_safe(member):
-            n_ignored += not member.isdir()
-            continue
-        key_and_field = _key_and_field(member.name)
-        if key_and_field is None:
-            continue
-        key, field = key_and_field
-        places = samples.setdefault(key, [None, None, None])
-        kind = kinds.get(field)
-        if kind is None:
-            continue
-        n_duplicates += places[kind] is not None
-        places[kind] = places[kind] or member
-    if damage is not None:
-        _drop_cut_sample(samples)
-        message = f"{path} {damage}: {len(samples):,} whole samples before it"
-        if not skip_damaged:
-            raise DamagedShardError(f"{message}; make it again, or pass --skip-damaged-shards to use those")
-        logger.warning("%s, which are used", message)
-    rows = list(samples.values())
-    spans = [[(m.offset_data, m.size) if m else (0, 0) for m in row] for row in rows]
-    places_N32 = np.array(spans, dtype=np.int64).reshape(-1, 3, 2)
-    return ShardIndex(
-        path=path,
-        n_bytes=path.stat().st_size,
-        tokens=tokens,
-        # Names that are not UTF-8 come with lone surrogates, which no log and no JSON can hold.
-        keys=tuple(key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in samples),
-        image_names=tuple(row[0].name if row[0] else "" for row in rows),
-        image=places_N32[:, 0],
-        text=places_N32[:, 1],
-        json=places_N32[:, 2],
-        n_ignored=n_ignored,
-        n_duplicates=n_duplicates,
-        damage=damage,
-    )
-
-
-def _drop_cut_sample(samples: dict[str, list[tarfile.TarInfo | None]]) -> None:
-    """Remove the last sample before the damage unless it has every kind of member that the first one has."""
-    if samples:
-        first, last = next(iter(samples)), next(reversed(samples))
-        kinds_first, kinds_last = ([member is not None for member in samples[key]] for key in (first, last))
-        if first == last or any(a and not b for a, b in zip(kinds_first, kinds_last, strict=True)):
-            del samples[last]
-
-
-# --------------------------------------------------------------------------------------------------- all data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -290,7 +71,11 @@ class DataReport:
     n_ignored_members: int
     """Links, devices and names that lead out of a folder."""
     damaged_shards: tuple[str, ...]
-    """Shards used in part or not at all, with the reason (with skip_damaged only)."""
+    """Shards used in part or not at all, with the reason (with skip_damaged or a manifest only)."""
+    n_lost: int = 0
+    """Samples in use that a manifest knows and that are not there any more."""
+    n_excluded: int = 0
+    """Samples left out because the manifest was made so."""
 
 
 class _OpenFiles(threading.local):
@@ -301,24 +86,6 @@ class _OpenFiles(threading.local):
 
     def __init__(self) -> None:
         self.files: OrderedDict[int, BinaryIO] = OrderedDict()
-
-
-def _captions_of(text: bytes, is_json: bool, source: str) -> tuple[str, ...]:
-    """Return the captions in a text member (one a line) or a JSON member; blank ones are dropped."""
-    if is_json:
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: its JSON cannot be read ({error})") from error
-        found = (record.get("captions") or record.get("caption")) if isinstance(record, dict) else None
-        lines = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-        captions = [" ".join(line.split()) for line in lines if isinstance(line, str)]
-    else:
-        try:
-            captions = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source}: its caption is not UTF-8 ({error})") from error
-    return tuple(caption for caption in captions if caption)
 
 
 class ShardData:
@@ -338,6 +105,13 @@ class ShardData:
         self._image = np.concatenate([shard.image for shard in shards])
         self._text = np.concatenate([shard.text for shard in shards])
         self._json = np.concatenate([shard.json for shard in shards])
+        self._checksums = [shard.checksums for shard in shards]
+        """(n, 3) of each shard's members; None without a manifest."""
+        nothing = [np.zeros(len(shard.keys), dtype=bool) for shard in shards]
+        lost = [none if shard.lost is None else shard.lost for shard, none in zip(shards, nothing, strict=True)]
+        self.is_lost = np.concatenate(lost)
+        """(n,) samples that a manifest knows and that cannot be read any more."""
+        self._first = np.cumsum([0, *(len(shard.keys) for shard in shards)])
         self._open_files = _OpenFiles()
 
     @classmethod
@@ -348,74 +122,55 @@ class ShardData:
         captions: bool,
         encoded: bool = False,
         skip_damaged: bool = False,
+        manifest: Manifest | None = None,
         progress: Callable[[int, int], None] | None = None,
     ) -> "ShardData":
         """Index shards.
+
+        With a manifest, the samples are those that it knows, whole or not, with the numbers that they had when it was
+        made. Those that are not there any more are marked as lost, and shards that it does not know are left out;
+        both are logged.
 
         Args:
             shards: what `expand_shards` takes.
             captions: whether samples need captions; those without are left out and counted.
             encoded: whether shards of image tokens will do, which hold no pictures.
             skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
+            manifest: of these shards; damaged and missing ones are then no errors.
             progress: called with (shards indexed, shards).
 
         Raises:
             FileNotFoundError: a shard or folder is missing.
             ValueError: a shard is damaged, or has no picture or no caption at all; there are shards of image tokens
-                where pictures are needed, among others, or made in another way than the others.
+                where pictures are needed, among others, or made in another way than the others; the manifest is
+                damaged, or nothing that it knows is there.
         """
-        paths = expand_shards(shards)
-        used: list[ShardIndex] = []
-        damaged: list[str] = []
         counts: Counter[str] = Counter()
-        for n_done, path in enumerate(paths, start=1):
-            try:
-                index = index_shard(path, skip_damaged=skip_damaged)
-            except DamagedShardError as error:
-                if not skip_damaged:
-                    raise
-                logger.warning("shard left out: %s", error)
-                damaged.append(str(error))
-                continue
-            if index.tokens is not None and not encoded:
-                raise ValueError(
-                    f"{path} holds image tokens, and pictures are needed here: give the shards that it was made of by "
-                    f"`dalle-train encode` ({index.tokens.source}, …)"
-                )
-            if index.damage is not None:
-                damaged.append(f"{path} {index.damage}")
-            counts.update(n_duplicates=index.n_duplicates, n_ignored_members=index.n_ignored)
-            usable = _usable(index, captions, counts)
-            if usable.keys:
-                used.append(usable)
-            elif index.damage is None:
-                raise ValueError(_nothing_usable(index, captions))
-            if progress is not None:
-                progress(n_done, len(paths))
-        if not used:
-            raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(damaged[:3]))
-        names = ("n_without_image", "n_without_caption", "n_duplicates", "n_ignored_members")
-        n_samples = sum(len(index.keys) for index in used)
-        report = DataReport(
-            n_samples=n_samples,
-            damaged_shards=tuple(damaged),
-            **{name: counts[name] for name in names},
-        )
+        damaged: list[str] = []
+        if manifest is not None:
+            used = _known_shards(shards, manifest, captions, encoded, counts, damaged, progress)
+        else:
+            used = _indexed_shards(expand_shards(shards), captions, encoded, skip_damaged, counts, damaged, progress)
+        names = ("n_without_image", "n_without_caption", "n_duplicates", "n_ignored_members", "n_excluded")
         for name in names:
             if counts[name]:
-                logger.warning(
-                    "left out of %d shards: %d %s",
-                    len(paths),
-                    counts[name],
-                    name.removeprefix("n_").replace("_", " "),
-                )
+                logger.warning("left out of the shards: %d %s", counts[name], name.removeprefix("n_").replace("_", " "))
+        report = DataReport(
+            n_samples=sum(len(index.keys) for index in used),
+            damaged_shards=tuple(damaged),
+            n_lost=counts["n_lost"],
+            **{name: counts[name] for name in names},
+        )
         return cls(used, report, captions=captions)
 
     def __len__(self) -> int:
         return len(self.keys)
 
-    def _bytes(self, i: int, place: NDArray[np.int64], largest: int) -> bytes:
-        offset, size = int(place[0]), int(place[1])
+    def _member(self, i: int, kind: int, largest: int) -> bytes:
+        """Return the bytes of a sample's picture (kind 0), caption (1) or JSON member (2)."""
+        if self.is_lost[i]:
+            raise ValueError(f"{self.source(i)}: the sample is lost: its shard is missing or damaged; restore it")
+        offset, size = (int(number) for number in (self._image, self._text, self._json)[kind][i])
         if size > largest:
             raise ValueError(f"{self.source(i)}: a member of {size:,} bytes, expected at most {largest:,}")
         shard = int(self._shard[i])
@@ -433,6 +188,12 @@ class ShardData:
         data = os.pread(files[shard].fileno(), size, offset)
         if len(data) != size:
             raise ValueError(f"{self.source(i)}: the shard ends at byte {offset + len(data):,}, before the member does")
+        known = self._checksums[shard]
+        if known is not None and checksum(data) != int(known[i - int(self._first[shard]), kind]):
+            raise ValueError(
+                f"{self.source(i)}: its bytes are not those that the manifest knows (another checksum): the shard has "
+                "changed or is damaged; restore it"
+            )
         return data
 
     def source(self, i: int) -> str:
@@ -452,8 +213,8 @@ class ShardData:
         if not self.has_captions:
             return ()
         is_json = bool(self._text[i, 1] == 0)
-        place = self._json[i] if is_json else self._text[i]
-        captions = _captions_of(self._bytes(i, place, _LARGEST_TEXT_BYTES), is_json, self.source(i))
+        member = self._member(i, 2 if is_json else 1, LARGEST_TEXT_BYTES)
+        captions = captions_of(member, is_json, self.source(i))
         if not captions:
             raise ValueError(f"{self.source(i)}: its caption is empty")
         return captions
@@ -466,14 +227,14 @@ class ShardData:
         """
         return Sample(
             key=self.keys[i],
-            image_bytes=self._bytes(i, self._image[i], LARGEST_PICTURE_BYTES) if self.encoding is None else b"",
+            image_bytes=self._member(i, 0, LARGEST_PICTURE_BYTES) if self.encoding is None else b"",
             captions=self.captions(i),
             source=self.source(i),
             image_tokens=None if self.encoding is None else self._image_tokens(i, self.encoding),
         )
 
     def _image_tokens(self, i: int, encoding: Encoding) -> NDArray[np.integer[Any]]:
-        member = self._bytes(i, self._image[i], encoding.n_bytes)
+        member = self._member(i, 0, encoding.n_bytes)
         try:
             return unpack(member, encoding)
         except ValueError as error:
@@ -485,13 +246,13 @@ class ShardData:
         Raises:
             ValueError, OSError: they cannot be read any more.
         """
-        places = {"txt": self._text[i], "json": self._json[i]}
-        return {field: self._bytes(i, place, _LARGEST_TEXT_BYTES) for field, place in places.items() if place[1] > 0}
+        kinds = {"txt": 1, "json": 2}
+        sizes = {"txt": self._text[i, 1], "json": self._json[i, 1]}
+        return {field: self._member(i, kinds[field], LARGEST_TEXT_BYTES) for field, size in sizes.items() if size > 0}
 
     def samples_of(self, shard: int) -> range:
         """Return the numbers of the samples of `shards[shard]`."""
-        first, end = np.searchsorted(self._shard, [shard, shard + 1])
-        return range(int(first), int(end))
+        return range(int(self._first[shard]), int(self._first[shard + 1]))
 
     def fingerprint(self, shard: int) -> str:
         """Return 16 hexadecimal digits that tell `shards[shard]` from one with other samples.
@@ -514,6 +275,106 @@ class ShardData:
         return np.argsort(bits.random_raw(len(self)), kind="stable").astype(np.int64)
 
 
+def _indexed_shards(
+    paths: Sequence[Path],
+    captions: bool,
+    encoded: bool,
+    skip_damaged: bool,
+    counts: Counter[str],
+    damaged: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> list[ShardIndex]:
+    """Return the usable samples of shards; arguments and errors as those of `ShardData.open`."""
+    used: list[ShardIndex] = []
+    for n_done, path in enumerate(paths, start=1):
+        try:
+            index = index_shard(path, skip_damaged=skip_damaged)
+        except DamagedShardError as error:
+            if not skip_damaged:
+                raise
+            logger.warning("shard left out: %s", error)
+            damaged.append(str(error))
+            continue
+        _require_pictures(index, encoded)
+        if index.damage is not None:
+            damaged.append(f"{path} {index.damage}")
+        counts.update(n_duplicates=index.n_duplicates, n_ignored_members=index.n_ignored)
+        usable = _usable(index, captions, counts)
+        if usable.keys:
+            used.append(usable)
+        elif index.damage is None:
+            raise ValueError(_nothing_usable(index, captions))
+        if progress is not None:
+            progress(n_done, len(paths))
+    if not used:
+        raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(damaged[:3]))
+    return used
+
+
+def _known_shards(
+    shards: Sequence[str | Path],
+    manifest: Manifest,
+    captions: bool,
+    encoded: bool,
+    counts: Counter[str],
+    damaged: list[str],
+    progress: Callable[[int, int], None] | None,
+) -> list[ShardIndex]:
+    """Return the samples of a manifest, in its order, those that are not there marked as lost."""
+    matches, unknown = manifest.match(expand_shards(shards, skip_missing=True))
+    used: list[ShardIndex] = []
+    for n_done, (entry, path) in enumerate(matches, start=1):
+        record = manifest.record(entry)
+        index, damage = located(record, path)
+        _require_pictures(index, encoded)
+        counts.update(n_duplicates=index.n_duplicates, n_ignored_members=index.n_ignored)
+        has_image, excluded = index.image[:, 1] > 0, manifest.excluded.rows(index, entry.path)
+        counts["n_without_image"] += int((~has_image).sum())
+        counts["n_without_caption"] += int((has_image & ~record.has_caption).sum()) if captions else 0
+        wanted = has_image & record.has_caption if captions else has_image
+        counts["n_excluded"] += int((wanted & excluded).sum())
+        usable = index.chosen(np.flatnonzero(wanted & ~excluded))
+        assert usable.lost is not None
+        n_left = int((~usable.lost).sum())
+        counts["n_lost"] += len(usable.keys) - n_left
+        if damage is not None:
+            damaged.append(f"{entry.name}: {n_left:,} of {len(usable.keys):,} samples are left ({damage})")
+        if usable.keys:
+            used.append(usable)
+        if progress is not None:
+            progress(n_done, len(matches))
+    _log_some("shard", damaged)
+    _log_some("shard left out", [f"{path} is not in the manifest {manifest.folder}" for path in unknown])
+    n_known = sum(len(index.keys) for index in used)
+    if counts["n_lost"] == n_known:
+        found = "; ".join(damaged[:3]) or f"it knows {len(manifest.entries):,} shards and no usable sample"
+        raise ValueError(
+            f"nothing that the manifest {manifest.folder} knows is left: {found}; check --data, or make a manifest of "
+            "these shards with `dalle-train check-data`"
+        )
+    return used
+
+
+def _log_some(what: str, lines: Sequence[str]) -> None:
+    for line in lines[:_NAMED_IN_LOG]:
+        logger.warning("%s %s", what, line)
+    if len(lines) > _NAMED_IN_LOG:
+        logger.warning("and %d more", len(lines) - _NAMED_IN_LOG)
+
+
+def _require_pictures(index: ShardIndex, encoded: bool) -> None:
+    """Check that a shard holds pictures, or image tokens where those will do.
+
+    Raises:
+        ValueError: it does not.
+    """
+    if index.tokens is not None and not encoded:
+        raise ValueError(
+            f"{index.path} holds image tokens, and pictures are needed here: give the shards that it was made of by "
+            f"`dalle-train encode` ({index.tokens.source}, …)"
+        )
+
+
 def _usable(index: ShardIndex, captions: bool, counts: Counter[str]) -> ShardIndex:
     """Return the part of an index that has pictures, and captions if needed; add the rest to `counts`."""
     keep = index.image[:, 1] > 0
@@ -524,20 +385,12 @@ def _usable(index: ShardIndex, captions: bool, counts: Counter[str]) -> ShardInd
                 is_json = index.text[i, 1] == 0
                 offset, size = (int(number) for number in (index.json[i] if is_json else index.text[i]))
                 try:
-                    text = os.pread(file.fileno(), size, offset) if size <= _LARGEST_TEXT_BYTES else b""
-                    keep[i] = size > 0 and bool(_captions_of(text, bool(is_json), index.keys[i]))
+                    text = os.pread(file.fileno(), size, offset) if size <= LARGEST_TEXT_BYTES else b""
+                    keep[i] = size > 0 and bool(captions_of(text, bool(is_json), index.keys[i]))
                 except ValueError:
                     keep[i] = False
                 counts["n_without_caption"] += int(not keep[i])
-    chosen = np.flatnonzero(keep)
-    return dataclasses.replace(
-        index,
-        keys=tuple(index.keys[i] for i in chosen),
-        image_names=tuple(index.image_names[i] for i in chosen),
-        image=index.image[chosen],
-        text=index.text[chosen],
-        json=index.json[chosen],
-    )
+    return index.chosen(np.flatnonzero(keep))
 
 
 def _common_encoding(shards: Sequence[ShardIndex]) -> Encoding | None:

@@ -24,13 +24,14 @@ from dalle.progress import duration
 from dvae.images import to_image
 from rerank import score
 from training.checkpoints import replace_text
-from training.data import ShardData, expand_shards
+from training.data import ShardData
 from training.evaluate import evaluate
 from training.metrics import Report
 from training.programs import Inputs, forget_runs, train_clip, train_dvae, train_tokenizer, train_transformer
 from training.recipes import Recipe
 from training.shape_checker import check
 from training.shapes import Split, caption, random_scene, world
+from training.shard_index import expand_shards
 from training.shards import write_shards
 from training.world import World
 

@@ -35,7 +35,7 @@ from torch import Tensor
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from training.batches import BadSamples, Batch, parts_in_order
-from training.data import Sample, ShardData, expand_shards, sample_rng
+from training.data import Sample, ShardData, sample_rng
 from training.fit import Interrupted, StopSignals
 from training.image_tokens import (
     DESCRIPTION_MEMBER,
@@ -45,6 +45,8 @@ from training.image_tokens import (
     pack,
     read_description,
 )
+from training.manifest import Manifest
+from training.shard_index import expand_shards
 from training.world import World, on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -125,6 +127,7 @@ def encode_shards(
     *,
     fresh: bool = False,
     skip_damaged: bool = False,
+    manifest: Manifest | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeReport:
     """Make shards of image tokens of shards of captioned pictures; those that are there already are kept.
@@ -138,6 +141,7 @@ def encode_shards(
         world: this process's place; every rank encodes its part of the shards, and returns when all are done.
         fresh: encode anew over shards of tokens that are there.
         skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
+        manifest: of the shards of pictures: samples that they have lost are unusable, bytes that changed are noticed.
         progress: called with (pictures done, pictures) of this rank.
 
     Raises:
@@ -148,6 +152,8 @@ def encode_shards(
         OSError: something could not be written; complete shards are kept.
     """
     targets = _targets(expand_shards(shards), out)
+    if manifest is not None:
+        _require_all(manifest, list(targets))
     encoding = Encoding(
         dvae_hash=dvae_hash,
         image_size=dvae.config.image_size,
@@ -160,7 +166,8 @@ def encode_shards(
     group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if world.size > 1 else None
     counts = [0, 0, 0, 0]
     if mine := list(targets)[world.rank :: world.size]:
-        data = ShardData.open(mine, captions=True, skip_damaged=skip_damaged)
+        known = None if manifest is None else manifest.part(mine)
+        data = ShardData.open(mine, captions=True, skip_damaged=skip_damaged, manifest=known)
         with StopSignals() as stop:
             encoder = _Encoder(data, dvae, encoding, config, stop, progress)
             encoder.run(targets)
@@ -216,6 +223,23 @@ def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) ->
     n_others = len(set(there).difference(targets))
     if n_others:
         logger.warning("%s holds %d shards of other pictures too: --data %s would read them all", out, n_others, out)
+
+
+def _require_all(manifest: Manifest, paths: Sequence[Path]) -> None:
+    """Check that the shards are those of a manifest: an encoded set with a shard too few would look whole.
+
+    Raises:
+        ValueError: one is missing, or the manifest does not know one.
+    """
+    matches, unknown = manifest.match(paths)
+    missing = [entry.name for entry, path in matches if path is None]
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not in it"
+        more = f", and {len(missing) + len(unknown) - 1:,} more differ" if len(missing) + len(unknown) > 1 else ""
+        raise ValueError(
+            f"the shards are not those of the manifest {manifest.folder}: {what}{more}; give --data all of its shards, "
+            "or make a manifest of these with `dalle-train check-data`"
+        )
 
 
 class _Encoder:

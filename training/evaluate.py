@@ -7,6 +7,7 @@ difference is what the transformer has learned about captions and neighbourhoods
 Legend: B batch  N pictures  C,H,W channels, height, width  Y,X grid of tokens  I = Y·X  T text positions  E features
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
@@ -217,7 +218,8 @@ def distinct_captions(data: ShardData, count: int) -> list[str]:
     """Return `count` different captions spread evenly over the data, fewer if there are no more."""
     chosen: dict[str, None] = {}
     for index in np.linspace(0, len(data) - 1, min(len(data), 8 * count)).astype(int).tolist():
-        chosen.setdefault(data.captions(index)[0])
+        with contextlib.suppress(ValueError, OSError):  # lost or damaged
+            chosen.setdefault(data.captions(index)[0])
     spread = list(chosen)
     step = max(1, math.floor(len(spread) / count))
     return spread[::step][:count]

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+from dalle.progress import printable
+
 logger = logging.getLogger(__name__)
 
 Report = Callable[[str], None]
@@ -27,7 +29,7 @@ RunState = Literal["running", "stopped", "finished", "failed"]
 
 def to_stderr(line: str) -> None:
     """Print a line where messages belong."""
-    print(line, file=sys.stderr, flush=True)
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 class Sink(Protocol):

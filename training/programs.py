@@ -4,17 +4,21 @@ Shared by `dalle-train` and the demonstration. All stages of a bundle share one 
 and clip/ for use, and `training/<stage>/` with the runs behind them.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
+from dalle.gallery import replace_file
 from dalle.model import DALLE
 from dalle.progress import Progress
 from dalle.tokenizer import Tokenizer
@@ -25,11 +29,12 @@ from rerank.tokenizer import CLIPTokenizer
 from training.checkpoints import latest_tag
 from training.clip import CLIPStage, check_negatives
 from training.config import TrainConfig
-from training.data import ShardData, expand_shards
+from training.data import ShardData
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
 from training.encode import EncodeConfig, EncodeReport, encode_shards
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
+from training.manifest import Manifest
 from training.metrics import Report
 from training.plan import flops_per_sample
 from training.recipes import Recipe
@@ -60,6 +65,10 @@ class Inputs:
     """The checkpoint to go back to, such as step00000500; None for the newest."""
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
+    manifest: Path | None = None
+    """Folder that `dalle-train check-data` wrote about the shards to train on."""
+    validation_manifest: Path | None = None
+    """The same about the shards to validate on."""
 
     def __post_init__(self) -> None:
         if self.fresh and (self.resume or self.resume_from is not None):
@@ -74,18 +83,25 @@ class Inputs:
 
         Raises:
             FileNotFoundError: there are no shards.
-            ValueError: a shard is damaged, has nothing usable in it, or has image tokens in place of pictures.
+            ValueError: a shard is damaged, has nothing usable in it, or has image tokens in place of pictures; a
+                manifest cannot be used.
         """
-        train = self._open(self.data, captions=captions, encoded=encoded)
+        train = self._open(self.data, self.manifest, captions=captions, encoded=encoded)
         return train, self.open_validation(captions=captions, encoded=encoded) if self.validation else None
 
     def open_validation(self, *, captions: bool, encoded: bool = False) -> ShardData:
         """Return the validation data; arguments and errors as those of `open`."""
-        return self._open(self.validation, captions=captions, encoded=encoded)
+        return self._open(self.validation, self.validation_manifest, captions=captions, encoded=encoded)
 
-    def _open(self, patterns: Sequence[str | Path], *, captions: bool, encoded: bool) -> ShardData:
+    def _open(
+        self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
+    ) -> ShardData:
         return ShardData.open(
-            expand_shards(patterns), captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards
+            patterns,
+            captions=captions,
+            encoded=encoded,
+            skip_damaged=self.skip_damaged_shards,
+            manifest=None if manifest is None else Manifest.open(manifest),
         )
 
     def run_directory(self, stage: str) -> Path:
@@ -150,6 +166,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         "init": str(init) if init else None,
     }
     plan = inputs.run_plan("dvae", description)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
 
@@ -223,8 +240,7 @@ def train_transformer(
         model.compile_layers()
     hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
     metadata = {"recipe": recipe.name, "null_caption_probability": stage_recipe.null_caption_probability, **hashes}
-    shown = validation or data
-    captions = [shown.captions(index)[0] for index in range(min(8, len(shown)))]
+    captions = _first_captions(validation or data, 8)
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
@@ -233,8 +249,20 @@ def train_transformer(
     plan = inputs.run_plan("transformer", description, flops_per_sample=flops)
     refuse_another_run(plan)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _first_captions(data: ShardData, count: int) -> list[str]:
+    """Return a caption of each of the first samples whose captions can be read."""
+    found: list[str] = []
+    for i in range(len(data)):
+        if len(found) == count:
+            break
+        with contextlib.suppress(ValueError, OSError):
+            found.append(data.captions(i)[0])
+    return found
 
 
 def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation: ShardData | None) -> None:
@@ -309,7 +337,7 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     stage_recipe = recipe.clip
     check_negatives(stage_recipe.train.batch_of(world.size)[1])
     data, validation = inputs.open(captions=True)
-    tokenizer = CLIPTokenizer.train(_all_captions(data), vocab_size=stage_recipe.model.vocab_size)
+    tokenizer = _clip_tokenizer(inputs, data, stage_recipe.model.vocab_size, world)
     config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(stage_recipe.train.seed)
     model = CLIP(config, tokenizer).to(world.device)
@@ -323,8 +351,62 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
         "tokenizer_hash": tokenizer_hash,
     }
     plan = inputs.run_plan("clip", description)
+    _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: World) -> CLIPTokenizer:
+    """Return a tokenizer trained on the captions; the run's own if it goes on and captions have been lost since."""
+    run = inputs.run_directory("clip")
+    path = run / "tokenizer.json"
+    unreadable = np.flatnonzero(data.is_lost).tolist()
+    tokenizer = CLIPTokenizer.train(_all_captions(data, unreadable), vocab_size=vocab_size)
+    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / "checkpoints") is not None:
+        return CLIPTokenizer.load(path)
+
+    def save() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+
+    on_first_rank(save, world)
+    return tokenizer
+
+
+def _note_data(plan: RunPlan, data: ShardData, world: World) -> None:
+    """Write down how many samples a run is trained on; when it goes on with another number, a warning says so.
+
+    The order of the samples depends on their number: it must not change without a word.
+    """
+    refuse_another_run(plan)
+    path = plan.directory / "data.json"
+    shards = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
+    now = {"samples": len(data), "shards": shards}
+
+    def note() -> None:
+        if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
+            _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        replace_file(path, lambda partial: partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
+
+    on_first_rank(note, world)
+
+
+def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if before["samples"] == now["samples"]:
+        return
+    changed = [
+        f"{shard}: {count:,} samples, now {now['shards'].get(shard, 0):,}"
+        for shard, count in before["shards"].items()
+        if count != now["shards"].get(shard, 0)
+    ]
+    logger.warning(
+        "the run began with %d samples, and goes on with %d (%s): from here on their order is another; with a manifest "
+        "of the shards as they were (--manifest), lost samples keep their places",
+        before["samples"],
+        now["samples"],
+        "; ".join(changed[:5]) or "there are more shards",
+    )
 
 
 def forget_runs(out: Path) -> None:
@@ -333,13 +415,18 @@ def forget_runs(out: Path) -> None:
         shutil.rmtree(checkpoints)
 
 
-def _all_captions(data: ShardData) -> Iterator[str]:
-    """Yield every caption; unreadable ones, which training will count as bad samples, are left out."""
-    for index in range(len(data)):
+def _all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
+    """Yield every caption; unreadable ones, which training will count as bad samples, are left out.
+
+    Their samples are added to `unreadable`.
+    """
+    for index in np.flatnonzero(~data.is_lost):
         try:
-            yield from data.captions(index)
+            yield from data.captions(int(index))
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
+            if unreadable is not None:
+                unreadable.append(int(index))
 
 
 def encode_data(
@@ -352,6 +439,7 @@ def encode_data(
     *,
     fresh: bool = False,
     skip_damaged_shards: bool = False,
+    manifest: Path | None = None,
 ) -> EncodeReport:
     """Make shards of image tokens of shards of captioned pictures, with the dVAE in a directory; see `encode_shards`.
 
@@ -369,6 +457,7 @@ def encode_data(
             world,
             fresh=fresh,
             skip_damaged=skip_damaged_shards,
+            manifest=None if manifest is None else Manifest.open(manifest),
             progress=progress.update if world.is_first else None,
         )
     report(f"{made}: {out}")
@@ -381,7 +470,10 @@ def _encoded(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: R
     config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
     centre_only = dataclasses.replace(config, crops=0)
     shards: dict[str, Sequence[Path]] = {"train": (), "validation": ()}
-    for name, data, chosen in (("train", inputs.data, config), ("validation", inputs.validation, centre_only)):
+    for name, data, manifest, chosen in (
+        ("train", inputs.data, inputs.manifest, config),
+        ("validation", inputs.validation, inputs.validation_manifest, centre_only),
+    ):
         if data:
             shards[name] = encode_data(
                 data,
@@ -392,8 +484,12 @@ def _encoded(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: R
                 report,
                 fresh=inputs.fresh,
                 skip_damaged_shards=inputs.skip_damaged_shards,
+                manifest=manifest,
             ).shards
-    return dataclasses.replace(inputs, data=shards["train"], validation=shards["validation"])
+    # the manifests are of the shards of pictures; image tokens have checksums of their own
+    return dataclasses.replace(
+        inputs, data=shards["train"], validation=shards["validation"], manifest=None, validation_manifest=None
+    )
 
 
 def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, encode_crops: int | None = None) -> None:

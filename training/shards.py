@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import IO, Any, NamedTuple
 
 from dvae.images import PICTURE_EXTENSIONS, open_image
+from training.filters import EMPTY, REFUSALS, ShardFilter
 
 logger = logging.getLogger(__name__)
 
@@ -479,6 +480,8 @@ class ShardReport:
     """Captions written."""
     skipped: Mapping[str, int]
     """Pictures left out, by reason, the most frequent first."""
+    captions_left_out: Mapping[str, int]
+    """Captions left out of the pictures that were written, by reason."""
     examples: Mapping[str, tuple[str, ...]]
     """The first few names for each reason."""
 
@@ -493,9 +496,14 @@ class ShardReport:
         rows = [("written", self.n_samples, note), ("skipped", self.n_skipped, "pictures")]
         for reason, count in self.skipped.items():
             more = ", …" if count > len(self.examples[reason]) else ""
-            rows.append((f"  {reason}", count, ", ".join(self.examples[reason]) + more))
+            names = " ".join(", ".join(self.examples[reason]).split())
+            rows.append((f"  {reason}", count, names + more))
+        if self.captions_left_out:
+            note = "captions of pictures that were written"
+            rows.append(("left out", sum(self.captions_left_out.values()), note))
+            rows += [(f"  {reason}", count, "") for reason, count in self.captions_left_out.items()]
         width = max(len(name) for name, _, _ in rows)
-        return "\n".join(f"{name:<{width}}  {count:>9,}  {note}" for name, count, note in rows)
+        return "\n".join(f"{name:<{width}}  {count:>9,}  {note}".rstrip() for name, count, note in rows)
 
 
 class _Tally:
@@ -505,6 +513,7 @@ class _Tally:
         self.n_samples = 0
         self.n_captions = 0
         self.skipped: Counter[str] = Counter()
+        self.captions_left_out: Counter[str] = Counter()
         self.examples: dict[str, list[str]] = {}
 
     def skip(self, reason: str, name: str) -> None:
@@ -520,37 +529,9 @@ class _Tally:
             n_samples=self.n_samples,
             n_captions=self.n_captions,
             skipped=dict(self.skipped.most_common()),
+            captions_left_out=dict(self.captions_left_out.most_common()),
             examples={reason: tuple(names) for reason, names in self.examples.items()},
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class ShardFilter:
-    """Which pictures are kept. The paper drops short captions and aspect ratios outside [1/2, 2] (§2)."""
-
-    need_captions: bool = True
-    """Leave out pictures without a caption; without need, a dVAE can still be trained on them."""
-    min_caption_chars: int = 1
-    """Shorter captions are left out."""
-    max_caption_chars: int | None = None
-    """Longer captions are left out; None keeps them all (the tokenizer cuts them)."""
-    min_side: int = 1
-    """Pixels; pictures with a shorter side are left out, as are those that `open_image` finds too small."""
-    max_aspect_ratio: float | None = None
-    """Longer ÷ shorter side; pictures above it are left out. None keeps them all; the paper's is 2."""
-
-    def __post_init__(self) -> None:
-        if self.min_caption_chars < 1 or self.min_side < 1:
-            raise ValueError(
-                f"min_caption_chars ({self.min_caption_chars}) and min_side ({self.min_side}) must be at least 1"
-            )
-        if self.max_caption_chars is not None and self.max_caption_chars < self.min_caption_chars:
-            raise ValueError(
-                f"max_caption_chars ({self.max_caption_chars}) must be at least min_caption_chars "
-                f"({self.min_caption_chars})"
-            )
-        if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
-            raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
 
 
 def _stored_extension(data: bytes) -> str | None:
@@ -570,49 +551,53 @@ def _refusal(message: str) -> str:
     return "corrupt image"
 
 
-def _kept_captions(captions: Sequence[str], keep: ShardFilter) -> list[str]:
-    """Return the captions to write; raises _SkippedError when a picture needs one and none is left."""
-    if not captions and keep.need_captions:
-        raise _SkippedError("no caption")
-    whole = [text for caption in captions if (text := " ".join(caption.split()))]
-    long_enough = [text for text in whole if len(text) >= keep.min_caption_chars]
-    longest = keep.max_caption_chars
-    kept = [text for text in long_enough if longest is None or len(text) <= longest]
-    if not kept and keep.need_captions:
-        if not whole:
-            raise _SkippedError("empty caption")
-        raise _SkippedError("caption too long" if long_enough else "caption too short")
-    return kept
+class _Inspected(NamedTuple):
+    """What became of a picture."""
+
+    sample: RawSample | None
+    """What to write; None if it is left out."""
+    reason: str
+    """Why it is left out."""
+    captions_left_out: Counter[str]
+    """How many of its captions are left out, by reason, if the picture is kept."""
 
 
-def _inspect(candidate: _Candidate, keep: ShardFilter, check: bool) -> RawSample | str:
-    """Read, check and where needed re-encode a picture; return the reason if it is left out."""
+def _left_out(reason: str) -> _Inspected:
+    return _Inspected(None, reason, Counter())
+
+
+def _inspect(candidate: _Candidate, keep: ShardFilter, check: bool) -> _Inspected:
+    """Read, check and where needed re-encode a picture."""
     if candidate.skip is not None:
-        return candidate.skip
+        return _left_out(candidate.skip)
     assert candidate.path is not None
+    captions, captions_left_out = keep.kept(candidate.captions)
+    if not captions and keep.need_captions:
+        # of several captions, the reason of the one that came nearest to being kept
+        reasons = [reason for reason in REFUSALS if captions_left_out[reason]]
+        return _left_out(reasons[-1] if reasons else "no caption")
     try:
-        captions = _kept_captions(candidate.captions, keep)
         data = candidate.path.read_bytes()
-    except _SkippedError as skip:
-        return str(skip)
     except OSError:
-        return "unreadable file"
+        return _left_out("unreadable file")
     extension = _stored_extension(data)
     if check or extension is None:
         try:
             image = open_image(data, candidate.name)
         except (ValueError, OSError) as error:
-            return _refusal(str(error).removeprefix(candidate.name)) if data else "empty image file"
+            return _left_out(_refusal(str(error).removeprefix(candidate.name)) if data else "empty image file")
         if min(image.size) < keep.min_side:
-            return "picture too small"
+            return _left_out("picture too small")
         if keep.max_aspect_ratio is not None and max(image.size) > keep.max_aspect_ratio * min(image.size):
-            return "picture too elongated"
+            return _left_out("picture too elongated")
         if extension is None:
             png = io.BytesIO()
             image.save(png, format="PNG")
             data, extension = png.getvalue(), "png"
+    del captions_left_out[EMPTY]  # blank lines are nobody's loss
     key = candidate.name[: len(candidate.name) - len(Path(candidate.name).suffix)]
-    return RawSample(key, data, extension, captions, {"source": candidate.name, **candidate.extra})
+    sample = RawSample(key, data, extension, captions, {"source": candidate.name, **candidate.extra})
+    return _Inspected(sample, "", captions_left_out)
 
 
 def _inspect_all(
@@ -629,15 +614,16 @@ def _inspect_all(
         for first in range(0, len(candidates), 4 * n_threads):
             chunk = candidates[first : first + 4 * n_threads]
             for candidate, found in zip(chunk, pool.map(lambda c: _inspect(c, keep, check), chunk), strict=True):
-                if isinstance(found, str):
-                    tally.skip(found, candidate.name)
-                elif (key := safe_key(found.key)) in keys:
+                if found.sample is None:
+                    tally.skip(found.reason, candidate.name)
+                elif (key := safe_key(found.sample.key)) in keys:
                     tally.skip("duplicate key", candidate.name)
                 else:
                     keys.add(key)
                     tally.n_samples += 1
-                    tally.n_captions += len(found.captions)
-                    yield found
+                    tally.n_captions += len(found.sample.captions)
+                    tally.captions_left_out.update(found.captions_left_out)
+                    yield found.sample
             if progress is not None:
                 progress(first + len(chunk), len(candidates))
     if tally.n_samples == 0:
