@@ -12,8 +12,9 @@ import tyro
 
 from dalle.cli import resolve_device, run_program
 from dalle.progress import Progress
-from training.config import Precision, TrainConfig
+from training.config import Offload, Precision, TrainConfig
 from training.data import ShardData
+from training.deepspeed_config import preset_list, preset_path, with_files
 from training.demo import run_demo
 from training.encode import EncodeConfig
 from training.evaluate import evaluate_bundle
@@ -75,11 +76,23 @@ class _Stage(_Data):
     micro_batch: int | None = None
     """Samples per rank and forward pass; gradient accumulation is derived."""
     precision: Precision | None = None
-    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights; needs ZeRO 1, 2 or 3)."""
+    """fp32, autocast (bfloat16 arithmetic, float32 weights), bf16 or fp16 (weights of half precision, float32 masters;
+    need ZeRO 1, 2 or 3). fp16 has a dynamic loss scale, and needs a device that computes in it."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: Offload | None = None
+    """What is kept and updated in the CPU's memory: none, optimizer (ZeRO 1, 2 or 3) or parameters (too; ZeRO 3)."""
+    gradient_clipping: float | None = None
+    """Largest global gradient norm; 0 for none."""
+    variance_clip: float | None = None
+    """Largest value of AdamW's running variance; the paper's is 5."""
+    max_skipped_steps: int | None = None
+    """Stop when more than this many steps in a row are skipped because a loss or gradient is not finite."""
+    preset: str | None = None
+    """Precision, ZeRO stage and offloading at once: a name that `dalle-train presets` lists."""
     deepspeed_config: Path | None = None
-    """Your own DeepSpeed JSON, merged over what is derived; batch sizes must agree."""
+    """Your own DeepSpeed JSON, merged over what is derived. It may change what the recipe says; where it contradicts
+    another option, or the batch, both are named and nothing is started."""
     seed: int | None = None
     """Of weights, sample order, augmentation and noise."""
     workers: int | None = None
@@ -96,7 +109,11 @@ class _Stage(_Data):
     """Steps between two checkpoints."""
 
     def override(self, config: TrainConfig) -> TrainConfig:
-        """Return the recipe's run with the options that were given."""
+        """Return the recipe's run with the options that were given.
+
+        Raises:
+            ValueError: they are impossible, or contradict a preset or a DeepSpeed JSON.
+        """
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate is {self.learning_rate}; expected a number above 0, such as 1e-4")
         names = {field.name for field in dataclasses.fields(self)} & {
@@ -104,11 +121,16 @@ class _Stage(_Data):
         }
         names.remove("learning_rate")  # a number here, a schedule there
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changed = dataclasses.replace(config, **given)
+        in_optimizer = {name: getattr(self, name) for name in ("gradient_clipping", "variance_clip")}
+        in_optimizer = {name: value for name, value in in_optimizer.items() if value is not None}
+        given["optimizer"] = dataclasses.replace(config.optimizer, **in_optimizer)
+        changed = dataclasses.replace(config, **given, said=tuple(sorted({*given, *in_optimizer} - {"optimizer"})))
         schedule = config.learning_rate.stretched(changed.steps / config.steps)
         if self.learning_rate is not None:
             schedule = schedule.with_peak(self.learning_rate)
-        return dataclasses.replace(changed, learning_rate=schedule)
+        run = dataclasses.replace(changed, learning_rate=schedule)
+        with_files(run)  # before anything is read
+        return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -260,6 +282,14 @@ class PlanCommand:
     """Memory of one of them, GiB."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PresetsCommand:
+    """List the DeepSpeed configurations that --preset takes, or print one to be copied and changed."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """Name of a preset; without one, all are listed."""
+
+
 Command = (
     Annotated[DemoCommand, tyro.conf.subcommand("demo")]
     | Annotated[AllCommand, tyro.conf.subcommand("all")]
@@ -271,6 +301,7 @@ Command = (
     | Annotated[CLIPCommand, tyro.conf.subcommand("clip")]
     | Annotated[EvaluateCommand, tyro.conf.subcommand("evaluate")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[PresetsCommand, tyro.conf.subcommand("presets")]
 )
 
 
@@ -306,6 +337,8 @@ def _run(command: Command) -> None:
         case PlanCommand():
             chosen = recipe(command.recipe) if command.recipe is not None else None
             print(plan(chosen, command.gpus, command.gpu_memory) if chosen is not None else recipe_list())
+        case PresetsCommand():
+            print(preset_list() if command.name is None else preset_path(command.name).read_text().rstrip())
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))

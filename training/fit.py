@@ -10,7 +10,6 @@ A run's directory holds config.json, metrics.jsonl, tensorboard/, checkpoints/ a
 import dataclasses
 import json
 import logging
-import math
 import platform
 import shutil
 import signal
@@ -35,6 +34,7 @@ from training.data import Sample, ShardData
 from training.engine import Engine
 from training.metrics import MetricLog, Report
 from training.schedules import LearningRate
+from training.skipped_steps import SkippedSteps
 from training.world import World, agree, mean_over_ranks, on_first_rank, require_same
 
 logger = logging.getLogger(__name__)
@@ -118,17 +118,21 @@ class _Means:
 
     def __init__(self) -> None:
         self._sums: Tensors = {}
-        self._counts: dict[str, int] = {}
+        self._counts: dict[str, int | Tensor] = {}
 
-    def add(self, metrics: Mapping[str, Tensor], weight: int = 1) -> None:
-        """Take metrics into account, as often as `weight` says."""
+    def add(self, metrics: Mapping[str, Tensor], weight: int | Tensor = 1) -> None:
+        """Take metrics into account, as often as `weight` says; what is not finite of weight 0 leaves no trace."""
         for name, value in metrics.items():
-            value = weight * value.detach().float()
+            value = value.detach().float()
+            if isinstance(weight, Tensor):
+                value = torch.where(weight > 0, weight * value.to(weight.device), 0.0)
+            else:
+                value = weight * value if weight else torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + weight
 
     def take(self, world: World) -> dict[str, float]:
-        """Return the means over steps and ranks, and start anew.
+        """Return the means over steps and ranks, and start anew; NaN where all that was added had the weight 0.
 
         Collective: every rank must have added the same names.
         """
@@ -172,7 +176,7 @@ def fit(
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         ValueError: the run in `plan.directory` is another one, the ranks were not told the same, too many samples are
-            unusable, or the loss or the weights are not finite.
+            unusable, too many steps in a row were skipped, or the weights are not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
@@ -188,14 +192,29 @@ def fit(
             return
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
-    start, n_bad = 0, 0
+    for line in (engine.batch, *engine.changes):
+        report(f"{stage.name}: {line}")
+    start, n_bad, n_skipped = 0, 0, 0
     if not plan.fresh and latest_tag(checkpoints) is not None:
         state = engine.load(checkpoints)
         start, n_bad = int(state["step"]), int(state["bad_samples"])
+        n_skipped = int(state.get("skipped_steps", 0))
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
     log = MetricLog(plan.directory, start) if world.is_first else None
-    loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report, n_bad_before=n_bad)
+    loop = _Loop(
+        stage,
+        config,
+        world,
+        engine,
+        rate,
+        plan,
+        validation,
+        log,
+        report,
+        n_bad_before=n_bad,
+        n_skipped_before=n_skipped,
+    )
     try:
         with StopSignals() as stop:
             loop.run(train, start, stop)
@@ -223,11 +242,16 @@ class _Loop:
         report: Report,
         *,
         n_bad_before: int,
+        n_skipped_before: int,
     ) -> None:
         self.stage, self.config, self.world, self.engine, self.rate = stage, config, world, engine, rate
         self.plan, self.validation, self.log, self.report = plan, validation, log, report
         self.n_bad, self.n_bad_before = 0, n_bad_before
-        self.last_step: Mapping[str, Tensor] = {}
+        self.keys: list[str] = []
+        """Samples of the step under way."""
+        self.skipped = SkippedSteps(
+            config.max_skipped_steps, world, lambda line: report(f"{stage.name}: {line}"), n_before=n_skipped_before
+        )
         self.unobserved: list[Tensor] = []
         """Losses of the last steps, on the device, that the schedule has not seen."""
         self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
@@ -255,13 +279,16 @@ class _Loop:
             done = step + 1
             measure = done % config.log_every == 0 or done == config.steps
             learning_rate = self.rate.at(step)
+            self.keys = []
             metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
-            means.add(metrics)
-            self.last_step = metrics
+            means.add(metrics, engine.taken)
+            self.skipped.add(step, engine.taken, metrics["loss"], self.keys, is_overflow=engine.was_overflow)
             if self.rate.follows_loss:
                 self.unobserved.append(metrics["loss"].detach().float())
                 if len(self.unobserved) >= self.rate.n_undecided(done - len(self.unobserved)):
                     self._observe_losses(done)
+            if measure or self.skipped.is_due:
+                self._look_at_skipped(done)
             if measure:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
             if done % self.vote_every == 0 and agree(stop.raised, self.world) and done < config.steps:
@@ -287,6 +314,9 @@ class _Loop:
 
         In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
         """
+        self._look_at_skipped(done)
+        if self.skipped.n >= done:
+            raise self._diverged("all steps were skipped, their loss or gradient not being finite, as seen", done)
         self._require_finite(done)
         self._export(done)
         if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
@@ -302,6 +332,7 @@ class _Loop:
             batch = next(stream)
             timer.waited_s += time.perf_counter() - waited_from
             self.n_bad += batch.n_bad
+            self.keys += batch.keys
             tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
             position = (step * self.engine.accumulation + micro) * self.world.size + self.world.rank
             noise_seed = int(np.random.SeedSequence((self.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
@@ -327,12 +358,11 @@ class _Loop:
             f"{self.stage.unit}_per_s": samples * self.stage.units_per_sample / interval_s,
             "data_wait": wait,
             "bad_samples": float(self._bad_samples()),
+            "skipped_steps": float(self.skipped.n),
         }
         if self.log is not None:
             self.log.write(done, "train", values)
             self._report_training(done, values, timer)
-        if not math.isfinite(values["loss"]):
-            raise self._diverged(f"the loss is {values['loss']}", done)
 
     def _report_training(self, done: int, values: Mapping[str, float], timer: "_Timer") -> None:
         unit, config = self.stage.unit, self.config
@@ -386,21 +416,33 @@ class _Loop:
         here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.world.device)
         return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
 
-    def _require_finite(self, done: int) -> None:
-        """Raise ValueError unless the last step's loss, on every rank, and the averaged weights are finite. Collective.
+    def _look_at_skipped(self, done: int) -> None:
+        """Hear of the steps that were skipped. Collective.
 
-        A gradient that is not finite is no reason to stop: DeepSpeed leaves out such a step above ZeRO 0, and at 0 the
-        weights show it.
+        Raises:
+            ValueError: too many in a row.
         """
-        loss, weights = self.last_step.get("loss"), self.engine.averaged_weights()
-        wrong = [f"loss is {loss.item()}"] if loss is not None and not loss.isfinite().all() else []
-        wrong += [f"{name} has values that are not finite" for name, w in weights.items() if not w.isfinite().all()]
-        if agree(bool(wrong), self.world):
-            raise self._diverged(f"the {wrong[0]}" if wrong else "the loss of another rank is not finite", done)
+        if self.skipped.look():
+            limit = self.config.max_skipped_steps
+            what = f"more than {limit} steps in a row were skipped, their loss or gradient not being finite, as seen"
+            raise self._diverged(what, done, before=self.skipped.first_in_row)
 
-    def _diverged(self, what: str, done: int) -> ValueError:
+    def _require_finite(self, done: int) -> None:
+        """Raise ValueError unless the weights and the averaged weights are finite. Collective."""
+        averages = self.engine.averaged_weights()
+        wrong = [f"{name} has values that are not finite" for name, w in averages.items() if not w.isfinite().all()]
+        if not self.engine.weights_are_finite():
+            wrong.append("a weight is not finite")
+        if agree(bool(wrong), self.world):
+            raise self._diverged(wrong[0] if wrong else "the averaged weights are not finite", done)
+
+    def _diverged(self, what: str, done: int, *, before: int | None = None) -> ValueError:
+        """Return the error that says from which checkpoint to go back: the last one, or the last `before` a step."""
         checkpoints = self.plan.directory / "checkpoints"
         tag = latest_tag(checkpoints)
+        if tag is not None and before is not None:
+            earlier = [path.name for path in checkpoints.glob("step*") if path.name <= min(tag, checkpoint_tag(before))]
+            tag = max(earlier, default=tag)
         good = (
             f"{checkpoints / tag} is the last good checkpoint: go on from it" if tag else "nothing is saved: start anew"
         )
@@ -410,9 +452,15 @@ class _Loop:
         )
 
     def _save(self, done: int) -> None:
+        self._look_at_skipped(done)
         self._require_finite(done)
         self._observe_losses(done)
-        state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
+        state = {
+            "step": done,
+            "learning_rate": self.rate.state(),
+            "bad_samples": self._bad_samples(),
+            "skipped_steps": self.skipped.n,
+        }
         self.engine.save(self.plan.directory / "checkpoints", done, state)
 
     def _export(self, done: int) -> None:
