@@ -167,6 +167,11 @@ class Engine:
             self.taken = is_finite.float() if is_finite.is_cuda else int(is_finite)
             return self._norm
         self.taken = int(self._engine.was_step_applied())
+        if not self.taken and self.stage < 3 and self.config.offload != "none":
+            # 0.19.8 forgets these buffers only after a step that was taken; the next one would add to what is not finite
+            optimizer = self._engine.optimizer
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
@@ -313,9 +318,11 @@ def _initialize(
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 0.19.8 prints, whatever the level of its log
     _require_arithmetic(config)
     if deepspeed.get_accelerator().device_name() == "cpu":
         # 0.19.8 would compile a shared-memory all-reduce here, which takes 27 s, hangs for ever on a stale lock, and
