@@ -38,7 +38,8 @@ class VarianceClippedAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, variance, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-        taken, square = 1.0, gradient.square()
+        taken: float | Tensor = 1.0
+        square = gradient.square()
         if self.found_inf is not None:  # moments that move towards themselves stay as they are, bit for bit
             is_left_out = self.found_inf.to(weight.device).bool()
             taken = (~is_left_out).float()

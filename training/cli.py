@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -436,3 +437,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_program(Command, _run, argv, prog="dalle-train", description=description)
     except Interrupted:
         return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

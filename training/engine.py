@@ -168,7 +168,7 @@ class Engine:
             return self._norm
         self.taken = int(self._engine.was_step_applied())
         if not self.taken and self.stage < 3 and self.config.offload != "none":
-            # 0.19.8 forgets these buffers only after a step that was taken; the next one would add to what is not finite
+            # 0.19.8 forgets these buffers only after a step that was taken: the next one would add to what is in them
             optimizer = self._engine.optimizer
             optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
             optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
@@ -188,7 +188,7 @@ class Engine:
     @property
     def _loss_scale(self) -> float | None:
         """The dynamic loss scale; None where there is none."""
-        scaler = getattr(self._engine.optimizer, "loss_scaler", None)
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
         return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
 
     def weights_are_finite(self) -> bool:
@@ -336,7 +336,7 @@ def _initialize(
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
-    scaler = getattr(engine.optimizer, "loss_scaler", None)
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         scaler.raise_error_at_min_scale = False  # `fit` stops, and says where to go back to
     return engine
