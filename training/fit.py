@@ -366,7 +366,7 @@ class _Loop:
 
     def _report_training(self, done: int, values: Mapping[str, float], timer: "_Timer") -> None:
         unit, config = self.stage.unit, self.config
-        if values.get("captions_cut") and not self.has_warned_of_cut:
+        if values.get("captions_cut", 0.0) > 0 and not self.has_warned_of_cut:
             self.has_warned_of_cut = True
             logger.warning(
                 "%.1f%% of the captions since the last line were too long and were cut; metrics.jsonl counts them as "
