@@ -3,6 +3,7 @@
 import dataclasses
 import math
 import os
+import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -18,8 +19,9 @@ from dalle.progress import Progress, printable
 from rerank import CLIP
 from training.check_data import check_data
 from training.check_data import report as check_report
-from training.config import Precision, TrainConfig
+from training.config import Offload, Precision, TrainConfig
 from training.data import ShardData
+from training.deepspeed_config import preset_list, preset_path, with_files
 from training.demo import run_demo
 from training.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.encode import EncodeConfig
@@ -97,11 +99,23 @@ class _Stage(_Data):
     micro_batch: int | None = None
     """Samples per rank and forward pass; gradient accumulation is derived."""
     precision: Precision | None = None
-    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights; needs ZeRO 1, 2 or 3)."""
+    """fp32, autocast (bfloat16 arithmetic, float32 weights), bf16 or fp16 (weights of half precision, float32 masters;
+    need ZeRO 1, 2 or 3). fp16 has a dynamic loss scale, and needs a device that computes in it."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: Offload | None = None
+    """What is kept and updated in the CPU's memory: none, optimizer (ZeRO 1, 2 or 3) or parameters (too; ZeRO 3)."""
+    gradient_clipping: float | None = None
+    """Largest global gradient norm; 0 for none."""
+    variance_clip: float | None = None
+    """Largest value of AdamW's running variance; the paper's is 5."""
+    max_skipped_steps: int | None = None
+    """Stop when more than this many steps in a row are skipped because a loss or gradient is not finite."""
+    preset: str | None = None
+    """Precision, ZeRO stage and offloading at once: a name that `dalle-train presets` lists."""
     deepspeed_config: Path | None = None
-    """Your own DeepSpeed JSON, merged over what is derived; batch sizes must agree."""
+    """Your own DeepSpeed JSON, merged over what is derived. It may change what the recipe says; where it contradicts
+    another option, or the batch, both are named and nothing is started."""
     seed: int | None = None
     """Of weights, sample order, augmentation and noise."""
     workers: int | None = None
@@ -139,7 +153,11 @@ class _Stage(_Data):
         return dataclasses.replace(super().inputs(), resume=self.resume, resume_from=self.resume_from)
 
     def override(self, config: TrainConfig) -> TrainConfig:
-        """Return the recipe's run with the options that were given."""
+        """Return the recipe's run with the options that were given.
+
+        Raises:
+            ValueError: they are impossible, or contradict a preset or a DeepSpeed JSON.
+        """
         if self.learning_rate is not None and not 0 < self.learning_rate < math.inf:
             raise ValueError(f"--learning-rate is {self.learning_rate}; expected a number above 0, such as 1e-4")
         names = {field.name for field in dataclasses.fields(self)} & {
@@ -147,11 +165,16 @@ class _Stage(_Data):
         }
         names.remove("learning_rate")  # a number here, a schedule there
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
-        changed = dataclasses.replace(config, **given)
+        in_optimizer = {name: getattr(self, name) for name in ("gradient_clipping", "variance_clip")}
+        in_optimizer = {name: value for name, value in in_optimizer.items() if value is not None}
+        given["optimizer"] = dataclasses.replace(config.optimizer, **in_optimizer)
+        changed = dataclasses.replace(config, **given, said=tuple(sorted({*given, *in_optimizer} - {"optimizer"})))
         schedule = config.learning_rate.stretched(changed.steps / config.steps)
         if self.learning_rate is not None:
             schedule = schedule.with_peak(self.learning_rate)
-        return dataclasses.replace(changed, learning_rate=schedule)
+        run = dataclasses.replace(changed, learning_rate=schedule)
+        with_files(run)  # before anything is read
+        return run
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -381,6 +404,14 @@ class PlanCommand:
     """Print it as JSON, sizes in bytes."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class PresetsCommand:
+    """List the DeepSpeed configurations that --preset takes, or print one to be copied and changed."""
+
+    name: tyro.conf.Positional[str | None] = None
+    """Name of a preset; without one, all are listed."""
+
+
 Command = (
     Annotated[DemoCommand, tyro.conf.subcommand("demo")]
     | Annotated[AllCommand, tyro.conf.subcommand("all")]
@@ -396,6 +427,7 @@ Command = (
     | Annotated[StatusCommand, tyro.conf.subcommand("status")]
     | Annotated[ReportCommand, tyro.conf.subcommand("report")]
     | Annotated[PlanCommand, tyro.conf.subcommand("plan")]
+    | Annotated[PresetsCommand, tyro.conf.subcommand("presets")]
 )
 
 
@@ -436,6 +468,8 @@ def _run(command: Command) -> None:
             print(recipe_list() if command.recipe is None else _plan(command, recipe(command.recipe)))
         case StatusCommand() | ReportCommand():
             read(command)
+        case PresetsCommand():
+            print(preset_list() if command.name is None else preset_path(command.name).read_text().rstrip())
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))
@@ -584,3 +618,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return run_program(Command, _run, argv, prog=PROGRAM, description=DESCRIPTION)
     except Interrupted:
         return INTERRUPTED
+
+
+if __name__ == "__main__":
+    sys.exit(main())

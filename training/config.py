@@ -11,7 +11,10 @@ from typing import Literal
 
 from training.schedules import Schedule, WarmupPlateau
 
-Precision = Literal["fp32", "autocast", "bf16"]
+Precision = Literal["fp32", "autocast", "bf16", "fp16"]
+Offload = Literal["none", "optimizer", "parameters"]
+HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
+"""Those that keep the weights in half precision."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,12 +29,16 @@ class OptimizerConfig:
     """Decoupled weight decay. Matrices and convolutions only: gains, biases and embeddings are exempt."""
     gradient_clipping: float = 4.0
     """Largest global gradient norm; 0 for none."""
+    variance_clip: float | None = None
+    """Largest value of the running variance; None for no bound. The paper's is 5 (B.2)."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if self.gradient_clipping < 0 or self.weight_decay < 0:
             raise ValueError("gradient_clipping and weight_decay must be at least 0")
+        if self.variance_clip is not None and not self.variance_clip > 0:
+            raise ValueError(f"variance_clip must be above 0, or None for no bound, got {self.variance_clip}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,10 +60,12 @@ class TrainConfig:
     ema_every: int = 25
     """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
     precision: Precision = "fp32"
-    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32
-    masters (ZeRO ≥ 1)."""
+    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16 and fp16: weights of half
+    precision with float32 masters and float32 accumulation (ZeRO ≥ 1), fp16 with a dynamic loss scale."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: Offload = "none"
+    """What is kept and updated in the CPU's memory: the optimizer (ZeRO ≥ 1), or the parameters too (ZeRO 3)."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
     compile: bool = False
@@ -81,6 +90,10 @@ class TrainConfig:
     """Processes that read and augment, per rank."""
     max_bad_fraction: float = 0.01
     """Training stops when more than this fraction of the samples read is unusable."""
+    max_skipped_steps: int = 20
+    """Training stops when more than this many steps in a row are skipped because a loss or gradient is not finite."""
+    preset: str | None = None
+    """Name of a DeepSpeed configuration that comes with the program; `deepspeed_config` is merged over it."""
     deepspeed_config: Path | None = None
     """A DeepSpeed JSON of the user's, merged over what is derived here."""
     peak_tflops: float | None = None
@@ -88,12 +101,14 @@ class TrainConfig:
     of common GPUs, and measured on a CPU."""
     wandb: str | None = None
     """Project of Weights & Biases to log to as well, if that is installed."""
+    said: tuple[str, ...] = ()
+    """Names of the fields that the user gave: a preset or a DeepSpeed JSON may change only what the recipe said."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "validate_every", "sample_every", "workers", "keep_every"):
+        for name in ("seed", "validate_every", "sample_every", "workers", "keep_every", "max_skipped_steps"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.validation_samples is not None and self.validation_samples < 1:
@@ -106,15 +121,24 @@ class TrainConfig:
             )
         if self.zero_stage not in range(4):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
-        if self.precision == "bf16" and self.zero_stage == 0:
-            raise ValueError(
-                "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a "
-                "wrong Adam step"
-            )
+        if self.preset is None and self.deepspeed_config is None:
+            self._require_possible_mode()  # else the files may say what is missing: see deepspeed_config.with_files
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+
+    def _require_possible_mode(self) -> None:
+        """Raise ValueError where precision, ZeRO stage and offloading do not go together."""
+        if self.precision in HALF_PRECISIONS and self.zero_stage == 0:
+            raise ValueError(
+                f"precision {self.precision} needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision "
+                "optimizer takes a wrong Adam step"
+            )
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("offload optimizer needs zero_stage 1, 2 or 3: at stage 0 there is nothing to offload")
+        if self.offload == "parameters" and self.zero_stage != 3:
+            raise ValueError(f"offload parameters needs zero_stage 3, got {self.zero_stage}: use offload optimizer")
 
     def batch_of(self, world_size: int) -> tuple[int, int]:
         """Return (micro_batch, accumulation) for a number of ranks.

@@ -1,19 +1,25 @@
-"""DeepSpeed's configuration of a run: derived from what the run is told, with the user's own JSON merged over it.
+"""DeepSpeed's configuration of a run: derived from what the run is told, with a preset or a JSON merged over it.
+
+An option, a preset and a JSON that contradict each other are an error that names them; only what the recipe says gives
+way, and `with_files` says so.
 
 DeepSpeed 0.19.8 is pinned: what is always made explicit here is what that version gets wrong by default.
 """
 
+import dataclasses
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from training.config import TrainConfig
+from training.config import HALF_PRECISIONS, Offload, Precision, TrainConfig
 
 # DeepSpeed's documented top-level options that make sense here; anything else is likelier a typing error than a wish.
 _USER_KEYS = frozenset(
     [
+        "purpose",  # of ours: what a configuration is for
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
@@ -54,6 +60,41 @@ _DECIDED_KEYS = {
 """Options of DeepSpeed that are not the user's, and who decides them."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
 """Options whose value is looked into here."""
+_PRECISION_KEYS: dict[Precision, str] = {"bf16": "bf16", "fp16": "fp16", "autocast": "torch_autocast"}
+"""What DeepSpeed calls the precisions; float32 is none of them."""
+_GUARDS = {
+    "bf16.check_grad_overflow": "steps that are not finite are skipped",
+    "zero_optimization.compute_grad_norm": "steps that are not finite are skipped",
+}
+"""Options that must stay on, and what depends on them."""
+
+PRESETS = Path(__file__).parent / "presets"
+"""The configurations that come with the program, which users can copy and change."""
+
+
+def preset_list() -> str:
+    """Return a line for each preset: its name, what it is for, and where it is."""
+    paths = sorted(PRESETS.glob("*.json"))
+    width = max(len(path.stem) for path in paths)
+    lines = [f"{path.stem:<{width}}  {json.loads(path.read_text())['purpose']}" for path in paths]
+    return "\n".join([*lines, "", f"`dalle-train presets NAME` prints one; they are in {PRESETS}"])
+
+
+def preset_path(name: str) -> Path:
+    """Return the file of a preset.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    names = sorted(path.stem for path in PRESETS.glob("*.json"))
+    if name not in names:
+        close = get_close_matches(name, names, n=1)
+        hint = f": did you mean {close[0]!r}?" if close else "."
+        raise ValueError(
+            f"no preset is called {name!r}{hint} There are {', '.join(names)}; a file of your own goes to "
+            "--deepspeed-config"
+        )
+    return PRESETS / f"{name}.json"
 
 
 def read_user_config(path: Path) -> dict[str, Any]:
@@ -80,7 +121,7 @@ def read_user_config(path: Path) -> dict[str, Any]:
             close = get_close_matches(key, _USER_KEYS, n=1)
             hint = f"; did you mean {close[0]!r}?" if close else ""
             raise ValueError(f"{path} sets {key!r}, which is not an option of DeepSpeed here{hint}")
-    config = _without_auto(config)
+    config = _without_auto({key: value for key, value in config.items() if key != "purpose"})
     for key in _OBJECT_KEYS:
         if not isinstance(config.get(key, {}), dict):
             raise ValueError(f"{path} sets {key} to {json.dumps(config[key])}: expected an object, as DeepSpeed does")
@@ -102,45 +143,186 @@ def _merge(base: dict[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run: what `config` says, and the user's JSON over it.
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return the values of nested objects by their dotted names."""
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= _leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class _File:
+    """A DeepSpeed configuration that a run was given, and how messages call it."""
+
+    name: str
+    content: dict[str, Any]
+
+    def precision(self, current: Precision) -> Precision | None:
+        """Return the precision that it asks for in place of the current one, or None if it does not care."""
+        is_on = {name: bool(self.content.get(key, {}).get("enabled")) for name, key in _PRECISION_KEYS.items()}
+        wanted = [name for name, on in is_on.items() if on]
+        if len(wanted) > 1:
+            raise ValueError(f"{self.name} enables {' and '.join(wanted)}: choose one precision")
+        if wanted:
+            return wanted[0]
+        is_ruled_out = current in _PRECISION_KEYS and "enabled" in self.content.get(_PRECISION_KEYS[current], {})
+        return "fp32" if is_ruled_out else None
+
+    def zero_stage(self) -> int | None:
+        """Return the ZeRO stage that it asks for, if it does."""
+        stage = self.content.get("zero_optimization", {}).get("stage")
+        if stage is not None and (isinstance(stage, bool) or stage not in range(4)):
+            raise ValueError(f"{self.name} sets zero_optimization.stage to {json.dumps(stage)}: expected 0, 1, 2 or 3")
+        return None if stage is None else int(stage)
+
+    def offload(self) -> Offload | None:
+        """Return what it wants offloaded, if it says anything about that."""
+        zero = self.content.get("zero_optimization", {})
+        blocks = {key: zero.get(key) for key in ("offload_param", "offload_optimizer") if key in zero}
+        for key, block in blocks.items():
+            if not isinstance(block, dict):
+                raise ValueError(f"{self.name} sets zero_optimization.{key} to {json.dumps(block)}: expected an object")
+        used = {key for key, block in blocks.items() if block.get("device", "none") != "none"}
+        if "offload_param" in used:
+            return "parameters"
+        return "optimizer" if used else ("none" if blocks else None)
+
+    def gradient_clipping(self) -> float | None:
+        """Return the largest gradient norm that it asks for, if it does."""
+        clipping = self.content.get("gradient_clipping")
+        if clipping is None:
+            return None
+        if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
+            raise ValueError(f"{self.name} sets gradient_clipping to {json.dumps(clipping)}: expected 0 or more")
+        return float(clipping)
+
+
+def _files(config: TrainConfig) -> list[_File]:
+    """Return the configurations a run was given, the preset first.
 
     Raises:
-        ValueError: the two say different batch sizes, or the user's JSON asks for half precision at stage 0.
+        ValueError: they contradict each other, or leave steps in that are not finite.
+    """
+    paths = {}
+    if config.preset is not None:
+        paths[f"preset {config.preset}"] = preset_path(config.preset)
+    if config.deepspeed_config is not None:
+        paths[str(config.deepspeed_config)] = config.deepspeed_config
+    files = [_File(name=name, content=read_user_config(path)) for name, path in paths.items()]
+    said: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        for key, value in _leaves(file.content).items():
+            if key in _GUARDS and not value:
+                raise ValueError(f"{file.name} switches {key} off, by which {_GUARDS[key]}: remove it")
+            before, who = said.setdefault(key, (value, file.name))
+            if before != value:
+                raise ValueError(
+                    f"{file.name} sets {key} to {json.dumps(value)}, and the {who} to {json.dumps(before)}: "
+                    f"`dalle-train presets {config.preset}` prints the preset, to be copied and changed"
+                )
+    return files
+
+
+def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
+    """Return a run with what its preset and its DeepSpeed JSON say, and a line for everything that they change.
+
+    They change what the recipe says, not what the user said in options: see `TrainConfig.said`.
+
+    Raises:
+        FileNotFoundError: there is no such file.
+        ValueError: a file is refused, or contradicts an option; both are named.
+    """
+    files, changes = _files(config), []
+    values: dict[str, Any] = {
+        "precision": config.precision,
+        "zero_stage": config.zero_stage,
+        "offload": config.offload,
+        "gradient_clipping": config.optimizer.gradient_clipping,
+    }
+    said_by = {name: f"--{name.replace('_', '-')}" for name in values if name in config.said}
+    for file in files:
+        asked = {
+            "precision": file.precision(values["precision"]),
+            "zero_stage": file.zero_stage(),
+            "offload": file.offload(),
+            "gradient_clipping": file.gradient_clipping(),
+        }
+        for name, value in asked.items():
+            if value is None:
+                continue
+            what = name.replace("_", " ")
+            if value != values[name]:
+                if name in said_by:
+                    raise ValueError(
+                        f"{file.name} says {what} {value}, and {said_by[name]} says {values[name]}: leave one out"
+                    )
+                changes.append(f"{file.name}: {what} {value}, instead of the recipe's {values[name]}")
+                values[name] = value
+            said_by[name] = file.name
+    if values["precision"] in HALF_PRECISIONS and values["zero_stage"] == 0 and files:
+        raise ValueError(
+            f"{' and '.join(file.name for file in files)}: half precision at ZeRO stage 0, where DeepSpeed "
+            "takes a wrong Adam step: set zero_optimization.stage, or --zero-stage, to 1 or more"
+        )
+    optimizer = dataclasses.replace(config.optimizer, gradient_clipping=values.pop("gradient_clipping"))
+    changed = dataclasses.replace(config, **values, optimizer=optimizer, preset=None, deepspeed_config=None)
+    derived = _leaves(_derived(changed))
+    for file in files:
+        for key, value in _leaves(file.content).items():
+            if derived.get(key, value) != value:
+                changes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
+    return changed, changes
+
+
+def _derived(config: TrainConfig) -> dict[str, Any]:
+    """Return what follows from a run that no files change, but for the batch."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    if config.offload == "parameters":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    derived: dict[str, Any] = {
+        # Always explicit: DeepSpeed 0.19.8 clips at 1.0 when the key is absent.
+        "gradient_clipping": config.optimizer.gradient_clipping,
+        "zero_optimization": zero,
+        # The optimizer is torch's, also on the CPU: DeepSpeed's own would be compiled at the start of every run.
+        "zero_force_ds_cpu_optimizer": False,
+        "zero_allow_untested_optimizer": config.optimizer.variance_clip is not None,
+        "steps_per_print": 2**31,
+    }
+    if config.precision == "autocast":
+        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    elif config.precision in HALF_PRECISIONS:
+        derived[config.precision] = {"enabled": True}
+        derived["data_types"] = {"grad_accum_dtype": "fp32"}
+    return derived
+
+
+def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
+    """Return the DeepSpeed configuration of a run: what `config` says, with its preset and the user's JSON over it.
+
+    Raises:
+        ValueError: they say different batch sizes; and as `with_files`.
     """
     micro, accumulation = config.batch_of(world_size)
-    derived: dict[str, Any] = {
+    derived = {
         "train_batch_size": config.global_batch,
         "train_micro_batch_size_per_gpu": micro,
         "gradient_accumulation_steps": accumulation,
-        # Always explicit: DeepSpeed 0.19.8 clips at 1.0 when the key is absent.
-        "gradient_clipping": config.optimizer.gradient_clipping,
-        "zero_optimization": {"stage": config.zero_stage},
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 2**31,
     }
-    if config.precision == "bf16":
-        derived["bf16"] = {"enabled": True}
-        if config.zero_stage >= 2:
-            derived["data_types"] = {"grad_accum_dtype": "fp32"}
-    elif config.precision == "autocast":
-        derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
-    if config.deepspeed_config is None:
-        return derived
-    path = config.deepspeed_config
-    user = read_user_config(path)
-    for key in ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
-        if user.get(key, derived[key]) != derived[key]:
-            raise ValueError(
-                f"{path} sets {key} to {user[key]}, the run's is {derived[key]}: remove it there, and say the batch "
-                "once, with --global-batch and --micro-batch"
-            )
-    merged = _merge(derived, user)
-    if is_half(merged) and merged["zero_optimization"].get("stage", 0) == 0:
-        raise ValueError(
-            f"{path} asks for half precision at ZeRO stage 0, where DeepSpeed takes a wrong Adam step: set "
-            "zero_optimization.stage to 1 or more"
-        )
+    files = _files(config)
+    for file in files:
+        for key, value in derived.items():
+            if file.content.get(key, value) != value:
+                raise ValueError(
+                    f"{file.name} sets {key} to {file.content[key]}, the run's is {value}: remove it there, and say "
+                    "the batch once, with --global-batch and --micro-batch"
+                )
+    changed, _ = with_files(config)
+    merged = derived | _derived(changed)
+    for file in files:
+        merged = _merge(merged, file.content)
     return merged
 
 

@@ -23,11 +23,19 @@ class EMA:
         self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor]) -> None:
-        """Move the average a step of 1 − decay towards `weights`."""
+    def update(self, weights: Mapping[str, Tensor], taken: int | Tensor = 1) -> None:
+        """Move the average a step of 1 − decay towards `weights`, or not at all where `taken` is 0.
+
+        As a 0-d tensor `taken` stays on its device: nothing waits for it.
+        """
         names = list(self.average)
+        averages = [self.average[name] for name in names]
         current = [weights[name].detach().to(self.average[name]) for name in names]
-        torch._foreach_lerp_([self.average[name] for name in names], current, 1.0 - self.decay)
+        if isinstance(taken, Tensor):
+            for average, weight in zip(averages, current, strict=True):
+                average.lerp_(weight, (1.0 - self.decay) * taken)
+        elif taken:
+            torch._foreach_lerp_(averages, current, 1.0 - self.decay)
 
     def load(self, average: Mapping[str, Tensor]) -> None:
         """Take over a saved average.

@@ -4,6 +4,7 @@ DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that versi
 """
 
 import logging
+import math
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from training import resharding
+from training.adamw import VarianceClippedAdamW
 from training.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
@@ -38,7 +40,7 @@ from training.checkpoints import (
     writes_recorded,
 )
 from training.config import OptimizerConfig, TrainConfig
-from training.deepspeed_config import deepspeed_config, is_half
+from training.deepspeed_config import deepspeed_config, is_half, with_files
 from training.ema import EMA
 from training.metrics import Report
 from training.random_states import random_states, restore_random_states
@@ -65,6 +67,23 @@ def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str,
     return [group for group in groups if group["params"]]
 
 
+def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
+    """Return the optimizer of a model's parameters. It runs on any device and is never compiled."""
+    groups = decay_groups(model, optimizer)
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
+    if optimizer.variance_clip is not None:
+        return VarianceClippedAdamW(groups, variance_clip=optimizer.variance_clip, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def _not_finite_throughout(loss: Tensor) -> Tensor:
+    """Return the loss; where it is not finite, its gradient is not, either.
+
+    So all ranks hear of it through the gradients that they exchange anyway, and nothing is read from the device.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
 class Engine:
     """A model in training: its weights, optimizer and averaged weights, over all ranks.
 
@@ -79,23 +98,35 @@ class Engine:
     """
 
     def __init__(self, objective: nn.Module, config: TrainConfig, world: World) -> None:
-        self.config, self.world = config, world
-        self.micro_batch, self.accumulation = config.batch_of(world.size)
         self.deepspeed_config = deepspeed_config(config, world.size)
+        self.config, self.changes = with_files(config)
+        self.world = world
+        self.micro_batch, self.accumulation = config.batch_of(world.size)
         self.model = cast(nn.Module, objective.model)
-        optimizer = config.optimizer
-        adamw = torch.optim.AdamW(
-            decay_groups(self.model, optimizer),
-            lr=config.learning_rate.at(0),
-            betas=optimizer.betas,
-            eps=optimizer.eps,
-            fused=True,
-        )
-        self._engine = _initialize(objective, adamw, self.deepspeed_config, config.deepspeed_config)
-        self.stage: int = self.deepspeed_config["zero_optimization"].get("stage", 0)
+        optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0))
+        self._engine = _initialize(objective, optimizer, self.deepspeed_config, config.deepspeed_config)
+        self.stage = self.config.zero_stage
+        if self.stage == 0:
+            self._norm = torch.zeros(())
+            optimizer.register_step_pre_hook(self._clip)
+            self._engine.clip_fp32_gradients = lambda: None  # 0.19.8 would measure the norm once more, and not tell it
+        self.taken: int | Tensor = 1
+        """Whether the last step was taken: 1 or 0, as a 0-d tensor where only the GPU knows."""
+        self.was_overflow = False
+        """Whether the last step was left out because float16's loss scale, which has room to fall, was too large."""
         self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
         weights = self._gather()
         self._ema = EMA(weights, config.ema_decay) if world.is_first else None
+
+    @property
+    def batch(self) -> str:
+        """How the global batch is made up, in one line."""
+        unit = "GPU" if self.world.device.type == "cuda" else "process"
+        units = unit if self.world.size == 1 else {"GPU": "GPUs", "process": "processes"}[unit]
+        return (
+            f"global batch {self.config.global_batch} = {self.micro_batch} per {unit} × {self.world.size} {units} × "
+            f"{self.accumulation} accumulated"
+        )
 
     def train(self) -> None:
         """Put the model in training mode."""
@@ -109,28 +140,81 @@ class Engine:
     def step(self, micro_batches: Iterable[Mapping[str, Tensor]], learning_rate: float, step: int) -> Metrics:
         """Take optimizer step number `step` (from 0) on this rank's `accumulation` micro-batches.
 
+        Where the loss of any rank, or the gradient, is not finite, all ranks leave it out: weights, moments, their
+        count and the averaged weights stay as they are. Afterwards `taken` says whether it was taken.
+
         Returns:
-            The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm where
-            DeepSpeed knows it.
+            The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm before
+            clipping; with float16, the loss scale.
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         sums: Metrics = {}
+        scale = self._loss_scale
         for tensors in micro_batches:
             loss, metrics = self._engine(**tensors)
-            self._engine.backward(loss)
+            self._engine.backward(_not_finite_throughout(loss))
+            # After the last backward pass the step's gradients are here, averaged over micro-batches and ranks; ZeRO 2
+            # and 3 have shared them out by now. The next call clips and applies them.
             self._engine.step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
         means = {name: value / self.accumulation for name, value in sums.items()}
-        norm = self._engine.get_global_grad_norm()
-        if norm is not None:
-            means["grad_norm"] = torch.as_tensor(norm)
-        if (step + 1) % self.config.ema_every == 0:
+        means["grad_norm"] = self._conclude()
+        if scale is not None:
+            means["loss_scale"] = torch.tensor(scale)
+            self.was_overflow = not self.taken and scale > self._engine.optimizer.loss_scaler.min_scale
+        if (step + 1) % self.config.ema_every == 0 and (self.stage == 0 or self.taken):
             weights = self._gather()
             if self._ema is not None:
-                self._ema.update(weights)
+                self._ema.update(weights, self.taken)
         return means
+
+    def _conclude(self) -> Tensor:
+        """Note whether the step was taken; returns the gradient norm.
+
+        At ZeRO 0 the device alone knows, and a GPU is not asked: that would be a wait for it in every step. At 1 to 3
+        DeepSpeed itself reads the norm in every step, and decides.
+        """
+        if self.stage == 0:
+            is_finite = self._norm.isfinite()
+            self.taken = is_finite.float() if is_finite.is_cuda else int(is_finite)
+            return self._norm
+        self.taken = int(self._engine.was_step_applied())
+        if not self.taken and self.stage < 3 and self.config.offload != "none":
+            # 0.19.8 forgets these buffers only after a step that was taken: the next one would add to what is in them
+            optimizer = self._engine.optimizer
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Clip the gradients, and let the optimizer leave out a step whose gradient is not finite.
+
+        Called by the optimizer at ZeRO 0, where DeepSpeed looks at no gradient. Ranks agree: they have the same sums.
+        """
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        self._norm = nn.utils.get_total_norm([weight.grad for weight in weights])
+        if self.deepspeed_config["gradient_clipping"] > 0:
+            nn.utils.clip_grads_with_norm_(weights, self.deepspeed_config["gradient_clipping"], self._norm)
+        optimizer.found_inf = (~self._norm.isfinite()).float()  # type: ignore[attr-defined]  # read by AdamW's step
+
+    @property
+    def _loss_scale(self) -> float | None:
+        """The dynamic loss scale; None where there is none."""
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
+        return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+
+    def weights_are_finite(self) -> bool:
+        """Return whether all weights that the optimizer holds, on all ranks, are finite. Collective."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            weights = [safe_get_local_fp32_param(parameter) for parameter in self.model.parameters()]
+        else:
+            weights = [weight for group in self._engine.optimizer.param_groups for weight in group["params"]]
+        are_finite = [weight.isfinite().all() for weight in weights]
+        return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.world)
 
     def _gather(self) -> dict[str, Tensor]:
         """Return the model's weights in float32, whole. Collective.
@@ -296,9 +380,12 @@ def _initialize(
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 0.19.8 prints, whatever the level of its log
+    _require_arithmetic(config)
     if deepspeed.get_accelerator().device_name() == "cpu":
         # 0.19.8 would compile a shared-memory all-reduce here, which takes 27 s, hangs for ever on a stale lock, and
         # only serves inference.
@@ -311,7 +398,21 @@ def _initialize(
             raise
         reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):
+        scaler.raise_error_at_min_scale = False  # `fit` stops, and says where to go back to
     return engine
+
+
+def _require_arithmetic(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the device lacks the arithmetic of half precision that is asked for."""
+    from deepspeed import get_accelerator
+
+    device = get_accelerator()
+    for name, is_there in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
+        if config.get(name, {}).get("enabled") and not is_there():
+            others = "fp32 or autocast" if name == "bf16" else "bf16, autocast or fp32"
+            raise ValueError(f"this {device.device_name()} does not compute in {name}: use precision {others}")
 
 
 @contextmanager

@@ -37,6 +37,7 @@ from training.engine import Engine
 from training.means import Means
 from training.metrics import MetricLog, Report, RunState, require_wandb
 from training.schedules import LearningRate
+from training.skipped_steps import SkippedSteps
 from training.throughput import Timer, peak_flops, peak_memory_gib
 from training.validation import validate
 from training.world import World, agree, max_over_ranks, mean_over_ranks, on_first_rank, require_same
@@ -178,7 +179,8 @@ def fit(
     Raises:
         Interrupted: SIGINT or SIGTERM came; everything is saved.
         ValueError: the run in `plan.directory` is another one or has no good checkpoint to go on from, the ranks were
-            not told the same, too many samples are unusable, or the loss or the weights are not finite.
+            not told the same, too many samples are unusable, too many steps in a row were skipped, or the weights are
+            not finite.
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
@@ -197,14 +199,29 @@ def fit(
             return
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
-    start, n_bad = 0, 0
+    for line in (engine.batch, *engine.changes):
+        report(f"{stage.name}: {line}")
+    start, n_bad, n_skipped = 0, 0, 0
     if tag is not None:
         state = engine.load(checkpoints, plan.resume_from, report)
         start, n_bad = int(state["step"]), int(state["bad_samples"])
+        n_skipped = int(state.get("skipped_steps", 0))
         rate.restore(state["learning_rate"])
         report(f"{stage.name}: going on from step {start} of {config.steps}")
     log = _open_log(plan, start, config, world)
-    loop = _Loop(stage, config, world, engine, rate, plan, validation, log, report, n_bad_before=n_bad)
+    loop = _Loop(
+        stage,
+        config,
+        world,
+        engine,
+        rate,
+        plan,
+        validation,
+        log,
+        report,
+        n_bad_before=n_bad,
+        n_skipped_before=n_skipped,
+    )
     try:
         with StopSignals() as stop:
             loop.run(train, start, stop)
@@ -232,11 +249,16 @@ class _Loop:
         report: Report,
         *,
         n_bad_before: int,
+        n_skipped_before: int,
     ) -> None:
         self.stage, self.config, self.world, self.engine, self.rate = stage, config, world, engine, rate
         self.plan, self.validation, self.log, self.report = plan, validation, log, report
         self.n_bad, self.n_bad_before = 0, n_bad_before
-        self.last_step: Mapping[str, Tensor] = {}
+        self.keys: list[str] = []
+        """Samples of the step under way."""
+        self.skipped = SkippedSteps(
+            config.max_skipped_steps, world, lambda line: report(f"{stage.name}: {line}"), n_before=n_skipped_before
+        )
         self.unobserved: list[Tensor] = []
         """Losses of the last steps, on the device, that the schedule has not seen."""
         self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
@@ -265,13 +287,16 @@ class _Loop:
             done = step + 1
             measure = done % config.log_every == 0 or done == config.steps
             learning_rate = self.rate.at(step)
+            self.keys = []
             metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
-            means.add(metrics)
-            self.last_step = metrics
+            means.add(metrics, engine.taken)
+            self.skipped.add(step, engine.taken, metrics["loss"], self.keys, is_overflow=engine.was_overflow)
             if self.rate.follows_loss:
                 self.unobserved.append(metrics["loss"].detach().float())
                 if len(self.unobserved) >= self.rate.n_undecided(done - len(self.unobserved)):
                     self._observe_losses(done)
+            if measure or self.skipped.is_due:
+                self._look_at_skipped(done)
             if measure:
                 self._log_training(done, means.take(self.world), learning_rate, timer)
             if done % self.vote_every == 0 and agree(stop.raised, self.world) and done < config.steps:
@@ -297,6 +322,9 @@ class _Loop:
 
         In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
         """
+        self._look_at_skipped(done)
+        if self.skipped.n >= done:
+            raise self._diverged("all steps were skipped, their loss or gradient not being finite, as seen", done)
         self._require_finite(done)
         self._export(done)
         if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
@@ -312,6 +340,7 @@ class _Loop:
             batch = next(stream)
             timer.waited_s += time.perf_counter() - waited_from
             self.n_bad += batch.n_bad
+            self.keys += batch.keys
             tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
             # that of the micro-batch in the order of the samples: as many ranks as may be, the noise is the same
             position = (step * self.world.size + self.world.rank) * self.engine.accumulation + micro
@@ -339,6 +368,7 @@ class _Loop:
             "data_wait": lap.data_wait,
             "peak_memory_gib": max_over_ranks(peak_memory_gib(self.world.device), self.world),
             "bad_samples": float(self._bad_samples()),
+            "skipped_steps": float(self.skipped.n),
         }
         if self.peak_flops is not None and self.plan.flops_per_sample is not None:
             values["mfu"] = samples_per_s * self.plan.flops_per_sample / self.peak_flops
@@ -350,12 +380,10 @@ class _Loop:
             self._report_training(done, values, timer)
 
         on_first_rank(tell, self.world)
-        if not math.isfinite(values["loss"]):
-            raise self._diverged(f"the loss is {values['loss']}", done)
 
     def _report_training(self, done: int, values: Mapping[str, Any], timer: Timer) -> None:
         unit, config = self.stage.unit, self.config
-        if values.get("captions_cut") and not self.has_warned_of_cut:
+        if values.get("captions_cut", 0.0) > 0 and not self.has_warned_of_cut:
             self.has_warned_of_cut = True
             logger.warning(
                 "%.1f%% of the captions since the last line were too long and were cut; metrics.jsonl counts them as "
@@ -402,21 +430,33 @@ class _Loop:
         here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.world.device)
         return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
 
-    def _require_finite(self, done: int) -> None:
-        """Raise ValueError unless the last step's loss, on every rank, and the averaged weights are finite. Collective.
+    def _look_at_skipped(self, done: int) -> None:
+        """Hear of the steps that were skipped. Collective.
 
-        A gradient that is not finite is no reason to stop: DeepSpeed leaves out such a step above ZeRO 0, and at 0 the
-        weights show it.
+        Raises:
+            ValueError: too many in a row.
         """
-        loss, weights = self.last_step.get("loss"), self.engine.averaged_weights()
-        wrong = [f"loss is {loss.item()}"] if loss is not None and not loss.isfinite().all() else []
-        wrong += [f"{name} has values that are not finite" for name, w in weights.items() if not w.isfinite().all()]
-        if agree(bool(wrong), self.world):
-            raise self._diverged(f"the {wrong[0]}" if wrong else "the loss of another rank is not finite", done)
+        if self.skipped.look():
+            limit = self.config.max_skipped_steps
+            what = f"more than {limit} steps in a row were skipped, their loss or gradient not being finite, as seen"
+            raise self._diverged(what, done, before=self.skipped.first_in_row)
 
-    def _diverged(self, what: str, done: int) -> ValueError:
+    def _require_finite(self, done: int) -> None:
+        """Raise ValueError unless the weights and the averaged weights are finite. Collective."""
+        averages = self.engine.averaged_weights()
+        wrong = [f"{name} has values that are not finite" for name, w in averages.items() if not w.isfinite().all()]
+        if not self.engine.weights_are_finite():
+            wrong.append("a weight is not finite")
+        if agree(bool(wrong), self.world):
+            raise self._diverged(wrong[0] if wrong else "the averaged weights are not finite", done)
+
+    def _diverged(self, what: str, done: int, *, before: int | None = None) -> ValueError:
+        """Return the error that says from which checkpoint to go back: the last one, or the last `before` a step."""
         checkpoints = self.plan.directory / "checkpoints"
         tag = latest_tag(checkpoints)
+        if tag is not None and before is not None:
+            earlier = [path.name for path in checkpoints.glob("step*") if path.name <= min(tag, checkpoint_tag(before))]
+            tag = max(earlier, default=tag)
         good = (
             f"{checkpoints / tag} is the last good checkpoint: go on from it" if tag else "nothing is saved: start anew"
         )
@@ -426,9 +466,15 @@ class _Loop:
         )
 
     def _save(self, done: int) -> None:
+        self._look_at_skipped(done)
         self._require_finite(done)
         self._observe_losses(done)
-        state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
+        state = {
+            "step": done,
+            "learning_rate": self.rate.state(),
+            "bad_samples": self._bad_samples(),
+            "skipped_steps": self.skipped.n,
+        }
         self.engine.save(self.plan.directory / "checkpoints", done, state)
 
     def _export(self, done: int) -> None:

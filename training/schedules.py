@@ -145,9 +145,12 @@ class LearningRate:
         return schedule.window - len(self.losses) + max(0, schedule.warmup - step)
 
     def observe(self, step: int, loss: float) -> None:
-        """Take the training loss of a step into account; halves the rate when the loss has stopped falling."""
+        """Take the training loss of a step into account; halves the rate when the loss has stopped falling.
+
+        A loss that is not finite, whose step was skipped, says nothing.
+        """
         schedule = self.schedule
-        if not isinstance(schedule, WarmupPlateau) or step < schedule.warmup:
+        if not isinstance(schedule, WarmupPlateau) or step < schedule.warmup or not math.isfinite(loss):
             return
         self.losses.append(loss)
         if len(self.losses) < schedule.window:

@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from dvae.images import open_image, to_tensor
+from training.checkpoints import read_checkpoint
 from training.config import TrainConfig
 from training.data import Sample, ShardData
 from training.fit import Interrupted, RunPlan, fit
@@ -276,33 +277,79 @@ def test_a_run_of_another_recipe_in_the_same_place_is_refused(new_run: NewRun) -
         run(tiny.train_config(steps=4))
 
 
-def test_a_loss_that_is_not_finite_stops_training_in_words(new_run: NewRun) -> None:
+def spoil_losses(run: Run, steps: range) -> Prepare:
+    """Make the loss of some steps NaN."""
+
+    def prepare(step: int) -> None:
+        run.stage.scale = float("nan") if step in steps else 1.0
+
+    return prepare
+
+
+def test_too_many_steps_in_a_row_that_are_not_finite_stop_training_and_name_the_checkpoint(new_run: NewRun) -> None:
     run = new_run("a")
-    with pytest.raises(ValueError, match=r"the loss is (nan|inf) at step 2, training has diverged"):
-        run(tiny.train_config(steps=6, log_every=2), scale=float("nan"))
+    with pytest.raises(ValueError, match=r"more than 1 steps in a row were skipped.*at step 2, .*nothing is saved"):
+        run(tiny.train_config(steps=6, log_every=2, max_skipped_steps=1), scale=float("nan"))
+    run = new_run("b")
+    config = tiny.train_config(steps=20, log_every=50, checkpoint_every=3, max_skipped_steps=4)
+    with pytest.raises(ValueError, match=r"more than 4 steps in a row.*step00000003 is the last good checkpoint"):
+        run(config, at_step=spoil_losses(run, range(4, 20)))
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000006", "saved, but after the first"
 
 
-def test_weights_that_are_not_finite_are_neither_saved_nor_exported(
-    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_steps_that_are_not_finite_are_skipped_counted_and_told_and_the_run_goes_on(new_run: NewRun) -> None:
+    spoilt, resumed = new_run("spoilt"), new_run("resumed")
+    spoilt(tiny.train_config(steps=8, log_every=2), at_step=spoil_losses(spoilt, range(2, 5)))
+    told = [line for line in spoilt.said if "is skipped" in line]
+    assert [line.split(",")[0] for line in told] == [f"colours: step {n} is skipped" for n in (3, 4, 5)]
+    assert told[0].partition("its samples are ")[2].count(",") == 3, "four samples"
+    lines = read_metrics(spoilt.folder / "run" / "metrics.jsonl")
+    assert [line["skipped_steps"] for line in lines] == [0, 2, 3, 3]
+    assert [line["loss"] is None for line in lines] == [False, True, False, False]
+    assert read_checkpoint(spoilt.folder / "run" / "checkpoints")["state"]["skipped_steps"] == 3
+
+    def spoil_and_stop(step: int) -> None:
+        spoil_losses(resumed, range(2, 5))(step)
+        send(signal.SIGTERM, 3)(step)
+
+    with pytest.raises(Interrupted):
+        resumed(tiny.train_config(steps=8, log_every=2), at_step=spoil_and_stop)
+    resumed(tiny.train_config(steps=8, log_every=2), at_step=spoil_losses(resumed, range(2, 5)))
+    assert resumed.weights == spoilt.weights
+    assert [line["skipped_steps"] for line in read_metrics(resumed.folder / "run" / "metrics.jsonl")] == [0, 2, 3, 3]
+
+
+def test_a_plateau_does_not_see_losses_that_are_not_finite(new_run: NewRun) -> None:
+    run = new_run("a")
+    plateau = WarmupPlateau(peak=1e-2, warmup=0, window=2, patience=1, threshold=0.9)
+    run(tiny.train_config(steps=5, learning_rate=plateau), at_step=spoil_losses(run, range(1, 3)))
+    state = read_checkpoint(run.folder / "run" / "checkpoints")["state"]["learning_rate"]
+    losses = run.losses
+    assert state["best"] == pytest.approx((losses[1] + losses[4]) / 2, rel=1e-6)
+    assert state["losses"] == pytest.approx([losses[5]], rel=1e-6)
+
+
+def test_a_run_all_of_whose_steps_were_skipped_is_not_finished(new_run: NewRun) -> None:
+    run = new_run("a")
+    with pytest.raises(ValueError, match="all steps were skipped"):
+        run(tiny.train_config(steps=3), scale=float("nan"))
+    assert run.stage.exported == []
+
+
+@pytest.mark.parametrize("steps", [8, 4])  # in between and at the end
+def test_weights_that_are_not_finite_are_neither_saved_nor_exported(new_run: NewRun, steps: int) -> None:
+    run = new_run("a")
+
     def spoil(step: int) -> None:
         if step == 3:
-            forward = Objective.forward
+            with torch.no_grad():
+                run.stage.objective.model.bias.fill_(float("inf"))
 
-            def spoilt(self: Objective, **tensors: Any) -> tuple[Tensor, dict[str, Tensor]]:
-                loss, metrics = forward(self, **tensors)
-                loss.register_hook(lambda gradient: gradient * float("nan"))
-                return loss, metrics
-
-            monkeypatch.setattr(Objective, "forward", spoilt)
-
-    for steps in (8, 4):  # in between and at the end
-        run = new_run(f"{steps}")
-        with pytest.raises(ValueError, match=r"at step 4.*step00000002 is the last good"):
-            run(tiny.train_config(steps=steps, checkpoint_every=2), at_step=spoil)
-        monkeypatch.undo()
-        assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000002"
-        assert run.stage.exported == [2]
+    config = tiny.train_config(steps=steps, checkpoint_every=2, ema_every=100)  # the averages have not seen it
+    with pytest.raises(ValueError, match=r"at step 4.*step00000002 is the last good"):
+        run(config, at_step=spoil)
+    assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000002"
+    assert run.stage.exported == [2]
 
 
 def test_a_fresh_run_that_is_interrupted_goes_on_without_fresh(new_run: NewRun) -> None:
