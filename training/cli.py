@@ -12,7 +12,7 @@ import tyro
 
 from dalle.cli import resolve_device, run_program
 from dalle.progress import Progress
-from training.config import Precision, TrainConfig
+from training.config import GradientScaling, Precision, TrainConfig
 from training.data import ShardData
 from training.demo import run_demo
 from training.encode import EncodeConfig
@@ -75,7 +75,8 @@ class _Stage(_Data):
     micro_batch: int | None = None
     """Samples per rank and forward pass; gradient accumulation is derived."""
     precision: Precision | None = None
-    """fp32, autocast (bfloat16 arithmetic, float32 weights) or bf16 (bfloat16 weights; needs ZeRO 1, 2 or 3)."""
+    """fp32, autocast (bfloat16 arithmetic, float32 weights), autocast-fp16 (float16 arithmetic in the transformer's
+    residual branches, float32 weights) or bf16 (bfloat16 weights; needs ZeRO 1, 2 or 3)."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 0 to 3."""
     deepspeed_config: Path | None = None
@@ -146,6 +147,10 @@ class TransformerCommand(_Stage):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool | None = None
     """Compile the layers: faster steps, after a minute or so at the start. Where that fails, a warning says why."""
+    gradient_scaling: GradientScaling | None = None
+    """per-resblock: the paper's gradient scale for each residual branch. Needs autocast-fp16, ZeRO 0 or 1."""
+    powersgd_rank: int | None = None
+    """Send the gradients of matrices as factors of this rank: less to send, some of it late. ZeRO 0 or 1; 0 for off."""
     null_caption_probability: float | None = None
     """Fraction of captions replaced by the empty one; guidance needs some, such as 0.1."""
 

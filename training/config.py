@@ -10,7 +10,8 @@ from typing import Literal
 
 from training.schedules import Schedule, WarmupPlateau
 
-Precision = Literal["fp32", "autocast", "bf16"]
+Precision = Literal["fp32", "autocast", "autocast-fp16", "bf16"]
+GradientScaling = Literal["none", "per-resblock"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,7 +54,12 @@ class TrainConfig:
     """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
     precision: Precision = "fp32"
     """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32
-    masters (ZeRO ≥ 1)."""
+    masters (ZeRO ≥ 1); autocast-fp16: float16 arithmetic in the residual branches, everything else float32
+    (transformer)."""
+    gradient_scaling: GradientScaling = "none"
+    """per-resblock: the paper's gradient scale for each residual branch (autocast-fp16, ZeRO 0 or 1)."""
+    powersgd_rank: int = 0
+    """Rank of the factors as which matrix gradients cross the ranks (ZeRO 0 or 1); 0 for whole gradients."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     activation_checkpointing: bool = False
@@ -83,7 +89,7 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "validate_every", "sample_every", "workers"):
+        for name in ("seed", "validate_every", "sample_every", "workers", "powersgd_rank"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
@@ -97,10 +103,30 @@ class TrainConfig:
                 "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a "
                 "wrong Adam step"
             )
+        self._check_recipe()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+
+    def _check_recipe(self) -> None:
+        """Check what of the paper's distributed recipe is asked for."""
+        for option, is_given in (
+            ("gradient_scaling per-resblock", self.gradient_scaling == "per-resblock"),
+            ("powersgd_rank", self.powersgd_rank > 0),
+        ):
+            if is_given and self.zero_stage > 1:
+                raise ValueError(
+                    f"{option} needs zero_stage 0 or 1, got {self.zero_stage}: above, gradients leave a rank while the "
+                    "backward pass still runs"
+                )
+        if self.gradient_scaling == "per-resblock" and self.precision != "autocast-fp16":
+            raise ValueError(
+                f"gradient_scaling per-resblock is for precision autocast-fp16, got {self.precision}: float32 and "
+                "bfloat16 have the range to do without"
+            )
+        if self.precision == "autocast-fp16" and self.compile:
+            raise ValueError("precision autocast-fp16 cannot be compiled: leave out compile, or use autocast or bf16")
 
     def batch_of(self, world_size: int) -> tuple[int, int]:
         """Return (micro_batch, accumulation) for a number of ranks.

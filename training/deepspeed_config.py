@@ -125,6 +125,8 @@ def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
             derived["data_types"] = {"grad_accum_dtype": "fp32"}
     elif config.precision == "autocast":
         derived["torch_autocast"] = {"enabled": True, "dtype": "bfloat16"}
+    if config.powersgd_rank:
+        derived["zero_optimization"] |= {"reduce_scatter": False, "overlap_comm": False}
     if config.deepspeed_config is None:
         return derived
     path = config.deepspeed_config

@@ -31,6 +31,7 @@ from training.checkpoints import (
 from training.config import OptimizerConfig, TrainConfig
 from training.deepspeed_config import deepspeed_config, is_half
 from training.ema import EMA
+from training.reduction import Reduction
 from training.world import World, agree, on_first_rank
 
 Metrics = dict[str, Tensor]
@@ -77,7 +78,9 @@ class Engine:
             eps=optimizer.eps,
             fused=True,
         )
+        self._reduction = Reduction(self.model, config, world)
         self._engine = _initialize(objective, adamw, self.deepspeed_config, config.deepspeed_config)
+        self._reduction.attach(self._engine)
         self.stage: int = self.deepspeed_config["zero_optimization"].get("stage", 0)
         self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
         weights = self._gather()
@@ -108,7 +111,7 @@ class Engine:
             self._engine.step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        means = {name: value / self.accumulation for name, value in sums.items()}
+        means = {name: value / self.accumulation for name, value in sums.items()} | self._reduction.metrics()
         norm = self._engine.get_global_grad_norm()
         if norm is not None:
             means["grad_norm"] = torch.as_tensor(norm)
@@ -171,6 +174,8 @@ class Engine:
             directory.mkdir(parents=True, exist_ok=True)
             with errors_kept(errors):
                 self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+            if not errors:
+                self._reduction.save(directory / tag)
             if self._ema is not None and not errors:
                 average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
                 save_file(average, directory / tag / "ema.safetensors")
@@ -200,6 +205,7 @@ class Engine:
                 raise FileNotFoundError("files are missing")
             if self._ema is not None:
                 self._ema.load(load_file(directory / tag / "ema.safetensors"))
+            self._reduction.load(directory / tag, meta["ranks"])
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
         if agree(error is not None, self.world):

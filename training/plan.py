@@ -15,7 +15,7 @@ from training.config import Precision, TrainConfig
 from training.recipes import RECIPES, Recipe
 
 GIB = 1 << 30
-BYTES_OF_ACTIVATIONS = {"fp32": 4, "autocast": 2, "bf16": 2}
+BYTES_OF_ACTIVATIONS = {"fp32": 4, "autocast": 2, "autocast-fp16": 2, "bf16": 2}
 RESERVED_FRACTION = 0.08
 """Of a GPU's memory, for the CUDA context, communication buffers and fragmentation."""
 
