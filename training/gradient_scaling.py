@@ -59,6 +59,11 @@ class ResblockScales:
                 self._divided_at[index] = self._n_updates
         self._n_updates += 1
 
+    def can_fall(self, are_finite: Sequence[bool]) -> bool:
+        """Return whether a scale whose resblock was not finite is above the lowest one."""
+        lowest = LOWEST_SCALE * self.n_ranks
+        return any(value > lowest and not finite for value, finite in zip(self.values, are_finite, strict=True))
+
     def _may_divide(self, index: int) -> bool:
         divided_at = self._divided_at[index]
         return divided_at is None or self._n_updates - divided_at >= REST
@@ -179,6 +184,8 @@ class ResblockScaling:
     def __init__(self, model: DALLE, world: World) -> None:
         self._names, self._world = resblock_parameters(model), world
         self.rules = ResblockScales(len(self._names), world.size)
+        self.was_overflow = False
+        """Whether a scale that has room to fall met a gradient that was not finite in the last step."""
         self._factors = torch.empty(len(self._names), device=world.device)
         self._apply()
         _run_branches(model, list(self._factors.unbind()))
@@ -198,7 +205,9 @@ class ResblockScaling:
         for names, factor in zip(self._names, self._factors, strict=True):
             for name in names:
                 gradients[name].div_(factor)
-        self.rules.update([value > 0 for value in finite.tolist()])
+        are_finite = [value > 0 for value in finite.tolist()]
+        self.was_overflow = self.rules.can_fall(are_finite)
+        self.rules.update(are_finite)
         self._apply()
 
     def load_state(self, state: Mapping[str, Any]) -> None:

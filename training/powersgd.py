@@ -173,7 +173,7 @@ class PowerSGD:
         dist.all_reduce(flat)
         self.bytes_sent += flat.numel() * flat.element_size()
         flat /= self._world.size
-        parts = flat.split([tensor.numel() for tensor in tensors])
+        parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
@@ -227,7 +227,8 @@ def _from_matrix(matrix: Tensor, shape: Sequence[int]) -> Tensor:
 
 def _orthogonal(p: Tensor) -> Tensor:
     """Return an orthonormal basis of the columns of P + εI, by Householder's QR; Gram and Schmidt's is unstable."""
-    return torch.linalg.qr(p + EPSILON * torch.eye(*p.shape, device=p.device)).Q
+    basis: Tensor = torch.linalg.qr(p + EPSILON * torch.eye(*p.shape, device=p.device)).Q
+    return basis
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:

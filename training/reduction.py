@@ -9,7 +9,7 @@ import json
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -71,23 +71,24 @@ class Reduction:
                 f"{option} cannot go with DeepSpeed's fp16, whose one loss scale is in the gradients: use "
                 "autocast-fp16, autocast or bf16"
             )
-        if stage == 0:
-            _at_stage_0(engine, self._model, self._change, is_reduction=self._powersgd is not None)
-        elif not hasattr(optimizer, "reduce_gradients"):
-            raise ValueError(
-                f"{option} cannot go with data_types.grad_accum_dtype at ZeRO stage 1: remove it from the DeepSpeed "
-                "JSON"
-            )
+        is_reduction = self._powersgd is not None
+        if not hasattr(optimizer, "reduce_gradients"):
+            _around_all_reduce(engine, self._model, self._change, is_reduction=is_reduction)
+        elif is_reduction and (optimizer.reduce_scatter or optimizer.overlap_comm):
+            raise ValueError(f"{option} needs zero_optimization.reduce_scatter and overlap_comm to be false")
         else:
-            if self._powersgd is not None and (optimizer.reduce_scatter or optimizer.overlap_comm):
-                raise ValueError(f"{option} needs zero_optimization.reduce_scatter and overlap_comm to be false")
-            _at_stage_1(optimizer, self._model, self._change, is_reduction=self._powersgd is not None)
+            _around_partitioning(optimizer, self._model, self._change, is_reduction=is_reduction)
 
     def _change(self, gradients: Mapping[str, Tensor]) -> None:
         if self._scaling is not None:
             self._scaling.unscale_(gradients)
         if self._powersgd is not None:
             self._powersgd.reduce_(gradients)
+
+    @property
+    def was_overflow(self) -> bool:
+        """Whether the last step is left out because a resblock's scale, which has room to fall, was too large."""
+        return self._scaling is not None and self._scaling.was_overflow
 
     def metrics(self) -> dict[str, Tensor]:
         """Return what the last step did: bytes sent by each rank and their share, the lowest and highest scale."""
@@ -100,19 +101,23 @@ class Reduction:
             values |= {"bytes_sent": sent, "bytes_full": full, "bytes_ratio": sent / full}
         return {name: torch.tensor(value, device=self._world.device) for name, value in values.items()}
 
-    def save(self, folder: Path) -> None:
-        """Write this rank's part into the folder of a checkpoint.
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part into the folder of a checkpoint, and return the files.
 
         Raises:
             OSError, SafetensorError: it could not be written.
         """
+        written = []
         if self._scaling is not None and self._world.is_first:
-            (folder / SCALES_FILE).write_text(json.dumps(self._scaling.rules.state()))
+            written.append(folder / SCALES_FILE)
+            written[-1].write_text(json.dumps(self._scaling.rules.state()))
         if self._powersgd is not None:
-            path = _errors_file(folder, self._world.rank)
-            save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, path)
+            written.append(_errors_file(folder, self._world.rank))
+            save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, written[-1])
+        for path in written:
             with path.open("rb") as file:
                 os.fsync(file.fileno())
+        return written
 
     def load(self, folder: Path, n_ranks: int) -> None:
         """Go on from the folder of a checkpoint that `n_ranks` saved. A checkpoint without such a part changes nothing.
@@ -132,20 +137,32 @@ def _errors_file(folder: Path, rank: int) -> Path:
     return folder / f"powersgd_rank{rank:05d}.safetensors"
 
 
-def _at_stage_0(engine: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that."""
+def _around_all_reduce(engine: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
+
+    So it is at stage 0, and at stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
+    """
     reduce = engine.buffered_allreduce_fallback
+    keeps_float32 = engine.zero_optimization_stage() == 1
+
+    def gradient(parameter: Any) -> Tensor | None:
+        if keeps_float32 and parameter._hp_grad is not None:
+            return cast(Tensor, parameter._hp_grad.view_as(parameter))
+        return cast(Tensor | None, parameter.grad)
 
     def changed(grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
-        change(_gradients(model, lambda parameter: parameter.grad))
+        change(_gradients(model, gradient))
         if not is_reduction:
             reduce(grads=grads, elements_per_buffer=elements_per_buffer)
 
     engine.buffered_allreduce_fallback = changed
 
 
-def _at_stage_1(optimizer: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed gives each rank the mean of its part, or the mean itself."""
+def _around_partitioning(optimizer: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed gives each rank its part of their mean, or as the mean.
+
+    So it is at stage 1.
+    """
     reduce = optimizer.reduce_gradients
 
     def changed(pipeline_parallel: bool = False) -> None:

@@ -170,7 +170,8 @@ def test_the_resblocks_are_attention_and_mlp_of_every_layer_with_their_norms() -
 
 def test_gradients_are_those_of_float32_to_the_rounding_of_float16(world: World) -> None:
     expected = gradients(transformer(), 1.0)
-    _, found = scaled_gradients(1.0, world, [13] * 4)
+    scaling, found = scaled_gradients(1.0, world, [13] * 4)
+    assert not scaling.was_overflow
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     for name, gradient in expected.items():
         if "qkv.bias" not in name:  # of keys it is 0 but for rounding
@@ -192,11 +193,12 @@ def test_an_underflow_is_lost_without_scaling_and_kept_with_it(world: World) -> 
 
 def test_what_overflows_in_one_branch_lowers_its_scale_only(world: World) -> None:
     middle = 2
-    loss = 1e4
+    loss = 10.0
     scaling, found = scaled_gradients(loss, world, [7, 7, 24, 7])
     groups = resblock_parameters(transformer())
     finite = [all(bool(found[name].isfinite().all()) for name in group) for group in groups]
     assert finite == [index != middle for index in range(4)]
+    assert scaling.was_overflow
     values = exponents(scaling.rules)
     assert values[middle] == pytest.approx(23_500)
     assert [value for index, value in enumerate(values) if index != middle] == pytest.approx([7001] * 3)
@@ -285,7 +287,7 @@ def scaled_on_a_rank(world: World) -> dict[str, Any]:
     model = transformer()
     scaling = ResblockScaling(model, world)
     scaling.load_state({**scaling.rules.state(), "values": [2 * 2.0**7] * 3 + [2 * 2.0**24]})
-    found = gradients(model, 1e4 if world.rank == 1 else 1e-6)
+    found = gradients(model, 10.0 if world.rank == 1 else 1e-6)
     is_finite_here = bool(found["blocks.1.mlp.out.weight"].isfinite().all())
     scaling.unscale_(found)
     return {"finite": is_finite_here, "state": scaling.rules.state()}
