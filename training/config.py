@@ -56,16 +56,16 @@ class TrainConfig:
     """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16: bfloat16 weights with float32
     masters (ZeRO ≥ 1); autocast-fp16: float16 arithmetic in the residual branches, everything else float32
     (transformer)."""
-    gradient_scaling: GradientScaling = "none"
-    """per-resblock: the paper's gradient scale for each residual branch (autocast-fp16, ZeRO 0 or 1)."""
-    powersgd_rank: int = 0
-    """Rank of the factors as which matrix gradients cross the ranks (ZeRO 0 or 1); 0 for whole gradients."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     activation_checkpointing: bool = False
     """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
     compile: bool = False
     """Compile the layers: faster steps after a minute or so, more where they are small (transformer)."""
+    gradient_scaling: GradientScaling = "none"
+    """per-resblock: the paper's gradient scale for each residual branch (autocast-fp16, ZeRO 0 or 1)."""
+    powersgd_rank: int = 0
+    """Rank of the factors as which matrix gradients cross the ranks (ZeRO 0 or 1); 0 for whole gradients."""
     seed: int = 0
     """Of the weights, the sample order, the augmentation and the noise."""
     log_every: int = 20
@@ -89,7 +89,7 @@ class TrainConfig:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "validate_every", "sample_every", "workers", "powersgd_rank"):
+        for name in ("seed", "validate_every", "sample_every", "workers"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
         if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
@@ -103,14 +103,30 @@ class TrainConfig:
                 "precision bf16 needs zero_stage 1, 2 or 3: at stage 0 DeepSpeed's half-precision optimizer takes a "
                 "wrong Adam step"
             )
-        self._check_recipe()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+        self._check_recipe()
+
+    def batch_of(self, world_size: int) -> tuple[int, int]:
+        """Return (micro_batch, accumulation) for a number of ranks.
+
+        Raises:
+            ValueError: the global batch cannot be divided so.
+        """
+        micro = self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
+        if micro < 1 or self.global_batch % (micro * world_size):
+            raise ValueError(
+                f"global batch {self.global_batch} is not a multiple of micro batch {micro} × {world_size} ranks: "
+                "change --global-batch or --micro-batch"
+            )
+        return micro, self.global_batch // (micro * world_size)
 
     def _check_recipe(self) -> None:
         """Check what of the paper's distributed recipe is asked for."""
+        if self.powersgd_rank < 0:
+            raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
         for option, is_given in (
             ("gradient_scaling per-resblock", self.gradient_scaling == "per-resblock"),
             ("powersgd_rank", self.powersgd_rank > 0),
@@ -127,17 +143,3 @@ class TrainConfig:
             )
         if self.precision == "autocast-fp16" and self.compile:
             raise ValueError("precision autocast-fp16 cannot be compiled: leave out compile, or use autocast or bf16")
-
-    def batch_of(self, world_size: int) -> tuple[int, int]:
-        """Return (micro_batch, accumulation) for a number of ranks.
-
-        Raises:
-            ValueError: the global batch cannot be divided so.
-        """
-        micro = self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
-        if micro < 1 or self.global_batch % (micro * world_size):
-            raise ValueError(
-                f"global batch {self.global_batch} is not a multiple of micro batch {micro} × {world_size} ranks: "
-                "change --global-batch or --micro-batch"
-            )
-        return micro, self.global_batch // (micro * world_size)
