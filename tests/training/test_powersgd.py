@@ -210,7 +210,7 @@ def test_stages_above_1_are_refused_in_words(stage: int) -> None:
 
 def test_what_the_users_configuration_makes_impossible_is_refused_in_words(tmp_path: Path, world: World) -> None:
     for content, message in (
-        ('{"zero_optimization": {"stage": 2}}', "needs ZeRO stage 0 or 1, this run's is 2"),
+        ('{"zero_optimization": {"stage": 2}}', "needs (ZeRO |zero_)stage 0 or 1, .* 2"),
         ('{"zero_optimization": {"stage": 1, "reduce_scatter": true}}', "reduce_scatter and overlap_comm to be false"),
     ):
         path = tmp_path / "ds.json"
