@@ -19,7 +19,7 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,6 +41,9 @@ KIND = "dalle"
 """What a directory with such a model is called in its config.json."""
 GELU_SLOPE = 1.702
 """Of the sigmoid in GELU's approximation."""
+
+RunBranch = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
+"""How a residual branch is run: (branch, residual stream) -> the branch's output, (B, S, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,6 +134,11 @@ class MLP(nn.Module):
         return output
 
 
+def run_plainly(branch: Callable[[Tensor], Tensor], h_BSD: Tensor) -> Tensor:
+    """Return `branch(h)`: a residual branch as it is."""
+    return branch(h_BSD)
+
+
 class Block(nn.Module):
     """One layer: attention and MLP, each normalised first and added to the residual stream."""
 
@@ -140,12 +148,14 @@ class Block(nn.Module):
         self.attention = Attention(d_model, n_heads)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model)
+        self.run_attention: RunBranch = run_plainly
+        self.run_mlp: RunBranch = run_plainly
+        """Training in float16 runs the two branches in its own way."""
 
     def forward(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         """Return the residual stream after this layer, (B, S, D)."""
-        h_BSD = h_BSD + self.attention(self.attention_norm(h_BSD), attend)
-        output: Tensor = h_BSD + self.mlp(self.mlp_norm(h_BSD))
-        return output
+        h_BSD = h_BSD + self.run_attention(lambda x_BSD: self.attention(self.attention_norm(x_BSD), attend), h_BSD)
+        return h_BSD + self.run_mlp(lambda x_BSD: self.mlp(self.mlp_norm(x_BSD)), h_BSD)
 
 
 class Head(nn.Linear):

@@ -41,7 +41,7 @@ def widths(precision: Precision) -> Widths:
     """Return the bytes of a number at a precision: float32, autocast, or weights of half precision."""
     if precision == "fp32":
         return Widths(weight=4, stream=4, branch=4)
-    if precision == "autocast":
+    if precision in ("autocast", "autocast-fp16"):
         return Widths(weight=4, stream=4, branch=2)
     return Widths(weight=2, stream=2, branch=2)
 
@@ -59,7 +59,7 @@ class Activations:
     layer: float
     """What the backward pass of one layer works in, besides what is kept; recomputed activations included."""
     casts: float
-    """Bfloat16 copies of the weights, which autocast makes and keeps; a part of `kept` unless layers are recomputed."""
+    """Copies of the weights in 16 bits, which autocast makes and keeps; a part of `kept` unless layers are recomputed."""
 
 
 def activations(
@@ -80,7 +80,7 @@ def activations(
     }
     width = widths(precision)
     B, S, D = micro_batch, config.stream.length, config.d_model
-    casts = 12.0 * D * D * config.n_layers * 2 if precision == "autocast" else 0.0
+    casts = 12.0 * D * D * config.n_layers * 2 if precision in ("autocast", "autocast-fp16") else 0.0
     if checkpointing:
         largest = max(size for _, size in blocks.values())
         kept = width.stream * config.n_layers * B * S * D

@@ -19,7 +19,7 @@ from dalle.progress import Progress, printable
 from rerank import CLIP
 from training.check_data import check_data
 from training.check_data import report as check_report
-from training.config import Offload, Precision, TrainConfig
+from training.config import GradientScaling, Offload, Precision, TrainConfig
 from training.data import ShardData
 from training.deepspeed_config import preset_list, preset_path, with_files
 from training.demo import run_demo
@@ -99,8 +99,9 @@ class _Stage(_Data):
     micro_batch: int | None = None
     """Samples per rank and forward pass; gradient accumulation is derived."""
     precision: Precision | None = None
-    """fp32, autocast (bfloat16 arithmetic, float32 weights), bf16 or fp16 (weights of half precision, float32 masters;
-    need ZeRO 1, 2 or 3). fp16 has a dynamic loss scale, and needs a device that computes in it."""
+    """fp32, autocast (bfloat16 arithmetic, float32 weights), autocast-fp16 (float16 arithmetic in the transformer's
+    residual branches, float32 weights), bf16 or fp16 (weights of half precision, float32 masters; need ZeRO 1, 2 or 3).
+    fp16 has a dynamic loss scale, and needs a device that computes in it."""
     zero_stage: int | None = None
     """DeepSpeed ZeRO stage, 0 to 3."""
     offload: Offload | None = None
@@ -212,6 +213,10 @@ class TransformerCommand(_Stage):
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool | None = None
     """Compile the layers: faster steps, after a minute or so at the start. Where that fails, a warning says why."""
+    gradient_scaling: GradientScaling | None = None
+    """per-resblock: the paper's gradient scale for each residual branch. Needs autocast-fp16, ZeRO 0 or 1."""
+    powersgd_rank: int | None = None
+    """Send the gradients of matrices as factors of this rank: less to send, some of it late. ZeRO 0 or 1; 0 for off."""
     null_caption_probability: float | None = None
     """Fraction of captions replaced by the empty one; guidance needs some, such as 0.1."""
 

@@ -11,7 +11,8 @@ from typing import Literal
 
 from training.schedules import Schedule, WarmupPlateau
 
-Precision = Literal["fp32", "autocast", "bf16", "fp16"]
+Precision = Literal["fp32", "autocast", "autocast-fp16", "bf16", "fp16"]
+GradientScaling = Literal["none", "per-resblock"]
 Offload = Literal["none", "optimizer", "parameters"]
 HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
 """Those that keep the weights in half precision."""
@@ -61,7 +62,8 @@ class TrainConfig:
     """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
     precision: Precision = "fp32"
     """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16 and fp16: weights of half
-    precision with float32 masters and float32 accumulation (ZeRO ≥ 1), fp16 with a dynamic loss scale."""
+    precision with float32 masters and float32 accumulation (ZeRO ≥ 1), fp16 with a dynamic loss scale; autocast-fp16:
+    float16 arithmetic in the residual branches, everything else float32 (transformer)."""
     zero_stage: int = 0
     """DeepSpeed ZeRO stage, 0 to 3."""
     offload: Offload = "none"
@@ -70,6 +72,10 @@ class TrainConfig:
     """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
     compile: bool = False
     """Compile the layers: faster steps after a minute or so, more where they are small (transformer)."""
+    gradient_scaling: GradientScaling = "none"
+    """per-resblock: the paper's gradient scale for each residual branch (autocast-fp16, ZeRO 0 or 1)."""
+    powersgd_rank: int = 0
+    """Rank of the factors as which matrix gradients cross the ranks (ZeRO 0 or 1); 0 for whole gradients."""
     seed: int = 0
     """Of the weights, the sample order, the augmentation and the noise."""
     log_every: int = 20
@@ -127,6 +133,7 @@ class TrainConfig:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+        self._check_recipe()
 
     def _require_possible_mode(self) -> None:
         """Raise ValueError where precision, ZeRO stage and offloading do not go together."""
@@ -153,3 +160,24 @@ class TrainConfig:
                 "change --global-batch or --micro-batch"
             )
         return micro, self.global_batch // (micro * world_size)
+
+    def _check_recipe(self) -> None:
+        """Check what of the paper's distributed recipe is asked for."""
+        if self.powersgd_rank < 0:
+            raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
+        for option, is_given in (
+            ("gradient_scaling per-resblock", self.gradient_scaling == "per-resblock"),
+            ("powersgd_rank", self.powersgd_rank > 0),
+        ):
+            if is_given and self.zero_stage > 1:
+                raise ValueError(
+                    f"{option} needs zero_stage 0 or 1, got {self.zero_stage}: above, gradients leave a rank while the "
+                    "backward pass still runs"
+                )
+        if self.gradient_scaling == "per-resblock" and self.precision != "autocast-fp16":
+            raise ValueError(
+                f"gradient_scaling per-resblock is for precision autocast-fp16, got {self.precision}: float32 and "
+                "bfloat16 have the range to do without"
+            )
+        if self.precision == "autocast-fp16" and self.compile:
+            raise ValueError("precision autocast-fp16 cannot be compiled: leave out compile, or use autocast or bf16")

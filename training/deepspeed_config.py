@@ -282,6 +282,8 @@ def _derived(config: TrainConfig) -> dict[str, Any]:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     if config.offload == "parameters":
         zero["offload_param"] = {"device": "cpu", "pin_memory": True}
+    if config.powersgd_rank:
+        zero |= {"reduce_scatter": False, "overlap_comm": False}
     derived: dict[str, Any] = {
         # Always explicit: DeepSpeed 0.19.8 clips at 1.0 when the key is absent.
         "gradient_clipping": config.optimizer.gradient_clipping,

@@ -44,6 +44,7 @@ from training.deepspeed_config import deepspeed_config, is_half, with_files
 from training.ema import EMA
 from training.metrics import Report
 from training.random_states import random_states, restore_random_states
+from training.reduction import Reduction
 from training.world import World, agree, on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -104,7 +105,9 @@ class Engine:
         self.micro_batch, self.accumulation = config.batch_of(world.size)
         self.model = cast(nn.Module, objective.model)
         optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0))
+        self._reduction = Reduction(self.model, self.config, world)
         self._engine = _initialize(objective, optimizer, self.deepspeed_config, config.deepspeed_config)
+        self._reduction.attach(self._engine)
         self.stage = self.config.zero_stage
         if self.stage == 0:
             self._norm = torch.zeros(())
@@ -159,8 +162,9 @@ class Engine:
             self._engine.step()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
-        means = {name: value / self.accumulation for name, value in sums.items()}
+        means = {name: value / self.accumulation for name, value in sums.items()} | self._reduction.metrics()
         means["grad_norm"] = self._conclude()
+        self.was_overflow = self._reduction.was_overflow
         if scale is not None:
             means["loss_scale"] = torch.tensor(scale)
             self.was_overflow = not self.taken and scale > self._engine.optimizer.loss_scaler.min_scale
@@ -290,6 +294,7 @@ class Engine:
             self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
         if errors:
             raise errors[0]
+        written += self._reduction.save(folder)
         written.append(folder / _random_file(self.world.rank))
         save_file(random_states(self.world.device), written[-1])
         if self._ema is not None:
@@ -350,6 +355,7 @@ class Engine:
                 self._ema.load(load_file(folder / "ema.safetensors"))
             if saved[0] == now[0]:
                 restore_random_states(load_file(folder / _random_file(self.world.rank)), self.world.device)
+            self._reduction.load(folder, saved[0])
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
         has_failed = agree(error is not None, self.world)  # and now every rank has read what it needs
