@@ -93,11 +93,16 @@ class Interrupted(Exception):  # noqa: N818  # not an error
 
 
 class StopSignals:
-    """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved."""
+    """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved.
+
+    A second SIGINT is a KeyboardInterrupt. SIGTERM may come any number of times: from a launcher, and from the watch
+    that finds the launcher gone.
+    """
 
     def __init__(self) -> None:
         self.raised = False
         """Whether one has come."""
+        self._n_interrupts = 0
 
     def __enter__(self) -> "StopSignals":
         self._handlers = {number: signal.signal(number, self._raise_flag) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -108,7 +113,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _raise_flag(self, number: int, _frame: FrameType | None) -> None:
-        if self.raised and number == signal.SIGINT:
+        self._n_interrupts += number == signal.SIGINT
+        if self._n_interrupts > 1:
             raise KeyboardInterrupt
         self.raised = True
 
@@ -186,6 +192,7 @@ def fit(
         )
         if (stage.directory / "config.json").is_file():
             return
+    world.watch.follow(plan.directory)
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
     start, n_bad = 0, 0
@@ -203,6 +210,7 @@ def fit(
             if agree(stop.raised, world):
                 raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
     finally:
+        world.watch.rest()
         if log is not None:
             log.close()
 
@@ -256,6 +264,7 @@ class _Loop:
             measure = done % config.log_every == 0 or done == config.steps
             learning_rate = self.rate.at(step)
             metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
+            self.world.watch.touch(done)
             means.add(metrics)
             self.last_step = metrics
             if self.rate.follows_loss:
@@ -301,6 +310,7 @@ class _Loop:
             waited_from = time.perf_counter()
             batch = next(stream)
             timer.waited_s += time.perf_counter() - waited_from
+            self.world.watch.touch()
             self.n_bad += batch.n_bad
             tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
             position = (step * self.engine.accumulation + micro) * self.world.size + self.world.rank
@@ -364,6 +374,7 @@ class _Loop:
             tensors = {name: tensor.to(self.world.device) for name, tensor in batch.tensors.items()}
             loss, metrics = self.engine.forward(self.stage.prepare(tensors, done, index, measure=True))
             means.add({"loss": loss, **metrics}, len(batch.keys))
+            self.world.watch.touch()
         self.engine.train()
         values = means.take(self.world)
         if self.log is not None:
@@ -380,6 +391,7 @@ class _Loop:
                 save_png(picture, folder / f"{checkpoint_tag(done)}.png")
 
         on_first_rank(draw, self.world)
+        self.world.watch.touch()
 
     def _bad_samples(self) -> int:
         """Return the number of unusable samples of all ranks since the run's first step. Collective."""
@@ -414,9 +426,11 @@ class _Loop:
         self._observe_losses(done)
         state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
         self.engine.save(self.plan.directory / "checkpoints", done, state)
+        self.world.watch.touch()
 
     def _export(self, done: int) -> None:
         on_first_rank(lambda: self.stage.export(self.engine.averaged_weights(), done), self.world)
+        self.world.watch.touch()
 
 
 _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")
