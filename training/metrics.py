@@ -8,8 +8,6 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from training.checkpoints import replace_text
-
 Report = Callable[[str], None]
 
 
@@ -31,7 +29,7 @@ class MetricLog:
 
         self.path = run / "metrics.jsonl"
         kept = [line for line in read_metrics(self.path) if line["step"] <= step]
-        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
+        self.path.write_text("".join(json.dumps(line) + "\n" for line in kept))
         self._writer = SummaryWriter(str(run / "tensorboard"), purge_step=step + 1)
         self._file = self.path.open("a")
 
