@@ -1,8 +1,10 @@
 """`dalle-train`: every step from pictures to a bundle."""
 
 import dataclasses
+import logging
 import math
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -36,6 +38,8 @@ from training.shards import ShardFilter, make_shards
 from training.supervisor import is_supervised, supervise
 from training.watchdog import TIMEOUT_S, tell_supervisor
 from training.world import World, join_world, leave_world
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +305,14 @@ def _to_whoever_listens(line: str) -> None:
         to_stderr(line)
 
 
+def _warn_of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in a line that a thread, such as the one that writes TensorBoard's files, could not write."""
+    if isinstance(failed.exc_value, OSError):
+        logger.warning("%s ended: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
+
+
 @contextmanager
 def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
     """Join the ranks; inside, `report` prints on the first one alone.
@@ -315,6 +327,7 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
     world = join_world(timeout_s)
     report: Report = _to_whoever_listens if world.is_first else (lambda _line: None)
     world.watch.start()
+    hook, threading.excepthook = threading.excepthook, _warn_of_a_thread
     try:
         yield world, report
         leave_world()
@@ -323,6 +336,8 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
         leave_world()
         raise
     except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None and world.watch.run:
+            error.filename = str(world.watch.run)  # of a file that was open: the disk is full, or fails
         lost = world.watch.loss_error() if isinstance(error, RuntimeError) else None
         if lost is None:
             if isinstance(error, ValueError):
@@ -335,6 +350,7 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
             raise lost from error
         raise
     finally:
+        threading.excepthook = hook
         world.watch.stop()
 
 

@@ -3,6 +3,7 @@
 import contextlib
 import shutil
 import subprocess
+import time
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -37,13 +38,15 @@ def _size_of(folder: Path) -> int:
 def _fill(folder: Path, *, leave: int = 0) -> Path:
     """Fill a disk but for some bytes; returns the file to delete."""
     path = folder / "filler"
-    left = shutil.disk_usage(folder).free - leave
-    with path.open("wb") as file, contextlib.suppress(OSError):
-        while left > 0:
+    with path.open("ab") as file, contextlib.suppress(OSError):
+        while (left := shutil.disk_usage(folder).free - leave) > 0:
             file.write(bytes(min(left, MIB)))
             file.flush()
-            left -= MIB
     return path
+
+
+def _error_in(said: str) -> str:
+    return next((line[:160] for line in said.splitlines() if line.startswith("error: ")), "")
 
 
 def _hit(course: Course, name: str, *, when: str) -> tuple[str, str]:
@@ -61,7 +64,6 @@ def _hit(course: Course, name: str, *, when: str) -> tuple[str, str]:
             codes = job.wait()
             said = job.said()
         require(codes == [1, 1], f"the ranks ended with {codes}: {said[-800:]}")
-        line = next((line for line in said.splitlines() if line.startswith("error: ")), "")
         require("No space left" in said or "could not save" in said, f"the disk is not named: {said[-800:]}")
         require("Traceback" not in said, f"a traceback: {said[-1500:]}")
         kept = latest(bundle)
@@ -69,7 +71,7 @@ def _hit(course: Course, name: str, *, when: str) -> tuple[str, str]:
         filler.unlink()
         course.finish(command, f"{name}-end")
         require_equal(bundle, straight)
-        return f"both ranks ended with 1: {line[:120]}", f"nothing; the command went on from step {kept}"
+        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command went on from step {kept}"
 
 
 def _export(course: Course, name: str) -> tuple[str, str]:
@@ -80,15 +82,17 @@ def _export(course: Course, name: str) -> tuple[str, str]:
         command = course.command(bundle)
         with Job(course.scratch / "logs" / name, command) as job:
             wait_for(lambda: latest(bundle) >= LAST_SAVED or not job.is_running(), f"step {LAST_SAVED}")
-            filler = _fill(disk, leave=64 << 10)  # enough for metrics, and for nothing else
+            while job.is_running():  # also what the deletion of old checkpoints gives back
+                _fill(disk, leave=64 << 10)  # enough for metrics, and for nothing else
+                time.sleep(0.01)
             codes = job.wait()
             said = job.said()
         require(codes == [1, 1], f"the ranks ended with {codes}: {said[-800:]}")
         require("No space left" in said or "could not" in said, f"the disk is not named: {said[-800:]}")
-        filler.unlink()
+        (disk / "filler").unlink()
         course.finish(command, f"{name}-end")
         require_equal(bundle, straight)
-        return "both ranks ended with 1", f"nothing; the command went on from step {LAST_SAVED}"
+        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command went on from step {LAST_SAVED}"
 
 
 FAULTS = [
