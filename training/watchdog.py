@@ -23,7 +23,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-import torch.distributed as dist
+from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
 from training.checkpoints import latest_tag
 
@@ -220,7 +220,7 @@ class Watch:
         self,
         members: Sequence[Member] = (),
         rank: int = 0,
-        store: dist.Store | None = None,
+        store: Store | None = None,
         timeout_s: float = TIMEOUT_S,
     ) -> None:
         self.members, self.rank, self.timeout_s = tuple(members), rank, timeout_s
@@ -408,7 +408,7 @@ class _Mail:
     the rank before each host's first one listens to it.
     """
 
-    def __init__(self, watch: Watch, store: dist.Store) -> None:
+    def __init__(self, watch: Watch, store: Store) -> None:
         self._watch, self._store = watch, store
         self._n = len(watch.members)
         following = watch.members[(watch.rank + 1) % self._n]

@@ -13,7 +13,7 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import distributed_c10d
+from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]  # as below
 
 from training.watchdog import ATTEMPT, FIRST_STEP_FACTOR, TIMEOUT_S, Member, Watch, this_process
 
@@ -74,7 +74,7 @@ def join_world(timeout_s: float = TIMEOUT_S) -> World:
     return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, watch=watch)
 
 
-def job_store(place: str, *, host: bool) -> dist.Store:
+def job_store(place: str, *, host: bool) -> Store:
     """Return a store that all ranks of the job see, at the address that the launcher gives.
 
     Args:
@@ -82,7 +82,7 @@ def job_store(place: str, *, host: bool) -> dist.Store:
         host: whether this process holds it, unless torchrun's agent does.
     """
     host = host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
-    store = dist.TCPStore(
+    store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
         is_master=host,
@@ -90,7 +90,7 @@ def job_store(place: str, *, host: bool) -> dist.Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return dist.PrefixStore(f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
 
 
 def _meet(backend: str, timeout_s: float) -> Watch:
@@ -103,17 +103,18 @@ def _meet(backend: str, timeout_s: float) -> Watch:
     place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and ATTEMPT not in os.environ
     store = job_store(place, host=host)
     members = _introduce(store, rank, size)
-    watch = Watch(members, rank, dist.PrefixStore("watch", job_store(place, host=False)), timeout_s)
+    watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
     watch.start()
     # longer than a hang takes to be noticed: its stacks are worth more than an error in a collective
     group_timeout = timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s + JOIN_S)
     # DeepSpeed makes groups of its own, which would have these defaults: 30 minutes, 10 with NCCL
-    distributed_c10d.default_pg_timeout = distributed_c10d.default_pg_nccl_timeout = group_timeout
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=group_timeout)
     return watch
 
 
-def _introduce(store: dist.Store, rank: int, size: int) -> list[Member]:
+def _introduce(store: Store, rank: int, size: int) -> list[Member]:
     """Let all ranks know which processes they are; returns all of them, in order."""
     store.set(f"member/{rank}", this_process(rank).to_json())
     members = []

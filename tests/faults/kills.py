@@ -8,7 +8,18 @@ from functools import partial
 from pathlib import Path
 
 from jobs import N_RANKS, Job, wait_for
-from runs import CHECKPOINT_EVERY, STEPS, Course, Fault, in_a_save, last_step, latest, require, require_equal
+from runs import (
+    CHECKPOINT_EVERY,
+    STEPS,
+    Course,
+    Fault,
+    in_a_save,
+    last_step,
+    latest,
+    metrics_stamp,
+    require,
+    require_equal,
+)
 
 MOMENTS, PER_RUN = 20, 5
 SURVIVE_S = 30.0
@@ -43,14 +54,14 @@ def moments(rank: int) -> list[list[Moment]]:
     return [sorted(drawn[first : first + PER_RUN]) for first in range(0, MOMENTS, PER_RUN)]
 
 
-def _has_come(moment: Moment, job: Job, bundle: Path) -> bool:
+def _has_come(moment: Moment, job: Job, bundle: Path, before: object) -> bool:
     if not job.is_running():
         return True
+    if metrics_stamp(bundle) == before:  # what is there was written by the runs before
+        return False
     if moment.kind == "save":
         return latest(bundle) >= moment.step or (last_step(bundle) >= moment.step and in_a_save(bundle))
-    if moment.kind == "start":
-        return "going on from step" in job.said(0) or last_step(bundle) > 0
-    return last_step(bundle) >= moment.step
+    return moment.kind == "start" or last_step(bundle) >= moment.step
 
 
 @dataclass(kw_only=True)
@@ -69,8 +80,9 @@ def kill_once(course: Course, command: list[str], bundle: Path, rank: int, momen
     Raises:
         FaultError: it does not.
     """
+    before = metrics_stamp(bundle)
     with Job(course.scratch / "logs" / f"{bundle.name}-{tally.n}", command) as job:
-        wait_for(lambda: _has_come(moment, job, bundle), f"step {moment.step}", every_s=0.002)
+        wait_for(lambda: _has_come(moment, job, bundle, before), f"step {moment.step}", every_s=0.002)
         time.sleep(moment.delay_s)
         was_running, was_saving = job.is_running(), in_a_save(bundle)
         job.send(rank, signal.SIGKILL)

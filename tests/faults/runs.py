@@ -138,6 +138,12 @@ def last_step(bundle: Path) -> int:
     return int(json.loads(whole[-1])["step"]) if whole else 0
 
 
+def metrics_stamp(bundle: Path) -> tuple[int, int] | None:
+    """Return what changes with every change of metrics.jsonl; None while there is none."""
+    path = bundle / "training" / "transformer" / "metrics.jsonl"
+    return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else None
+
+
 def in_a_save(bundle: Path) -> bool:
     """Return whether a checkpoint is being written: there is something that `latest` does not know yet."""
     folder = checkpoints(bundle)
