@@ -54,13 +54,13 @@ def moments(rank: int) -> list[list[Moment]]:
     return [sorted(drawn[first : first + PER_RUN]) for first in range(0, MOMENTS, PER_RUN)]
 
 
-def _has_come(moment: Moment, job: Job, bundle: Path, before: object) -> bool:
+def _has_come(moment: Moment, job: Job, bundle: Path, before: object, since: float) -> bool:
     if not job.is_running():
         return True
     if metrics_stamp(bundle) == before:  # what is there was written by the runs before
         return False
     if moment.kind == "save":
-        return latest(bundle) >= moment.step or (last_step(bundle) >= moment.step and in_a_save(bundle))
+        return latest(bundle) >= moment.step or (last_step(bundle) >= moment.step and in_a_save(bundle, since))
     return moment.kind == "start" or last_step(bundle) >= moment.step
 
 
@@ -80,11 +80,11 @@ def kill_once(course: Course, command: list[str], bundle: Path, rank: int, momen
     Raises:
         FaultError: it does not.
     """
-    before = metrics_stamp(bundle)
+    before, since = metrics_stamp(bundle), time.time()
     with Job(course.scratch / "logs" / f"{bundle.name}-{tally.n}", command) as job:
-        wait_for(lambda: _has_come(moment, job, bundle, before), f"step {moment.step}", every_s=0.002)
+        wait_for(lambda: _has_come(moment, job, bundle, before, since), f"step {moment.step}", every_s=0.002)
         time.sleep(moment.delay_s)
-        was_running, was_saving = job.is_running(), in_a_save(bundle)
+        was_running, was_saving = job.is_running(), in_a_save(bundle, since)
         job.send(rank, signal.SIGKILL)
         killed_at = time.monotonic()
         codes = job.wait(SURVIVE_S)

@@ -144,13 +144,17 @@ def metrics_stamp(bundle: Path) -> tuple[int, int] | None:
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else None
 
 
-def in_a_save(bundle: Path) -> bool:
-    """Return whether a checkpoint is being written: there is something that `latest` does not know yet."""
+def in_a_save(bundle: Path, since: float) -> bool:
+    """Return whether a checkpoint is being written: `latest` does not know it, and it is newer than a point in time."""
     folder = checkpoints(bundle)
     if not folder.is_dir():
         return False
     known = (folder / "latest").read_text().strip() if (folder / "latest").is_file() else ""
-    return any(path.is_dir() and path.name.lstrip(".")[:12] > known for path in folder.iterdir())
+    unknown = [path for path in folder.iterdir() if path.is_dir() and path.name.lstrip(".")[:12] > known]
+    try:
+        return any(file.stat().st_mtime > since for path in unknown for file in (path, *path.rglob("*")))
+    except FileNotFoundError:  # it was renamed, or dropped
+        return False
 
 
 def curve(bundle: Path) -> dict[tuple[int, str], dict[str, float]]:
