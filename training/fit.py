@@ -292,16 +292,16 @@ class _Loop:
             self.unobserved.clear()
 
     def finish(self, done: int) -> None:
-        """Export, save, validate and show the end of the run, at step `done`.
+        """Export, validate, show and save the end of the run, at step `done`.
 
-        In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
+        In this order: a checkpoint of the last step, which no run goes on from, says that all the rest is there.
         """
         self._require_finite(done)
         self._export(done)
         if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
+            self._validate(done)
+            self._sample(done)
             self._save(done)
-        self._validate(done)
-        self._sample(done)
 
     def _micro_batches(
         self, stream: Iterator[Batch], step: int, timer: "_Timer", *, measure: bool
@@ -324,6 +324,14 @@ class _Loop:
         if done % config.checkpoint_every == 0:
             self._save(done)
             self._export(done)
+        else:
+            self._show(done)
+
+    def _show(self, done: int) -> None:
+        """Validate, and draw samples, if this step is one of those after which that is done."""
+        config = self.config
+        if done >= config.steps:  # the end has its own
+            return
         if config.validate_every and done % config.validate_every == 0:
             self._validate(done)
         if config.sample_every and done % config.sample_every == 0:
@@ -423,6 +431,7 @@ class _Loop:
 
     def _save(self, done: int) -> None:
         self._require_finite(done)
+        self._show(done)  # before: a run that goes on from this checkpoint would not make up for it
         self._observe_losses(done)
         state = {"step": done, "learning_rate": self.rate.state(), "bad_samples": self._bad_samples()}
         self.engine.save(self.plan.directory / "checkpoints", done, state)

@@ -51,6 +51,11 @@ class RankLostError(OSError):
     """Another rank is gone, and training cannot go on without it."""
 
 
+def first_rank_holds_store() -> bool:
+    """Return whether the store of the job ends with the first rank: no supervisor and no agent of torchrun has it."""
+    return ATTEMPT not in os.environ and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+
 def tell_supervisor(word: str) -> None:
     """Tell the supervisor, if there is one: started (a step is done), lost (no fault of ours) or final (no restart)."""
     if PIPE in os.environ:
@@ -415,6 +420,9 @@ class _Mail:
         is_elsewhere = following.place != watch.members[watch.rank].place
         self._listened_to = following if is_elsewhere else None
         self._heard, self._heard_at = "", time.monotonic()
+        is_here = watch.members[0].place == watch.members[watch.rank].place
+        self._holder = watch.members[0] if first_rank_holds_store() else None
+        self._holder_here = self._holder.process if self._holder is not None and is_here else None
         self._loss: _Loss | None = None
         self._answers: dict[int, Progress] | None = None
         self._is_answered = threading.Event()
@@ -433,6 +441,8 @@ class _Mail:
         sent, beaten_at = False, 0.0
         try:
             while not self._watch.wait(POLL_S):
+                if self._holder_here is not None and self._holder_here.is_gone():
+                    return  # torch would print a stack of C++ for a store that is gone
                 if self._loss is not None and not sent:
                     sent = True
                     self._send_loss(self._loss)
@@ -444,9 +454,9 @@ class _Mail:
                 if self._watch.is_hung.is_set() or self._store.check(["hung"]):
                     self._ask_all()
                     return
-        except RuntimeError:  # the store is gone, and with it, unless a supervisor holds it, the first rank
-            if not self._watch.wait(2 * POLL_S):
-                self._watch.note_loss(_Loss(member=self._watch.members[0], reason=""))
+        except RuntimeError:  # the store is gone
+            if not self._watch.wait(2 * POLL_S) and self._holder is not None:
+                self._watch.note_loss(_Loss(member=self._holder, reason=""))
 
     def _send_loss(self, loss: _Loss) -> None:
         self._store.compare_set("loss", "", json.dumps({"rank": loss.member.rank, "reason": loss.reason}))

@@ -15,7 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]  # as below
 
-from training.watchdog import ATTEMPT, FIRST_STEP_FACTOR, TIMEOUT_S, Member, Watch, this_process
+from training.watchdog import ATTEMPT, FIRST_STEP_FACTOR, TIMEOUT_S, Member, Watch, first_rank_holds_store, this_process
 
 JOIN_S = 600.0
 """What the other ranks have to come, after this one."""
@@ -81,11 +81,11 @@ def job_store(place: str, *, host: bool) -> Store:
         place: the part of it that is meant; after a restart by torchrun, another one of that name.
         host: whether this process holds it, unless torchrun's agent does.
     """
-    host = host and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=host,
+        is_master=host and not has_agent,
         timeout=timedelta(seconds=JOIN_S),
         wait_for_workers=False,
         multi_tenant=True,
@@ -100,7 +100,7 @@ def _meet(backend: str, timeout_s: float) -> Watch:
     dead would be read.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and ATTEMPT not in os.environ
+    place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and first_rank_holds_store()
     store = job_store(place, host=host)
     members = _introduce(store, rank, size)
     watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
