@@ -13,9 +13,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+import tiny
+from test_fit import MeanColours, Run, send
 
 import training.watchdog
-from training.fit import StopSignals
+from training.fit import Interrupted, StopSignals
+from training.metrics import read_metrics
 from training.supervisor import _Supervisor
 from training.watchdog import (
     ATTEMPT,
@@ -29,6 +32,7 @@ from training.watchdog import (
     launchers,
     this_process,
 )
+from training.world import join_world
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
 
@@ -296,6 +300,43 @@ def test_ranks_meet_in_the_same_attempt_although_one_fails_twice_before_the_othe
             process.kill()
     assert (tmp_path / "rank0").read_text().split() == ["0", "2"]
     assert (tmp_path / "rank1").read_text().split() == ["0", "1", "2"]
+
+
+# ------------------------------------------------------------------------------------------ the end of a step
+
+
+def lines_of(run: Run) -> list[tuple[int, str, float]]:
+    lines = read_metrics(run.folder / "run" / "metrics.jsonl")
+    return [(line["step"], line["split"], line["loss"]) for line in lines]
+
+
+def test_a_stop_loses_no_validation_of_the_step_after_which_it_comes(tmp_path: Path, shards: Path) -> None:
+    data, config = tiny.open_world(shards), tiny.train_config(steps=8, validate_every=4)
+    straight, stopped = Run(tmp_path / "straight", data, join_world()), Run(tmp_path / "stopped", data, join_world())
+    straight(config, validation=data)
+    with pytest.raises(Interrupted, match="stopped at step 4"):
+        stopped(config, validation=data, at_step=send(signal.SIGTERM, 3))
+    stopped(config, validation=data)
+    assert lines_of(stopped) == lines_of(straight)
+    assert [step for step, split, _ in lines_of(stopped) if split == "validation"] == [4, 8]
+
+
+def test_a_crash_in_the_last_validation_loses_nothing(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash(*_: object) -> None:
+        raise RuntimeError("power failure")
+
+    data, config = tiny.open_world(shards), tiny.train_config(steps=6, checkpoint_every=2)
+    straight, crashed = Run(tmp_path / "straight", data, join_world()), Run(tmp_path / "crashed", data, join_world())
+    straight(config, validation=data)
+    with monkeypatch.context() as patch:
+        patch.setattr(MeanColours, "transform_for_validation", crash)
+        with pytest.raises(RuntimeError, match="power failure"):
+            crashed(config, validation=data)
+    crashed(config, validation=data)
+    assert lines_of(crashed) == lines_of(straight)
+    assert crashed.weights == straight.weights
 
 
 # --------------------------------------------------------------------------------------------- the fault suite
