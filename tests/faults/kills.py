@@ -106,8 +106,7 @@ def kill_once(course: Course, command: list[str], bundle: Path, rank: int, momen
         require(named or latest(bundle) == 0, f"{tag} is not named: {what}")
         require("Traceback" not in said, f"a traceback: {what}")
         tally.slowest_s = max(tally.slowest_s, took_s)
-        time.sleep(1.5)  # reading processes notice within a second
-        require(not job.left_over(), f"{moment}: processes are left: {job.left_over()}")
+        wait_for(lambda: not job.left_over(), "the end of the reading processes")
 
 
 def _kill(course: Course, name: str, *, rank: int) -> tuple[str, str]:
