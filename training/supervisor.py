@@ -25,7 +25,7 @@ from training.watchdog import ATTEMPT, PIPE
 from training.world import job_store
 
 POLL_S = 0.2
-EXIT_S = 20.0
+EXIT_S = 60.0
 """What a child has to end by itself after that of another rank has failed."""
 FAREWELL_S = 120.0
 """What the other ranks have to end after this one."""
