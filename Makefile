@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all bench bench-plan lint clean
+.PHONY: demo test test-all faults bench bench-plan lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -16,6 +16,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Kills, signals, hangs, full disks and damaged shards, injected into real runs on two ranks; see docs/training.md.
+faults: $(STAMP)
+	$(BIN)/python tests/faults
 
 # Every program compares in one process of its own; about half an hour on two cores. See docs/performance.md.
 bench: $(BENCH_STAMP)

@@ -59,7 +59,7 @@ class Activations:
     layer: float
     """What the backward pass of one layer works in, besides what is kept; recomputed activations included."""
     casts: float
-    """Copies of the weights in 16 bits, which autocast makes and keeps; a part of `kept` unless layers are recomputed."""
+    """16-bit copies of the weights, which autocast keeps; a part of `kept` unless layers are recomputed."""
 
 
 def activations(

@@ -19,6 +19,7 @@ from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -219,22 +220,26 @@ def _interrupts_held_back() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _obey_the_parent_alone(worker: int) -> None:
+def _obey_the_parent_alone(parent: int, worker: int) -> None:
     """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint.
 
-    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it.
+    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it, or its end.
+
+    Args:
+        parent: the training process.
+        worker: the number of the worker, from 0.
     """
     if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
         return
-    parent = os.getppid()
 
     def wait() -> None:
-        while True:
-            heard = signal.sigwaitinfo(_INTERRUPTS)
-            if heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
-                os._exit(0)
+        while os.getppid() == parent:  # a process killed with -9 tells its children nothing
+            heard = signal.sigtimedwait(_INTERRUPTS, 1.0)
+            if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+                break
+        os._exit(0)
 
     threading.Thread(target=wait, daemon=True).start()
 
@@ -250,7 +255,7 @@ def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int)
         num_workers=workers,  # DataLoader gives each worker one torch thread
         prefetch_factor=4,
         multiprocessing_context="fork",  # shares the index; transforms need not be picklable
-        worker_init_fn=_obey_the_parent_alone,
+        worker_init_fn=partial(_obey_the_parent_alone, os.getpid()),
         generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
     )
     with _interrupts_held_back():

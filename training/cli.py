@@ -1,13 +1,16 @@
 """`dalle-train`: every step from pictures to a bundle."""
 
 import dataclasses
+import logging
 import math
 import os
 import sys
 import tempfile
+import threading
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Annotated
 
@@ -42,7 +45,11 @@ from training.programs import (
 from training.recipes import DVAERecipe, Recipe, recipe
 from training.shards import make_shards
 from training.start import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
+from training.supervisor import is_supervised, supervise
+from training.watchdog import TIMEOUT_S, tell_supervisor
 from training.world import World, join_world, leave_world
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,7 +94,16 @@ class _Data(_Shards):
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Stage(_Data):
+class _Watched:
+    timeout: float = TIMEOUT_S
+    """Seconds in which something must move, four times as many before the first step. After that the stacks of all
+    ranks are written to stacks/ in the run's directory, the ranks that fell behind are named, and training ends."""
+    auto_restart: int = 0
+    """How often to start training again, from its newest checkpoint, after a crash, a kill, a lost rank or a hang."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Stage(_Data, _Watched):
     steps: int | None = None
     """Optimizer steps; the recipe's if not given, as with all options below. Schedules that end at a step (learning
     rate, β, τ) are stretched in proportion, also when a run goes on, whose rate then jumps; warm-up and plateaus of the
@@ -227,7 +243,7 @@ class CLIPCommand(_Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class AllCommand(_Data):
+class AllCommand(_Data, _Watched):
     """Train tokenizer, dVAE, CLIP and transformer with one recipe, one after the other, and evaluate the bundle."""
 
     encode_crops: int | None = None
@@ -436,32 +452,74 @@ Command = (
 )
 
 
-INTERRUPTED = 130
-"""Exit code of a training that was asked to stop: what shells report for SIGINT."""
+class _Ended(Exception):  # noqa: N818  # not an error
+    """The training of a supervised job has ended."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
+def _to_whoever_listens(line: str) -> None:
+    """Print a line; a terminal or a launcher that is gone, and its end of the pipe with it, stops no training."""
+    with suppress(OSError):
+        to_stderr(line)
+
+
+def _warn_of_a_thread(failed: threading.ExceptHookArgs) -> None:
+    """Say in a line that a thread, such as the one that writes TensorBoard's files, could not write."""
+    if isinstance(failed.exc_value, OSError):
+        logger.warning("%s ended: %s", failed.thread.name if failed.thread else "a thread", failed.exc_value)
+    else:
+        threading.__excepthook__(failed)
 
 
 @contextmanager
-def _world() -> Iterator[tuple[World, Report]]:
+def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
     """Join the ranks; inside, `report` prints on the first one alone.
+
+    Args:
+        timeout_s: seconds without progress in a run after which it counts as hung.
 
     Raises:
         Interrupted: what was raised inside, after it was reported.
+        RankLostError: another rank is gone; in place of the RuntimeError that a collective raised inside.
     """
-    world = join_world()
-    report: Report = to_stderr if world.is_first else (lambda _line: None)
+    world = join_world(timeout_s)
+    report: Report = _to_whoever_listens if world.is_first else (lambda _line: None)
+    world.watch.start()
+    hook, threading.excepthook = threading.excepthook, _warn_of_a_thread
     try:
         yield world, report
+        leave_world()
     except Interrupted as stopped:
         report(str(stopped))
         leave_world()
         raise
-    except BaseException:
+    except BaseException as error:
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None and world.watch.run:
+            error.filename = str(world.watch.run)  # of a file that was open: the disk is full, or fails
+        lost = world.watch.loss_error() if isinstance(error, RuntimeError) else None
+        if lost is None:
+            if isinstance(error, ValueError):
+                tell_supervisor("final")
+            world.watch.say_farewell(" ".join(str(error).split()) or type(error).__name__)
+        else:
+            tell_supervisor("lost")
         leave_world(after_error=True)
+        if lost is not None:
+            raise lost from error
         raise
-    leave_world()
+    finally:
+        threading.excepthook = hook
+        world.watch.stop()
 
 
-def _run(command: Command) -> None:
+def _run(command: Command, argv: Sequence[str]) -> None:
+    if isinstance(command, _Watched):
+        _require_sensible(command)
+        if command.auto_restart and not is_supervised():
+            raise _Ended(supervise(argv, command.auto_restart))
     match command:
         case ShardsCommand():
             _make_shards(command)
@@ -490,6 +548,13 @@ def _run(command: Command) -> None:
             _train(command, recipe(command.recipe))
 
 
+def _require_sensible(command: _Watched) -> None:
+    if not 0 < command.timeout < math.inf:
+        raise ValueError(f"--timeout is {command.timeout}; expected seconds above 0, such as 1800")
+    if command.auto_restart < 0:
+        raise ValueError(f"--auto-restart is {command.auto_restart}; expected a number of restarts, such as 3")
+
+
 def _train(command: _Shards, chosen: Recipe) -> None:
     """Run one of the training programs with the options given."""
     inputs = command.inputs()
@@ -499,7 +564,7 @@ def _train(command: _Shards, chosen: Recipe) -> None:
             train_tokenizer(dataclasses.replace(chosen, text_vocab=vocab), inputs, to_stderr)
         case DVAECommand():
             changed = dataclasses.replace(chosen, dvae=_overridden(command, chosen.dvae))
-            with _world() as (world, report):
+            with _world(command.timeout) as (world, report):
                 train_dvae(changed, inputs, world, report, init=command.init)
         case TransformerCommand():
             transformer = dataclasses.replace(chosen.transformer, train=command.override(chosen.transformer.train))
@@ -507,15 +572,15 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 transformer = dataclasses.replace(
                     transformer, null_caption_probability=command.null_caption_probability
                 )
-            with _world() as (world, report):
+            with _world(command.timeout) as (world, report):
                 changed = dataclasses.replace(chosen, transformer=transformer)
                 train_transformer(changed, inputs, world, report, tokenizer=command.tokenizer, dvae=command.dvae)
         case CLIPCommand():
             clip = dataclasses.replace(chosen.clip, train=command.override(chosen.clip.train))
-            with _world() as (world, report):
+            with _world(command.timeout) as (world, report):
                 train_clip(dataclasses.replace(chosen, clip=clip), inputs, world, report)
         case AllCommand():
-            with _world() as (world, report):
+            with _world(command.timeout) as (world, report):
                 train_all(chosen, inputs, world, report, encode_crops=command.encode_crops)
 
 
@@ -615,14 +680,17 @@ def _make_shards(command: ShardsCommand) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run `dalle-train`; returns the exit code: 0, 1 after an error, or `INTERRUPTED`.
+    """Run `dalle-train`; returns the exit code: 1 after an error, otherwise 0.
 
-    An interruption that saved everything is not a success: a command after `&&` would go on with a model half trained.
+    An interruption that saved everything is a success too: the scheduler that asked for it repeats the command.
     """
+    arguments = list(sys.argv[1:] if argv is None else argv)
     try:
-        return run_program(Command, _run, argv, prog=PROGRAM, description=DESCRIPTION)
+        return run_program(Command, partial(_run, argv=arguments), arguments, prog=PROGRAM, description=DESCRIPTION)
     except Interrupted:
-        return INTERRUPTED
+        return 0
+    except _Ended as ended:
+        return ended.code
 
 
 if __name__ == "__main__":

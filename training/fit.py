@@ -100,11 +100,16 @@ class Interrupted(Exception):  # noqa: N818  # not an error
 
 
 class StopSignals:
-    """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved."""
+    """While it lasts, SIGINT and SIGTERM only raise a flag: the step under way ends, and a checkpoint is saved.
+
+    A second SIGINT is a KeyboardInterrupt. SIGTERM may come any number of times: from a launcher, and from the watch
+    that finds the launcher gone.
+    """
 
     def __init__(self) -> None:
         self.raised = False
         """Whether one has come."""
+        self._n_interrupts = 0
 
     def __enter__(self) -> "StopSignals":
         self._handlers = {number: signal.signal(number, self._raise_flag) for number in (signal.SIGINT, signal.SIGTERM)}
@@ -115,7 +120,8 @@ class StopSignals:
             signal.signal(number, handler)
 
     def _raise_flag(self, number: int, _frame: FrameType | None) -> None:
-        if self.raised and number == signal.SIGINT:
+        self._n_interrupts += number == signal.SIGINT
+        if self._n_interrupts > 1:
             raise KeyboardInterrupt
         self.raised = True
 
@@ -197,6 +203,7 @@ def fit(
         )
         if (stage.directory / "config.json").is_file():
             return
+    world.watch.follow(plan.directory, lambda: latest_tag(checkpoints))
     engine = Engine(stage.objective, config, world)
     rate = LearningRate(config.learning_rate)
     for line in (engine.batch, *engine.changes):
@@ -229,6 +236,7 @@ def fit(
             if agree(stop.raised, world):
                 raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
     finally:
+        world.watch.rest()
         if log is not None:
             log.close(*_ending(sys.exception()))
 
@@ -289,6 +297,7 @@ class _Loop:
             learning_rate = self.rate.at(step)
             self.keys = []
             metrics = engine.step(self._micro_batches(stream, step, timer, measure=measure), learning_rate, step)
+            self.world.watch.touch(done)
             means.add(metrics, engine.taken)
             self.skipped.add(step, engine.taken, metrics["loss"], self.keys, is_overflow=engine.was_overflow)
             if self.rate.follows_loss:
@@ -318,9 +327,9 @@ class _Loop:
             self.unobserved.clear()
 
     def finish(self, done: int) -> None:
-        """Export, save, validate and show the end of the run, at step `done`.
+        """Export, validate, show and save the end of the run, at step `done`.
 
-        In this order: a checkpoint of the last step, which no run goes on from, says that the export is there.
+        In this order: a checkpoint of the last step, which no run goes on from, says that all the rest is there.
         """
         self._look_at_skipped(done)
         if self.skipped.n >= done:
@@ -328,9 +337,9 @@ class _Loop:
         self._require_finite(done)
         self._export(done)
         if latest_tag(self.plan.directory / "checkpoints") != checkpoint_tag(done):
+            self._validate(done)
+            self._sample(done)
             self._save(done)
-        self._validate(done)
-        self._sample(done)
 
     def _micro_batches(
         self, stream: Iterator[Batch], step: int, timer: Timer, *, measure: bool
@@ -339,6 +348,7 @@ class _Loop:
             waited_from = time.perf_counter()
             batch = next(stream)
             timer.waited_s += time.perf_counter() - waited_from
+            self.world.watch.touch()
             self.n_bad += batch.n_bad
             self.keys += batch.keys
             tensors = {name: tensor.to(self.world.device, non_blocking=True) for name, tensor in batch.tensors.items()}
@@ -354,6 +364,14 @@ class _Loop:
         if done % config.checkpoint_every == 0:
             self._save(done)
             self._export(done)
+        else:
+            self._show(done)
+
+    def _show(self, done: int) -> None:
+        """Validate, and draw samples, if this step is one of those after which that is done."""
+        config = self.config
+        if done >= config.steps:  # the end has its own
+            return
         if config.validate_every and done % config.validate_every == 0:
             self._validate(done)
         if config.sample_every and done % config.sample_every == 0:
@@ -424,6 +442,7 @@ class _Loop:
                 self.log.picture(done, path)
 
         on_first_rank(draw, self.world)
+        self.world.watch.touch()
 
     def _bad_samples(self) -> int:
         """Return the number of unusable samples of all ranks since the run's first step. Collective."""
@@ -468,6 +487,7 @@ class _Loop:
     def _save(self, done: int) -> None:
         self._look_at_skipped(done)
         self._require_finite(done)
+        self._show(done)  # before: a run that goes on from this checkpoint would not make up for it
         self._observe_losses(done)
         state = {
             "step": done,
@@ -476,9 +496,11 @@ class _Loop:
             "skipped_steps": self.skipped.n,
         }
         self.engine.save(self.plan.directory / "checkpoints", done, state)
+        self.world.watch.touch()
 
     def _export(self, done: int) -> None:
         on_first_rank(lambda: self.stage.export(self.engine.averaged_weights(), done), self.world)
+        self.world.watch.touch()
 
 
 _SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")

@@ -67,6 +67,7 @@ def validate(
             loss, metrics = engine.forward(stage.prepare(tensors, step, number, measure=True))
             means.add({"loss": loss, **metrics}, weight)
             n_measured += weight
+            world.watch.touch()
             if world.is_first:
                 progress.update(min(n_chosen, (turn + 1) * world.size * batch_size), n_chosen)
     return _result(means, n_measured, error, world)

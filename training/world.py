@@ -7,11 +7,18 @@ import hashlib
 import os
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]  # as below
+
+from training.watchdog import ATTEMPT, FIRST_STEP_FACTOR, TIMEOUT_S, Member, Watch, first_rank_holds_store, this_process
+
+JOIN_S = 600.0
+"""What the other ranks have to come, after this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,6 +28,8 @@ class World:
     rank: int
     size: int
     device: torch.device
+    watch: Watch = field(default_factory=Watch, compare=False, repr=False)
+    """What this rank watches while it trains; of the ranks that `join_world` has joined, all are known to it."""
 
     @property
     def is_first(self) -> bool:
@@ -28,10 +37,16 @@ class World:
         return self.rank == 0
 
 
-def join_world() -> World:
+def join_world(timeout_s: float = TIMEOUT_S) -> World:
     """Join the process group that a launcher (`deepspeed`, `torchrun`) describes, or make one of a single process.
 
     A second call in the same process returns the group that is there.
+
+    Args:
+        timeout_s: seconds without progress after which the watch, not yet the group, ends a run.
+
+    Raises:
+        OSError: the other ranks do not come.
     """
     # 0.19.8 calls torch.distributed functions that torch 2.13 has renamed; every rank would say so for each of them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -43,10 +58,11 @@ def join_world() -> World:
     device = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     if use_cuda:
         torch.cuda.set_device(device)
+    watch = Watch(timeout_s=timeout_s)
     if not dist.is_initialized():
         backend = "nccl" if use_cuda else "gloo"
         if launched:
-            dist.init_process_group(backend)
+            watch = _meet(backend, timeout_s)
         else:
             store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
             dist.init_process_group(backend, store=store, rank=0, world_size=1)
@@ -55,7 +71,59 @@ def join_world() -> World:
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         if n_local > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_local))
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device)
+    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, watch=watch)
+
+
+def job_store(place: str, *, host: bool) -> Store:
+    """Return a store that all ranks of the job see, at the address that the launcher gives.
+
+    Args:
+        place: the part of it that is meant; after a restart by torchrun, another one of that name.
+        host: whether this process holds it, unless torchrun's agent does.
+    """
+    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    store = TCPStore(
+        os.environ["MASTER_ADDR"],
+        int(os.environ["MASTER_PORT"]),
+        is_master=host and not has_agent,
+        timeout=timedelta(seconds=JOIN_S),
+        wait_for_workers=False,
+        multi_tenant=True,
+    )
+    return PrefixStore(f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+
+
+def _meet(backend: str, timeout_s: float) -> Watch:
+    """Join the process group of all ranks; returns the watch over them, which has begun.
+
+    An attempt of a supervised job has a place of its own in the store: at that of the one before, the addresses of the
+    dead would be read.
+    """
+    rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and first_rank_holds_store()
+    store = job_store(place, host=host)
+    members = _introduce(store, rank, size)
+    watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
+    watch.start()
+    # longer than a hang takes to be noticed: its stacks are worth more than an error in a collective
+    group_timeout = timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s + JOIN_S)
+    # DeepSpeed makes groups of its own, which would have these defaults: 30 minutes, 10 with NCCL
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, group_timeout)
+    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=group_timeout)
+    return watch
+
+
+def _introduce(store: Store, rank: int, size: int) -> list[Member]:
+    """Let all ranks know which processes they are; returns all of them, in order."""
+    store.set(f"member/{rank}", this_process(rank).to_json())
+    members = []
+    for other in range(size):
+        try:
+            members.append(Member.from_json(store.get(f"member/{other}")))
+        except RuntimeError as error:
+            raise OSError(f"rank {other} of {size} did not come within {JOIN_S:.0f} s ({error})") from None
+    return members
 
 
 def leave_world(*, after_error: bool = False) -> None:
