@@ -22,7 +22,7 @@ from torch import Tensor
 
 import training.cli
 import training.recipes
-from dalle.cli import set_up_logging
+from dalle.command import set_up_logging
 from dalle.progress import printable
 from dvae import DVAE
 from dvae.images import open_image
