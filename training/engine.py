@@ -340,7 +340,7 @@ class Engine:
         saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)
         if is_other:
-            report(f"{tag} was saved by {saved[0]} ranks: converting it for {now[0]}")
+            report(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
             on_first_rank(lambda: resharding.convert(directory, tag), self.world)
         error: Exception | None = None
         try:
