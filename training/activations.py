@@ -83,7 +83,7 @@ def activations(
     casts = 12.0 * D * D * config.n_layers * 2 if precision == "autocast" else 0.0
     if checkpointing:
         largest = max(size for _, size in blocks.values())
-        kept = width.stream * config.n_layers * B * S * D
+        kept = float(width.stream * config.n_layers * B * S * D)
         recomputed = largest - width.stream * B * S * D + casts / config.n_layers
     else:
         kept = sum(n * size for n, size in blocks.values()) + casts

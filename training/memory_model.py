@@ -185,7 +185,7 @@ class Memory:
     @property
     def total(self) -> float:
         """On the device."""
-        return sum(getattr(self, field.name) for field in fields(self) if field.name != "host")
+        return sum(float(getattr(self, field.name)) for field in fields(self) if field.name != "host")
 
 
 @dataclass(frozen=True, kw_only=True)
