@@ -30,6 +30,8 @@ BUCKET = 500_000_000
 """Gradients that DeepSpeed reduces at a time (`reduce_bucket_size`, its default): it keeps a buffer for as many."""
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
+PREFETCH = 50_000_000
+"""Parameters that stage 3 gathers at a time (`stage3_prefetch_bucket_size`, its default), unless a tensor has more."""
 SUB_GROUP = 1_000_000_000
 """Parameters that stage 3 updates at a time (`sub_group_size`, its default)."""
 PERSISTENT = 100_000
@@ -185,7 +187,7 @@ class Memory:
     @property
     def total(self) -> float:
         """On the device."""
-        return float(sum(getattr(self, field.name) for field in fields(self) if field.name != "host"))
+        return sum(float(getattr(self, field.name)) for field in fields(self) if field.name != "host")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -317,6 +319,14 @@ def _gathered(run: Run) -> float:
     return float(min(run.sizes.total, LIVE) * widths(run.mode.precision).weight)
 
 
+def _fetched(run: Run) -> float:
+    """Return the bytes of a message of gathered weights at stage 3, which they are copied out of."""
+    if run.mode.zero_stage < 3:
+        return 0.0
+    n = min(run.sizes.total, max(PREFETCH, run.sizes.largest))
+    return float(n * widths(run.mode.precision).weight)
+
+
 def _bucket(run: Run) -> float:
     """Return the bytes of the buffer of gradients. On a CPU the part that is never written costs nothing."""
     if run.mode.zero_stage == 0 or run.mode.has_whole_gradients:
@@ -379,7 +389,9 @@ def _loss(run: Run, acts: Activations) -> Memory:
 
 def _backward_begins(run: Run, acts: Activations) -> Memory:
     in_bucket = _bucket(run) if run.device == "cuda" and run.mode.zero_stage in (1, 2) else 0.0
-    return Memory(gradients=_carried(run), activations=acts.kept, working=acts.layer, deepspeed=in_bucket)
+    return Memory(
+        gradients=_carried(run), activations=acts.kept, working=acts.layer, deepspeed=in_bucket + _fetched(run)
+    )
 
 
 def _backward_ends(run: Run, acts: Activations) -> Memory:
@@ -392,7 +404,7 @@ def _backward_ends(run: Run, acts: Activations) -> Memory:
         gradients=_whole_gradients(run) if stage < 2 else _own_gradients(run),
         activations=0.0 if run.checkpointing else layer,
         working=acts.layer,
-        deepspeed=bucket,
+        deepspeed=bucket + _fetched(run),
     )
 
 

@@ -548,7 +548,7 @@ def _micro_batch_table(plan: Plan) -> Iterator[str]:
     yield f"    {'':<21}{''.join(f'{n:>10}' for n in plan.modes[0].totals)}"
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         cells = (f"{total / GIB:.1f}" if total <= usable else f"({total / GIB:.1f})" for total in row.totals.values())
-        yield f"    {_label(row.mode):<21}{''.join(f'{cell:>10}' for cell in cells)}"
+        yield f"    {row.preset:<21}{''.join(f'{cell:>10}' for cell in cells)}"
 
 
 def _recommendation_lines(plan: Plan) -> Iterator[str]:

@@ -104,6 +104,13 @@ def test_text_is_start_ids_and_one_pad_per_position():
     assert text[1].tolist() == [V, *(V + 1 + t for t in range(1, 8))]
 
 
+def test_several_captions_have_the_rows_of_each():
+    text, n_cut = TOKENIZER.text(CAPTIONS[:9], 5)
+    each = [TOKENIZER.text([caption], 5) for caption in CAPTIONS[:9]]
+    assert torch.equal(text, torch.cat([row for row, _ in each]))
+    assert n_cut == sum(n for _, n in each)
+
+
 def test_longer_captions_are_cut_and_counted():
     long = "red blue green yellow circle square triangle"
     ids = TOKENIZER.encode(long)
