@@ -12,6 +12,7 @@ import logging
 import math
 import os
 import signal
+import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -56,6 +57,7 @@ ASPECT_RATIOS = ((0.25, "below 1/4"), (0.5, "1/4 to 1/2"), (1.0, "1/2 to 1"), (2
 """Upper ends and names of the ranges that width ÷ height is counted in, besides "above 4"; 1/2 and 2 are inside."""
 _EXACT_LENGTHS = 1000  # longer captions are counted by two digits of their lengths
 _NAMED_IN_REPORT = 5
+_PARENT_LOOK_S = 1.0  # between two looks of a process at whether its parent is alive
 _PICTURE_PROBLEMS = ("is empty", "is not a picture", "is too large", "is too small")
 
 
@@ -325,8 +327,16 @@ def _not_known(out: Path, records: dict[Path, str], tokenizer: str | None) -> tu
     return missing, n_changed
 
 
-def _obey_the_parent_alone() -> None:
+def _obey_the_parent_alone(parent: int) -> None:
+    """Leave Ctrl-C to the parent process, and end when it does, however that is."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def watch() -> None:
+        while os.getppid() == parent:
+            time.sleep(_PARENT_LOOK_S)
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _check_quietly(path: Path, tokenizer: Tokenizer | None) -> ShardRecord:
@@ -346,8 +356,10 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
         return
     waiting = iter(paths)
     running: dict[Future[ShardRecord], Path] = {}
-    # A forked process would have the parent's locks, which its threads may hold.
-    pool = ProcessPoolExecutor(workers, get_context("spawn"), initializer=_obey_the_parent_alone)
+    # forked, like the loader's: a new interpreter would import torch for seconds, and hear Ctrl-C meanwhile
+    pool = ProcessPoolExecutor(
+        workers, get_context("fork"), initializer=_obey_the_parent_alone, initargs=(os.getpid(),)
+    )
     try:
         while True:
             for path in waiting:

@@ -3,6 +3,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import tarfile
 from collections.abc import Sequence
 from itertools import islice
@@ -16,6 +17,7 @@ from corrupt import encoded, noise
 from tiny import samples_of, write_tar
 from torch import Tensor
 
+import training.check_data
 import training.cli
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
@@ -203,6 +205,17 @@ def test_parallel_processes_find_the_same(shards: Path, tmp_path: Path) -> None:
     assert [p.read_text() for p in sorted((tmp_path / "one" / "shards").iterdir())] == [
         p.read_text() for p in sorted((tmp_path / "two" / "shards").iterdir())
     ]
+
+
+def test_a_killed_process_ends_the_check_and_what_was_checked_is_kept(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check_data([shards / "000000.tar"], tmp_path / "m")
+    with monkeypatch.context() as patch:  # which the forked process has, too
+        patch.setattr(training.check_data, "check_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        with pytest.raises(OSError, match="a process that checks shards was killed"):
+            check_data([shards], tmp_path / "m", workers=1)
+    assert check_data([shards], tmp_path / "m").n_read == 2
 
 
 def test_the_command_prints_the_report_and_findings_are_no_error(
