@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
-from test_ranks import LAUNCHERS, PATIENCE_S, launch, losses_of, transformer_command, untrained
+from test_ranks import LAUNCHERS, launch, losses_of, transformer_command, untrained
 
 __all__ = ["untrained"]  # a fixture
 
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
+PATIENCE_S = 300
 
 
 def environment(**more: str) -> dict[str, str]:
