@@ -1,6 +1,6 @@
 """AdamW as the paper runs it: with a bound on the running variance (Ramesh et al. 2021, B.2)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,7 +25,7 @@ class VarianceClippedAdamW(torch.optim.AdamW):
         self.variance_clip = variance_clip
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]  # nothing asks for a loss
+    def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives a closure
         """Take a step for the parameters that have a gradient."""
         for group in self.param_groups:
             for parameter in group["params"]:

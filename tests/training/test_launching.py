@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
-from test_ranks import LAUNCHERS, PATIENCE_S, launch, losses_of, transformer_command, untrained
+from test_ranks import LAUNCHERS, launch, losses_of, transformer_command, untrained
 
 __all__ = ["untrained"]  # a fixture
 
@@ -22,6 +22,7 @@ pytestmark = pytest.mark.slow
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
+PATIENCE_S = 300
 
 
 def environment(**more: str) -> dict[str, str]:
@@ -94,6 +95,11 @@ def ip(*arguments: str) -> "subprocess.CompletedProcess[str]":
     return subprocess.run(["ip", *arguments], capture_output=True, text=True, check=True, timeout=30)
 
 
+def namespaces() -> list[str]:
+    """Return the names of the network namespaces of these tests that are there."""
+    return [line.split()[0] for line in ip("netns", "list").stdout.splitlines() if line.startswith("dalle-")]
+
+
 def take_down(names: list[str]) -> None:
     """Delete network namespaces, after everything that runs in them."""
     for name in names:
@@ -124,18 +130,17 @@ def set_up(suffix: int) -> list[Machine]:
 def machines() -> Iterator[list[Machine]]:
     if shutil.which("ip") is None or os.geteuid() != 0:
         pytest.skip("two machines need network namespaces: the program `ip` and the rights of root")
-    suffix = os.getpid() % 100_000
-    names = [f"dalle-{suffix}-{i}" for i in range(2)]
+    take_down([name for name in namespaces() if not Path(f"/proc/{name.split('-')[1]}").exists()])  # of killed tests
+    names = [f"dalle-{os.getpid()}-{i}" for i in range(2)]
     try:
         try:
-            made = set_up(suffix)
+            made = set_up(os.getpid())
         except subprocess.CalledProcessError as error:
             pytest.skip(f"network namespaces cannot be made here: {error.stderr.strip()}")
         yield made
     finally:
         take_down(names)
-    left = ip("netns", "list").stdout
-    assert not [name for name in names if name in left]
+    assert not set(names) & set(namespaces())
 
 
 def finish(processes: list["subprocess.Popen[str]"]) -> list[tuple[int, str]]:
