@@ -361,9 +361,6 @@ def transformer(width: int = 32) -> DALLE:
     return DALLE(dataclasses.replace(tiny.recipe().transformer.model, d_model=width, n_heads=2))
 
 
-N_PAIRS = 1024
-
-
 def learned_pairs(n: int) -> dict[str, Tensor]:
     """Captions and 4×4 pictures of 32 colours of the built-in world, as the transformer takes them."""
     pictures = list(drawings(n, 0, size=32))
@@ -383,7 +380,7 @@ def batches_of(pairs: Mapping[str, Tensor], n_steps: int, size: int) -> Iterator
         yield {name: tensor[chosen] for name, tensor in pairs.items()}
 
 
-def learn(world: World, n_steps: int, changes: dict[str, Any]) -> dict[str, Any]:
+def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Train a tiny transformer; returns the loss before and after, and what a step sent, as counted outside."""
     settings = {"global_batch": 16, "optimizer": OptimizerConfig(), **changes}
     engine = Engine(TransformerObjective(transformer()), tiny.train_config(**settings), world)
@@ -391,7 +388,7 @@ def learn(world: World, n_steps: int, changes: dict[str, Any]) -> dict[str, Any]
     counted = [0]
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
         count_calls(name, counted)
-    pairs = learned_pairs(N_PAIRS)
+    pairs = learned_pairs(n_pairs)
     before = engine.forward(pairs)[0].item()
     metrics = {}
     for step, whole in enumerate(batches_of(pairs, n_steps, 16)):
@@ -423,10 +420,10 @@ def test_as_many_bytes_are_sent_as_the_formula_says(tmp_path: Path, stage: int) 
     rank, model = 4, transformer()
     shapes = {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
     expected = expected_ratio(shapes, compressed_names(model, rank), rank)
-    plain, _ = on_ranks(tmp_path, learn, 2, {"zero_stage": stage})
+    plain, _ = on_ranks(tmp_path, learn, 2, 32, {"zero_stage": stage})
     full = 4 * sum(parameter.numel() for parameter in model.parameters())
     assert full <= plain["bytes"] <= full + VOTES
-    for found in on_ranks(tmp_path, learn, 2, {"zero_stage": stage, "powersgd_rank": rank}):
+    for found in on_ranks(tmp_path, learn, 2, 32, {"zero_stage": stage, "powersgd_rank": rank}):
         assert found["bytes_full"] == full
         assert found["bytes_sent"] / full == pytest.approx(expected, rel=0.05)
         assert found["bytes_ratio"] == pytest.approx(found["bytes_sent"] / full)
@@ -438,8 +435,8 @@ def test_as_many_bytes_are_sent_as_the_formula_says(tmp_path: Path, stage: int) 
 
 @pytest.mark.slow
 def test_after_300_steps_the_loss_is_within_one_percent_of_plain_training(tmp_path: Path) -> None:
-    plain, _ = on_ranks(tmp_path, learn, 300, {})
-    found, other = on_ranks(tmp_path, learn, 300, {"powersgd_rank": 8})
+    plain, _ = on_ranks(tmp_path, learn, 300, 1024, {})
+    found, other = on_ranks(tmp_path, learn, 300, 1024, {"powersgd_rank": 8})
     assert found == other
     assert plain["after"] < 0.3 * plain["before"], "nothing was learned"
     assert found["after"] == pytest.approx(plain["after"], rel=0.01)
