@@ -147,7 +147,7 @@ def _with_flipped(data: bytes, place: int) -> bytes:
 
 
 CORRUPT: dict[str, Callable[[np.random.Generator], bytes]] = {
-    "no bytes": lambda rng: b"",
+    "one byte": lambda rng: rng.bytes(1),  # no bytes at all are no picture, and known before training
     "random bytes": lambda rng: rng.bytes(500),
     "text": lambda rng: b"404 Not Found\n" * 9,
     "HTML": lambda rng: b"<html><body>This picture is no longer here</body></html>",
