@@ -170,6 +170,14 @@ def test_gradients_of_earlier_micro_batches_are_there_in_the_forward_pass() -> N
     assert (one.gradients, two.gradients) == (0, 4 * run_of(mode).sizes.total)
 
 
+def test_the_dvae_encodes_a_micro_batch_at_a_time_beside_its_weights() -> None:
+    run = run_of(Mode(zero_stage=0, precision="fp32"), micro_batch=3, dvae_weights=1e9, dvae_working=5e8)
+    encoding = moments(run)["encoding"]
+    assert encoding.working == 3 * 5e8
+    assert encoding.weights == 4 * run.sizes.total + 1e9
+    assert peak(run)[0] == "encoding"
+
+
 def test_a_buffer_of_gradients_is_as_large_as_deepspeeds_on_a_gpu_and_costs_a_cpu_what_is_written() -> None:
     mode = Mode(zero_stage=2, precision="fp32")
     gpu, cpu = (moments(run_of(mode, device=device))["reduction"].deepspeed for device in ("cuda", "cpu"))
