@@ -169,7 +169,7 @@ def _around_partitioning(optimizer: Any, model: nn.Module, change: Change, *, is
         change(_gradients(model, optimizer.get_gradient_for_reduction))
         reduce(pipeline_parallel=pipeline_parallel)
 
-    def as_it_is(tensor: Tensor, communication_data_type: torch.dtype) -> Tensor:
+    def as_it_is(tensor: Tensor, *_: object) -> Tensor:
         return tensor
 
     optimizer.reduce_gradients = changed
