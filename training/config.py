@@ -174,6 +174,8 @@ class TrainConfig:
                     f"{option} needs zero_stage 0 or 1, got {self.zero_stage}: above, gradients leave a rank while the "
                     "backward pass still runs"
                 )
+            if is_given and self.offload != "none":
+                raise ValueError(f"{option} cannot go with offload {self.offload}: leave one of them out")
         if self.gradient_scaling == "per-resblock" and self.precision != "autocast-fp16":
             raise ValueError(
                 f"gradient_scaling per-resblock is for precision autocast-fp16, got {self.precision}: float32 and "

@@ -39,10 +39,14 @@ def is_supervised() -> bool:
 def supervise(arguments: Sequence[str], restarts: int) -> int:
     """Run `dalle-train` with these arguments as a child, again and again up to `restarts` times while it fails.
 
+    What says where the first one starts, --fresh and --resume-from, is left out once the first rank has taken a step:
+    the next one goes on.
+
     Returns:
         The exit code of the last child; 128 + the signal that ended it.
     """
-    code = _Supervisor([sys.executable, "-P", "-m", "training.cli", *arguments], restarts).run()
+    program = [sys.executable, "-P", "-m", "training.cli"]
+    code = _Supervisor([*program, *arguments], restarts, [*program, *_going_on(arguments)]).run()
     return code if code >= 0 else 128 - code
 
 
@@ -63,12 +67,14 @@ class _End:
 class _Supervisor:
     """Starts one rank's child."""
 
-    def __init__(self, command: Sequence[str], restarts: int) -> None:
+    def __init__(self, command: Sequence[str], restarts: int, to_go_on: Sequence[str] | None = None) -> None:
         self._command, self._restarts = list(command), restarts
+        self._to_go_on = list(command if to_go_on is None else to_go_on)
         self._rank, self._n_ranks = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
         self._child: subprocess.Popen[bytes] | None = None
         self._n_stops = 0
         self._has_started = False
+        self._goes_on = False
 
     def run(self) -> int:
         """Return the code of the last child."""
@@ -83,6 +89,7 @@ class _Supervisor:
                     return end.code
                 self._say(f"the training of rank {self._rank} {end}: restart {following} of {self._restarts}")
                 attempt = following
+                self._goes_on = board.goes_on(attempt, self._has_started)
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -101,7 +108,8 @@ class _Supervisor:
         path = os.pathsep.join([package, *filter(None, [os.environ.get("PYTHONPATH")])])
         environment = {**os.environ, ATTEMPT: str(attempt), PIPE: str(writer), "PYTHONPATH": path}
         try:
-            self._child = subprocess.Popen(self._command, env=environment, pass_fds=[writer])
+            command = self._to_go_on if self._goes_on else self._command
+            self._child = subprocess.Popen(command, env=environment, pass_fds=[writer])
             os.close(writer)
             if self._n_stops:  # it came before there was a child
                 self._child.send_signal(signal.SIGTERM)
@@ -146,6 +154,17 @@ class _Supervisor:
             print(f"supervisor: {line}", file=sys.stderr, flush=True)
 
 
+def _going_on(arguments: Sequence[str]) -> list[str]:
+    """Return a command's arguments without those that say where it starts."""
+    left, kept = iter(arguments), []
+    for argument in left:
+        if argument == "--resume-from":
+            next(left, None)
+        elif argument != "--fresh" and not argument.startswith("--resume-from="):
+            kept.append(argument)
+    return kept
+
+
 def _written(reader: int) -> str:
     """Return what is in a pipe."""
     with contextlib.suppress(BlockingIOError):
@@ -178,6 +197,14 @@ class _Board:
             before = str(attempt) if attempt >= 0 else ""
             self._last_attempt = int(self._store.compare_set("attempt", before, str(attempt + 1)))
         return self._last_attempt
+
+    def goes_on(self, attempt: int, has_started: bool) -> bool:
+        """Return whether the first rank had taken a step before this attempt; all ranks get the same answer."""
+        with self._until_it_is_gone():
+            if self._rank == 0:
+                self._store.set(f"goes on/{attempt}", str(int(has_started)))
+            return bool(int(self._store.get(f"goes on/{attempt}")))
+        return has_started
 
     def is_over(self) -> bool:
         """Return whether a supervisor has given up."""

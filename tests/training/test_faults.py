@@ -20,7 +20,7 @@ import training.watchdog
 from training.checkpoints import latest_tag
 from training.fit import Interrupted, StopSignals
 from training.metrics import read_metrics
-from training.supervisor import _Supervisor
+from training.supervisor import _going_on, _Supervisor
 from training.watchdog import (
     ATTEMPT,
     PIPE,
@@ -247,6 +247,16 @@ def note(folder):
 
 def supervised(code: str, restarts: int) -> int:
     return _Supervisor([sys.executable, "-S", "-c", CHILD + code], restarts).run()
+
+
+@pytest.mark.parametrize("option", [["--fresh"], ["--resume-from", "step00000002"], ["--resume-from=step00000002"]])
+def test_a_restart_goes_on_where_the_first_attempt_started_anew(tmp_path: Path, option: list[str]) -> None:
+    calls = tmp_path / "calls"
+    code = f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10)); tell('started'); sys.exit(1)"
+    program = [sys.executable, "-S", "-c", CHILD + code]
+    arguments = ["clip", *option, "--steps", "4"]
+    assert _Supervisor([*program, *arguments], 1, [*program, *_going_on(arguments)]).run() == 1
+    assert calls.read_text().splitlines() == [" ".join(arguments), "clip --steps 4"]
 
 
 @pytest.mark.parametrize(
