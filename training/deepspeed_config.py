@@ -58,6 +58,8 @@ _DECIDED_KEYS = {
     "activation_checkpointing": "--activation-checkpointing",
 }
 """Options of DeepSpeed that are not the user's, and who decides them."""
+LARGEST_BUCKET = 500_000_000
+"""Gradients that are reduced at a time, and room for them: DeepSpeed's default, or all of a model that has fewer."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
 """Options whose value is looked into here."""
 _PRECISION_KEYS: dict[Precision, str] = {"bf16": "bf16", "fp16": "fp16", "autocast": "torch_autocast"}

@@ -40,7 +40,7 @@ from training.checkpoints import (
     writes_recorded,
 )
 from training.config import OptimizerConfig, TrainConfig
-from training.deepspeed_config import deepspeed_config, is_half, with_files
+from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
 from training.ema import EMA
 from training.metrics import Report
 from training.random_states import random_states, restore_random_states
@@ -100,6 +100,9 @@ class Engine:
 
     def __init__(self, objective: nn.Module, config: TrainConfig, world: World) -> None:
         self.deepspeed_config = deepspeed_config(config, world.size)
+        # 0.19.8 makes room for a whole bucket, at stage 3 for good, however small the model is.
+        n_weights = sum(weight.numel() for weight in objective.parameters())
+        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, n_weights))
         self.config, self.changes = with_files(config)
         self.world = world
         self.micro_batch, self.accumulation = config.batch_of(world.size)

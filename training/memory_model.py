@@ -21,13 +21,11 @@ from torch.overrides import TorchFunctionMode
 from dalle.model import DALLE, DALLEConfig
 from training.activations import FLOAT, Activations, Device, activations, block_bytes, widths
 from training.config import Precision, TrainConfig
-from training.deepspeed_config import deepspeed_config
+from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config
 
 Offload = Literal["none", "optimizer", "parameters"]
 """What lies in the host's memory: nothing, the optimizer's state, which is updated there, or the weights too."""
 
-BUCKET = 500_000_000
-"""Gradients that DeepSpeed reduces at a time (`reduce_bucket_size`, its default): it keeps a buffer for as many."""
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
 PREFETCH = 50_000_000
@@ -328,10 +326,10 @@ def _fetched(run: Run) -> float:
 
 
 def _bucket(run: Run) -> float:
-    """Return the bytes of the buffer of gradients. On a CPU the part that is never written costs nothing."""
+    """Return the bytes of the buffer of gradients."""
     if run.mode.zero_stage == 0 or run.mode.has_whole_gradients:
         return 0.0
-    n = BUCKET if run.device == "cuda" else min(BUCKET, run.sizes.total)
+    n = min(LARGEST_BUCKET, run.sizes.total)
     return float(n * widths(run.mode.precision).weight)
 
 
@@ -414,16 +412,16 @@ def _reduction(run: Run, acts: Activations) -> Memory:
     With more parameters than a bucket holds, stages 2 and 3 do so the first time while activations are still there.
     """
     n, stage, width = run.sizes.total, run.mode.zero_stage, widths(run.mode.precision).weight
-    flat = float(min(n, BUCKET) * width)
+    flat = float(min(n, LARGEST_BUCKET) * width)
     if stage == 0:
         return Memory(gradients=_whole_gradients(run), deepspeed=flat)
     if run.mode.has_whole_gradients:
-        return Memory(gradients=_whole_gradients(run), deepspeed=float(FLOAT * n) if n <= BUCKET else 0.0)
+        return Memory(gradients=_whole_gradients(run), deepspeed=float(FLOAT * n) if n <= LARGEST_BUCKET else 0.0)
     own = _own_gradients(run)
     if stage == 1:
-        return Memory(gradients=max(0, n - BUCKET) * width + own, deepspeed=_bucket(run) + flat)
-    left = max(0.0, 1 - BUCKET / n)
-    scattered = FLOAT * min(n, BUCKET) / run.gpus if stage == 3 else 0.0
+        return Memory(gradients=max(0, n - LARGEST_BUCKET) * width + own, deepspeed=_bucket(run) + flat)
+    left = max(0.0, 1 - LARGEST_BUCKET / n)
+    scattered = FLOAT * min(n, LARGEST_BUCKET) / run.gpus if stage == 3 else 0.0
     return Memory(
         gradients=own,
         activations=acts.kept * left,

@@ -13,6 +13,7 @@ from dalle.model import DALLE, DALLEConfig
 from training.activations import Activations, activations
 from training.cli import main
 from training.config import Precision
+from training.deepspeed_config import LARGEST_BUCKET
 from training.flops import training_flops
 from training.memory_model import (
     Memory,
@@ -28,6 +29,13 @@ from training.memory_model import (
 )
 from training.plan import GIB, RESERVED_FRACTION, Plan, flops_per_sample, make_plan, modes_of, preset_name, text
 from training.recipes import recipe
+
+
+@pytest.fixture(autouse=True)
+def torchs_own_linear(monkeypatch: pytest.MonkeyPatch) -> None:
+    """After ZeRO 3, DeepSpeed's linear stays in its place in this process, and keeps other tensors."""
+    monkeypatch.setattr(torch.nn.functional, "linear", torch._C._nn.linear)
+
 
 PRECISIONS: tuple[Precision, ...] = ("fp32", "autocast", "bf16")
 
@@ -178,11 +186,11 @@ def test_the_dvae_encodes_a_micro_batch_at_a_time_beside_its_weights() -> None:
     assert peak(run)[0] == "encoding"
 
 
-def test_a_buffer_of_gradients_is_as_large_as_deepspeeds_on_a_gpu_and_costs_a_cpu_what_is_written() -> None:
-    mode = Mode(zero_stage=2, precision="fp32")
-    gpu, cpu = (moments(run_of(mode, device=device))["reduction"].deepspeed for device in ("cuda", "cpu"))
-    assert gpu > 4 * 5e8
-    assert cpu < 12 * run_of(mode).sizes.total
+def test_a_buffer_of_gradients_is_no_larger_than_the_model_nor_than_deepspeeds() -> None:
+    run = run_of(Mode(zero_stage=2, precision="fp32"))
+    huge = dataclasses.replace(run, sizes=dataclasses.replace(run.sizes, total=10 * LARGEST_BUCKET))
+    assert 4 * run.sizes.total <= moments(run)["reduction"].deepspeed < 12 * run.sizes.total
+    assert 4 * LARGEST_BUCKET <= moments(huge)["reduction"].deepspeed < 12 * LARGEST_BUCKET
 
 
 @pytest.mark.parametrize(
