@@ -11,17 +11,22 @@
 #SBATCH --ntasks-per-node=1
 #SBATCH --gpus-per-node=8
 #SBATCH --cpus-per-task=64
-#SBATCH --signal=TERM@120
+#SBATCH --signal=B:TERM@600
 #SBATCH --requeue
 #SBATCH --output=slurm-%j.log
 
 set -euo pipefail
 
-# One task per machine, above: torchrun starts a process for each of its GPUs. Two minutes before the job's time is up
-# Slurm sends SIGTERM, and dalle-train saves.
+# One task per machine, above: torchrun starts a process for each of its GPUs.
 gpus_per_node="${GPUS_PER_NODE:-8}"
 mapfile -t machines < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
 port="$((20000 + SLURM_JOB_ID % 20000))"
+export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=540 # what ranks have to save, instead of torchrun's 30 seconds
+
+# Ten minutes before the job's time is up Slurm sends SIGTERM to this script: dalle-train saves, and the job is queued
+# again.
+is_stopping=
+trap 'is_stopping=yes; kill -TERM "$training"' TERM
 
 srun --kill-on-bad-exit=1 torchrun \
     --nnodes "$SLURM_NNODES" \
@@ -29,4 +34,13 @@ srun --kill-on-bad-exit=1 torchrun \
     --rdzv_backend c10d \
     --rdzv_endpoint "${machines[0]}:$port" \
     --rdzv_id "$SLURM_JOB_ID" \
-    --no-python dalle-train "$@"
+    --no-python dalle-train "$@" &
+training=$!
+code=0
+wait "$training" || code=$?
+if [ -n "$is_stopping" ]; then
+    wait "$training" || true # the signal ended the first wait, not the training
+    scontrol requeue "$SLURM_JOB_ID"
+    exit 0
+fi
+exit "$code"

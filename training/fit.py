@@ -30,7 +30,15 @@ from torch import Tensor, nn
 from dalle.gallery import save_png
 from dalle.progress import duration
 from training.batches import Batch, batches
-from training.checkpoints import checkpoint_tag, latest_tag, replace_text, require_tag, step_of
+from training.checkpoints import (
+    candidates,
+    checkpoint_tag,
+    from_all_ranks,
+    latest_tag,
+    replace_text,
+    require_tag,
+    step_of,
+)
 from training.config import TrainConfig
 from training.data import Sample, ShardData
 from training.engine import Engine
@@ -46,6 +54,8 @@ logger = logging.getLogger(__name__)
 
 Tensors = dict[str, Tensor]
 
+_ORDER = ("seed", "global_batch")
+"""Options on which it depends which samples a step sees."""
 VOTE_EVERY = 10
 """Steps between two votes of several GPUs on whether to stop: a vote waits until the device has done all its work. So a
 signal is obeyed up to that many steps late."""
@@ -196,7 +206,7 @@ def fit(
     if config.wandb is not None:
         on_first_rank(require_wandb, world)
     _claim(plan, config, world)
-    if tag is not None and step_of(tag) >= config.steps:
+    if tag is not None and step_of(tag) >= config.steps and plan.resume_from is None:
         report(
             f"{stage.name}: the {config.steps} steps in {plan.directory} are done (--fresh trains anew, --steps trains "
             "longer)"
@@ -204,39 +214,43 @@ def fit(
         if (stage.directory / "config.json").is_file():
             return
     world.watch.follow(plan.directory, lambda: latest_tag(checkpoints))
-    engine = Engine(stage.objective, config, world)
-    rate = LearningRate(config.learning_rate)
-    for line in (engine.batch, *engine.changes):
-        report(f"{stage.name}: {line}")
-    start, n_bad, n_skipped = 0, 0, 0
-    if tag is not None:
-        state = engine.load(checkpoints, plan.resume_from, report)
-        start, n_bad = int(state["step"]), int(state["bad_samples"])
-        n_skipped = int(state.get("skipped_steps", 0))
-        rate.restore(state["learning_rate"])
-        report(f"{stage.name}: going on from step {start} of {config.steps}")
-    log = _open_log(plan, start, config, world)
-    loop = _Loop(
-        stage,
-        config,
-        world,
-        engine,
-        rate,
-        plan,
-        validation,
-        log,
-        report,
-        n_bad_before=n_bad,
-        n_skipped_before=n_skipped,
-    )
     try:
         with StopSignals() as stop:
-            loop.run(train, start, stop)
-            loop.finish(max(start, config.steps))
-            if agree(stop.raised, world):
-                raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
+            _train(stage, config, world, train, validation, plan, report, stop, tag)
     finally:
         world.watch.rest()
+
+
+def _train(
+    stage: Stage,
+    config: TrainConfig,
+    world: World,
+    train: ShardData,
+    validation: ShardData | None,
+    plan: RunPlan,
+    report: Report,
+    stop: StopSignals,
+    tag: str | None,
+) -> None:
+    """Build the engine, load the checkpoint `tag` if there is one, and train to the end, or until `stop`."""
+    engine = Engine(stage.objective, config, world)
+    for line in (engine.batch, *engine.changes):
+        report(f"{stage.name}: {line}")
+    state: dict[str, Any] = {}
+    if tag is not None:
+        state = engine.load(plan.directory / "checkpoints", plan.resume_from, report)
+        report(f"{stage.name}: going on from step {state['step']} of {config.steps}")
+    if agree(stop.raised, world):
+        raise Interrupted(f"stopped before the next step in {plan.directory}: {plan.command()} goes on")
+    start = int(state.get("step", 0))
+    log = _open_log(plan, start, config, world)
+    try:
+        loop = _Loop(stage, config, world, engine, plan, validation, log, report, state)
+        loop.run(train, start, stop)
+        loop.finish(max(start, config.steps))
+        if agree(stop.raised, world):
+            raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
+    finally:
         if log is not None:
             log.close(*_ending(sys.exception()))
 
@@ -250,28 +264,53 @@ class _Loop:
         config: TrainConfig,
         world: World,
         engine: Engine,
-        rate: LearningRate,
         plan: RunPlan,
         validation: ShardData | None,
         log: MetricLog | None,
         report: Report,
-        *,
-        n_bad_before: int,
-        n_skipped_before: int,
+        state: Mapping[str, Any],
     ) -> None:
-        self.stage, self.config, self.world, self.engine, self.rate = stage, config, world, engine, rate
+        self.stage, self.config, self.world, self.engine = stage, config, world, engine
         self.plan, self.validation, self.log, self.report = plan, validation, log, report
-        self.n_bad, self.n_bad_before = 0, n_bad_before
+        self.rate, self.means = LearningRate(config.learning_rate), Means()
+        self.n_bad, self.n_bad_before = 0, int(state.get("bad_samples", 0))
         self.keys: list[str] = []
         """Samples of the step under way."""
-        self.skipped = SkippedSteps(
-            config.max_skipped_steps, world, lambda line: report(f"{stage.name}: {line}"), n_before=n_skipped_before
-        )
+        self.skipped = SkippedSteps(config.max_skipped_steps, world, lambda line: report(f"{stage.name}: {line}"))
         self.unobserved: list[Tensor] = []
         """Losses of the last steps, on the device, that the schedule has not seen."""
         self.vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
         self.has_warned_of_cut = False
         self.peak_flops = total_peak_flops(plan, config, world)
+        if state:
+            self._restore(state)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        """Go on from what `_state` returned; a warning says so if other samples come than without the interruption."""
+        self.rate.restore(state["learning_rate"])
+        self.skipped.n = state["skipped_steps"]
+        self.skipped.n_in_row, self.skipped.first_in_row = state["skipped_in_row"]
+        means: list[dict[str, Any]] = state["means"]
+        if len(means) == self.world.size:
+            self.means.restore(means[self.world.rank], self.world.device)
+        changed = [name for name in _ORDER if state["order"][name] != getattr(self.config, name)]
+        if changed and self.world.is_first:
+            logger.warning(
+                "%s: the run goes on with other samples than it would have seen",
+                " and ".join(f"{n} was {state['order'][n]} and is {getattr(self.config, n)}" for n in changed),
+            )
+
+    def _state(self, done: int) -> dict[str, Any]:
+        """Return what a checkpoint says of the loop, in plain numbers. Collective."""
+        return {
+            "step": done,
+            "learning_rate": self.rate.state(),
+            "bad_samples": self._bad_samples(),
+            "skipped_steps": self.skipped.n,
+            "skipped_in_row": [self.skipped.n_in_row, self.skipped.first_in_row],
+            "means": from_all_ranks(self.means.state(), self.world),
+            "order": {name: getattr(self.config, name) for name in _ORDER},
+        }
 
     def run(self, data: ShardData, start: int, stop: StopSignals) -> None:
         """Take the steps from `start` to the end."""
@@ -290,7 +329,7 @@ class _Loop:
             max_bad_fraction=config.max_bad_fraction,
         )
         engine.train()
-        means, timer = Means(), Timer(start, config.steps)
+        means, timer = self.means, Timer(start, config.steps)
         for step in range(start, config.steps):
             done = step + 1
             measure = done % config.log_every == 0 or done == config.steps
@@ -432,7 +471,12 @@ class _Loop:
 
     def _sample(self, done: int) -> None:
         def draw() -> None:
-            picture = self.stage.picture(self.engine.averaged_weights())
+            try:
+                picture = self.stage.picture(self.engine.averaged_weights())
+            except torch.OutOfMemoryError:
+                torch.cuda.empty_cache()
+                logger.warning("no sample sheet: the whole model does not fit beside what training holds")
+                return
             if picture is not None:
                 folder = self.plan.directory / "samples"
                 folder.mkdir(exist_ok=True)
@@ -474,8 +518,7 @@ class _Loop:
         checkpoints = self.plan.directory / "checkpoints"
         tag = latest_tag(checkpoints)
         if tag is not None and before is not None:
-            earlier = [path.name for path in checkpoints.glob("step*") if path.name <= min(tag, checkpoint_tag(before))]
-            tag = max(earlier, default=tag)
+            tag = next((earlier for earlier in candidates(checkpoints) if step_of(earlier) <= before), tag)
         good = (
             f"{checkpoints / tag} is the last good checkpoint: go on from it" if tag else "nothing is saved: start anew"
         )
@@ -489,13 +532,7 @@ class _Loop:
         self._require_finite(done)
         self._show(done)  # before: a run that goes on from this checkpoint would not make up for it
         self._observe_losses(done)
-        state = {
-            "step": done,
-            "learning_rate": self.rate.state(),
-            "bad_samples": self._bad_samples(),
-            "skipped_steps": self.skipped.n,
-        }
-        self.engine.save(self.plan.directory / "checkpoints", done, state)
+        self.engine.save(self.plan.directory / "checkpoints", done, self._state(done))
         self.world.watch.touch()
 
     def _export(self, done: int) -> None:

@@ -30,6 +30,19 @@ class Means:
             self._sums[name] = self._sums[name] + value if name in self._sums else value
             self._counts[name] = self._counts.get(name, 0) + weight
 
+    def state(self) -> dict[str, Any]:
+        """Return what this rank has added so far as plain numbers, for `restore`. Waits for the device."""
+        return {name: {"sum": value.tolist(), "count": float(self._counts[name])} for name, value in self._sums.items()}
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from what `state` returned."""
+        self._sums = {
+            name: torch.tensor(part["sum"], dtype=torch.float64, device=device) for name, part in state.items()
+        }
+        self._counts = {
+            name: torch.tensor(part["count"], dtype=torch.float64, device=device) for name, part in state.items()
+        }
+
     def take(self, world: World) -> dict[str, Any]:
         """Return the means over all that was added on all ranks, and start anew: numbers, and lists for 1-d metrics.
 

@@ -39,7 +39,7 @@ class SkippedSteps:
     """The skipped steps of a run.
 
     Args:
-        limit: how many may follow one another. Overflows that only lower float16's loss scale do not count.
+        limit: how many may follow one another. Overflows of gradients, which only lower the loss scale, do not count.
         world: this process's place.
         report: told of each on the first rank.
         n_before: skipped before the run was resumed.
@@ -51,7 +51,8 @@ class SkippedSteps:
         self.first_in_row: int | None = None
         """The first of the skipped steps up to the last one that was looked at; None if that one was taken."""
         self._limit, self._world, self._report = limit, world, report
-        self._n_in_row = 0
+        self.n_in_row = 0
+        """How many of the last steps that were looked at were skipped."""
         self._unseen: list[_Step] = []
 
     def add(
@@ -86,29 +87,30 @@ class SkippedSteps:
             were_taken = [step.taken for step in steps]
         for step, taken in zip(steps, were_taken, strict=True):
             if taken:
-                self._n_in_row, self.first_in_row = 0, None
+                self.n_in_row, self.first_in_row = 0, None
                 continue
             self.n += 1
-            if not step.is_overflow:
-                self._n_in_row += 1
+            if self._tell(step) or not step.is_overflow:
+                self.n_in_row += 1
                 self.first_in_row = step.number if self.first_in_row is None else self.first_in_row
-            self._tell(step)
-            if self._n_in_row > self._limit:
+            if self.n_in_row > self._limit:
                 return True
         return False
 
-    def _tell(self, step: _Step) -> None:
+    def _tell(self, step: _Step) -> bool:
+        """Report a skipped step; returns whether its loss was not finite on some rank: no scale mends that."""
         parts = self._gathered((step.loss.item(), step.keys, step.n_samples))
         wrong = [part for part in parts if not math.isfinite(part[0])]
         if step.is_overflow and not wrong:
             self._report(f"step {step.number + 1} is skipped: its float16 gradient overflowed, the loss scale falls")
-            return
+            return False
         reason = f"the loss is {wrong[0][0]}" if wrong else "the gradient is not finite"
         # those of ranks whose loss is not finite first: one of them is to blame
         keys = [key for part in [*wrong, *(part for part in parts if part not in wrong)] for key in part[1]][:NAMED]
         n_more = sum(part[2] for part in parts) - len(keys)
         more = f" and {n_more} more" if n_more else ""
         self._report(f"step {step.number + 1} is skipped, {reason}: its samples are {', '.join(keys)}{more}")
+        return bool(wrong)
 
     def _gathered(self, part: tuple[float, list[str], int]) -> list[tuple[float, list[str], int]]:
         """Return what all ranks give. Collective."""

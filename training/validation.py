@@ -47,8 +47,14 @@ def validate(
         world_size=world.size,
     )
     means, n_measured = Means(), 0
-    spare: dict[str, Tensor] = {}
     error: Exception | None = None
+    spare: dict[str, Tensor] = {}
+    if world.size > 1:  # so that every rank has one before the first of them is gathered for
+        try:
+            spare = _any_batch(stage, data, batch_size)
+        except (ValueError, OSError) as caught:
+            error = caught
+        _agree_on(error, world)
     with Progress("validation samples") as progress:
         for turn in range(rounds):
             weight = 0
@@ -56,8 +62,6 @@ def validate(
                 batch = next(batches, None) if error is None else None
                 if batch is not None and batch.numbers:
                     spare, weight = batch.tensors, len(batch.numbers)
-                elif not spare and world.size > 1:
-                    spare = _any_batch(stage, data, batch_size)
             except (ValueError, OSError) as caught:
                 error = error or caught
             if not spare or (weight == 0 and world.size == 1):
@@ -79,9 +83,14 @@ def _any_batch(stage: "Stage", data: ShardData, batch_size: int) -> dict[str, Te
     return next(batch.tensors for batch in batches if batch.numbers)
 
 
-def _result(means: Means, n_measured: int, error: Exception | None, world: World) -> dict[str, Any]:
+def _agree_on(error: Exception | None, world: World) -> None:
+    """Raise this rank's error, or another one where another rank has one. Collective."""
     if agree(error is not None, world):
         raise error if error is not None else OSError("the validation of another rank failed: see its message")
+
+
+def _result(means: Means, n_measured: int, error: Exception | None, world: World) -> dict[str, Any]:
+    _agree_on(error, world)
     here = torch.tensor(n_measured, dtype=torch.float64, device=world.device)
     total = round(mean_over_ranks(here, world).item() * world.size)
     if total == 0:

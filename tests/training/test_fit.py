@@ -15,10 +15,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+import training.fit
 from dvae.images import open_image, to_tensor
 from training.checkpoints import read_checkpoint
 from training.config import TrainConfig
 from training.data import Sample, ShardData
+from training.engine import Engine
 from training.fit import Interrupted, RunPlan, fit
 from training.metrics import read_metrics
 from training.schedules import WarmupPlateau
@@ -184,6 +186,40 @@ def test_the_reading_processes_outlive_a_signal_to_the_whole_job(new_run: NewRun
     run = new_run("a")
     with pytest.raises(Interrupted, match="step 4"):
         run(tiny.train_config(steps=30, workers=2), at_step=end_of_job)
+
+
+def test_a_line_of_metrics_is_the_same_whether_or_not_its_steps_were_interrupted(new_run: NewRun) -> None:
+    straight, interrupted = new_run("straight"), new_run("interrupted")
+    straight(tiny.train_config(steps=8, log_every=4))
+    with pytest.raises(Interrupted):
+        interrupted(tiny.train_config(steps=8, log_every=4), at_step=send(signal.SIGTERM, at=5))
+    interrupted(tiny.train_config(steps=8, log_every=4))
+    assert interrupted.losses == straight.losses
+
+
+def test_a_signal_before_the_first_step_stops_in_order_and_the_same_command_starts(
+    new_run: NewRun, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    build = training.fit.Engine
+
+    def slowly(*arguments: Any) -> Engine:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return build(*arguments)
+
+    run = new_run("run")
+    with monkeypatch.context() as patch:
+        patch.setattr(training.fit, "Engine", slowly)
+        with pytest.raises(Interrupted, match="stopped before the next step"):
+            run(tiny.train_config(steps=2))
+    run(tiny.train_config(steps=2))
+    assert list(run.losses) == [1, 2]
+
+
+def test_going_on_with_another_batch_or_seed_is_said(new_run: NewRun, caplog: pytest.LogCaptureFixture) -> None:
+    run = new_run("run")
+    run(tiny.train_config(steps=2))
+    run(tiny.train_config(steps=4, seed=1))
+    assert "seed was 0 and is 1: the run goes on with other samples" in caplog.text
 
 
 def test_lines_written_after_the_checkpoint_are_not_there_twice_after_a_crash(new_run: NewRun) -> None:
