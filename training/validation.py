@@ -51,7 +51,7 @@ def validate(
     spare: dict[str, Tensor] = {}
     if world.size > 1:  # so that every rank has one before the first of them is gathered for
         try:
-            spare = _any_batch(stage, data, batch_size)
+            spare = _any_batch(stage, data, batch_size, config.max_bad_fraction)
         except (ValueError, OSError) as caught:
             error = caught
         _agree_on(error, world)
@@ -77,9 +77,9 @@ def validate(
     return _result(means, n_measured, error, world)
 
 
-def _any_batch(stage: "Stage", data: ShardData, batch_size: int) -> dict[str, Tensor]:
+def _any_batch(stage: "Stage", data: ShardData, batch_size: int, max_bad_fraction: float) -> dict[str, Tensor]:
     """Return the tensors of the first batch that has a usable sample; raises ValueError if there is none."""
-    batches = validation_batches(data, stage.transform_for_validation, batch_size, max_bad_fraction=1.0)
+    batches = validation_batches(data, stage.transform_for_validation, batch_size, max_bad_fraction=max_bad_fraction)
     return next(batch.tensors for batch in batches if batch.numbers)
 
 

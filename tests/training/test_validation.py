@@ -137,7 +137,7 @@ def test_two_ranks_that_share_validation_out_measure_what_one_does(
                 assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-def validation_with_bad_samples_on_one_rank(world: World, shards: Path, out: Path) -> None:
+def validation_with_bad_samples_on_one_rank(world: World, shards: Path, out: Path, stage: int) -> None:
     from training.clip import CLIPStage
 
     original = CLIPStage.transform_for_validation
@@ -149,12 +149,15 @@ def validation_with_bad_samples_on_one_rank(world: World, shards: Path, out: Pat
 
     CLIPStage.transform_for_validation = refuse  # type: ignore[method-assign]
     inputs = Inputs(data=[shards], validation=[shards], out=out)
-    train_clip(tiny.recipe(global_batch=8), inputs, world, lambda line: None)
+    train_clip(tiny.recipe(global_batch=8, zero_stage=stage), inputs, world, lambda line: None)
 
 
 @pytest.mark.slow
-def test_a_rank_whose_validation_fails_does_not_leave_the_other_waiting(tmp_path: Path, shards: Path) -> None:
-    first, second = on_ranks(tmp_path, validation_with_bad_samples_on_one_rank, shards, tmp_path / "out")
+@pytest.mark.parametrize("stage", [0, 3])
+def test_a_rank_whose_validation_fails_does_not_leave_the_other_waiting(
+    tmp_path: Path, shards: Path, stage: int
+) -> None:
+    first, second = on_ranks(tmp_path, validation_with_bad_samples_on_one_rank, shards, tmp_path / "out", stage)
     assert second.startswith("ValueError: ")
     assert "unusable samples" in second
     assert first == "OSError: the validation of another rank failed: see its message"
