@@ -19,7 +19,7 @@ import numpy as np
 import tiny
 from jobs import Job, copy_of, wait_for
 from PIL import Image
-from runs import Course, Fault, SkippedError, last_step, metrics, require, require_equal
+from runs import Course, Fault, last_step, metrics, require, require_equal
 
 AT_STEP = 6
 DAMAGED = "world-000002.tar"
@@ -67,19 +67,18 @@ def _missing(shard: Path) -> None:
     shard.unlink()
 
 
-def _manifest(course: Course, world: Path, folder: Path) -> list[object]:
-    """Return the options that let training use a manifest of the shards; none where this version has none."""
+def _manifest(world: Path, folder: Path) -> list[object]:
+    """Return the options that let training use a manifest of the shards."""
     check = [sys.executable, "-m", "training.cli", "check-data", "--data", str(world), "--out", str(folder)]
     done = subprocess.run(check, capture_output=True, text=True)
-    if done.returncode:
-        raise SkippedError(f"`dalle-train check-data` does not work here: {done.stderr.strip()[-200:]}")
+    require(done.returncode == 0, f"`dalle-train check-data` ended with {done.returncode}: {done.stderr[-600:]}")
     return ["--manifest", folder]
 
 
 def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) -> tuple[str, str]:
     """Stop a run, damage a shard, try to go on, repair the shard, and go on."""
     world, bundle = copy_of(course.world, course.scratch / "worlds" / name), course.bundle(name)
-    more = _manifest(course, world, course.scratch / "worlds" / f"{name}-manifest") if with_manifest else []
+    more = _manifest(world, course.scratch / "worlds" / f"{name}-manifest") if with_manifest else []
     names = str(world / "world-{000000..000005}.tar")
     command = course.command(bundle, *more, data=names)
     with Job(course.scratch / "logs" / name, command) as job:
