@@ -421,9 +421,9 @@ def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def forget_runs(out: Path) -> None:
-    """Delete the checkpoints of all stages, so that no run goes on from what is to be made anew."""
-    for checkpoints in (out / "training").glob("*/checkpoints"):
-        shutil.rmtree(checkpoints)
+    """Delete the checkpoints of all stages and the image tokens: nothing goes on from what is to be made anew."""
+    for made in (*(out / "training").glob("*/checkpoints"), *out.glob("encoded")):
+        shutil.rmtree(made)
 
 
 def _all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
