@@ -55,6 +55,8 @@ SUBJECTS = (
 )
 ASPECT_RATIOS = ((0.25, "below 1/4"), (0.5, "1/4 to 1/2"), (1.0, "1/2 to 1"), (2.0, "1 to 2"), (4.0, "2 to 4"))
 """Upper ends and names of the ranges that width ÷ height is counted in, besides "above 4"; 1/2 and 2 are inside."""
+UNREADABLE = -1
+"""In place of the time of the last change of a shard that could not be read: it is tried again."""
 _EXACT_LENGTHS = 1000  # longer captions are counted by two digits of their lengths
 _NAMED_IN_REPORT = 5
 _PARENT_LOOK_S = 1.0  # between two looks of a process at whether its parent is alive
@@ -68,17 +70,28 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     """Read a shard to its end, and decode every picture and every caption in it.
 
     Args:
-        path: the tar file; damage, even of all of it, is part of the record.
+        path: the tar file; damage, even of all of it, is part of the record, and so is that it cannot be read.
         tokenizer: counts the captions' tokens.
-
-    Raises:
-        OSError: the file cannot be read.
     """
+    try:
+        return _read_shard(path, tokenizer)
+    except OSError as error:
+        return ShardRecord(
+            index=_nothing(path, 0, f"cannot be read ({error.strerror or error})"),
+            changed_ns=UNREADABLE,
+            has_caption=np.zeros(0, dtype=bool),
+            problems={},
+            counts={},
+            tokenizer=None if tokenizer is None else tokenizer.hash,
+        )
+
+
+def _read_shard(path: Path, tokenizer: Tokenizer | None) -> ShardRecord:
     status = path.stat()
     try:
         index = index_shard(path, skip_damaged=True)
     except ValueError as error:
-        index = _nothing(path, str(error).removeprefix(f"{path} ").partition("; make it again")[0])
+        index = _nothing(path, status.st_size, str(error).removeprefix(f"{path} ").partition("; make it again")[0])
     counts: Counts = {subject: Counter() for subject in SUBJECTS}
     n = len(index.keys)
     checksums, has_caption = np.zeros((n, 3), dtype=np.uint64), np.zeros(n, dtype=bool)
@@ -111,12 +124,12 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     )
 
 
-def _nothing(path: Path, damage: str) -> ShardIndex:
+def _nothing(path: Path, n_bytes: int, damage: str) -> ShardIndex:
     """Return the index of a shard of which nothing can be read."""
     places = np.zeros((0, 2), dtype=np.int64)
     return ShardIndex(
         path=path,
-        n_bytes=path.stat().st_size,
+        n_bytes=n_bytes,
         tokens=None,
         keys=(),
         image_names=(),
@@ -126,6 +139,7 @@ def _nothing(path: Path, damage: str) -> ShardIndex:
         n_ignored=0,
         n_duplicates=0,
         damage=damage,
+        checksums=np.zeros((0, 3), dtype=np.uint64),
     )
 
 
@@ -317,6 +331,9 @@ def _not_known(out: Path, records: dict[Path, str], tokenizer: str | None) -> tu
         try:
             record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
         except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+            missing.append(path)
+            continue
+        if record.changed_ns == UNREADABLE:
             missing.append(path)
             continue
         status = path.stat()

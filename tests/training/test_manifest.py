@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from training.check_data import Summary, check_data, check_shard, report
 from training.data import Sample, ShardData
 from training.encode import EncodeConfig, encode_shards
 from training.manifest import Excluded, Manifest, ShardRecord
+from training.shard_index import ShardIndex
 from training.world import join_world
 
 N = 30
@@ -194,6 +196,25 @@ def test_what_is_known_is_not_read_again_and_what_changed_is(
     with_tokens = check_data([shards], out, tokenizer=tmp_path / "tokenizer.json")
     assert with_tokens.n_read == 3
     assert with_tokens.counts["caption tokens"].total() == 25
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.check_data.index_shard
+
+    def fail_at_one(path: Path, **options: bool) -> ShardIndex:
+        if path.name == "000001.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # as reading an open file does: without its name
+        return original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.check_data, "index_shard", fail_at_one)
+        summary = check_data([shards], tmp_path / "m")
+        assert summary.damaged == ("000001.tar cannot be read (Input/output error)",)
+        assert (summary.counts["samples"]["pairs"], check_data([shards], tmp_path / "m").n_read) == (20, 1)
+    again = check_data([shards], tmp_path / "m")
+    assert (again.n_read, again.damaged, again.counts["samples"]["pairs"]) == (1, (), 30)
 
 
 @pytest.mark.slow
