@@ -40,6 +40,7 @@ from training.manifest import (
     Excluded,
     ShardRecord,
     checksum,
+    listed_names,
     sample_line,
     short_names,
     write_lines,
@@ -306,7 +307,7 @@ def check_data(
         if progress is not None:
             progress(len(paths) - len(missing) + n_done, len(paths))
     files = [records[path] for path in paths]
-    summary, sizes = _summarise(out, paths, names, files, len(missing), len(excluded.lines))
+    summary, sizes = _summarise(out, paths, names, files, len(missing), excluded)
     _keep_excluded(out, excluded)
     rows = zip(names, (str(path.resolve()) for path in paths), files, sizes, strict=True)
     listed = [dict(zip(("name", "path", "record", "n_samples"), row, strict=True)) for row in rows]
@@ -398,12 +399,16 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
 
 
 def _summarise(
-    out: Path, paths: Sequence[Path], names: Sequence[str], records: Sequence[str], n_read: int, n_excluded: int
+    out: Path, paths: Sequence[Path], names: Sequence[str], records: Sequence[str], n_read: int, excluded: Excluded
 ) -> tuple[Summary, list[int]]:
     """Add up the records, and return how many samples each shard has.
 
     Writes the lists of samples that cannot be used and of pictures that come twice.
+
+    Raises:
+        ValueError: a line of samples to leave out means more than one.
     """
+    listed = listed_names(paths)
     counts: Counts = {subject: Counter() for subject in SUBJECTS}
     damaged: list[str] = []
     n_bytes = 0
@@ -412,8 +417,9 @@ def _summarise(
 
     def unusable() -> Iterator[str]:
         nonlocal n_bytes
-        for name, file in zip(names, records, strict=True):
+        for path, name, listed_name, file in zip(paths, names, listed, records, strict=True):
             record = ShardRecord.from_json((out / RECORDS / file).read_text("utf-8"))
+            excluded.rows(record.index, str(path.resolve()))
             assert record.index.checksums is not None
             for subject, found in record.counts.items():
                 counts.setdefault(subject, Counter()).update(found)
@@ -423,14 +429,14 @@ def _summarise(
             hashes.append(np.array([checksum(_bytes(key)) for key in record.index.keys], dtype=np.uint64))
             pictures.append(np.where(record.index.image[:, 1] > 0, record.index.checksums[:, 0], np.uint64(0)))
             for i, problem in record.problems.items():
-                yield sample_line(name, record.index.keys[i], problem)
+                yield sample_line(listed_name, record.index.keys[i], problem)
 
     write_lines(out / UNUSABLE, unusable())
     starts = np.cumsum([0, *map(len, hashes)])
     again, _ = _repeated(np.concatenate(hashes))
     keys = dict(_keys_at(out, names, records, starts, again[:_NAMED_IN_REPORT]))
     copies, originals = _repeated(np.concatenate(pictures), ignored=0)
-    write_lines(out / DUPLICATES, _copy_lines(out, names, records, starts, copies, originals))
+    write_lines(out / DUPLICATES, _copy_lines(out, listed, records, starts, copies, originals))
     summary = Summary(
         n_shards=len(paths),
         n_read=n_read,
@@ -440,7 +446,7 @@ def _summarise(
         n_repeated_keys=len(again),
         repeated_keys=tuple(key for _, key in keys.values()),
         n_repeated_pictures=len(copies),
-        n_excluded=n_excluded,
+        n_excluded=len(excluded.lines),
     )
     return summary, [len(found) for found in hashes]
 

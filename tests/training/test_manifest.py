@@ -169,12 +169,12 @@ def test_the_report_says_what_is_wrong_and_what_to_do(shards: Path, tmp_path: Pa
     assert "1 pictures that come again byte for byte" in text
     (line,) = (out / "duplicates.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "shard": "000003.tar",
+        "shard": "data/000003.tar",
         "key": "k001",
-        "reason": "the same picture as k001 in 000000.tar",
+        "reason": "the same picture as k001 in data/000000.tar",
     }
     (line,) = (out / "unusable.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"shard": "000003.tar", "key": "bad", "reason": "picture is not a picture"}
+    assert json.loads(line) == {"shard": "data/000003.tar", "key": "bad", "reason": "picture is not a picture"}
 
 
 def test_what_is_known_is_not_read_again_and_what_changed_is(
@@ -444,6 +444,24 @@ def test_samples_to_leave_out_have_no_number(shards: Path, tmp_path: Path) -> No
             Excluded.read([tmp_path / "a.jsonl"])
     with pytest.raises(FileNotFoundError, match="expected lines such as"):
         check_data([shards], tmp_path / "m", exclude=[tmp_path / "gone"])
+
+
+def test_copies_in_one_data_set_are_not_left_out_of_another_with_equal_names(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a" / "0.tar", [*members([0, 1]), ("k002.jpg", picture(0)), ("k002.txt", b"again")])
+    write_tar(tmp_path / "b" / "0.tar", members([2, 3]))
+    check_data([tmp_path / "a"], tmp_path / "ma")
+    (line,) = (copies := tmp_path / "ma" / "duplicates.jsonl").read_text().splitlines()
+    assert json.loads(line)["shard"] == "a/0.tar"
+    both = [tmp_path / "a", tmp_path / "b"]
+    check_data(both, tmp_path / "m", exclude=[copies])
+    data = ShardData.open(both, captions=True, manifest=Manifest.open(tmp_path / "m"))
+    assert data.keys == ["k000", "k001", "k002", "k003"]
+    copies.write_text('{"shard": "0.tar", "key": "k002"}\n')
+    with pytest.raises(
+        ValueError, match=r"'k002' of shard '0\.tar' means a sample of .*a/0\.tar and one of .*b/0\.tar"
+    ):
+        check_data(both, tmp_path / "m2", exclude=[copies])
+    assert not (tmp_path / "m2" / "summary.json").exists()
 
 
 def test_copies_that_check_data_lists_can_be_left_out(shards: Path, tmp_path: Path) -> None:
