@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,6 +38,7 @@ from training.manifest import (
     SUMMARY,
     Counts,
     Excluded,
+    Manifest,
     ShardRecord,
     checksum,
     listed_names,
@@ -270,9 +271,13 @@ def check_data(
     workers: int = 0,
     tokenizer: Path | None = None,
     exclude: Sequence[Path] = (),
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Check shards and write their manifest; shards that it knows and that have not changed are not read again.
+
+    A manifest that is there may grow by new shards. What it knows stays: a run needs the manifest that it began with
+    when shards have been damaged since.
 
     Args:
         shards: what `expand_shards` takes.
@@ -280,11 +285,13 @@ def check_data(
         workers: processes that read; 0 reads in this one.
         tokenizer: a tokenizer.json, to count the captions' tokens.
         exclude: files of samples that training is to leave out, as `Excluded` reads them.
+        overwrite: replace what a manifest that is there knows.
         progress: called with (shards checked, shards).
 
     Raises:
         FileNotFoundError: a shard or file is missing.
-        ValueError: an argument is wrong.
+        ValueError: an argument is wrong; without `overwrite`, shards that the manifest knows have changed or are gone,
+            or others are to be left out than before. Nothing has been written then.
         OSError: something cannot be read or written, or a process was killed.
     """
     if workers < 0:
@@ -292,23 +299,19 @@ def check_data(
     paths = expand_shards(shards)
     excluded = Excluded.read(exclude)
     bpe = None if tokenizer is None else Tokenizer.load(tokenizer)
-    (out / RECORDS).mkdir(parents=True, exist_ok=True)
     names = short_names(paths)
     records = {path: _record_name(path) for path in paths}
-    missing, n_changed = _not_known(out, records, None if bpe is None else bpe.hash)
-    if n_changed:
-        logger.warning(
-            "%d shards have changed since they were checked: a run that is to go on needs the manifest that it began "
-            "with; for that, give another --out",
-            n_changed,
-        )
+    missing, changed = _not_known(out, records, None if bpe is None else bpe.hash)
+    if not overwrite:
+        _refuse_to_lose(out, records, changed, excluded)
+    (out / RECORDS).mkdir(parents=True, exist_ok=True)
     for n_done, (path, record) in enumerate(_checked(missing, workers, bpe), start=1):
         _write_text(out / RECORDS / records[path], record.to_json())
         if progress is not None:
             progress(len(paths) - len(missing) + n_done, len(paths))
     files = [records[path] for path in paths]
     summary, sizes = _summarise(out, paths, names, files, len(missing), excluded)
-    _keep_excluded(out, excluded)
+    write_lines(out / EXCLUDED, (f"{line}\n" for line in excluded.lines))
     rows = zip(names, (str(path.resolve()) for path in paths), files, sizes, strict=True)
     listed = [dict(zip(("name", "path", "record", "n_samples"), row, strict=True)) for row in rows]
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -325,24 +328,68 @@ def _record_name(path: Path) -> str:
     return f"{slug(path.stem, 40)}-{checksum(os.fsencode(path.resolve())):016x}.json"
 
 
-def _not_known(out: Path, records: dict[Path, str], tokenizer: str | None) -> tuple[list[Path], int]:
-    """Return the shards that have to be read, and how many of them were known when they were others."""
-    missing, n_changed = [], 0
+def _not_known(out: Path, records: Mapping[Path, str], tokenizer: str | None) -> tuple[list[Path], set[Path]]:
+    """Return the shards that have to be read, and those of them that were known when they were others."""
+    missing, changed = [], set()
     for path, name in records.items():
-        try:
-            record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        record = _known(out, name)
+        if record is None:
             missing.append(path)
             continue
-        if record.changed_ns == UNREADABLE:
+        if not _is_of(record, path):
+            changed.add(path)
+        if path in changed or record.tokenizer != tokenizer:
             missing.append(path)
+    return missing, changed
+
+
+def _known(out: Path, name: str) -> ShardRecord | None:
+    """Return a record that is there, None if it cannot be used or is of a shard that could not be read."""
+    try:
+        record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    return None if record.changed_ns == UNREADABLE else record
+
+
+def _is_of(record: ShardRecord, path: Path) -> bool:
+    """Whether a shard has the size and the time of change that it had when it was checked."""
+    status = path.stat()
+    return (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], excluded: Excluded) -> None:
+    """Check that what a manifest that is there knows stays as it is; shards may have been moved.
+
+    Raises:
+        ValueError: it would not.
+    """
+    try:
+        manifest = Manifest.open(out)
+    except (FileNotFoundError, ValueError):  # no run can use it
+        return
+    matches, new = manifest.match(list(records))
+    lost = []
+    for entry, path in matches:
+        if path is None:
+            lost.append(f"{entry.name} is gone")
             continue
-        status = path.stat()
-        is_same = (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
-        n_changed += not is_same
-        if not is_same or record.tokenizer != tokenizer:
-            missing.append(path)
-    return missing, n_changed
+        record = None if records[path] == entry.record else _known(out, entry.record)  # of before it was moved
+        if path in changed or (record is not None and not _is_of(record, path)):
+            lost.append(f"{entry.name} has changed")
+    found, added = [path for _, path in matches if path is not None], set(new)
+    if found != [path for path in records if path not in added]:
+        lost.append("the shards are in another order")
+    if sorted(manifest.excluded.lines) != sorted(excluded.lines):
+        lost.append(f"{len(excluded.lines):,} samples are to be left out, and {len(manifest.excluded.lines):,} were")
+    if lost:
+        listed = "; ".join(lost[:_NAMED_IN_REPORT]) + ("; …" if len(lost) > _NAMED_IN_REPORT else "")
+        raise ValueError(
+            f"the manifest {out} knows other data ({listed}), and a run that began with it needs it to go on exactly: "
+            "give another --out, or --overwrite to replace it"
+        )
+    if new:
+        logger.warning("%d shards are new in the manifest: for new runs only, samples get other numbers", len(new))
 
 
 def _obey_the_parent_alone(parent: int) -> None:
@@ -495,18 +542,6 @@ def _copy_lines(
         yield sample_line(shard, key, f"the same picture as {original_key} in {original_shard}")
 
 
-def _keep_excluded(out: Path, excluded: Excluded) -> None:
-    path = out / EXCLUDED
-    before = Excluded.read([path]).lines if path.exists() else []
-    if (out / SUMMARY).exists() and sorted(before) != sorted(excluded.lines):
-        logger.warning(
-            "%d samples are left out, and %d were before: the others get new numbers, which is for new runs only",
-            len(excluded.lines),
-            len(before),
-        )
-    write_lines(path, (f"{line}\n" for line in excluded.lines))
-
-
 # -------------------------------------------------------------------------------------------------------- the report
 
 
@@ -591,8 +626,8 @@ def _findings(summary: Summary, out: Path | None) -> list[str]:
         )
     if summary.n_repeated_pictures:
         found.append(
-            f"{summary.n_repeated_pictures:,} pictures that come again byte for byte{list_of(DUPLICATES)}: give that "
-            "list to --exclude-keys to leave them out"
+            f"{summary.n_repeated_pictures:,} pictures that come again byte for byte{list_of(DUPLICATES)}: to "
+            "leave them out, give that list to --exclude-keys, with --overwrite"
         )
     elongated = sum(summary.counts["aspect ratio"][name] for name in ("below 1/4", "1/4 to 1/2", "2 to 4", "above 4"))
     if elongated:
