@@ -401,7 +401,7 @@ def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) ->
         if others:
             logger.warning(
                 "the run goes on with as many samples as it began with, and with other shards, or in another order "
-                "(where %s was is %s): from here on it sees other samples than it would have seen; give those that it "
+                "(where %s was is %s): from here on it may see other samples than it would have seen; give those it "
                 "began with, in their order",
                 *others[0],
             )
