@@ -15,7 +15,7 @@ import signal
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -38,8 +38,10 @@ from training.manifest import (
     SUMMARY,
     Counts,
     Excluded,
+    Manifest,
     ShardRecord,
     checksum,
+    listed_names,
     sample_line,
     short_names,
     write_lines,
@@ -55,6 +57,8 @@ SUBJECTS = (
 )
 ASPECT_RATIOS = ((0.25, "below 1/4"), (0.5, "1/4 to 1/2"), (1.0, "1/2 to 1"), (2.0, "1 to 2"), (4.0, "2 to 4"))
 """Upper ends and names of the ranges that width ÷ height is counted in, besides "above 4"; 1/2 and 2 are inside."""
+UNREADABLE = -1
+"""In place of the time of the last change of a shard that could not be read: it is tried again."""
 _EXACT_LENGTHS = 1000  # longer captions are counted by two digits of their lengths
 _NAMED_IN_REPORT = 5
 _PARENT_LOOK_S = 1.0  # between two looks of a process at whether its parent is alive
@@ -68,17 +72,28 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     """Read a shard to its end, and decode every picture and every caption in it.
 
     Args:
-        path: the tar file; damage, even of all of it, is part of the record.
+        path: the tar file; damage, even of all of it, is part of the record, and so is that it cannot be read.
         tokenizer: counts the captions' tokens.
-
-    Raises:
-        OSError: the file cannot be read.
     """
+    try:
+        return _read_shard(path, tokenizer)
+    except OSError as error:
+        return ShardRecord(
+            index=_nothing(path, 0, f"cannot be read ({error.strerror or error})"),
+            changed_ns=UNREADABLE,
+            has_caption=np.zeros(0, dtype=bool),
+            problems={},
+            counts={},
+            tokenizer=None if tokenizer is None else tokenizer.hash,
+        )
+
+
+def _read_shard(path: Path, tokenizer: Tokenizer | None) -> ShardRecord:
     status = path.stat()
     try:
         index = index_shard(path, skip_damaged=True)
     except ValueError as error:
-        index = _nothing(path, str(error).removeprefix(f"{path} ").partition("; make it again")[0])
+        index = _nothing(path, status.st_size, str(error).removeprefix(f"{path} ").partition("; make it again")[0])
     counts: Counts = {subject: Counter() for subject in SUBJECTS}
     n = len(index.keys)
     checksums, has_caption = np.zeros((n, 3), dtype=np.uint64), np.zeros(n, dtype=bool)
@@ -111,12 +126,12 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     )
 
 
-def _nothing(path: Path, damage: str) -> ShardIndex:
+def _nothing(path: Path, n_bytes: int, damage: str) -> ShardIndex:
     """Return the index of a shard of which nothing can be read."""
     places = np.zeros((0, 2), dtype=np.int64)
     return ShardIndex(
         path=path,
-        n_bytes=path.stat().st_size,
+        n_bytes=n_bytes,
         tokens=None,
         keys=(),
         image_names=(),
@@ -126,6 +141,7 @@ def _nothing(path: Path, damage: str) -> ShardIndex:
         n_ignored=0,
         n_duplicates=0,
         damage=damage,
+        checksums=np.zeros((0, 3), dtype=np.uint64),
     )
 
 
@@ -255,9 +271,13 @@ def check_data(
     workers: int = 0,
     tokenizer: Path | None = None,
     exclude: Sequence[Path] = (),
+    overwrite: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> Summary:
     """Check shards and write their manifest; shards that it knows and that have not changed are not read again.
+
+    A manifest that is there may grow by new shards. What it knows stays: a run needs the manifest that it began with
+    when shards have been damaged since.
 
     Args:
         shards: what `expand_shards` takes.
@@ -265,11 +285,13 @@ def check_data(
         workers: processes that read; 0 reads in this one.
         tokenizer: a tokenizer.json, to count the captions' tokens.
         exclude: files of samples that training is to leave out, as `Excluded` reads them.
+        overwrite: replace what a manifest that is there knows.
         progress: called with (shards checked, shards).
 
     Raises:
         FileNotFoundError: a shard or file is missing.
-        ValueError: an argument is wrong.
+        ValueError: an argument is wrong; without `overwrite`, shards that the manifest knows have changed or are gone,
+            or others are to be left out than before. Nothing has been written then.
         OSError: something cannot be read or written, or a process was killed.
     """
     if workers < 0:
@@ -277,23 +299,19 @@ def check_data(
     paths = expand_shards(shards)
     excluded = Excluded.read(exclude)
     bpe = None if tokenizer is None else Tokenizer.load(tokenizer)
-    (out / RECORDS).mkdir(parents=True, exist_ok=True)
     names = short_names(paths)
     records = {path: _record_name(path) for path in paths}
-    missing, n_changed = _not_known(out, records, None if bpe is None else bpe.hash)
-    if n_changed:
-        logger.warning(
-            "%d shards have changed since they were checked: a run that is to go on needs the manifest that it began "
-            "with; for that, give another --out",
-            n_changed,
-        )
+    missing, changed = _not_known(out, records, None if bpe is None else bpe.hash)
+    if not overwrite:
+        _refuse_to_lose(out, records, changed, excluded)
+    (out / RECORDS).mkdir(parents=True, exist_ok=True)
     for n_done, (path, record) in enumerate(_checked(missing, workers, bpe), start=1):
         _write_text(out / RECORDS / records[path], record.to_json())
         if progress is not None:
             progress(len(paths) - len(missing) + n_done, len(paths))
     files = [records[path] for path in paths]
-    summary, sizes = _summarise(out, paths, names, files, len(missing), len(excluded.lines))
-    _keep_excluded(out, excluded)
+    summary, sizes = _summarise(out, paths, names, files, len(missing), excluded)
+    write_lines(out / EXCLUDED, (f"{line}\n" for line in excluded.lines))
     rows = zip(names, (str(path.resolve()) for path in paths), files, sizes, strict=True)
     listed = [dict(zip(("name", "path", "record", "n_samples"), row, strict=True)) for row in rows]
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
@@ -310,21 +328,68 @@ def _record_name(path: Path) -> str:
     return f"{slug(path.stem, 40)}-{checksum(os.fsencode(path.resolve())):016x}.json"
 
 
-def _not_known(out: Path, records: dict[Path, str], tokenizer: str | None) -> tuple[list[Path], int]:
-    """Return the shards that have to be read, and how many of them were known when they were others."""
-    missing, n_changed = [], 0
+def _not_known(out: Path, records: Mapping[Path, str], tokenizer: str | None) -> tuple[list[Path], set[Path]]:
+    """Return the shards that have to be read, and those of them that were known when they were others."""
+    missing, changed = [], set()
     for path, name in records.items():
-        try:
-            record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        record = _known(out, name)
+        if record is None:
             missing.append(path)
             continue
-        status = path.stat()
-        is_same = (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
-        n_changed += not is_same
-        if not is_same or record.tokenizer != tokenizer:
+        if not _is_of(record, path):
+            changed.add(path)
+        if path in changed or record.tokenizer != tokenizer:
             missing.append(path)
-    return missing, n_changed
+    return missing, changed
+
+
+def _known(out: Path, name: str) -> ShardRecord | None:
+    """Return a record that is there, None if it cannot be used or is of a shard that could not be read."""
+    try:
+        record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
+        return None
+    return None if record.changed_ns == UNREADABLE else record
+
+
+def _is_of(record: ShardRecord, path: Path) -> bool:
+    """Whether a shard has the size and the time of change that it had when it was checked."""
+    status = path.stat()
+    return (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
+
+
+def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], excluded: Excluded) -> None:
+    """Check that what a manifest that is there knows stays as it is; shards may have been moved.
+
+    Raises:
+        ValueError: it would not.
+    """
+    try:
+        manifest = Manifest.open(out)
+    except (FileNotFoundError, ValueError):  # no run can use it
+        return
+    matches, new = manifest.match(list(records))
+    lost = []
+    for entry, path in matches:
+        if path is None:
+            lost.append(f"{entry.name} is gone")
+            continue
+        record = None if records[path] == entry.record else _known(out, entry.record)  # of before it was moved
+        if path in changed or (record is not None and not _is_of(record, path)):
+            lost.append(f"{entry.name} has changed")
+    found, added = [path for _, path in matches if path is not None], set(new)
+    if found != [path for path in records if path not in added]:
+        lost.append("the shards are in another order")
+    if sorted(manifest.excluded.lines) != sorted(excluded.lines):
+        lost.append(f"{len(excluded.lines):,} samples are to be left out, and {len(manifest.excluded.lines):,} were")
+    if lost:
+        listed = "; ".join(lost[:_NAMED_IN_REPORT]) + ("; …" if len(lost) > _NAMED_IN_REPORT else "")
+        raise ValueError(
+            f"the manifest {out} knows other data ({listed}), and a run that began with it needs it to go on exactly: "
+            "give another --out, or --overwrite to replace it"
+        )
+    if new:
+        logger.warning("%d shards are new in the manifest: for new runs only, samples get other numbers", len(new))
 
 
 def _obey_the_parent_alone(parent: int) -> None:
@@ -381,12 +446,16 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
 
 
 def _summarise(
-    out: Path, paths: Sequence[Path], names: Sequence[str], records: Sequence[str], n_read: int, n_excluded: int
+    out: Path, paths: Sequence[Path], names: Sequence[str], records: Sequence[str], n_read: int, excluded: Excluded
 ) -> tuple[Summary, list[int]]:
     """Add up the records, and return how many samples each shard has.
 
     Writes the lists of samples that cannot be used and of pictures that come twice.
+
+    Raises:
+        ValueError: a line of samples to leave out means more than one.
     """
+    listed = listed_names(paths)
     counts: Counts = {subject: Counter() for subject in SUBJECTS}
     damaged: list[str] = []
     n_bytes = 0
@@ -395,8 +464,9 @@ def _summarise(
 
     def unusable() -> Iterator[str]:
         nonlocal n_bytes
-        for name, file in zip(names, records, strict=True):
+        for path, name, listed_name, file in zip(paths, names, listed, records, strict=True):
             record = ShardRecord.from_json((out / RECORDS / file).read_text("utf-8"))
+            excluded.rows(record.index, str(path.resolve()))
             assert record.index.checksums is not None
             for subject, found in record.counts.items():
                 counts.setdefault(subject, Counter()).update(found)
@@ -406,14 +476,14 @@ def _summarise(
             hashes.append(np.array([checksum(_bytes(key)) for key in record.index.keys], dtype=np.uint64))
             pictures.append(np.where(record.index.image[:, 1] > 0, record.index.checksums[:, 0], np.uint64(0)))
             for i, problem in record.problems.items():
-                yield sample_line(name, record.index.keys[i], problem)
+                yield sample_line(listed_name, record.index.keys[i], problem)
 
     write_lines(out / UNUSABLE, unusable())
     starts = np.cumsum([0, *map(len, hashes)])
     again, _ = _repeated(np.concatenate(hashes))
     keys = dict(_keys_at(out, names, records, starts, again[:_NAMED_IN_REPORT]))
     copies, originals = _repeated(np.concatenate(pictures), ignored=0)
-    write_lines(out / DUPLICATES, _copy_lines(out, names, records, starts, copies, originals))
+    write_lines(out / DUPLICATES, _copy_lines(out, listed, records, starts, copies, originals))
     summary = Summary(
         n_shards=len(paths),
         n_read=n_read,
@@ -423,7 +493,7 @@ def _summarise(
         n_repeated_keys=len(again),
         repeated_keys=tuple(key for _, key in keys.values()),
         n_repeated_pictures=len(copies),
-        n_excluded=n_excluded,
+        n_excluded=len(excluded.lines),
     )
     return summary, [len(found) for found in hashes]
 
@@ -470,18 +540,6 @@ def _copy_lines(
     ):
         original_shard, original_key = first[original]
         yield sample_line(shard, key, f"the same picture as {original_key} in {original_shard}")
-
-
-def _keep_excluded(out: Path, excluded: Excluded) -> None:
-    path = out / EXCLUDED
-    before = Excluded.read([path]).lines if path.exists() else []
-    if (out / SUMMARY).exists() and sorted(before) != sorted(excluded.lines):
-        logger.warning(
-            "%d samples are left out, and %d were before: the others get new numbers, which is for new runs only",
-            len(excluded.lines),
-            len(before),
-        )
-    write_lines(path, (f"{line}\n" for line in excluded.lines))
 
 
 # -------------------------------------------------------------------------------------------------------- the report
@@ -568,8 +626,8 @@ def _findings(summary: Summary, out: Path | None) -> list[str]:
         )
     if summary.n_repeated_pictures:
         found.append(
-            f"{summary.n_repeated_pictures:,} pictures that come again byte for byte{list_of(DUPLICATES)}: give that "
-            "list to --exclude-keys to leave them out"
+            f"{summary.n_repeated_pictures:,} pictures that come again byte for byte{list_of(DUPLICATES)}: to "
+            "leave them out, give that list to --exclude-keys, with --overwrite"
         )
     elongated = sum(summary.counts["aspect ratio"][name] for name in ("below 1/4", "1/4 to 1/2", "2 to 4", "above 4"))
     if elongated:

@@ -376,6 +376,9 @@ class CheckDataCommand:
     exclude_keys: tuple[Path, ...] = ()
     """Files of samples that training with this manifest leaves out, such as its own duplicates.jsonl or unusable.jsonl,
     or the excluded.jsonl of `dalle-train duplicates`: lines of {"shard": …, "key": …}."""
+    overwrite: bool = False
+    """Replace what the manifest in OUT knows: shards that have changed or are gone, and samples left out. A run that
+    began with it may need it as it was."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -640,6 +643,7 @@ def _check_data(command: CheckDataCommand) -> None:
             workers=workers,
             tokenizer=command.tokenizer,
             exclude=command.exclude_keys,
+            overwrite=command.overwrite,
             progress=progress.update,
         )
     print(printable(check_report(summary, command.out)))

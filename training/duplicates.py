@@ -30,7 +30,7 @@ from rerank import CLIP
 from rerank.score import clip_view, embed_images
 from training.batches import BadSamples, parts_in_order
 from training.data import Sample, ShardData
-from training.manifest import sample_line, short_names, write_lines
+from training.manifest import listed_names, sample_line, write_lines
 
 logger = logging.getLogger(__name__)
 
@@ -278,7 +278,7 @@ class _Names:
 
 
 def _sample_names(data: ShardData) -> Callable[[int], tuple[str, str]]:
-    shards = dict(zip(data.shards, short_names(data.shards), strict=True))
+    shards = dict(zip(data.shards, listed_names(data.shards), strict=True))
     return lambda i: (shards[data.shard_of(i)], data.keys[i])
 
 

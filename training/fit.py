@@ -621,7 +621,8 @@ def _run_of(path: Path) -> dict[str, Any]:
 def _write_claim(plan: RunPlan, config: TrainConfig, world: World) -> None:
     plan.directory.mkdir(parents=True, exist_ok=True)
     if plan.fresh:
-        shutil.rmtree(plan.directory / "checkpoints", ignore_errors=True)
+        for name in ("checkpoints", "samples", "stacks", "tensorboard"):
+            shutil.rmtree(plan.directory / name, ignore_errors=True)
     record = {
         "run": plan.described(),
         "training": dataclasses.asdict(config),

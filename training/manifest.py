@@ -315,6 +315,7 @@ class Excluded:
     def __init__(self, shards_of: Mapping[str, Sequence[tuple[str, ...]]], lines: Sequence[str]) -> None:
         """Take the last parts of the shards' paths for each key, none for all shards; `read` reads them."""
         self._shards_of = shards_of
+        self._found_in: dict[tuple[str, tuple[str, ...]], str] = {}
         self.lines = lines
         """As they are in the files."""
 
@@ -346,15 +347,24 @@ class Excluded:
         return cls(shards_of, list(dict.fromkeys(lines)))
 
     def rows(self, index: ShardIndex, path: str) -> NDArray[np.bool_]:
-        """Return which samples of a shard are left out, (n,)."""
+        """Return which samples of a shard are left out, (n,).
+
+        Raises:
+            ValueError: a line names a sample of this shard, and one of another shard that was asked about.
+        """
+        return np.array([self._is_left_out(key, path) for key in index.keys], dtype=bool)
+
+    def _is_left_out(self, key: str, path: str) -> bool:
         parts = PurePosixPath(path).parts
-        return np.array(
-            [
-                any(not shard or parts[-len(shard) :] == shard for shard in self._shards_of.get(key, ()))
-                for key in index.keys
-            ],
-            dtype=bool,
-        )
+        found = [shard for shard in self._shards_of.get(key, ()) if not shard or parts[-len(shard) :] == shard]
+        for shard in filter(None, found):
+            other = self._found_in.setdefault((key, shard), path)
+            if other != path:
+                raise ValueError(
+                    f"a line to leave out key {key!r} of shard {'/'.join(shard)!r} means a sample of {other} and one "
+                    f"of {path}: name the shard by more of its path"
+                )
+        return bool(found)
 
 
 _EXCLUDED_EXAMPLE = '{"shard": "000003.tar", "key": "000003017"}'
@@ -372,6 +382,15 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     resolved = [path.resolve() for path in paths]
     folder = os.path.commonpath([path.parent for path in resolved]) if resolved else ""
     return [path.relative_to(folder).as_posix() for path in resolved]
+
+
+def listed_names(paths: Sequence[Path]) -> list[str]:
+    """Return `short_names` below the name of their folder: those of other data with shards of equal names differ."""
+    names = short_names(paths)
+    return [
+        PurePosixPath(*path.resolve().parts[-1 - len(PurePosixPath(name).parts) :]).as_posix()
+        for path, name in zip(paths, names, strict=True)
+    ]
 
 
 def sample_line(shard: str, key: str, reason: str) -> str:

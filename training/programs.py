@@ -374,14 +374,16 @@ def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: Wor
 
 
 def _note_data(plan: RunPlan, data: ShardData, world: World) -> None:
-    """Write down how many samples a run is trained on; when it goes on with another number, a warning says so.
+    """Write down what samples a run is trained on; when it goes on with others, a warning says so.
 
-    The order of the samples depends on their number: it must not change without a word.
+    The order of the samples depends on their number, and which they are on the order of the shards: neither must
+    change without a word. Shards may be moved.
     """
     refuse_another_run(plan)
     path = plan.directory / "data.json"
-    shards = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
-    now = {"samples": len(data), "shards": shards}
+    counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
+    order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
+    now = {"samples": len(data), "shards": counts, "order": order}
 
     def note() -> None:
         if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
@@ -394,6 +396,15 @@ def _note_data(plan: RunPlan, data: ShardData, world: World) -> None:
 
 def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before["samples"] == now["samples"]:
+        shards = zip(before.get("order", now["order"]), now["order"], strict=False)  # runs of before have none
+        others = [(old[0], new[0]) for old, new in shards if old != new]
+        if others:
+            logger.warning(
+                "the run goes on with as many samples as it began with, and with other shards, or in another order "
+                "(where %s was is %s): from here on it may see other samples than it would have seen; give those it "
+                "began with, in their order",
+                *others[0],
+            )
         return
     changed = [
         f"{shard}: {count:,} samples, now {now['shards'].get(shard, 0):,}"
@@ -410,9 +421,9 @@ def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) ->
 
 
 def forget_runs(out: Path) -> None:
-    """Delete the checkpoints of all stages, so that no run goes on from what is to be made anew."""
-    for checkpoints in (out / "training").glob("*/checkpoints"):
-        shutil.rmtree(checkpoints)
+    """Delete the checkpoints of all stages and the image tokens: nothing goes on from what is to be made anew."""
+    for made in (*(out / "training").glob("*/checkpoints"), *out.glob("encoded")):
+        shutil.rmtree(made)
 
 
 def _all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dalle.progress import duration
+from dalle.progress import duration, printable
 from training.runs import Points, Run, find_runs, is_number, read_run
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
@@ -92,12 +92,12 @@ def summary(run: Run, now: float, *, blocks: str = BLOCKS) -> str:
     ]
     recipe = run.described.get("recipe")
     heading = f"{run.directory}: {run.stage}" + (f", recipe {recipe}" if recipe else "")
-    return "\n".join([printable(heading), *(f"  {label:<13}{printable(text)}" for label, text in rows if text)])
+    return "\n".join([_in_a_line(heading), *(f"  {label:<13}{_in_a_line(text)}" for label, text in rows if text)])
 
 
-def printable(text: str) -> str:
-    """Return a text without control characters, which a name could use to command the terminal."""
-    return "".join(character if character.isprintable() else "?" for character in text)
+def _in_a_line(text: str) -> str:
+    """Return a text in one line, its control characters, which a name could use to command the terminal, escaped."""
+    return printable(" ".join(text.split()))
 
 
 def state_line(run: Run, now: float) -> str:

@@ -5,21 +5,26 @@ had been. A manifest (`dalle-train check-data`) lets training know what shards h
 """
 
 import io
+import json
 import signal
 import struct
 import subprocess
 import sys
 import tarfile
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import tiny
-from jobs import Job, copy_of, wait_for
+from jobs import Injection, Job, copy_of, wait_for
 from PIL import Image
-from runs import Course, Fault, SkippedError, last_step, metrics, require, require_equal
+from runs import STEPS, Course, Fault, last_step, latest, metrics, require, require_equal
+
+from training.data import ShardData
+from training.manifest import Manifest
 
 AT_STEP = 6
 DAMAGED = "world-000002.tar"
@@ -67,26 +72,30 @@ def _missing(shard: Path) -> None:
     shard.unlink()
 
 
-def _manifest(course: Course, world: Path, folder: Path) -> list[object]:
-    """Return the options that let training use a manifest of the shards; none where this version has none."""
+def _manifest(world: Path, folder: Path) -> list[object]:
+    """Return the options that let training use a manifest of the shards."""
     check = [sys.executable, "-m", "training.cli", "check-data", "--data", str(world), "--out", str(folder)]
     done = subprocess.run(check, capture_output=True, text=True)
-    if done.returncode:
-        raise SkippedError(f"`dalle-train check-data` does not work here: {done.stderr.strip()[-200:]}")
+    require(done.returncode == 0, f"`dalle-train check-data` ended with {done.returncode}: {done.stderr[-600:]}")
     return ["--manifest", folder]
+
+
+def _first_part(course: Course, bundle: Path, command: list[str], name: str, inject: Injection | None = None) -> None:
+    """Stop a run in its middle by SIGTERM."""
+    with Job(course.scratch / "logs" / name, command, inject=inject) as job:
+        wait_for(lambda: last_step(bundle) >= AT_STEP or not job.is_running(), f"step {AT_STEP}")
+        job.send(0, signal.SIGTERM)
+        codes = job.wait()
+        require(codes == [0, 0], f"the first part ended with {codes}: {job.said()[-600:]}")
 
 
 def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) -> tuple[str, str]:
     """Stop a run, damage a shard, try to go on, repair the shard, and go on."""
     world, bundle = copy_of(course.world, course.scratch / "worlds" / name), course.bundle(name)
-    more = _manifest(course, world, course.scratch / "worlds" / f"{name}-manifest") if with_manifest else []
+    more = _manifest(world, course.scratch / "worlds" / f"{name}-manifest") if with_manifest else []
     names = str(world / "world-{000000..000005}.tar")
     command = course.command(bundle, *more, data=names)
-    with Job(course.scratch / "logs" / name, command) as job:
-        wait_for(lambda: last_step(bundle) >= AT_STEP or not job.is_running(), f"step {AT_STEP}")
-        job.send(0, signal.SIGTERM)
-        codes = job.wait()
-        require(codes == [0, 0], f"the first part ended with {codes}: {job.said()[-600:]}")
+    _first_part(course, bundle, command, name)
     whole = (world / DAMAGED).read_bytes()
     damage(world / DAMAGED)
     with Job(course.scratch / "logs" / f"{name}-damaged", command) as job:
@@ -100,6 +109,73 @@ def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) 
     course.finish(command, f"{name}-end")
     require_equal(bundle, course.straight())
     return f"refused: {line[:160]}", "nothing, once the shard was repaired"
+
+
+def _note_keys(rank: int, *, folder: Path) -> None:
+    """Let a rank write down the keys of every batch that it takes."""
+    import training.fit
+
+    batches = training.fit.batches
+
+    def noted(*arguments: Any, **named: Any) -> Iterator[Any]:
+        first = named["start_step"] * named["accumulation"]
+        with (folder / f"rank{rank}.jsonl").open("a") as file:
+            for number, batch in enumerate(batches(*arguments, **named), first):
+                print(json.dumps([number // named["accumulation"] + 1, batch.keys]), file=file, flush=True)
+                yield batch
+
+    training.fit.batches = noted
+
+
+def _noted_keys(folder: Path) -> list[tuple[int, str]]:
+    """Return (step, key) of every sample that the ranks took, by rank and step."""
+    lines = [json.loads(line) for path in sorted(folder.iterdir()) for line in path.read_text().splitlines()]
+    return [(step, key) for step, keys in lines for key in keys]
+
+
+def _lost(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
+    """Stop a run with a manifest, damage a shard for good, and go on: what is lost is replaced, all else stays."""
+    world, bundles = copy_of(course.world, course.scratch / "worlds" / name), (f"{name}-straight", name)
+    manifest = course.scratch / "worlds" / f"{name}-manifest"
+    more = [*_manifest(world, manifest), "--max-bad-fraction", 0.5]
+    straight, bundle = map(course.bundle, bundles)
+    folders = [course.scratch / "keys" / one for one in bundles]
+    for folder in folders:
+        folder.mkdir(parents=True)
+    notes = [partial(_note_keys, folder=folder) for folder in folders]
+    command = course.command(bundle, *more, data=world)
+    course.finish(course.command(straight, *more, data=world), bundles[0], inject=notes[0])
+    _first_part(course, bundle, command, name, notes[1])
+    stopped_at = latest(bundle)
+    damage(world / DAMAGED)
+    said = course.finish(command, f"{name}-end", inject=notes[1])
+    require(f"{DAMAGED}: " in said and " samples are left" in said, f"the shard is not named: {said[-600:]}")
+    data = ShardData.open([world], captions=True, manifest=Manifest.open(manifest))
+    lost = {key for key, is_lost in zip(data.keys, data.is_lost, strict=True) if is_lost}
+    expected, found = map(_noted_keys, folders)
+    require(len(expected) == 4 * STEPS, f"{len(expected)} samples were taken in place of {4 * STEPS}")
+    n_replaced = 0
+    for (step, key), (step_found, key_found) in zip(expected, found, strict=True):
+        is_replaced = step > stopped_at and key in lost
+        is_right = (key_found not in lost) if is_replaced else key_found == key
+        require(step == step_found and is_right, f"step {step_found} had {key_found} in place of {key} of step {step}")
+        n_replaced += is_replaced
+    counted = [line["bad_samples"] for line in metrics(bundle) if line["step"] == STEPS and "bad_samples" in line]
+    require(lost and counted == [n_replaced], f"{counted} samples were counted, and {n_replaced} replaced")
+    return f"went on; {n_replaced} lost samples were counted and replaced", "they alone: all others came at their steps"
+
+
+def _unharmed(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
+    """Stop a run with a manifest, damage a shard for good where the manifest knows better, and go on."""
+    world, bundle = copy_of(course.world, course.scratch / "worlds" / name), course.bundle(name)
+    more = [*_manifest(world, course.scratch / "worlds" / f"{name}-manifest"), "--max-bad-fraction", 0.5]
+    command = course.command(bundle, *more, data=world)
+    _first_part(course, bundle, command, name)
+    damage(world / DAMAGED)
+    said = course.finish(command, f"{name}-end")
+    require(f"{DAMAGED}: 8 of 8 samples are left" in said, f"the damage was not noticed: {said[-600:]}")
+    require_equal(bundle, course.straight())
+    return "went on; the places of all samples are known", "nothing"
 
 
 def _unequal(course: Course, name: str) -> tuple[str, str]:
@@ -219,6 +295,18 @@ FAULTS = [
             ("with bits flipped in captions", _flip_in_captions, True),
             ("empty", _empty, False),
             ("missing", _missing, False),
+        )
+    ),
+    *(
+        Fault(
+            name=f"a shard {what}, with a manifest",
+            injected="between two parts of a run, for good; --max-bad-fraction 0.5",
+            run=partial(run, damage=damage),
+        )
+        for what, damage, run in (
+            ("truncated", _truncate, _lost),
+            ("missing", _missing, _lost),
+            ("with a bit flipped in a header", _flip_in_a_header, _unharmed),
         )
     ),
     Fault(name="unequal shards", injected="1, 39, 3 and 5 samples", run=_unequal),

@@ -56,7 +56,7 @@ def _once(course: Course, name: str) -> tuple[str, str]:
 
 def _for_ever(course: Course, name: str) -> tuple[str, str]:
     bundle = course.bundle(name)
-    command = course.command(bundle)
+    command = course.command(bundle, "--max-skipped-steps", 3)
     with Job(course.scratch / "logs" / name, command, inject=partial(_spoil, for_ever=True)) as job:
         codes = job.wait()
         said = job.said()

@@ -14,7 +14,7 @@ from typing import Any
 
 import tiny
 import torch
-from jobs import Job, copy_of
+from jobs import Injection, Job, copy_of
 
 from dvae import DVAE
 from training.programs import Inputs, train_tokenizer
@@ -100,13 +100,13 @@ class Course:
             self._straight[key] = bundle
         return self._straight[key]
 
-    def finish(self, command: list[str], name: str, *, ranks: int = 2) -> str:
+    def finish(self, command: list[str], name: str, *, ranks: int = 2, inject: Injection | None = None) -> str:
         """Run a command to its end; returns what it said.
 
         Raises:
             FaultError: it does not end well.
         """
-        with Job(self.scratch / "logs" / name, command, ranks=ranks) as job:
+        with Job(self.scratch / "logs" / name, command, ranks=ranks, inject=inject) as job:
             codes = job.wait()
             require(codes == [0] * ranks, f"the run ended with {codes}: {job.said()[-600:]}")
             return job.said()

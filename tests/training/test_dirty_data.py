@@ -168,6 +168,28 @@ def test_another_order_of_the_samples_is_never_silent(tmp_path: Path, capsys: py
     assert "1.tar: 12 samples, now 8" in errors
 
 
+@pytest.mark.slow
+def test_as_many_other_samples_are_never_silent(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / "data" / f"{shard}.tar", world_members(range(12 * shard, 12 * shard + 12)))
+    steps = iter(range(1, 9))
+
+    def warnings(folder: Path, *names: str) -> str:
+        data = [str(folder / name) for name in names]
+        options = ["--steps", str(next(steps)), "--global-batch", "4", "--out", str(tmp_path / "out")]
+        assert training.cli.main(["dvae", "tiny", "--data", *data, *options]) == 0
+        return "".join(line for line in capsys.readouterr().err.splitlines() if "other samples" in line)
+
+    data = tmp_path / "data"
+    assert not warnings(data, "0.tar", "1.tar")
+    assert not warnings(data, "0.tar", "1.tar")
+    assert "(where 0.tar was is 1.tar)" in warnings(data, "1.tar", "0.tar")
+    assert "(where 0.tar was is 2.tar)" in warnings(data, "1.tar", "2.tar")
+    (data / "2.tar").write_bytes((data / "0.tar").read_bytes())
+    assert "(where 2.tar was is 2.tar)" in warnings(data, "1.tar", "2.tar")
+    assert not warnings(data.rename(tmp_path / "moved"), "1.tar", "2.tar")
+
+
 # -------------------------------------------------------------------------------------------------------- several ranks
 
 

@@ -102,9 +102,9 @@ def test_copies_within_data_are_found_listed_shown_and_left_out_of_training(
     pairs = [json.loads(line) for line in (out / "pairs.jsonl").read_text().splitlines()]
     assert pairs[0] == {
         "cosine": pytest.approx(1.0),
-        "shard": "0.tar",
+        "shard": f"{data.name}/0.tar",
         "key": "a0",
-        "other_shard": "1.tar",
+        "other_shard": f"{data.name}/1.tar",
         "other_key": "b3",
     }
     assert {(pair["key"], pair["other_key"]) for pair in pairs} >= {("a0", "b3")}
@@ -130,7 +130,11 @@ def test_overlap_lists_the_nearest_training_picture_of_every_validation_picture(
     assert (pairs[0]["key"], pairs[0]["other_key"]) == ("a3", "v1")
     assert [pair["cosine"] for pair in pairs] == sorted((pair["cosine"] for pair in pairs), reverse=True)
     (line,) = (out / "excluded.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"shard": "0.tar", "key": "a3", "reason": "cosine 1.0000 with v1 in v.tar"}
+    assert json.loads(line) == {
+        "shard": f"{data.name}/0.tar",
+        "key": "a3",
+        "reason": f"cosine 1.0000 with v1 in {tmp_path.name}/v.tar",
+    }
     assert (found.n_against, found.n_overlapping, found.n_excluded) == (3, 1, 1)
     assert "1 (33.3%) of the others have such a picture in the data" in str(found)
 

@@ -703,6 +703,14 @@ def test_all_stages_train_with_pictures_encoded_once(
         assert encoding.crops == crops
     assert (tmp_path / "evaluation.json").is_file()
     assert run(*command, 2) == 0  # all is there
+
+    def interrupted(*_: object) -> None:
+        raise Interrupted("stopped")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.programs, "train_clip", interrupted)
+        assert run(*command, 2, "--fresh") == 0
+    assert not (tmp_path / "encoded").exists(), "the tokens are of the dVAE of before"
     assert run(*command, 2, "--fresh") == 0
 
 

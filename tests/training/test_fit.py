@@ -298,8 +298,14 @@ def test_a_full_disk_stops_training_and_the_same_command_goes_on(
 def test_fresh_trains_anew(new_run: NewRun) -> None:
     run = new_run("a")
     run(tiny.train_config(steps=3))
+    folder = run.folder / "run"
+    (folder / "stacks").mkdir()
+    events = set((folder / "tensorboard").iterdir())
     run(tiny.train_config(steps=2, seed=1), fresh=True, recipe="another")
     assert sorted(run.losses) == [1, 2]
+    assert [path.name for path in (folder / "samples").iterdir()] == ["step00000002.png"]
+    assert events.isdisjoint((folder / "tensorboard").iterdir())
+    assert not (folder / "stacks").exists()
     assert (run.folder / "run" / "checkpoints" / "latest").read_text() == "step00000002"
 
 

@@ -1,3 +1,4 @@
+import errno
 import json
 import logging
 import os
@@ -26,6 +27,7 @@ from training.check_data import Summary, check_data, check_shard, report
 from training.data import Sample, ShardData
 from training.encode import EncodeConfig, encode_shards
 from training.manifest import Excluded, Manifest, ShardRecord
+from training.shard_index import ShardIndex
 from training.world import join_world
 
 N = 30
@@ -167,17 +169,15 @@ def test_the_report_says_what_is_wrong_and_what_to_do(shards: Path, tmp_path: Pa
     assert "1 pictures that come again byte for byte" in text
     (line,) = (out / "duplicates.jsonl").read_text().splitlines()
     assert json.loads(line) == {
-        "shard": "000003.tar",
+        "shard": "data/000003.tar",
         "key": "k001",
-        "reason": "the same picture as k001 in 000000.tar",
+        "reason": "the same picture as k001 in data/000000.tar",
     }
     (line,) = (out / "unusable.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"shard": "000003.tar", "key": "bad", "reason": "picture is not a picture"}
+    assert json.loads(line) == {"shard": "data/000003.tar", "key": "bad", "reason": "picture is not a picture"}
 
 
-def test_what_is_known_is_not_read_again_and_what_changed_is(
-    shards: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_what_is_known_is_not_read_again_and_what_changed_is(shards: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     assert check_data([shards], out).n_read == 3
     again = check_data([shards], out)
@@ -186,14 +186,72 @@ def test_what_is_known_is_not_read_again_and_what_changed_is(
     next(iter(sorted((out / "shards").iterdir()))).write_text("{")
     assert check_data([shards], out).n_read == 1
     write_tar(shards / "000001.tar", members(range(5)))
-    with caplog.at_level(logging.WARNING):
-        assert check_data([shards], out).n_read == 1
-    assert "1 shards have changed since they were checked" in caplog.text
+    assert check_data([shards], out, overwrite=True).n_read == 1
     tokenizer = Tokenizer.train(["picture number 1"] * 3, 300)
     tokenizer.save(tmp_path / "tokenizer.json")
     with_tokens = check_data([shards], out, tokenizer=tmp_path / "tokenizer.json")
     assert with_tokens.n_read == 3
     assert with_tokens.counts["caption tokens"].total() == 25
+
+
+def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    original = training.check_data.index_shard
+
+    def fail_at_one(path: Path, **options: bool) -> ShardIndex:
+        if path.name == "000001.tar":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))  # as reading an open file does: without its name
+        return original(path, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training.check_data, "index_shard", fail_at_one)
+        summary = check_data([shards], tmp_path / "m")
+        assert summary.damaged == ("000001.tar cannot be read (Input/output error)",)
+        assert (summary.counts["samples"]["pairs"], check_data([shards], tmp_path / "m").n_read) == (20, 1)
+    again = check_data([shards], tmp_path / "m")
+    assert (again.n_read, again.damaged, again.counts["samples"]["pairs"]) == (1, (), 30)
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_a_manifest_knows_is_not_lost_by_checking_damaged_shards_into_it(shards: Path, manifest: Path) -> None:
+    before = contents(manifest)
+    truncate(shards / "000001.tar", 4)
+    (shards / "000002.tar").unlink()
+    with pytest.raises(
+        ValueError, match=r"000001\.tar has changed; 000002\.tar is gone.*another --out, or --overwrite to replace it"
+    ):
+        check_data([shards], manifest)
+    moved = shards.rename(shards.with_name("moved"))
+    with pytest.raises(ValueError, match=r"000001\.tar has changed; 000002\.tar is gone"):
+        check_data([moved], manifest)
+    (moved / "lines.jsonl").write_text('{"key": "k001"}\n')
+    with pytest.raises(ValueError, match=r"1 samples are to be left out, and 0 were"):
+        check_data([moved / "000000.tar"], manifest, exclude=[moved / "lines.jsonl"])
+    assert contents(manifest) == before
+    data = open_with(manifest, moved)
+    assert (len(data), data.report.n_lost) == (30, 16)
+    command = ["check-data", "--data", str(moved), "--workers", "0", "--out", str(manifest)]
+    assert [training.cli.main(command), training.cli.main([*command, "--overwrite"])] == [1, 0]
+    assert [entry.n_samples for entry in Manifest.open(manifest).entries] == [10, 4]
+
+
+def test_a_manifest_may_grow_by_new_shards_and_follow_moved_ones(
+    shards: Path, manifest: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    moved = shards.rename(shards.with_name("moved"))
+    check_data([moved], manifest)
+    assert "shards are new" not in caplog.text
+    with pytest.raises(ValueError, match="the shards are in another order"):
+        check_data(sorted(moved.iterdir(), reverse=True), manifest)
+    write_tar(moved / "000003.tar", members(range(30, 40)))
+    with caplog.at_level(logging.WARNING):
+        assert check_data([moved], manifest).n_read == 1
+    assert "1 shards are new in the manifest" in caplog.text
+    assert len(open_with(manifest, moved)) == 40
 
 
 @pytest.mark.slow
@@ -414,7 +472,7 @@ def test_samples_to_leave_out_have_no_number(shards: Path, tmp_path: Path) -> No
     data = open_with(tmp_path / "m", shards)
     assert set(ShardData.open([shards], captions=True).keys) - set(data.keys) == {"k011", "k025"}
     assert (len(data), data.report.n_excluded) == (28, 2)
-    again = check_data([shards], tmp_path / "m")
+    again = check_data([shards], tmp_path / "m", overwrite=True)
     assert (again.n_excluded, again.n_read) == (0, 0)
     assert len(open_with(tmp_path / "m", shards)) == 30
     for text, message in (("{", "line 1, cannot be read"), ('{"key": 1}', "must be texts"), ("[]", "line 1")):
@@ -425,11 +483,31 @@ def test_samples_to_leave_out_have_no_number(shards: Path, tmp_path: Path) -> No
         check_data([shards], tmp_path / "m", exclude=[tmp_path / "gone"])
 
 
+def test_copies_in_one_data_set_are_not_left_out_of_another_with_equal_names(tmp_path: Path) -> None:
+    write_tar(tmp_path / "a" / "0.tar", [*members([0, 1]), ("k002.jpg", picture(0)), ("k002.txt", b"again")])
+    write_tar(tmp_path / "b" / "0.tar", members([2, 3]))
+    check_data([tmp_path / "a"], tmp_path / "ma")
+    (line,) = (copies := tmp_path / "ma" / "duplicates.jsonl").read_text().splitlines()
+    assert json.loads(line)["shard"] == "a/0.tar"
+    both = [tmp_path / "a", tmp_path / "b"]
+    check_data(both, tmp_path / "m", exclude=[copies])
+    data = ShardData.open(both, captions=True, manifest=Manifest.open(tmp_path / "m"))
+    assert data.keys == ["k000", "k001", "k002", "k003"]
+    copies.write_text('{"shard": "0.tar", "key": "k002"}\n')
+    with pytest.raises(
+        ValueError, match=r"'k002' of shard '0\.tar' means a sample of .*a/0\.tar and one of .*b/0\.tar"
+    ):
+        check_data(both, tmp_path / "m2", exclude=[copies])
+    assert not (tmp_path / "m2" / "summary.json").exists()
+
+
 def test_copies_that_check_data_lists_can_be_left_out(shards: Path, tmp_path: Path) -> None:
     write_tar(shards / "000003.tar", [("copy.jpg", picture(5)), ("copy.txt", b"again"), *members([40])])
     command = ["check-data", "--data", str(shards), "--out", str(tmp_path / "m"), "--workers", "0"]
     assert training.cli.main(command) == 0
-    assert training.cli.main([*command, "--exclude-keys", str(tmp_path / "m" / "duplicates.jsonl")]) == 0
+    exclude = ["--exclude-keys", str(tmp_path / "m" / "duplicates.jsonl")]
+    assert training.cli.main([*command, *exclude]) == 1, "a run may have begun with the manifest"
+    assert training.cli.main([*command, *exclude, "--overwrite"]) == 0
     assert set(ShardData.open([shards], captions=True).keys) - set(open_with(tmp_path / "m", shards).keys) == {"copy"}
 
 
