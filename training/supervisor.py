@@ -158,9 +158,12 @@ def _going_on(arguments: Sequence[str]) -> list[str]:
     """Return a command's arguments without those that say where it starts."""
     left, kept = iter(arguments), []
     for argument in left:
-        if argument == "--resume-from":
-            next(left, None)
-        elif argument != "--fresh" and not argument.startswith("--resume-from="):
+        name, equals, _ = argument.partition("=")
+        name = name.replace("_", "-")  # both spellings are accepted
+        if name == "--resume-from":
+            if not equals:
+                next(left, None)
+        elif name != "--fresh":
             kept.append(argument)
     return kept
 

@@ -249,7 +249,16 @@ def supervised(code: str, restarts: int) -> int:
     return _Supervisor([sys.executable, "-S", "-c", CHILD + code], restarts).run()
 
 
-@pytest.mark.parametrize("option", [["--fresh"], ["--resume-from", "step00000002"], ["--resume-from=step00000002"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--fresh"],
+        ["--resume-from", "step00000002"],
+        ["--resume-from=step00000002"],
+        ["--resume_from", "step00000002"],
+        ["--resume_from=step00000002"],
+    ],
+)
 def test_a_restart_goes_on_where_the_first_attempt_started_anew(tmp_path: Path, option: list[str]) -> None:
     calls = tmp_path / "calls"
     code = f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10)); tell('started'); sys.exit(1)"
