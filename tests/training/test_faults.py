@@ -20,7 +20,7 @@ import training.watchdog
 from training.checkpoints import latest_tag
 from training.fit import Interrupted, StopSignals
 from training.metrics import read_metrics
-from training.supervisor import _going_on, _Supervisor
+from training.supervisor import _Board, _End, _going_on, _Supervisor
 from training.watchdog import (
     ATTEMPT,
     PIPE,
@@ -294,6 +294,36 @@ def test_a_signal_to_the_supervisor_stops_the_child_in_order_and_nothing_is_rest
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert supervised(code, 3) == 0
     assert "restart" not in capfd.readouterr().err
+
+
+def test_a_verdict_is_heard_before_the_child_that_gives_it_ends() -> None:
+    supervisor, heard = _Supervisor([], 2), []
+    code = "tell('started'); tell('final'); time.sleep(60)"
+    supervisor._command = [sys.executable, "-S", "-c", CHILD + code]
+    board = _Board(0)
+    ends = threading.Thread(target=lambda: heard.append(supervisor._attempt(0, board)))
+    ends.start()
+    wait_for(board.is_over)
+    assert not heard
+    assert supervisor._child is not None
+    supervisor._child.kill()
+    ends.join(PATIENCE_S)
+    assert heard[0].words == {"started", "final"}
+
+
+def test_who_only_suffers_from_another_rank_s_end_waits_for_its_verdict() -> None:
+    supervisor, board = _Supervisor([], 2), _Board(0)
+    threading.Timer(0.5, board.end).start()
+    assert supervisor._following(0, _End(code=1, words=frozenset({"lost"})), board) is None
+    assert board.attempt() == 0, "no attempt was begun"
+
+
+def test_the_first_rank_to_ask_decides_for_all_whether_an_attempt_goes_on() -> None:
+    board = _Board(1)
+    assert not board.goes_on(1)
+    board.start()
+    assert not board.goes_on(1), "as for whoever asked before"
+    assert board.goes_on(2)
 
 
 def _supervise_rank(rank: int, port: int, code: str, codes: "multiprocessing.Queue[tuple[int, int]]") -> None:
