@@ -228,8 +228,8 @@ class Watch:
     ) -> None:
         self.members, self.rank, self.timeout_s = tuple(members), rank, timeout_s
         self.run: Path | None = None
-        self._newest: Callable[[], str | None] = lambda: None
         """The directory of the run that is watched, while one is."""
+        self._newest: Callable[[], str | None] = lambda: None
         self.loss: _Loss | None = None
         """The rank that is gone, once one is."""
         self.is_hung = threading.Event()
