@@ -10,13 +10,17 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch.distributed as dist
 from test_fit import MeanColours, Run, send
 
 import training.watchdog
+import training.world
 from training.checkpoints import latest_tag
 from training.fit import Interrupted, StopSignals
 from training.metrics import read_metrics
@@ -220,6 +224,22 @@ def test_a_rank_that_is_gone_is_named_with_the_checkpoint_to_go_on_from(
     wait_for(lambda: last_words)  # the main thread did not end by itself
     assert last_words == [str(error)]
     watch.stop()
+
+
+def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
+    monkeypatch.setattr(training.world, "job_store", lambda place, *, host: store)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(dist.distributed_c10d, name, None)
+    training.world._meet("gloo", timeout_s=1.0).stop()
+    assert given["timeout"] >= timedelta(days=7)
+    assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
 
 
 def test_a_second_interrupt_ends_at_once_and_any_number_of_sigterms_does_not() -> None:
