@@ -25,6 +25,8 @@ from pathlib import Path
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
+from training.metrics import to_stderr
+
 TIMEOUT_S = 1800.0
 """Seconds without progress after which a job counts as hung, if the user says nothing else."""
 FIRST_STEP_FACTOR = 4
@@ -405,7 +407,7 @@ class Watch:
 def _end(line: str) -> None:
     """End the process although its main thread does not come out of where it is."""
     with contextlib.suppress(OSError):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+        to_stderr(f"error: {line}")
     tell_supervisor("lost")
     os._exit(1)
 

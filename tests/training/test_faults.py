@@ -242,6 +242,14 @@ def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_
     assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
 
 
+def test_last_words_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    training.watchdog._end("rank 1 is gone (\x1b[2J)")
+    assert capsys.readouterr().err == "error: rank 1 is gone (\\x1b[2J)\n"
+
+
 def test_a_second_interrupt_ends_at_once_and_any_number_of_sigterms_does_not() -> None:
     with StopSignals() as stop:
         os.kill(os.getpid(), signal.SIGTERM)
