@@ -22,10 +22,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
 from training.metrics import to_stderr
+
+T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """Seconds without progress after which a job counts as hung, if the user says nothing else."""
@@ -353,7 +356,8 @@ class Watch:
 
     def _end_hung(self) -> None:
         self.is_hung.set()
-        self._write_stacks()
+        if not _in_time(self._write_stacks):
+            _in_time(lambda: faulthandler.dump_traceback(sys.stderr, all_threads=True))
         answers = self._mail.answers(GRACE_S) if self._mail is not None else {self.rank: self.progress()}
         if self.rank == 0:  # which may hold the store
             time.sleep(2 * POLL_S)
@@ -366,14 +370,13 @@ class Watch:
         if self.run is None:
             return
         path = self.run / "stacks" / f"rank{self.rank:05d}.txt"
-        with contextlib.suppress(OSError):  # the disk may be what hangs, or full
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                who = self.members[self.rank] if self.members else this_process(self.rank)
-                at = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            who = self.members[self.rank] if self.members else this_process(self.rank)
+            at = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _hang_line(self, answers: Mapping[int, Progress] | None) -> str:
         what = f"nothing has moved for {self._idle_s:.0f} s (--timeout {self.timeout_s:g})"
@@ -386,7 +389,7 @@ class Watch:
             who = f"{len(ranks)} of {len(self.members)} ranks fell behind: {named}"
         else:
             who = f"all ranks stand at the same place, after step {max(self._step, 0)}"
-        where = f"; the stacks of every rank are in {self.run / 'stacks'}" if self.run is not None else ""
+        where = f"; the stacks of every rank that could write are in {self.run / 'stacks'}" if self.run else ""
         return f"{what}: {who}{where}; {self._goes_on()}"
 
     def _named(self, rank: int, progress: Progress | None) -> str:
@@ -398,16 +401,34 @@ class Watch:
         return f"{loss.member} is gone{reason}: {self._goes_on()}"
 
     def _goes_on(self) -> str:
-        tag = self._newest()
-        if self.run is None or tag is None:
+        tags = _in_time(self._newest)
+        if not tags:
+            return f"the same command goes on from the newest checkpoint, but {self.run} cannot be read now"
+        if self.run is None or tags[0] is None:
             return "nothing is saved yet, the same command starts anew"
-        return f"the same command goes on from {self.run / 'checkpoints' / tag}"
+        return f"the same command goes on from {self.run / 'checkpoints' / tags[0]}"
+
+
+def _in_time(action: Callable[[], T]) -> tuple[T, ...]:
+    """Return what an action returns, alone; nothing if it fails, or waits too long for a disk, which may be what hangs.
+
+    What it is done for must go on in any case.
+    """
+    results: list[T] = []
+
+    def act() -> None:
+        with contextlib.suppress(Exception):
+            results.append(action())
+
+    thread = threading.Thread(target=act, name="watch-disk", daemon=True)
+    thread.start()
+    thread.join(GRACE_S)
+    return tuple(results)
 
 
 def _end(line: str) -> None:
     """End the process although its main thread does not come out of where it is."""
-    with contextlib.suppress(OSError):
-        to_stderr(f"error: {line}")
+    _in_time(lambda: to_stderr(f"error: {line}"))
     tell_supervisor("lost")
     os._exit(1)
 

@@ -242,6 +242,41 @@ def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_
     assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
 
 
+def never() -> None:
+    threading.Event().wait()
+
+
+def test_a_disk_that_hangs_does_not_keep_a_watch_from_ending_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)  # pytest's own has no descriptor
+    watch = Watch(timeout_s=0.6)
+    monkeypatch.setattr(watch, "_write_stacks", never)
+    watch.follow(tmp_path, never)
+    watch.touch(7)
+    watch.start()
+    wait_for(lambda: last_words)
+    watch.stop()
+    assert "stopped after step 7" in last_words[0]
+    assert f"the newest checkpoint, but {tmp_path} cannot be read now" in last_words[0]
+    assert "test_a_disk_that_hangs" in capfd.readouterr().err, "the main thread's stack"
+
+
+def test_a_disk_that_hangs_does_not_keep_the_loss_of_a_rank_from_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
+) -> None:
+    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    here = this_process(0)
+    other = dataclasses.replace(here, rank=1, process=Process(pid=here.process.pid, started=-1))
+    watch = Watch([here, other])
+    watch.follow(tmp_path, never)
+    watch.start()
+    wait_for(lambda: last_words)
+    watch.stop()
+    assert last_words[0].startswith(f"{other} is gone: the same command goes on from the newest checkpoint")
+
+
 def test_last_words_cannot_command_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
