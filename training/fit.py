@@ -238,7 +238,9 @@ def fit(
     finally:
         world.watch.rest()
         if log is not None:
-            log.close(*_ending(sys.exception()))
+            error = sys.exception()
+            lost = world.watch.loss_error() if isinstance(error, RuntimeError) else None
+            log.close(*_ending(lost or error))
 
 
 class _Loop:

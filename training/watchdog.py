@@ -26,7 +26,7 @@ from typing import TypeVar
 
 from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
-from training.metrics import to_stderr
+from training.metrics import to_stderr, write_state
 
 T = TypeVar("T")
 
@@ -352,7 +352,7 @@ class Watch:
     def _end_after_loss(self, loss: _Loss) -> None:
         """End the process unless it finds out by itself, as a broken collective lets it, and says so."""
         if not self._stopped.wait(GRACE_S):
-            _end(self._loss_line(loss))
+            self._give_up(self._loss_line(loss))
 
     def _end_hung(self) -> None:
         self.is_hung.set()
@@ -364,7 +364,14 @@ class Watch:
         elif answers is not None and self.rank != min(answers, default=self.rank):
             tell_supervisor("lost")
             os._exit(1)  # a rank before this one tells
-        _end(self._hang_line(answers))
+        self._give_up(self._hang_line(answers))
+
+    def _give_up(self, line: str) -> None:
+        """Write down why a run that is under way ends, and end the process."""
+        run = self.run
+        if self.rank == 0 and run is not None and self._is_armed:
+            _in_time(lambda: write_state(run, "failed", line))
+        _end(line)
 
     def _write_stacks(self) -> None:
         if self.run is None:

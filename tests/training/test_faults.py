@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -166,6 +167,8 @@ def test_when_nothing_moves_the_stacks_are_written_and_the_job_ends(tmp_path: Pa
     stacks = (tmp_path / "stacks" / "rank00000.txt").read_text()
     assert "test_when_nothing_moves" in stacks, "the main thread is in there"
     assert "7 steps done" in stacks
+    said = json.loads((tmp_path / "state.json").read_text())
+    assert (said["state"], said["reason"]) == ("failed", last_words[0])
 
 
 def test_a_run_that_moves_or_has_ended_or_has_not_taken_its_first_step_goes_on(
@@ -224,6 +227,8 @@ def test_a_rank_that_is_gone_is_named_with_the_checkpoint_to_go_on_from(
     wait_for(lambda: last_words)  # the main thread did not end by itself
     assert last_words == [str(error)]
     watch.stop()
+    said = json.loads((tmp_path / "state.json").read_text())
+    assert (said["state"], said["reason"]) == ("failed", str(error))
 
 
 def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_other(
