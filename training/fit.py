@@ -239,8 +239,7 @@ def fit(
         world.watch.rest()
         if log is not None:
             error = sys.exception()
-            lost = world.watch.loss_error() if isinstance(error, RuntimeError) else None
-            log.close(*_ending(lost or error))
+            log.close(*_ending(world.watch.loss_error(error) or error))
 
 
 class _Loop:

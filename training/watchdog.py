@@ -24,7 +24,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
 from training.metrics import to_stderr, write_state
 
@@ -244,6 +244,7 @@ class Watch:
         self._neighbours = [member for member in self.members if member.place == here and member.rank != rank]
         self._is_armed = False
         self._idle_s, self._touches, self._step = 0.0, 0, -1
+        self._waited_s = 0.0
         self._stopped = threading.Event()
         self._main_thread = threading.main_thread()
         self._threads: list[threading.Thread] = []
@@ -301,18 +302,31 @@ class Watch:
             frame = frame.f_back
         return Progress(touches=self._touches, is_waiting=is_waiting, step=self._step)
 
-    def loss_error(self, wait_s: float = GRACE_S / 2) -> RankLostError | None:
-        """Return the error that names a rank that is gone; None if none is, after waiting for the news of it."""
-        if len(self.members) < 2 or not self._threads:
+    def loss_error(self, error: BaseException | None, wait_s: float = GRACE_S / 2) -> RankLostError | None:
+        """Return the error that names a rank that is gone; None if none is, after waiting for the news of it.
+
+        Of a rank on another host there is only a heartbeat to miss, which takes longer; a collective fails at once.
+
+        Args:
+            error: what was raised here.
+            wait_s: how long to wait, in all calls together, for news of this host.
+        """
+        if len(self.members) < 2 or not self._threads or not isinstance(error, RuntimeError):
             return None
-        deadline = time.monotonic() + wait_s
-        while self.loss is None and time.monotonic() < deadline:
+        is_elsewhere = len(self._neighbours) + 1 < len(self.members) and _is_of_collective(error)
+        if is_elsewhere:
+            wait_s += _SILENT_S + 3 * _BEAT_S
+        while self.loss is None and self._waited_s < wait_s:
             time.sleep(POLL_S / 10)
-        if self.loss is None:
-            return None
-        if self._mail is not None:
-            time.sleep(2 * POLL_S)  # the mail is on its way: ranks on other hosts see no processes of this one
-        return RankLostError(self._loss_line(self.loss))
+            self._waited_s += POLL_S / 10
+        if self.loss is not None:
+            if self._mail is not None:
+                time.sleep(2 * POLL_S)  # the mail is on its way: ranks on other hosts see no processes of this one
+            return RankLostError(self._loss_line(self.loss))
+        if is_elsewhere:
+            said = " ".join(str(error).split())[:200]
+            return RankLostError(f"another rank is gone, it is not known which ({said}): {self._goes_on()}")
+        return None
 
     def say_farewell(self, reason: str) -> None:
         """Let the other ranks know why this one ends."""
@@ -414,6 +428,11 @@ class Watch:
         if self.run is None or tags[0] is None:
             return "nothing is saved yet, the same command starts anew"
         return f"the same command goes on from {self.run / 'checkpoints' / tags[0]}"
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    """Return whether the exchange with other ranks has failed, and not a device or a program."""
+    return isinstance(error, DistError) or "gloo" in str(error)
 
 
 def _in_time(action: Callable[[], T]) -> tuple[T, ...]:

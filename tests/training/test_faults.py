@@ -20,6 +20,7 @@ import tiny
 import torch.distributed as dist
 from test_fit import MeanColours, Run, send
 
+import training.supervisor
 import training.watchdog
 import training.world
 from training.checkpoints import latest_tag
@@ -217,10 +218,12 @@ def test_a_rank_that_is_gone_is_named_with_the_checkpoint_to_go_on_from(
     (tmp_path / "checkpoints" / "latest").write_text("step00000004")
     watch.follow(tmp_path, lambda: latest_tag(tmp_path / "checkpoints"))
     watch.start()
-    assert watch.loss_error(wait_s=0.7) is None
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+    assert watch.loss_error(broken, wait_s=0.7) is None
+    assert watch.loss_error(ValueError("no rank's end"), wait_s=PATIENCE_S) is None
     child.kill()
     child.wait()
-    error = watch.loss_error(wait_s=PATIENCE_S)
+    error = watch.loss_error(broken, wait_s=PATIENCE_S)
     expected = f"rank 1 (host {here.host}, process {process.pid}) is gone: the same command goes on from {tmp_path}"
     assert isinstance(error, RankLostError)
     assert str(error) == f"{expected}/checkpoints/step00000004"
@@ -245,6 +248,49 @@ def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_
     training.world._meet("gloo", timeout_s=1.0).stop()
     assert given["timeout"] >= timedelta(days=7)
     assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
+
+
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
+    """The watch of rank 0, whose only other rank is on another host, and their store; a heartbeat is soon missed."""
+    for name, seconds in (("POLL_S", 0.05), ("_BEAT_S", 0.2), ("_SILENT_S", 0.5)):
+        monkeypatch.setattr(training.watchdog, name, seconds)
+    here = this_process(0)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
+    watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
+    watch.start()
+    yield watch, store
+    watch.stop()
+
+
+BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+
+
+def test_a_rank_on_another_host_is_named_although_its_heartbeat_is_missed_after_the_collective_fails(
+    two_hosts: tuple[Watch, Any],
+) -> None:
+    watch, store = two_hosts
+    store.set("beat/1", "1")
+    error = watch.loss_error(BROKEN, wait_s=0.1)
+    assert str(error).startswith(f"{watch.members[1]} is gone (not heard of for ")
+    assert json.loads(store.get("loss"))["rank"] == 1, "the others hear of it, and not of this one"
+
+
+def test_where_it_is_not_known_which_rank_is_gone_the_error_says_so_and_no_other_rank_is_told_of_this_one(
+    two_hosts: tuple[Watch, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, store = two_hosts
+    monkeypatch.setattr(training.watchdog._Mail, "_listen", lambda mail: None)
+    for _ in range(2):  # the second time without waiting
+        error = watch.loss_error(BROKEN, wait_s=0.1)
+        assert str(error).startswith("another rank is gone, it is not known which ([gloo/transport")
+    assert not store.check(["loss"])
+
+
+def test_what_is_no_failure_of_a_collective_is_no_sign_that_another_rank_is_gone(two_hosts: tuple[Watch, Any]) -> None:
+    watch, _ = two_hosts
+    assert watch.loss_error(RuntimeError("CUDA out of memory"), wait_s=0.1) is None
+    assert watch.loss is None, "it is told before a heartbeat is missed"
 
 
 def never() -> None:
@@ -349,8 +395,13 @@ def test_a_restart_goes_on_where_the_first_attempt_started_anew(tmp_path: Path, 
     ],
 )
 def test_only_what_a_restart_may_mend_is_restarted_and_not_too_often(
-    code: str, restarts: int, expected: tuple[int, int], capfd: pytest.CaptureFixture[str]
+    code: str,
+    restarts: int,
+    expected: tuple[int, int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(training.supervisor, "VERDICT_S", 0.1)
     assert supervised(code, restarts) == expected[0]
     assert capfd.readouterr().err.count(": restart ") == expected[1]
 
@@ -480,6 +531,31 @@ def test_a_rank_killed_in_a_save_is_named_by_the_other_one_and_nothing_is_lost(c
     assert latest(bundle) in (4, 8)
     course.finish(command, f"killed{rank}-end")
     require_equal(bundle, course.straight())
+
+
+def _on_a_host_of_its_own(rank: int) -> None:
+    """Let each rank believe that it alone is on its host, and miss a heartbeat sooner than in earnest."""
+    training.watchdog._BEAT_S, training.watchdog._SILENT_S = 0.5, 8.0
+    training.world.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_on_another_host_is_named_by_the_other_one(course: Course, rank: int) -> None:
+    bundle = course.bundle(f"elsewhere{rank}")
+    log = course.scratch / "logs" / bundle.name
+    with jobs.Job(log, course.command(bundle), inject=_on_a_host_of_its_own) as job:
+        jobs.wait_for(lambda: last_step(bundle) >= 5 or not job.is_running(), "step 5")
+        job.send(rank, signal.SIGKILL)
+        codes = job.wait()
+        said = job.said(1 - rank)
+    assert codes[1 - rank] == 1, said
+    assert f"error: rank {rank} (host " in said
+    assert "Traceback" not in said
+    if rank == 1:  # the first rank's end is the store's, which is noticed at once
+        assert "not heard of for 8 s" in said
+        state = json.loads((bundle / "training" / "transformer" / "state.json").read_text())
+        assert state["reason"].startswith("rank 1 (host ")
 
 
 SURVIVED = (
