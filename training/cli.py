@@ -502,7 +502,7 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None and world.watch.run:
             error.filename = str(world.watch.run)  # of a file that was open: the disk is full, or fails
-        lost = world.watch.loss_error() if isinstance(error, RuntimeError) else None
+        lost = world.watch.loss_error(error)
         if lost is None:
             if isinstance(error, ValueError):
                 tell_supervisor("final")

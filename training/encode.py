@@ -22,7 +22,6 @@ import os
 import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -47,13 +46,11 @@ from training.image_tokens import (
 )
 from training.manifest import Manifest
 from training.shard_index import expand_shards
-from training.world import World, on_first_rank
+from training.world import LONGEST_WAIT, World, on_first_rank
 
 logger = logging.getLogger(__name__)
 
 _PARTIAL = ".tar.part"
-_LONGEST_WAIT = timedelta(days=30)
-"""For ranks that have more to encode than this one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,7 +160,7 @@ def encode_shards(
         seed=config.seed,
     )
     on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=fresh), world)
-    group = dist.new_group(backend="gloo", timeout=_LONGEST_WAIT) if world.size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if world.size > 1 else None
     counts = [0, 0, 0, 0]
     if mine := list(targets)[world.rank :: world.size]:
         known = None if manifest is None else manifest.part(mine)

@@ -252,7 +252,8 @@ def _train(
             raise Interrupted(f"stopped: {stage.name} is finished, and saved in {plan.directory}")
     finally:
         if log is not None:
-            log.close(*_ending(sys.exception()))
+            error = sys.exception()
+            log.close(*_ending(world.watch.loss_error(error) or error))
 
 
 class _Loop:

@@ -164,7 +164,7 @@ class MetricLog:
         if wandb_project is not None:
             sent = {(line["step"], str(line.get("split"))) for line in lines}
             self._open("Weights & Biases", lambda: WeightsAndBiases(wandb_project, run, step, sent))
-        self._say("running")
+        write_state(run, "running")
 
     def write(self, step: int, split: str, values: Values) -> None:
         """Write the values of a step; `split` is train or validation.
@@ -184,9 +184,9 @@ class MetricLog:
         self._in_all(lambda sink: sink.picture(step, path))
 
     def close(self, state: RunState = "finished", reason: str = "") -> None:
-        """Close all, and write down how the run ended."""
+        """Write down how the run ended, and close all."""
+        write_state(self._run, state, reason)  # before what may wait for a network
         self._in_all(lambda sink: sink.close())
-        self._say(state, reason)
         self._file.close()
 
     def _open(self, name: str, make: Callable[[], Sink]) -> None:
@@ -203,16 +203,23 @@ class MetricLog:
                 self._sinks.remove(sink)
                 _warn(sink.name, error)
 
-    def _say(self, state: RunState, reason: str = "") -> None:
-        """Write state.json, if that is possible: how it goes is no reason to stop, nor to hide why a run ends."""
-        said = {"state": state, "reason": reason, "time": round(time.time(), 3), "host": socket.gethostname()}
-        path = self._run / "state.json"
-        temporary = path.with_name("state.json.tmp")
-        try:
-            temporary.write_text(json.dumps(said))
-            os.replace(temporary, path)
-        except OSError as error:
-            logger.warning("%s cannot be written (%s)", path, error)
+
+def write_state(run: Path, state: RunState, reason: str = "") -> None:
+    """Write state.json, if that is possible: how it goes is no reason to stop, nor to hide why a run ends.
+
+    Args:
+        run: the run's directory.
+        state: how it is.
+        reason: why it has ended.
+    """
+    said = {"state": state, "reason": reason, "time": round(time.time(), 3), "host": socket.gethostname()}
+    path = run / "state.json"
+    temporary = path.with_name("state.json.tmp")
+    try:
+        temporary.write_text(json.dumps(said))
+        os.replace(temporary, path)
+    except OSError as error:
+        logger.warning("%s cannot be written (%s)", path, error)
 
 
 def _warn(name: str, error: Exception) -> None:

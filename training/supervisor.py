@@ -27,6 +27,8 @@ from training.world import job_store
 POLL_S = 0.2
 EXIT_S = 60.0
 """What a child has to end by itself after that of another rank has failed."""
+VERDICT_S = 3.0
+"""What another rank's child has to say that a restart would not mend what this one only suffers from."""
 FAREWELL_S = 120.0
 """What the other ranks have to end after this one."""
 
@@ -39,8 +41,8 @@ def is_supervised() -> bool:
 def supervise(arguments: Sequence[str], restarts: int) -> int:
     """Run `dalle-train` with these arguments as a child, again and again up to `restarts` times while it fails.
 
-    What says where the first one starts, --fresh and --resume-from, is left out once the first rank has taken a step:
-    the next one goes on.
+    What says where the first one starts, --fresh and --resume-from, is left out once a step is done: the next one
+    goes on.
 
     Returns:
         The exit code of the last child; 128 + the signal that ended it.
@@ -89,7 +91,9 @@ class _Supervisor:
                     return end.code
                 self._say(f"the training of rank {self._rank} {end}: restart {following} of {self._restarts}")
                 attempt = following
-                self._goes_on = board.goes_on(attempt, self._has_started)
+                self._goes_on = board.goes_on(attempt)
+                if board.is_over():
+                    return end.code
         finally:
             for number, handler in handlers.items():
                 signal.signal(number, handler)
@@ -113,30 +117,48 @@ class _Supervisor:
             os.close(writer)
             if self._n_stops:  # it came before there was a child
                 self._child.send_signal(signal.SIGTERM)
-            self._wait(self._child, attempt, board)
-            end = _End(code=self._child.wait(), words=frozenset(_written(reader).split()))
+            words = self._wait(self._child, reader, attempt, board)
+            return _End(code=self._child.wait(), words=words)
         finally:
             os.close(reader)
             if self._child is not None and self._child.poll() is None:
                 self._child.kill()
             self._child = None
-        self._has_started |= "started" in end.words
-        return end
 
-    def _wait(self, child: "subprocess.Popen[bytes]", attempt: int, board: "_Board") -> None:
-        """Wait for a child's end, and end it where it does not notice that another rank's has failed."""
+    def _wait(self, child: "subprocess.Popen[bytes]", reader: int, attempt: int, board: "_Board") -> frozenset[str]:
+        """Wait for a child's end, and end it where it does not notice that another rank's has failed.
+
+        Returns:
+            What it has told. The other supervisors hear of it at once: their children may end before this one does.
+        """
         failed_at: float | None = None
-        while child.poll() is None:
+        words: set[str] = set()
+        while True:
+            has_ended = child.poll() is not None
+            words |= self._heed(set(_written(reader).split()), board)
+            if has_ended:
+                return frozenset(words)
             time.sleep(POLL_S)
-            if failed_at is None and (board.attempt() > attempt or board.is_over()):
+            if failed_at is None and "final" not in words and (board.attempt() > attempt or board.is_over()):
                 failed_at = time.monotonic()
             if failed_at is not None and time.monotonic() - failed_at > EXIT_S:
                 child.kill()
+
+    def _heed(self, words: set[str], board: "_Board") -> set[str]:
+        """Do what words of the child ask for; returns them."""
+        if "started" in words:
+            self._has_started = True
+            board.start()
+        if "final" in words:
+            board.end()
+        return words
 
     def _following(self, attempt: int, end: _End, board: "_Board") -> int | None:
         """Return the number of the next attempt; None if there is none."""
         if end.code == 0:
             return board.finish(attempt, self._n_ranks)
+        if "lost" in end.words:
+            board.wait_for_verdict(attempt)
         overtaken = board.attempt() > attempt
         may_mend = overtaken or end.code < 0 or "lost" in end.words or self._has_started
         if self._n_stops or board.is_over() or "final" in end.words or not may_mend:
@@ -158,9 +180,12 @@ def _going_on(arguments: Sequence[str]) -> list[str]:
     """Return a command's arguments without those that say where it starts."""
     left, kept = iter(arguments), []
     for argument in left:
-        if argument == "--resume-from":
-            next(left, None)
-        elif argument != "--fresh" and not argument.startswith("--resume-from="):
+        name, equals, _ = argument.partition("=")
+        name = name.replace("_", "-")  # both spellings are accepted
+        if name == "--resume-from":
+            if not equals:
+                next(left, None)
+        elif name != "--fresh":
             kept.append(argument)
     return kept
 
@@ -198,13 +223,23 @@ class _Board:
             self._last_attempt = int(self._store.compare_set("attempt", before, str(attempt + 1)))
         return self._last_attempt
 
-    def goes_on(self, attempt: int, has_started: bool) -> bool:
-        """Return whether the first rank had taken a step before this attempt; all ranks get the same answer."""
+    def start(self) -> None:
+        """Let all ranks know that a step is done."""
         with self._until_it_is_gone():
-            if self._rank == 0:
-                self._store.set(f"goes on/{attempt}", str(int(has_started)))
-            return bool(int(self._store.get(f"goes on/{attempt}")))
-        return has_started
+            self._store.set("started", "1")
+
+    def goes_on(self, attempt: int) -> bool:
+        """Return whether a step was done before this attempt; the first rank to ask decides it for all."""
+        with self._until_it_is_gone():
+            has_started = str(int(self._store.check(["started"])))
+            return bool(int(self._store.compare_set(f"goes on/{attempt}", "", has_started)))
+        return False
+
+    def wait_for_verdict(self, attempt: int) -> None:
+        """Wait a little for another rank to give up, or to begin the next attempt."""
+        deadline = time.monotonic() + VERDICT_S
+        while not self.is_over() and self.attempt() <= attempt and time.monotonic() < deadline:
+            time.sleep(POLL_S)
 
     def is_over(self) -> bool:
         """Return whether a supervisor has given up."""

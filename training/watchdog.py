@@ -22,8 +22,13 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
-from torch.distributed import Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
+from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
+
+from training.metrics import to_stderr, write_state
+
+T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """Seconds without progress after which a job counts as hung, if the user says nothing else."""
@@ -228,8 +233,8 @@ class Watch:
     ) -> None:
         self.members, self.rank, self.timeout_s = tuple(members), rank, timeout_s
         self.run: Path | None = None
-        self._newest: Callable[[], str | None] = lambda: None
         """The directory of the run that is watched, while one is."""
+        self._newest: Callable[[], str | None] = lambda: None
         self.loss: _Loss | None = None
         """The rank that is gone, once one is."""
         self.is_hung = threading.Event()
@@ -239,6 +244,7 @@ class Watch:
         self._neighbours = [member for member in self.members if member.place == here and member.rank != rank]
         self._is_armed = False
         self._idle_s, self._touches, self._step = 0.0, 0, -1
+        self._waited_s = 0.0
         self._stopped = threading.Event()
         self._main_thread = threading.main_thread()
         self._threads: list[threading.Thread] = []
@@ -296,18 +302,31 @@ class Watch:
             frame = frame.f_back
         return Progress(touches=self._touches, is_waiting=is_waiting, step=self._step)
 
-    def loss_error(self, wait_s: float = GRACE_S / 2) -> RankLostError | None:
-        """Return the error that names a rank that is gone; None if none is, after waiting for the news of it."""
-        if len(self.members) < 2 or not self._threads:
+    def loss_error(self, error: BaseException | None, wait_s: float = GRACE_S / 2) -> RankLostError | None:
+        """Return the error that names a rank that is gone; None if none is, after waiting for the news of it.
+
+        Of a rank on another host there is only a heartbeat to miss, which takes longer; a collective fails at once.
+
+        Args:
+            error: what was raised here.
+            wait_s: how long to wait, in all calls together, for news of this host.
+        """
+        if len(self.members) < 2 or not self._threads or not isinstance(error, RuntimeError):
             return None
-        deadline = time.monotonic() + wait_s
-        while self.loss is None and time.monotonic() < deadline:
+        is_elsewhere = len(self._neighbours) + 1 < len(self.members) and _is_of_collective(error)
+        if is_elsewhere:
+            wait_s += _SILENT_S + 3 * _BEAT_S
+        while self.loss is None and self._waited_s < wait_s:
             time.sleep(POLL_S / 10)
-        if self.loss is None:
-            return None
-        if self._mail is not None:
-            time.sleep(2 * POLL_S)  # the mail is on its way: ranks on other hosts see no processes of this one
-        return RankLostError(self._loss_line(self.loss))
+            self._waited_s += POLL_S / 10
+        if self.loss is not None:
+            if self._mail is not None:
+                time.sleep(2 * POLL_S)  # the mail is on its way: ranks on other hosts see no processes of this one
+            return RankLostError(self._loss_line(self.loss))
+        if is_elsewhere:
+            said = " ".join(str(error).split())[:200]
+            return RankLostError(f"another rank is gone, it is not known which ({said}): {self._goes_on()}")
+        return None
 
     def say_farewell(self, reason: str) -> None:
         """Let the other ranks know why this one ends."""
@@ -347,31 +366,38 @@ class Watch:
     def _end_after_loss(self, loss: _Loss) -> None:
         """End the process unless it finds out by itself, as a broken collective lets it, and says so."""
         if not self._stopped.wait(GRACE_S):
-            _end(self._loss_line(loss))
+            self._give_up(self._loss_line(loss))
 
     def _end_hung(self) -> None:
         self.is_hung.set()
-        self._write_stacks()
+        if not _in_time(self._write_stacks):
+            _in_time(lambda: faulthandler.dump_traceback(sys.stderr, all_threads=True))
         answers = self._mail.answers(GRACE_S) if self._mail is not None else {self.rank: self.progress()}
         if self.rank == 0:  # which may hold the store
             time.sleep(2 * POLL_S)
         elif answers is not None and self.rank != min(answers, default=self.rank):
             tell_supervisor("lost")
             os._exit(1)  # a rank before this one tells
-        _end(self._hang_line(answers))
+        self._give_up(self._hang_line(answers))
+
+    def _give_up(self, line: str) -> None:
+        """Write down why a run that is under way ends, and end the process."""
+        run = self.run
+        if self.rank == 0 and run is not None and self._is_armed:
+            _in_time(lambda: write_state(run, "failed", line))
+        _end(line)
 
     def _write_stacks(self) -> None:
         if self.run is None:
             return
         path = self.run / "stacks" / f"rank{self.rank:05d}.txt"
-        with contextlib.suppress(OSError):  # the disk may be what hangs, or full
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("w") as file:
-                who = self.members[self.rank] if self.members else this_process(self.rank)
-                at = time.strftime("%Y-%m-%d %H:%M:%S")
-                file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
-                file.flush()
-                faulthandler.dump_traceback(file, all_threads=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("w") as file:
+            who = self.members[self.rank] if self.members else this_process(self.rank)
+            at = time.strftime("%Y-%m-%d %H:%M:%S")
+            file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
+            file.flush()
+            faulthandler.dump_traceback(file, all_threads=True)
 
     def _hang_line(self, answers: Mapping[int, Progress] | None) -> str:
         what = f"nothing has moved for {self._idle_s:.0f} s (--timeout {self.timeout_s:g})"
@@ -384,7 +410,7 @@ class Watch:
             who = f"{len(ranks)} of {len(self.members)} ranks fell behind: {named}"
         else:
             who = f"all ranks stand at the same place, after step {max(self._step, 0)}"
-        where = f"; the stacks of every rank are in {self.run / 'stacks'}" if self.run is not None else ""
+        where = f"; the stacks of every rank that could write are in {self.run / 'stacks'}" if self.run else ""
         return f"{what}: {who}{where}; {self._goes_on()}"
 
     def _named(self, rank: int, progress: Progress | None) -> str:
@@ -396,16 +422,39 @@ class Watch:
         return f"{loss.member} is gone{reason}: {self._goes_on()}"
 
     def _goes_on(self) -> str:
-        tag = self._newest()
-        if self.run is None or tag is None:
+        tags = _in_time(self._newest)
+        if not tags:
+            return f"the same command goes on from the newest checkpoint, but {self.run} cannot be read now"
+        if self.run is None or tags[0] is None:
             return "nothing is saved yet, the same command starts anew"
-        return f"the same command goes on from {self.run / 'checkpoints' / tag}"
+        return f"the same command goes on from {self.run / 'checkpoints' / tags[0]}"
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    """Return whether the exchange with other ranks has failed, and not a device or a program."""
+    return isinstance(error, DistError) or "gloo" in str(error)
+
+
+def _in_time(action: Callable[[], T]) -> tuple[T, ...]:
+    """Return what an action returns, alone; nothing if it fails, or waits too long for a disk, which may be what hangs.
+
+    What it is done for must go on in any case.
+    """
+    results: list[T] = []
+
+    def act() -> None:
+        with contextlib.suppress(Exception):
+            results.append(action())
+
+    thread = threading.Thread(target=act, name="watch-disk", daemon=True)
+    thread.start()
+    thread.join(GRACE_S)
+    return tuple(results)
 
 
 def _end(line: str) -> None:
     """End the process although its main thread does not come out of where it is."""
-    with contextlib.suppress(OSError):
-        print(f"error: {line}", file=sys.stderr, flush=True)
+    _in_time(lambda: to_stderr(f"error: {line}"))
     tell_supervisor("lost")
     os._exit(1)
 

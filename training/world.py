@@ -19,6 +19,8 @@ from training.watchdog import ATTEMPT, FIRST_STEP_FACTOR, TIMEOUT_S, Member, Wat
 
 JOIN_S = 600.0
 """What the other ranks have to come, after this one."""
+LONGEST_WAIT = timedelta(days=20)
+"""For ranks that have more to do than this one, such as the first one alone; in milliseconds, it fits in 32 bits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,8 +107,9 @@ def _meet(backend: str, timeout_s: float) -> Watch:
     members = _introduce(store, rank, size)
     watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
     watch.start()
-    # longer than a hang takes to be noticed: its stacks are worth more than an error in a collective
-    group_timeout = timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s + JOIN_S)
+    # A rank that is gone breaks the connection, and a run that hangs is for the watch, which leaves stacks. What is no
+    # run, such as training the tokenizer on the first rank, may take as long as it likes.
+    group_timeout = max(LONGEST_WAIT, timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s))
     # DeepSpeed makes groups of its own, which would have these defaults: 30 minutes, 10 with NCCL
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, group_timeout)

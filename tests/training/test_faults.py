@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import json
 import multiprocessing
 import os
 import signal
@@ -10,17 +11,22 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
+import torch.distributed as dist
 from test_fit import MeanColours, Run, send
 
+import training.supervisor
 import training.watchdog
+import training.world
 from training.checkpoints import latest_tag
 from training.fit import Interrupted, StopSignals
 from training.metrics import read_metrics
-from training.supervisor import _going_on, _Supervisor
+from training.supervisor import _Board, _End, _going_on, _Supervisor
 from training.watchdog import (
     ATTEMPT,
     PIPE,
@@ -162,6 +168,8 @@ def test_when_nothing_moves_the_stacks_are_written_and_the_job_ends(tmp_path: Pa
     stacks = (tmp_path / "stacks" / "rank00000.txt").read_text()
     assert "test_when_nothing_moves" in stacks, "the main thread is in there"
     assert "7 steps done" in stacks
+    said = json.loads((tmp_path / "state.json").read_text())
+    assert (said["state"], said["reason"]) == ("failed", last_words[0])
 
 
 def test_a_run_that_moves_or_has_ended_or_has_not_taken_its_first_step_goes_on(
@@ -210,16 +218,122 @@ def test_a_rank_that_is_gone_is_named_with_the_checkpoint_to_go_on_from(
     (tmp_path / "checkpoints" / "latest").write_text("step00000004")
     watch.follow(tmp_path, lambda: latest_tag(tmp_path / "checkpoints"))
     watch.start()
-    assert watch.loss_error(wait_s=0.7) is None
+    broken = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+    assert watch.loss_error(broken, wait_s=0.7) is None
+    assert watch.loss_error(ValueError("no rank's end"), wait_s=PATIENCE_S) is None
     child.kill()
     child.wait()
-    error = watch.loss_error(wait_s=PATIENCE_S)
+    error = watch.loss_error(broken, wait_s=PATIENCE_S)
     expected = f"rank 1 (host {here.host}, process {process.pid}) is gone: the same command goes on from {tmp_path}"
     assert isinstance(error, RankLostError)
     assert str(error) == f"{expected}/checkpoints/step00000004"
     wait_for(lambda: last_words)  # the main thread did not end by itself
     assert last_words == [str(error)]
     watch.stop()
+    said = json.loads((tmp_path / "state.json").read_text())
+    assert (said["state"], said["reason"]) == ("failed", str(error))
+
+
+def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    given: dict[str, Any] = {}
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
+    monkeypatch.setattr(training.world, "job_store", lambda place, *, host: store)
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        monkeypatch.setattr(dist.distributed_c10d, name, None)
+    training.world._meet("gloo", timeout_s=1.0).stop()
+    assert given["timeout"] >= timedelta(days=7)
+    assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
+
+
+@pytest.fixture
+def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
+    """The watch of rank 0, whose only other rank is on another host, and their store; a heartbeat is soon missed."""
+    for name, seconds in (("POLL_S", 0.05), ("_BEAT_S", 0.2), ("_SILENT_S", 0.5)):
+        monkeypatch.setattr(training.watchdog, name, seconds)
+    here = this_process(0)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
+    watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
+    watch.start()
+    yield watch, store
+    watch.stop()
+
+
+BROKEN = RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+
+
+def test_a_rank_on_another_host_is_named_although_its_heartbeat_is_missed_after_the_collective_fails(
+    two_hosts: tuple[Watch, Any],
+) -> None:
+    watch, store = two_hosts
+    store.set("beat/1", "1")
+    error = watch.loss_error(BROKEN, wait_s=0.1)
+    assert str(error).startswith(f"{watch.members[1]} is gone (not heard of for ")
+    assert json.loads(store.get("loss"))["rank"] == 1, "the others hear of it, and not of this one"
+
+
+def test_where_it_is_not_known_which_rank_is_gone_the_error_says_so_and_no_other_rank_is_told_of_this_one(
+    two_hosts: tuple[Watch, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    watch, store = two_hosts
+    monkeypatch.setattr(training.watchdog._Mail, "_listen", lambda mail: None)
+    for _ in range(2):  # the second time without waiting
+        error = watch.loss_error(BROKEN, wait_s=0.1)
+        assert str(error).startswith("another rank is gone, it is not known which ([gloo/transport")
+    assert not store.check(["loss"])
+
+
+def test_what_is_no_failure_of_a_collective_is_no_sign_that_another_rank_is_gone(two_hosts: tuple[Watch, Any]) -> None:
+    watch, _ = two_hosts
+    assert watch.loss_error(RuntimeError("CUDA out of memory"), wait_s=0.1) is None
+    assert watch.loss is None, "it is told before a heartbeat is missed"
+
+
+def never() -> None:
+    threading.Event().wait()
+
+
+def test_a_disk_that_hangs_does_not_keep_a_watch_from_ending_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str], capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    monkeypatch.setattr(sys, "stderr", sys.__stderr__)  # pytest's own has no descriptor
+    watch = Watch(timeout_s=0.6)
+    monkeypatch.setattr(watch, "_write_stacks", never)
+    watch.follow(tmp_path, never)
+    watch.touch(7)
+    watch.start()
+    wait_for(lambda: last_words)
+    watch.stop()
+    assert "stopped after step 7" in last_words[0]
+    assert f"the newest checkpoint, but {tmp_path} cannot be read now" in last_words[0]
+    assert "test_a_disk_that_hangs" in capfd.readouterr().err, "the main thread's stack"
+
+
+def test_a_disk_that_hangs_does_not_keep_the_loss_of_a_rank_from_being_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
+) -> None:
+    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    here = this_process(0)
+    other = dataclasses.replace(here, rank=1, process=Process(pid=here.process.pid, started=-1))
+    watch = Watch([here, other])
+    watch.follow(tmp_path, never)
+    watch.start()
+    wait_for(lambda: last_words)
+    watch.stop()
+    assert last_words[0].startswith(f"{other} is gone: the same command goes on from the newest checkpoint")
+
+
+def test_last_words_cannot_command_the_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "_exit", lambda code: None)
+    training.watchdog._end("rank 1 is gone (\x1b[2J)")
+    assert capsys.readouterr().err == "error: rank 1 is gone (\\x1b[2J)\n"
 
 
 def test_a_second_interrupt_ends_at_once_and_any_number_of_sigterms_does_not() -> None:
@@ -249,7 +363,16 @@ def supervised(code: str, restarts: int) -> int:
     return _Supervisor([sys.executable, "-S", "-c", CHILD + code], restarts).run()
 
 
-@pytest.mark.parametrize("option", [["--fresh"], ["--resume-from", "step00000002"], ["--resume-from=step00000002"]])
+@pytest.mark.parametrize(
+    "option",
+    [
+        ["--fresh"],
+        ["--resume-from", "step00000002"],
+        ["--resume-from=step00000002"],
+        ["--resume_from", "step00000002"],
+        ["--resume_from=step00000002"],
+    ],
+)
 def test_a_restart_goes_on_where_the_first_attempt_started_anew(tmp_path: Path, option: list[str]) -> None:
     calls = tmp_path / "calls"
     code = f"open({str(calls)!r}, 'a').write(' '.join(sys.argv[1:]) + chr(10)); tell('started'); sys.exit(1)"
@@ -272,8 +395,13 @@ def test_a_restart_goes_on_where_the_first_attempt_started_anew(tmp_path: Path, 
     ],
 )
 def test_only_what_a_restart_may_mend_is_restarted_and_not_too_often(
-    code: str, restarts: int, expected: tuple[int, int], capfd: pytest.CaptureFixture[str]
+    code: str,
+    restarts: int,
+    expected: tuple[int, int],
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(training.supervisor, "VERDICT_S", 0.1)
     assert supervised(code, restarts) == expected[0]
     assert capfd.readouterr().err.count(": restart ") == expected[1]
 
@@ -285,6 +413,36 @@ def test_a_signal_to_the_supervisor_stops_the_child_in_order_and_nothing_is_rest
     threading.Timer(1.0, os.kill, (os.getpid(), signal.SIGINT)).start()
     assert supervised(code, 3) == 0
     assert "restart" not in capfd.readouterr().err
+
+
+def test_a_verdict_is_heard_before_the_child_that_gives_it_ends() -> None:
+    supervisor, heard = _Supervisor([], 2), []
+    code = "tell('started'); tell('final'); time.sleep(60)"
+    supervisor._command = [sys.executable, "-S", "-c", CHILD + code]
+    board = _Board(0)
+    ends = threading.Thread(target=lambda: heard.append(supervisor._attempt(0, board)))
+    ends.start()
+    wait_for(board.is_over)
+    assert not heard
+    assert supervisor._child is not None
+    supervisor._child.kill()
+    ends.join(PATIENCE_S)
+    assert heard[0].words == {"started", "final"}
+
+
+def test_who_only_suffers_from_another_rank_s_end_waits_for_its_verdict() -> None:
+    supervisor, board = _Supervisor([], 2), _Board(0)
+    threading.Timer(0.5, board.end).start()
+    assert supervisor._following(0, _End(code=1, words=frozenset({"lost"})), board) is None
+    assert board.attempt() == 0, "no attempt was begun"
+
+
+def test_the_first_rank_to_ask_decides_for_all_whether_an_attempt_goes_on() -> None:
+    board = _Board(1)
+    assert not board.goes_on(1)
+    board.start()
+    assert not board.goes_on(1), "as for whoever asked before"
+    assert board.goes_on(2)
 
 
 def _supervise_rank(rank: int, port: int, code: str, codes: "multiprocessing.Queue[tuple[int, int]]") -> None:
@@ -373,6 +531,31 @@ def test_a_rank_killed_in_a_save_is_named_by_the_other_one_and_nothing_is_lost(c
     assert latest(bundle) in (4, 8)
     course.finish(command, f"killed{rank}-end")
     require_equal(bundle, course.straight())
+
+
+def _on_a_host_of_its_own(rank: int) -> None:
+    """Let each rank believe that it alone is on its host, and miss a heartbeat sooner than in earnest."""
+    training.watchdog._BEAT_S, training.watchdog._SILENT_S = 0.5, 8.0
+    training.world.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", [0, 1])
+def test_a_rank_killed_on_another_host_is_named_by_the_other_one(course: Course, rank: int) -> None:
+    bundle = course.bundle(f"elsewhere{rank}")
+    log = course.scratch / "logs" / bundle.name
+    with jobs.Job(log, course.command(bundle), inject=_on_a_host_of_its_own) as job:
+        jobs.wait_for(lambda: last_step(bundle) >= 5 or not job.is_running(), "step 5")
+        job.send(rank, signal.SIGKILL)
+        codes = job.wait()
+        said = job.said(1 - rank)
+    assert codes[1 - rank] == 1, said
+    assert f"error: rank {rank} (host " in said
+    assert "Traceback" not in said
+    if rank == 1:  # the first rank's end is the store's, which is noticed at once
+        assert "not heard of for 8 s" in said
+        state = json.loads((bundle / "training" / "transformer" / "state.json").read_text())
+        assert state["reason"].startswith("rank 1 (host ")
 
 
 SURVIVED = (

@@ -23,6 +23,7 @@ from training.metrics import MetricLog, read_metrics, require_wandb
 from training.plan import flops_per_sample
 from training.programs import Inputs, train_all
 from training.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
+from training.watchdog import RankLostError, Watch
 from training.world import join_world
 
 
@@ -205,6 +206,29 @@ def test_how_a_run_ended_is_written_down(run: Run) -> None:
         run(tiny.train_config(steps=6, max_skipped_steps=1), scale=float("nan"))
     assert said()["state"] == "failed"
     assert "diverged" in said()["reason"]
+
+
+def test_how_a_run_ended_is_written_down_before_anything_waits_for_a_network(
+    tmp_path: Path, wandb: FakeWandb, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    states: list[str] = []
+    state = tmp_path / "state.json"
+    monkeypatch.setattr(FakeWandb._Run, "finish", lambda run: states.append(json.loads(state.read_text())["state"]))
+    log = MetricLog(tmp_path, 0, wandb_project="mine")
+    log.close("failed", "rank 1 is gone")
+    assert states == ["failed"]
+
+
+def test_the_reason_why_a_run_failed_is_the_rank_that_is_gone_where_one_is(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(step: int) -> None:
+        raise RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
+
+    monkeypatch.setattr(Watch, "loss_error", lambda *_: RankLostError("rank 1 is gone"))
+    with pytest.raises(RuntimeError, match="Connection closed"):
+        run(tiny.train_config(steps=4), at_step=fail)
+    assert json.loads((run.folder / "run" / "state.json").read_text())["reason"] == "rank 1 is gone"
 
 
 # ---------------------------------------------------------------------------------------------------------- means
