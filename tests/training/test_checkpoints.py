@@ -15,11 +15,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from test_engine import Bomb, Objective, config, train
+from test_engine import Bomb, Objective, config, data, train
 from test_fit import NewRun, Run, send
 
 import training.cli
 from training.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+from training.config import OptimizerConfig
 from training.dvae import WarmupStage
 from training.engine import Engine
 from training.fit import Interrupted
@@ -269,6 +270,34 @@ def test_other_moves_between_stages_are_refused_in_words(
         ValueError, match=f"saved at ZeRO stage {before}, this run is at {after}: use --zero-stage {use}"
     ):
         loaded(tmp_path, zero_stage=after)
+
+
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+@pytest.mark.parametrize("clips", [(0.5, None), (None, 0.5), (None, None)])
+def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_with(
+    tmp_path: Path, world: World, stage: int, precision: str, clips: tuple[float | None, float | None]
+) -> None:
+    mode = {"zero_stage": stage, "precision": precision}
+    before = OptimizerConfig(gradient_clipping=0.0, weight_decay=0.5, variance_clip=clips[0])
+    after = OptimizerConfig(
+        gradient_clipping=1e-3, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-3, variance_clip=clips[1]
+    )
+    Engine(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
+    engine = Engine(Objective(seed=1), config(optimizer=after, **mode), world)
+    own = engine._settings()
+    engine.load(tmp_path)
+    assert engine._settings() == own
+    assert own[0]["betas"] == (0.5, 0.6)
+    engine.train()
+    before_step = {name: weight.detach().clone() for name, weight in engine._gather().items()}
+    tensors = data(1)
+    engine.step([{**tensors, "x": tensors["x"].to(next(engine.model.parameters()).dtype)}], 1e-2, 1)
+    assert getattr(engine._engine.optimizer, "clip_grad", 1e-3) == 1e-3
+    # with so large an eps, a gradient of so small a norm moves the weights by much less than the rate
+    moved = torch.cat([(weight - before_step[name]).flatten() for name, weight in engine._gather().items()])
+    assert 0 < moved.abs().max() < 5e-3
 
 
 # ------------------------------------------------------------------------------------------------------ forgery
