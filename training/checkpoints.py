@@ -28,7 +28,17 @@ logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, RuntimeError)
 """torch's zip writer raises RuntimeError when the disk is full."""
-READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError)
+READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
 """What torch and DeepSpeed raise for damaged, forged and foreign checkpoints."""
 
 NOTE = "checkpoint.json"
@@ -149,6 +159,8 @@ def read_note(folder: Path) -> dict[str, Any]:
             raise ValueError("its digest is another")
         if not all(isinstance(note[name], int) for name in ("step", "ranks", "zero_stage")):
             raise ValueError("its numbers are none")
+        if not isinstance(note["state"], dict):
+            raise ValueError("its state is none")
         if not note["files"] or any(name != Path(name).name or name in (".", "..") for name in note["files"]):
             raise ValueError("its files are none, or outside")
         if not all(isinstance(mark["bytes"], int) and "blake2b" in mark for mark in note["files"].values()):

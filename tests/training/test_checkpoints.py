@@ -218,11 +218,20 @@ def test_a_named_checkpoint_is_gone_back_to_or_refused(saved: Path) -> None:
         {"files": {"../latest": {"bytes": 12, "blake2b": ""}}},
         {"files": []},
         {"ranks": None},
+        {"state": 5},
     ],
 )
 def test_a_note_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) -> None:
     write_note(saved / TAGS[2], {**read_note(saved / TAGS[2]), **change})
     assert loaded(saved) == {"n": 2}
+
+
+def test_a_note_that_lacks_something_is_damage(saved: Path) -> None:
+    note = read_note(saved / TAGS[2])
+    for name in note:
+        write_note(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
+        (saved / "latest").write_text(TAGS[2])
+        assert loaded(saved) == {"n": 2}
 
 
 def test_a_number_changed_in_the_note_is_noticed(saved: Path) -> None:
@@ -317,6 +326,24 @@ def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Pat
         with pytest.raises(ValueError, match=r"cannot be loaded.*as they were written"):
             loaded(tmp_path, zero_stage=stage)
         assert not (tmp_path / "ran").exists()
+        (folder / name).write_bytes(good)
+        forge_digests(folder)
+    assert loaded(tmp_path, zero_stage=stage) == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("content", [5, None, [], {}, {"module": 5, "optimizer_state_dict": []}], ids=str)
+def test_harmless_things_of_wrong_types_are_an_error_in_words(
+    tmp_path: Path, world: World, stage: int, content: object
+) -> None:
+    Engine(Objective(), config(zero_stage=stage), world).save(tmp_path, 1, {})
+    folder = tmp_path / "step00000001"
+    for name in [name for name in read_note(folder)["files"] if name.endswith(".pt")]:
+        good = (folder / name).read_bytes()
+        torch.save(content, folder / name)
+        forge_digests(folder)
+        with pytest.raises(ValueError, match=r"cannot be loaded.*as they were written"):
+            loaded(tmp_path, zero_stage=stage)
         (folder / name).write_bytes(good)
         forge_digests(folder)
     assert loaded(tmp_path, zero_stage=stage) == {}

@@ -215,6 +215,22 @@ def test_code_in_a_checkpoint_does_not_run_when_it_is_converted(tmp_path: Path, 
     Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
 
 
+def load_at_stage_2(world: World, folder: Path) -> None:
+    Engine(Objective(), config(zero_stage=2), world).load(folder)
+
+
+def test_a_file_of_one_rank_that_holds_something_else_is_an_error_on_both_and_when_converted(tmp_path: Path) -> None:
+    on_ranks(tmp_path, engine_losses, tmp_path / "c", config(zero_stage=2), 0, 1)
+    folder = tmp_path / "c" / "step00000001"
+    torch.save(5, next(folder.glob("*rank_1_*optim_states.pt")))
+    forge_digests(folder)
+    answers = on_ranks(tmp_path, load_at_stage_2, tmp_path / "c")
+    assert all("ValueError: the checkpoint" in answer for answer in answers), answers
+    converting = on_ranks(tmp_path, load_at_stage_2, tmp_path / "c", n_ranks=4)
+    assert "ValueError: the checkpoint" in converting[0], converting
+    assert all("the first rank failed" in answer for answer in converting[1:]), converting
+
+
 def test_what_an_interrupted_conversion_left_is_not_loaded(tmp_path: Path) -> None:
     whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", config(zero_stage=2), 0, 4)[0]
     on_ranks(tmp_path, engine_losses, tmp_path / "b [c+d]", config(zero_stage=2), 0, 2)
