@@ -181,6 +181,8 @@ def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
         ({"precision": "fp16"}, None, r"precision fp16 needs zero_stage 1, 2 or 3"),
         ({"offload": "parameters", "zero_stage": 2}, None, r"offload parameters needs zero_stage 3"),
         ({"max_skipped_steps": -1}, None, r"max_skipped_steps must be at least 0"),
+        ({"powersgd_rank": 2, "preset": "zero2-bf16"}, None, r"powersgd_rank needs zero_stage 0 or 1, got 2"),
+        ({"gradient_scaling": "per-resblock", "preset": "fp32"}, None, r"is for precision autocast-fp16, got fp32"),
     ],
 )
 def test_a_contradiction_names_both_sides(
@@ -216,6 +218,15 @@ def test_a_json_may_change_what_the_recipe_says_and_a_line_tells_each_change(tmp
     merged = deepspeed_config(recipe, 1)
     assert "torch_autocast" not in merged
     assert {key: merged[key] for key in content} == content
+
+
+def test_what_a_preset_makes_possible_is_not_refused_for_the_recipe_that_it_replaces() -> None:
+    recipe = config(precision="bf16", zero_stage=2)
+    command = training.cli.TransformerCommand(
+        recipe="tiny", data=("shards",), out=Path("out"), preset="autocast", powersgd_rank=64
+    )
+    changed, _ = with_files(command.override(recipe))
+    assert (changed.precision, changed.zero_stage, changed.powersgd_rank) == ("autocast", 0, 64)
 
 
 def test_options_that_agree_with_a_preset_are_no_contradiction() -> None:
