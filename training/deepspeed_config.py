@@ -185,6 +185,12 @@ class _File:
         for key, block in blocks.items():
             if not isinstance(block, dict):
                 raise ValueError(f"{self.name} sets zero_optimization.{key} to {json.dumps(block)}: expected an object")
+            device = block.get("device", "none")
+            if device not in ("cpu", "none"):
+                raise ValueError(
+                    f'{self.name} sets zero_optimization.{key}.device to {json.dumps(device)}: expected "cpu" or '
+                    '"none"; offloading to disks is not supported here'
+                )
         used = {key for key, block in blocks.items() if block.get("device", "none") != "none"}
         if "offload_param" in used:
             return "parameters"

@@ -174,6 +174,11 @@ def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
         ({}, {"zero_optimization": {"stage": "two"}}, r"stage to \"two\": expected 0, 1, 2 or 3"),
         ({}, {"zero_optimization": {"stage": 2, "offload_param": {"device": "cpu"}}}, r"parameters needs zero_stage 3"),
         ({}, {"zero_optimization": {"offload_optimizer": {"device": "cpu"}}}, r"needs zero_stage 1, 2 or 3"),
+        (
+            {},
+            {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "/tmp"}}},
+            r"offload_optimizer\.device to \"nvme\": expected \"cpu\" or \"none\"",
+        ),
         ({}, {"gradient_clipping": "much"}, r"gradient_clipping to \"much\": expected 0 or more"),
         ({}, {"bf16": {"enabled": True, "check_grad_overflow": False}}, r"steps that are not finite are skipped"),
         ({}, {"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, r"steps that are not finite are skipped"),
