@@ -277,12 +277,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk, where its file system can."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(number)
-    finally:
-        os.close(number)
+        finally:
+            os.close(number)
 
 
 def make_place(folder: Path) -> None:
@@ -300,6 +300,8 @@ def drop(folder: Path) -> None:
 
 def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: int, keep_every: int) -> None:
     """Make a checkpoint complete, let `latest` name it, and drop those that are not to be kept.
+
+    Once `latest` names it, it is saved: old ones that cannot be dropped are a warning.
 
     Args:
         directory: where checkpoints of the run are kept.
@@ -323,9 +325,12 @@ def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: in
     kept = {tag, *earlier[: keep_last - 1]}
     if keep_every:
         kept |= {other for other in earlier if step_of(other) % keep_every == 0}
-    for other in tags_in(directory):
-        if other not in kept:
-            drop(directory / other)
+    try:
+        for other in tags_in(directory):
+            if other not in kept:
+                drop(directory / other)
+    except OSError as error:
+        logger.warning("%s is saved, but old checkpoints could not be dropped (%s)", folder, error)
     shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
 
 

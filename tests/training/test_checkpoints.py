@@ -118,6 +118,30 @@ def test_folders_of_other_names_are_left_alone(saved: Path, world: World) -> Non
     assert names(saved) == sorted(["latest", "step00000004", *others])
 
 
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "training.checkpoints.tags_in"])
+def test_what_latest_names_is_kept_whatever_fails_after_that(
+    saved: Path, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    replace = os.replace
+
+    def fail(*_: object) -> None:
+        raise OSError("the file system went away")
+
+    def replace_and_fail_from_now_on(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == "latest":
+            monkeypatch.setattr(call, fail)
+
+    engine = Engine(Objective(), config(keep_last=1), world)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_fail_from_now_on)
+        engine.save(saved, 4, {"n": 4})
+    monkeypatch.undo()
+    assert (saved / "latest").read_text() == "step00000004"
+    assert ("old checkpoints could not be dropped" in caplog.text) == (call == "training.checkpoints.tags_in")
+    assert loaded(saved) == {"n": 4}
+
+
 # ------------------------------------------------------------------------------------------------ what is loaded
 
 DAMAGES: dict[str, Callable[[Path], None]] = {
