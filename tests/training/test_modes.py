@@ -81,7 +81,10 @@ def with_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("recipe", [{}, {"precision": "bf16", "zero_stage": 2}, {"precision": "autocast"}])
+@pytest.mark.parametrize(
+    "recipe",
+    [{}, {"precision": "bf16", "zero_stage": 2}, {"precision": "autocast"}, {"precision": "autocast-fp16"}],
+)
 def test_a_preset_is_what_its_name_says_whatever_the_recipe_says(name: str, recipe: dict[str, Any]) -> None:
     merged = deepspeed_config(config(preset=name, **recipe), world_size=1)
     precision = name.split("-")[-1]
@@ -94,6 +97,7 @@ def test_a_preset_is_what_its_name_says_whatever_the_recipe_says(name: str, reci
     assert merged["gradient_clipping"] == 1.0
     assert merged["zero_force_ds_cpu_optimizer"] is False
     assert "purpose" not in merged
+    assert with_files(config(preset=name, **recipe))[0].precision == precision
 
 
 def test_every_preset_is_listed_with_what_it_is_for_and_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
@@ -169,6 +173,11 @@ def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
             {"preset": "zero1-autocast"},
             {"bf16": {"enabled": True}},
             r"bf16, and preset zero1-autocast says",
+        ),
+        (
+            {"preset": "fp32", "precision": "autocast-fp16"},
+            None,
+            r"preset fp32 says precision fp32, and --precision says autocast-fp16",
         ),
         ({"preset": "zero9"}, None, r"no preset is called 'zero9'"),
         ({}, {"zero_optimization": {"stage": "two"}}, r"stage to \"two\": expected 0, 1, 2 or 3"),
