@@ -308,7 +308,7 @@ MODES = [
     {"zero_stage": 0, "micro_batch": 1},
     {"zero_stage": 1, "micro_batch": 1},
     {"zero_stage": 1, "precision": "bf16"},
-    {"zero_stage": 1, "precision": "bf16", "deepspeed_config": {"data_types": {"grad_accum_dtype": "fp32"}}},
+    {"zero_stage": 1, "precision": "bf16", "deepspeed_config": {"data_types": {"grad_accum_dtype": "bf16"}}},
     {"zero_stage": 1, "precision": "autocast"},
 ]
 
