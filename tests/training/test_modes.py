@@ -639,7 +639,6 @@ def test_every_mode_gives_the_same_losses_on_two_ranks(tmp_path: Path, stage: in
     for reference, *found in on_ranks(tmp_path, rank_losses, modes, accumulation):
         for mode, given in zip(modes[1:], found, strict=True):
             assert given == pytest.approx(reference, abs=tolerance(mode[0])), mode
-            assert given != reference[::-1]
 
 
 def steps_with_a_bad_one(world: World, mode: Mode, spoilt: int | None, bad: str) -> tuple[list[int], Any]:
