@@ -55,6 +55,8 @@ MODES = [
     ("fp32", 3, "parameters"),
     ("autocast", 0, "none"),
     ("autocast", 1, "none"),
+    ("autocast", 2, "none"),
+    ("autocast", 3, "none"),
     ("bf16", 1, "none"),
     ("bf16", 2, "none"),
     ("bf16", 3, "none"),
