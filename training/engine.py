@@ -3,6 +3,8 @@
 DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
 """
 
+import contextlib
+import io
 import logging
 import math
 import shutil
@@ -348,7 +350,8 @@ class Engine:
         error: Exception | None = None
         settings = self._settings()
         try:
-            with tensors_only(), plain_path(directory) as plain:
+            # 0.19.8 prints while it loads what was saved at stage 1 in bf16
+            with tensors_only(), plain_path(directory) as plain, contextlib.redirect_stdout(io.StringIO()):
                 if is_other:
                     path = resharding.load_universal(self._engine, plain / UNIVERSAL, tag)
                 else:

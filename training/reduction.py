@@ -6,7 +6,6 @@ rank while the backward pass still runs. DeepSpeed 0.19.8 is pinned: this replac
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -114,9 +113,6 @@ class Reduction:
         if self._powersgd is not None:
             written.append(_errors_file(folder, self._world.rank))
             save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, written[-1])
-        for path in written:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
         return written
 
     def load(self, folder: Path, n_ranks: int) -> None:

@@ -333,6 +333,15 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
     assert 0 < moved.abs().max() < 5e-3
 
 
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.CaptureFixture[str], stage: int) -> None:
+    Engine(Objective(), config(zero_stage=stage, precision="bf16"), world).save(tmp_path, 1, {})
+    engine = Engine(Objective(), config(zero_stage=stage, precision="bf16"), world)
+    capfd.readouterr()
+    engine.load(tmp_path)
+    assert capfd.readouterr().out == ""
+
+
 # ------------------------------------------------------------------------------------------------------ forgery
 
 
