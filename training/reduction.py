@@ -98,7 +98,7 @@ class Reduction:
         if self._powersgd is not None:
             sent, full = self._powersgd.bytes_sent, self._powersgd.bytes_full
             values |= {"bytes_sent": sent, "bytes_full": full, "bytes_ratio": sent / full}
-        return {name: torch.tensor(value, device=self._world.device) for name, value in values.items()}
+        return {name: torch.tensor(value) for name, value in values.items()}
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part into the folder of a checkpoint, and return the files.

@@ -172,6 +172,21 @@ def test_a_gradient_that_is_not_finite_leaves_out_the_step_and_keeps_the_buffers
             assert all(torch.equal(tensor, before[key]) for key, tensor in compressor.state().items())
 
 
+def test_a_step_asks_the_device_three_times_whatever_the_number_of_matrices(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked, is_true = [0], Tensor.__bool__
+
+    def counted(tensor: Tensor) -> bool:
+        asked[0] += 1
+        return is_true(tensor)
+
+    compressor = powersgd(world, rank=2)
+    monkeypatch.setattr(Tensor, "__bool__", counted)
+    compressor.reduce_(gradients(0))
+    assert asked == [3]
+
+
 def test_factors_that_overflow_leave_out_the_step_and_keep_finite_buffers(world: World) -> None:
     compressor, huge = powersgd(world, rank=2), gradients(0)
     huge["square"].fill_(3e38)
