@@ -45,6 +45,7 @@ class VarianceClippedAdamW(torch.optim.AdamW):
             taken = (~is_left_out).float()
             gradient = torch.where(is_left_out, mean, gradient)
             square = torch.where(is_left_out, variance, square)
+        state["step"] = state["step"].to(weight.device)  # where torch's load_state_dict leaves it on the CPU
         state["step"] += taken
         mean.lerp_(gradient, 1 - beta1)
         variance.lerp_(square, 1 - beta2).clamp_(max=self.variance_clip)

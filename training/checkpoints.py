@@ -28,7 +28,17 @@ logger = logging.getLogger(__name__)
 
 WRITE_ERRORS = (OSError, RuntimeError)
 """torch's zip writer raises RuntimeError when the disk is full."""
-READ_ERRORS = (OSError, RuntimeError, ValueError, KeyError, EOFError, AssertionError, pickle.UnpicklingError)
+READ_ERRORS = (
+    OSError,
+    RuntimeError,
+    ValueError,
+    LookupError,
+    TypeError,
+    AttributeError,
+    EOFError,
+    AssertionError,
+    pickle.UnpicklingError,
+)
 """What torch and DeepSpeed raise for damaged, forged and foreign checkpoints."""
 
 NOTE = "checkpoint.json"
@@ -149,6 +159,8 @@ def read_note(folder: Path) -> dict[str, Any]:
             raise ValueError("its digest is another")
         if not all(isinstance(note[name], int) for name in ("step", "ranks", "zero_stage")):
             raise ValueError("its numbers are none")
+        if not isinstance(note["state"], dict):
+            raise ValueError("its state is none")
         if not note["files"] or any(name != Path(name).name or name in (".", "..") for name in note["files"]):
             raise ValueError("its files are none, or outside")
         if not all(isinstance(mark["bytes"], int) and "blake2b" in mark for mark in note["files"].values()):
@@ -265,12 +277,12 @@ def replace_text(path: Path, text: str) -> None:
 
 def _sync_folder(folder: Path) -> None:
     """Bring the names in a folder to the disk, where its file system can."""
-    number = os.open(folder, os.O_RDONLY)
-    try:
-        with suppress(OSError):
+    with suppress(OSError):
+        number = os.open(folder, os.O_RDONLY)
+        try:
             os.fsync(number)
-    finally:
-        os.close(number)
+        finally:
+            os.close(number)
 
 
 def make_place(folder: Path) -> None:
@@ -288,6 +300,8 @@ def drop(folder: Path) -> None:
 
 def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: int, keep_every: int) -> None:
     """Make a checkpoint complete, let `latest` name it, and drop those that are not to be kept.
+
+    Once `latest` names it, it is saved: old ones that cannot be dropped are a warning.
 
     Args:
         directory: where checkpoints of the run are kept.
@@ -311,9 +325,12 @@ def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: in
     kept = {tag, *earlier[: keep_last - 1]}
     if keep_every:
         kept |= {other for other in earlier if step_of(other) % keep_every == 0}
-    for other in tags_in(directory):
-        if other not in kept:
-            drop(directory / other)
+    try:
+        for other in tags_in(directory):
+            if other not in kept:
+                drop(directory / other)
+    except OSError as error:
+        logger.warning("%s is saved, but old checkpoints could not be dropped (%s)", folder, error)
     shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
 
 

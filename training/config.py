@@ -127,13 +127,15 @@ class TrainConfig:
             )
         if self.zero_stage not in range(4):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
+        if self.powersgd_rank < 0:
+            raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
         if self.preset is None and self.deepspeed_config is None:
             self._require_possible_mode()  # else the files may say what is missing: see deepspeed_config.with_files
+            self._check_recipe()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
-        self._check_recipe()
 
     def _require_possible_mode(self) -> None:
         """Raise ValueError where precision, ZeRO stage and offloading do not go together."""
@@ -162,9 +164,7 @@ class TrainConfig:
         return micro, self.global_batch // (micro * world_size)
 
     def _check_recipe(self) -> None:
-        """Check what of the paper's distributed recipe is asked for."""
-        if self.powersgd_rank < 0:
-            raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
+        """Raise ValueError where precision, ZeRO stage and offloading do not go with the paper's recipe."""
         for option, is_given in (
             ("gradient_scaling per-resblock", self.gradient_scaling == "per-resblock"),
             ("powersgd_rank", self.powersgd_rank > 0),

@@ -168,8 +168,9 @@ class _File:
             raise ValueError(f"{self.name} enables {' and '.join(wanted)}: choose one precision")
         if wanted:
             return wanted[0]
-        is_ruled_out = current in _PRECISION_KEYS and "enabled" in self.content.get(_PRECISION_KEYS[current], {})
-        return "fp32" if is_ruled_out else None
+        switched_off = {name for name, key in _PRECISION_KEYS.items() if "enabled" in self.content.get(key, {})}
+        is_fp32 = current in switched_off or len(switched_off) == len(_PRECISION_KEYS)
+        return "fp32" if is_fp32 else None
 
     def zero_stage(self) -> int | None:
         """Return the ZeRO stage that it asks for, if it does."""
@@ -185,6 +186,12 @@ class _File:
         for key, block in blocks.items():
             if not isinstance(block, dict):
                 raise ValueError(f"{self.name} sets zero_optimization.{key} to {json.dumps(block)}: expected an object")
+            device = block.get("device", "none")
+            if device not in ("cpu", "none"):
+                raise ValueError(
+                    f'{self.name} sets zero_optimization.{key}.device to {json.dumps(device)}: expected "cpu" or '
+                    '"none"; offloading to disks is not supported here'
+                )
         used = {key for key, block in blocks.items() if block.get("device", "none") != "none"}
         if "offload_param" in used:
             return "parameters"

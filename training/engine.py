@@ -3,6 +3,8 @@
 DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
 """
 
+import contextlib
+import io
 import logging
 import math
 import shutil
@@ -346,14 +348,17 @@ class Engine:
             report(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
             on_first_rank(lambda: resharding.convert(directory, tag), self.world)
         error: Exception | None = None
+        settings = self._settings()
         try:
-            with tensors_only(), plain_path(directory) as plain:
+            # 0.19.8 prints while it loads what was saved at stage 1 in bf16
+            with tensors_only(), plain_path(directory) as plain, contextlib.redirect_stdout(io.StringIO()):
                 if is_other:
                     path = resharding.load_universal(self._engine, plain / UNIVERSAL, tag)
                 else:
                     path, _ = self._engine.load_checkpoint(str(plain), tag=tag)
             if path is None:
                 raise FileNotFoundError("files are missing")
+            self._keep_settings(settings)
             if self._ema is not None:
                 self._ema.load(load_file(folder / "ema.safetensors"))
             if saved[0] == now[0]:
@@ -371,6 +376,22 @@ class Engine:
                 f"of another model, precision or program. Name another one in {directory / 'latest'}, or start afresh "
                 "with --fresh"
             ) from error
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Return the optimizer's settings of this run, for each group of parameters."""
+        groups = self._engine.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def _keep_settings(self, settings: Iterable[Mapping[str, Any]]) -> None:
+        """Take back what a checkpoint put in place of this run's settings: it is gone on with what this run says."""
+        optimizer = self._engine.optimizer
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.deepspeed_config["gradient_clipping"]
+        for parameter, state in getattr(optimizer, "optimizer", optimizer).state.items():
+            if isinstance(state.get("step"), Tensor):  # torch leaves it on the CPU where the file's group was not fused
+                state["step"] = state["step"].to(parameter.device)
 
 
 def _random_file(rank: int) -> str:

@@ -232,4 +232,4 @@ def _orthogonal(p: Tensor) -> Tensor:
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> bool:
-    return all(bool(tensor.isfinite().all()) for tensor in tensors)
+    return not tensors or bool(torch.stack([tensor.isfinite().all() for tensor in tensors]).all())

@@ -6,7 +6,6 @@ rank while the backward pass still runs. DeepSpeed 0.19.8 is pinned: this replac
 """
 
 import json
-import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
@@ -99,7 +98,7 @@ class Reduction:
         if self._powersgd is not None:
             sent, full = self._powersgd.bytes_sent, self._powersgd.bytes_full
             values |= {"bytes_sent": sent, "bytes_full": full, "bytes_ratio": sent / full}
-        return {name: torch.tensor(value, device=self._world.device) for name, value in values.items()}
+        return {name: torch.tensor(value) for name, value in values.items()}
 
     def save(self, folder: Path) -> list[Path]:
         """Write this rank's part into the folder of a checkpoint, and return the files.
@@ -114,9 +113,6 @@ class Reduction:
         if self._powersgd is not None:
             written.append(_errors_file(folder, self._world.rank))
             save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, written[-1])
-        for path in written:
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
         return written
 
     def load(self, folder: Path, n_ranks: int) -> None:

@@ -98,23 +98,20 @@ def _scalars_of_one_dimension() -> Iterator[None]:
 def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     """Load this rank's share of a converted checkpoint; returns the path, or None if files are missing.
 
-    The caller sees to it that nothing is executed: see `tensors_only`.
+    The caller sees to it that nothing is executed: see `tensors_only`; and puts back the settings of the optimizer's
+    groups: 0.19.8 gives all groups of stage 3 the first one's, such as its weight decay.
     """
     optimizer = engine.optimizer.optimizer
-    settings = [{name: value for name, value in group.items() if name != "params"} for group in optimizer.param_groups]
     engine._config.load_universal_checkpoint = True
     try:
         with _empty_shares():
             path, _ = engine.load_checkpoint(str(folder), tag=tag)
     finally:
         engine._config.load_universal_checkpoint = False
-    # 0.19.8 gives all groups of stage 3 the first one's settings, such as its weight decay
-    for group, own in zip(optimizer.param_groups, settings, strict=True):
-        group.update(own)
-    # and all its parameters one and the same step counter, which each of them then advances; on the CPU
-    for parameter, state in optimizer.state.items():
+    # 0.19.8 gives all parameters of stage 3 one and the same step counter, which each of them then advances
+    for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
-            state["step"] = state["step"].clone().to(parameter.device)
+            state["step"] = state["step"].clone()
     return None if path is None else str(path)
 
 

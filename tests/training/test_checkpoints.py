@@ -15,11 +15,12 @@ import pytest
 import tiny
 import torch
 from safetensors.torch import save_file
-from test_engine import Bomb, Objective, config, train
+from test_engine import Bomb, Objective, config, data, train
 from test_fit import NewRun, Run, send
 
 import training.cli
 from training.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+from training.config import OptimizerConfig
 from training.dvae import WarmupStage
 from training.engine import Engine
 from training.fit import Interrupted
@@ -115,6 +116,30 @@ def test_folders_of_other_names_are_left_alone(saved: Path, world: World) -> Non
         (saved / name).mkdir()
     Engine(Objective(), config(keep_last=1), world).save(saved, 4, {})
     assert names(saved) == sorted(["latest", "step00000004", *others])
+
+
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "training.checkpoints.tags_in"])
+def test_what_latest_names_is_kept_whatever_fails_after_that(
+    saved: Path, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+) -> None:
+    replace = os.replace
+
+    def fail(*_: object) -> None:
+        raise OSError("the file system went away")
+
+    def replace_and_fail_from_now_on(source: Path, target: Path) -> None:
+        replace(source, target)
+        if Path(target).name == "latest":
+            monkeypatch.setattr(call, fail)
+
+    engine = Engine(Objective(), config(keep_last=1), world)
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", replace_and_fail_from_now_on)
+        engine.save(saved, 4, {"n": 4})
+    monkeypatch.undo()
+    assert (saved / "latest").read_text() == "step00000004"
+    assert ("old checkpoints could not be dropped" in caplog.text) == (call == "training.checkpoints.tags_in")
+    assert loaded(saved) == {"n": 4}
 
 
 # ------------------------------------------------------------------------------------------------ what is loaded
@@ -217,11 +242,20 @@ def test_a_named_checkpoint_is_gone_back_to_or_refused(saved: Path) -> None:
         {"files": {"../latest": {"bytes": 12, "blake2b": ""}}},
         {"files": []},
         {"ranks": None},
+        {"state": 5},
     ],
 )
 def test_a_note_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) -> None:
     write_note(saved / TAGS[2], {**read_note(saved / TAGS[2]), **change})
     assert loaded(saved) == {"n": 2}
+
+
+def test_a_note_that_lacks_something_is_damage(saved: Path) -> None:
+    note = read_note(saved / TAGS[2])
+    for name in note:
+        write_note(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
+        (saved / "latest").write_text(TAGS[2])
+        assert loaded(saved) == {"n": 2}
 
 
 def test_a_number_changed_in_the_note_is_noticed(saved: Path) -> None:
@@ -271,6 +305,43 @@ def test_other_moves_between_stages_are_refused_in_words(
         loaded(tmp_path, zero_stage=after)
 
 
+@pytest.mark.parametrize(
+    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+)
+@pytest.mark.parametrize("clips", [(0.5, None), (None, 0.5), (None, None)])
+def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_with(
+    tmp_path: Path, world: World, stage: int, precision: str, clips: tuple[float | None, float | None]
+) -> None:
+    mode = {"zero_stage": stage, "precision": precision}
+    before = OptimizerConfig(gradient_clipping=0.0, weight_decay=0.5, variance_clip=clips[0])
+    after = OptimizerConfig(
+        gradient_clipping=1e-3, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-3, variance_clip=clips[1]
+    )
+    Engine(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
+    engine = Engine(Objective(seed=1), config(optimizer=after, **mode), world)
+    own = engine._settings()
+    engine.load(tmp_path)
+    assert engine._settings() == own
+    assert own[0]["betas"] == (0.5, 0.6)
+    engine.train()
+    before_step = {name: weight.detach().clone() for name, weight in engine._gather().items()}
+    tensors = data(1)
+    engine.step([{**tensors, "x": tensors["x"].to(next(engine.model.parameters()).dtype)}], 1e-2, 1)
+    assert getattr(engine._engine.optimizer, "clip_grad", 1e-3) == 1e-3
+    # with so large an eps, a gradient of so small a norm moves the weights by much less than the rate
+    moved = torch.cat([(weight - before_step[name]).flatten() for name, weight in engine._gather().items()])
+    assert 0 < moved.abs().max() < 5e-3
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.CaptureFixture[str], stage: int) -> None:
+    Engine(Objective(), config(zero_stage=stage, precision="bf16"), world).save(tmp_path, 1, {})
+    engine = Engine(Objective(), config(zero_stage=stage, precision="bf16"), world)
+    capfd.readouterr()
+    engine.load(tmp_path)
+    assert capfd.readouterr().out == ""
+
+
 # ------------------------------------------------------------------------------------------------------ forgery
 
 
@@ -288,6 +359,24 @@ def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Pat
         with pytest.raises(ValueError, match=r"cannot be loaded.*as they were written"):
             loaded(tmp_path, zero_stage=stage)
         assert not (tmp_path / "ran").exists()
+        (folder / name).write_bytes(good)
+        forge_digests(folder)
+    assert loaded(tmp_path, zero_stage=stage) == {}
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("content", [5, None, [], {}, {"module": 5, "optimizer_state_dict": []}], ids=str)
+def test_harmless_things_of_wrong_types_are_an_error_in_words(
+    tmp_path: Path, world: World, stage: int, content: object
+) -> None:
+    Engine(Objective(), config(zero_stage=stage), world).save(tmp_path, 1, {})
+    folder = tmp_path / "step00000001"
+    for name in [name for name in read_note(folder)["files"] if name.endswith(".pt")]:
+        good = (folder / name).read_bytes()
+        torch.save(content, folder / name)
+        forge_digests(folder)
+        with pytest.raises(ValueError, match=r"cannot be loaded.*as they were written"):
+            loaded(tmp_path, zero_stage=stage)
         (folder / name).write_bytes(good)
         forge_digests(folder)
     assert loaded(tmp_path, zero_stage=stage) == {}

@@ -316,6 +316,27 @@ def losses_on_ranks(world: World, stage: int) -> list[float]:
     return losses
 
 
+def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[str, float]]:
+    engine = Engine(TransformerObjective(transformer()), config(zero_stage=stage, global_batch=8), world)
+    found = steps(engine, 0, 2)  # the same batch on every rank
+    engine.save(folder, 2, {})
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", [0, 1])
+def test_a_run_with_scales_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: int) -> None:
+    begun, _ = on_ranks(tmp_path, save_after_two_steps, tmp_path / "a", stage)
+    resumed = Engine(TransformerObjective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
+    resumed.load(tmp_path / "a")
+    ended = steps(resumed, 2, 4)
+    straight = Engine(TransformerObjective(transformer()), config(zero_stage=stage), join_world())
+    expected = [metrics["loss"] for metrics in steps(straight, 0, 4)]
+    assert [metrics["loss"] for metrics in begun + ended] == pytest.approx(expected, rel=2e-3)
+    assert [metrics["scale_min"] for metrics in begun] == pytest.approx([2 * 2 ** (13 + n / 1000) for n in (1, 2)])
+    assert [metrics["scale_min"] for metrics in ended] == pytest.approx([2 ** (13 + n / 1000) for n in (3, 4)])
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_in_float16_train_like_one(tmp_path: Path, stage: int) -> None:
