@@ -280,7 +280,7 @@ def test_where_it_is_not_known_which_rank_is_gone_the_error_says_so_and_no_other
     two_hosts: tuple[Watch, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, store = two_hosts
-    monkeypatch.setattr(training.watchdog._Mail, "_listen", lambda mail: None)
+    monkeypatch.setattr(training.watchdog._Mail, "_listen", lambda _: None)
     for _ in range(2):  # the second time without waiting
         error = watch.loss_error(BROKEN, wait_s=0.1)
         assert str(error).startswith("another rank is gone, it is not known which ([gloo/transport")
