@@ -405,12 +405,12 @@ def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> 
         count_calls(name, counted)
     pairs = learned_pairs(n_pairs)
     before = engine.forward(pairs)[0].item()
-    metrics = {}
+    metrics: dict[str, Tensor] = {}
     for step, whole in enumerate(batches_of(pairs, n_steps, 16)):
         counted[0] = 0
         rate = 5e-4 * min(1, (step + 1) / 20)
-        metrics = {name: value.item() for name, value in engine.step([own_half(whole, world)], rate, step).items()}
-    sent = {name: value for name, value in metrics.items() if name.startswith("bytes_")}
+        metrics = engine.step([own_half(whole, world)], rate, step)
+    sent = {name: value.item() for name, value in metrics.items() if name.startswith("bytes_")}
     return {"before": before, "after": engine.forward(pairs)[0].item(), "bytes": counted[0], **sent}
 
 
