@@ -172,6 +172,7 @@ def test_when_nothing_moves_the_stacks_are_written_and_the_job_ends(tmp_path: Pa
     assert (said["state"], said["reason"]) == ("failed", last_words[0])
 
 
+@pytest.mark.slow
 def test_a_run_that_moves_or_has_ended_or_has_not_taken_its_first_step_goes_on(
     tmp_path: Path, last_words: list[str]
 ) -> None:

@@ -326,6 +326,7 @@ def test_every_mode_gives_the_losses_of_float32_whole(
     assert losses(engine, world) == pytest.approx(reference, abs=tolerance(precision))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage", "offload"), MODES)
 def test_accumulation_changes_nothing(world: World, precision: str, stage: int, offload: str) -> None:
     model = tiny.recipe().transformer.model
@@ -462,6 +463,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variance_clip", [None, 5.0])
 @pytest.mark.parametrize(("precision", "stage", "offload"), MODES)
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
