@@ -13,18 +13,15 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
 from functools import lru_cache
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from dalle.model import DALLE, DALLEConfig
 from training.activations import FLOAT, Activations, Device, activations, block_bytes, widths
-from training.config import Precision, TrainConfig
+from training.config import Offload, Precision, TrainConfig
 from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config
-
-Offload = Literal["none", "optimizer", "parameters"]
-"""What lies in the host's memory: nothing, the optimizer's state, which is updated there, or the weights too."""
 
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""

@@ -100,7 +100,7 @@ class WeightsAndBiases:
         run_id = kept.read_text().strip() if goes_on else secrets.token_hex(8)
         self._sent = sent if goes_on else set()
         self._last_sent = max((step for step, _ in self._sent), default=0)
-        described = _read_json(run / "config.json")
+        described = read_object(run / "config.json")
         name = "/".join(run.absolute().parts[-3:])
         self._wandb = wandb
         self._run = wandb.init(project=project, dir=str(run), id=run_id, resume="allow", name=name, config=described)
@@ -243,7 +243,7 @@ def _numbers(split: str, values: Values) -> Iterator[tuple[str, float]]:
             yield f"{split}/{name}", value
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def read_object(path: Path) -> dict[str, Any]:
     """Return a JSON object, or an empty one if there is none to be read."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))

@@ -11,7 +11,6 @@ import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 from torch import nn
 
@@ -19,6 +18,7 @@ from dalle.model import DALLE, DALLEConfig
 from dvae.model import DVAE, DVAEConfig
 from rerank.model import CLIP
 from training.config import Precision, TrainConfig
+from training.deepspeed_config import PRESETS
 from training.flops import clip_flops, dvae_flops, training_flops
 from training.memory_model import (
     Memory,
@@ -42,8 +42,6 @@ MOST_SAMPLES = 32
 """The largest micro-batch that the plan shows beside its own."""
 H100_TFLOPS = {False: 989.0, True: 67.0}
 """Dense matrix products of one H100 (SXM) by its data sheet: in 16 bits, and in float32."""
-PRESETS = Path(__file__).parent / "presets"
-"""The DeepSpeed configurations that come with the program."""
 GPUS_PER_NODE = 8
 
 

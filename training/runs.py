@@ -5,7 +5,6 @@ going on, or after a crash: what is damaged is counted and left out.
 """
 
 import itertools
-import json
 import math
 import re
 import statistics
@@ -14,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.metrics import read_metrics
+from training.metrics import read_metrics, read_object
 
 RECENT_LINES = 50
 """Lines of metrics from which the time of a step is estimated."""
@@ -180,7 +179,7 @@ def find_runs(path: Path) -> list[Path]:
 
 
 def _is_run(path: Path) -> bool:
-    return path.is_dir() and ((path / "metrics.jsonl").is_file() or "run" in _read_json(path / "config.json"))
+    return path.is_dir() and ((path / "metrics.jsonl").is_file() or "run" in read_object(path / "config.json"))
 
 
 def _started_at(run: Path) -> float:
@@ -198,12 +197,12 @@ def read_run(directory: Path) -> Run:
     lines = read_metrics(directory / "metrics.jsonl")
     return Run(
         directory=directory,
-        config=_read_json(directory / "config.json"),
+        config=read_object(directory / "config.json"),
         lines=lines,
         n_damaged=_count_lines(directory / "metrics.jsonl") - len(lines),
         checkpoints=_checkpoints(directory / "checkpoints"),
         samples=_samples(directory / "samples"),
-        said=_read_json(directory / "state.json"),
+        said=read_object(directory / "state.json"),
     )
 
 
@@ -248,14 +247,6 @@ def _by_step(folder: Path, pattern: str) -> Sequence[tuple[Path, int]]:
         return []
     named = [(path, re.fullmatch(pattern, path.name)) for path in folder.iterdir()]
     return sorted(((path, int(match[1])) for path, match in named if match), key=lambda found: found[1])
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    """Return a JSON object; an empty one if there is none that can be read."""
-    try:
-        return _dictionary(json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError):
-        return {}
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

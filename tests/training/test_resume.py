@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_checkpoints import Killed, forge_digests, kill_at
 from test_engine import Bomb, Objective, config, data
 from test_fit import Run, send
-from test_modes import allow_fp16
+from test_modes import MODES, allow_fp16
 from test_ranks import on_ranks
 
 import training.fit
@@ -155,24 +155,8 @@ def engine_losses(
     return losses
 
 
-RESUMED = [
-    ("fp32", 1, "optimizer"),
-    ("fp32", 2, "optimizer"),
-    ("fp32", 3, "optimizer"),
-    ("fp32", 3, "parameters"),
-    ("autocast", 0, "none"),
-    ("autocast", 2, "none"),
-    ("autocast", 3, "none"),
-    ("bf16", 1, "none"),
-    ("bf16", 2, "none"),
-    ("bf16", 3, "none"),
-    ("bf16", 1, "optimizer"),
-    ("bf16", 2, "optimizer"),
-    ("bf16", 3, "parameters"),
-    ("fp16", 1, "none"),
-    ("fp16", 2, "none"),
-    ("fp16", 3, "none"),
-]
+RESUMED = [mode for mode in MODES if mode[0] != "fp32" or mode[2] != "none"]  # those train through `fit`, above
+RESUMED += [("fp16", stage, "none") for stage in (1, 2, 3)]
 
 
 def run_of(mode: tuple[str, int, str], folder: Path) -> TrainConfig:
