@@ -46,7 +46,7 @@ from training.means import Means
 from training.metrics import MetricLog, Report, RunState, require_wandb
 from training.schedules import LearningRate
 from training.skipped_steps import SkippedSteps
-from training.throughput import Timer, peak_flops, peak_memory_gib
+from training.throughput import Timer, has_bfloat16_arithmetic, peak_flops, peak_memory_gib
 from training.validation import validate
 from training.world import World, agree, max_over_ranks, mean_over_ranks, on_first_rank, require_same
 
@@ -200,6 +200,7 @@ def fit(
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
+    config = _in_native_precision(stage.name, config, world, report)
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
     tag = plan.tag()
@@ -219,6 +220,17 @@ def fit(
             _train(stage, config, world, train, validation, plan, report, stop, tag)
     finally:
         world.watch.rest()
+
+
+def _in_native_precision(name: str, config: TrainConfig, world: World, report: Report) -> TrainConfig:
+    """Return the run in float32 where its recipe says autocast and the device only emulates bfloat16."""
+    if config.precision != "autocast" or "precision" in config.said or has_bfloat16_arithmetic(world.device):
+        return config
+    report(
+        f"{name}: computing in fp32, not in autocast as the recipe says: this CPU only emulates bfloat16, "
+        "several times slower (--precision autocast insists on it)"
+    )
+    return dataclasses.replace(config, precision="fp32")
 
 
 def _train(

@@ -1,4 +1,5 @@
 import errno
+import json
 import multiprocessing
 import os
 import signal
@@ -451,3 +452,21 @@ def test_validation_weighs_every_picture_alike(new_run: NewRun, data: ShardData)
     pictures = [to_tensor(open_image(data.read(index).image_bytes)) for index in range(len(data))]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["brightness"] == pytest.approx(float(torch.stack(pictures).mean()), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("has_bfloat16", "said", "computed_in"),
+    [(False, (), "fp32"), (False, ("precision",), "autocast"), (True, (), "autocast")],
+)
+def test_a_cpu_without_bfloat16_computes_in_fp32_unless_told_otherwise(
+    new_run: Callable[[str], Run],
+    monkeypatch: pytest.MonkeyPatch,
+    has_bfloat16: bool,
+    said: tuple[str, ...],
+    computed_in: str,
+) -> None:
+    monkeypatch.setattr(training.fit, "has_bfloat16_arithmetic", lambda device: has_bfloat16)
+    run = new_run("run")
+    run(tiny.train_config(steps=1, precision="autocast", said=said))
+    assert json.loads((run.folder / "run" / "config.json").read_text())["training"]["precision"] == computed_in
+    assert any("this CPU only emulates bfloat16" in line for line in run.said) == (computed_in == "fp32")
