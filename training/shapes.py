@@ -25,21 +25,27 @@ from PIL import Image, ImageDraw
 Relation = Literal["left of", "right of", "above", "below"]
 Split = Literal["trained", "pair", "relation"]
 
-# Far apart from each other and from the backgrounds: the closest two differ by about 100 in RGB distance.
+# Far apart from each other and from the backgrounds: the closest two differ by about 90 in RGB distance.
 COLOURS: dict[str, tuple[int, int, int]] = {
-    "red": (210, 20, 35),
-    "green": (20, 160, 60),
-    "blue": (30, 70, 230),
-    "yellow": (250, 225, 40),
-    "purple": (150, 40, 190),
-    "orange": (245, 125, 20),
+    "red": (215, 25, 35),
+    "green": (15, 130, 60),
+    "blue": (40, 80, 235),
+    "yellow": (250, 225, 50),
+    "purple": (130, 40, 185),
+    "orange": (245, 130, 20),
+    "pink": (250, 150, 190),
+    "brown": (125, 70, 25),
+    "navy": (20, 25, 110),
+    "lime": (150, 210, 40),
+    "teal": (0, 150, 150),
+    "magenta": (225, 30, 170),
 }
 BACKGROUNDS: dict[str, tuple[int, int, int]] = {
     "white": (242, 242, 242),
     "black": (18, 18, 18),
     "cyan": (130, 225, 230),
 }
-SIZES: dict[str, tuple[float, float]] = {"small": (6.9, 7.1), "large": (11.0, 11.3)}
+SIZES: dict[str, tuple[float, float]] = {"small": (6.7, 7.3), "large": (10.9, 11.5)}
 """Range of the radius of a thing, in 64ths of the picture's side."""
 
 INVERSE: dict[str, Relation] = {
@@ -55,7 +61,19 @@ def _circle(n_corners: int) -> list[tuple[float, float]]:
     return [(float(np.cos(angle)), float(np.sin(angle))) for angle in angles]
 
 
-# Corners around the centroid in units of the radius, y down. The factors make the five look equally large.
+def _star() -> list[tuple[float, float]]:
+    radii, angles = (1.35, 0.58) * 5, np.arange(10) * (np.pi / 5) - np.pi / 2
+    return [(float(r * np.cos(a)), float(r * np.sin(a))) for r, a in zip(radii, angles, strict=True)]
+
+
+def _heart() -> list[tuple[float, float]]:
+    t = np.arange(40) * (2 * np.pi / 40)
+    x, y = 16 * np.sin(t) ** 3, 13 * np.cos(t) - 5 * np.cos(2 * t) - 2 * np.cos(3 * t) - np.cos(4 * t)
+    return [(float(u / 15), float(-v / 15 + 0.05)) for u, v in zip(x, y, strict=True)]
+
+
+# Corners around the centroid in units of the radius, y down. The factors make all look about equally large. Of any two,
+# drawn equally large on the same centroid, at most 84% of what either covers is covered by both.
 OUTLINES: dict[str, list[tuple[float, float]]] = {
     "circle": _circle(48),
     "square": [(-0.88, -0.88), (0.88, -0.88), (0.88, 0.88), (-0.88, 0.88)],
@@ -65,6 +83,16 @@ OUTLINES: dict[str, list[tuple[float, float]]] = {
         *[(-0.34, -1.12), (0.34, -1.12), (0.34, -0.34), (1.12, -0.34), (1.12, 0.34), (0.34, 0.34)],
         *[(0.34, 1.12), (-0.34, 1.12), (-0.34, 0.34), (-1.12, 0.34), (-1.12, -0.34), (-0.34, -0.34)],
     ],
+    "bar": [(-1.2, -0.5), (1.2, -0.5), (1.2, 0.5), (-1.2, 0.5)],
+    "hourglass": [(-1.0, -1.1), (1.0, -1.1), (0.2, 0.0), (1.0, 1.1), (-1.0, 1.1), (-0.2, 0.0)],
+    "star": _star(),
+    "heart": _heart(),
+    "arch": [
+        *[(-1.0, 1.1), (-1.0, -0.9), (1.0, -0.9), (1.0, 1.1)],
+        *[(0.35, 1.1), (0.35, -0.2), (-0.35, -0.2), (-0.35, 1.1)],
+    ],
+    "pillar": [(-0.5, -1.2), (0.5, -1.2), (0.5, 1.2), (-0.5, 1.2)],
+    "bowtie": [(-1.1, -1.0), (-1.1, 1.0), (0.0, 0.2), (1.1, 1.0), (1.1, -1.0), (0.0, -0.2)],
 }
 
 
@@ -199,15 +227,21 @@ def _parse_things(told: str, background: str) -> Scene:
 
 PAIRS: tuple[tuple[str, str], ...] = tuple(product(COLOURS, OUTLINES))
 
-# A fifth of the pairs. Every colour keeps four trained shapes; every shape at least four trained colours.
+# Spread evenly: every colour is held out with one shape, and every shape with one colour.
 HELD_OUT_PAIRS: frozenset[tuple[str, str]] = frozenset(
     {
         ("red", "cross"),
-        ("green", "triangle"),
-        ("blue", "circle"),
-        ("yellow", "diamond"),
-        ("purple", "square"),
-        ("orange", "circle"),
+        ("green", "bar"),
+        ("blue", "hourglass"),
+        ("yellow", "star"),
+        ("purple", "heart"),
+        ("orange", "arch"),
+        ("pink", "pillar"),
+        ("brown", "bowtie"),
+        ("navy", "circle"),
+        ("lime", "square"),
+        ("teal", "triangle"),
+        ("magenta", "diamond"),
     }
 )
 

@@ -99,8 +99,8 @@ def test_parse_forgives_case_spacing_and_full_stop():
     ("words", "complaint"),
     [
         ("a small red circle left of a large blue square", "not of this world"),
-        ("a small pink circle left of a large blue square on a white background", "'pink' is not a colour"),
-        ("a small red heart left of a large blue square on a white background", "'heart' is not a shape"),
+        ("a small beige circle left of a large blue square on a white background", "'beige' is not a colour"),
+        ("a small red ring left of a large blue square on a white background", "'ring' is not a shape"),
         ("a tiny red circle left of a large blue square on a white background", "'tiny' is not a size"),
         ("a small red circle left of a large blue square on a beige background", "'beige' is not a backgr"),
         ("a small red circle behind a large blue square on a white background", "expected one relation"),
@@ -128,11 +128,10 @@ def test_scenes_that_cannot_be_drawn_are_refused():
 # ---- held-out combinations
 
 
-def test_a_fifth_of_pairs_is_held_out_and_every_word_stays_trained():
-    assert len(HELD_OUT_PAIRS) * 5 == len(PAIRS)
-    trained = set(PAIRS) - HELD_OUT_PAIRS
-    assert min(Counter(colour for colour, _ in trained).values()) >= 4
-    assert min(Counter(shape for _, shape in trained).values()) >= 4
+def test_every_colour_and_every_shape_is_held_out_once():
+    assert set(PAIRS) >= HELD_OUT_PAIRS
+    assert Counter(colour for colour, _ in HELD_OUT_PAIRS) == dict.fromkeys(COLOURS, 1)
+    assert Counter(shape for _, shape in HELD_OUT_PAIRS) == dict.fromkeys(OUTLINES, 1)
 
 
 def test_about_a_fifth_of_relations_is_held_out():
@@ -143,8 +142,8 @@ def test_about_a_fifth_of_relations_is_held_out():
         for relation in ("left of", "above")
         if a != b
     ]
-    assert len(told) == 24 * 23 * 2
-    assert 0.17 < np.mean(told) < 0.23
+    assert len(told) == 132 * 131 * 2
+    assert 0.19 < np.mean(told) < 0.21
 
 
 def test_held_out_relations_never_change():
@@ -189,7 +188,7 @@ def test_share_of_three_is_the_share_of_scenes_with_three_things():
 def test_coverage_is_centred_and_anti_aliased(shape):
     mask = coverage(shape, 30.3, 25.6, 10.2, 64)
     at = np.arange(64) + 0.5
-    assert mask.sum(0) @ at / mask.sum() == pytest.approx(30.3, abs=0.1)
+    assert mask.sum(0) @ at / mask.sum() == pytest.approx(30.3, abs=0.15)
     assert mask.sum(1) @ at / mask.sum() == pytest.approx(25.6, abs=0.15)
     assert mask.min() == 0
     assert mask.max() == 1
