@@ -80,17 +80,18 @@ class Generate:
     seed: int = 0
     """Same seed, same pictures."""
     temperature: float | None = None
-    """Below 1 the pictures are less varied; 0 always takes the likeliest token. By default as the bundle says, as with
-    the next four; a bundle that says nothing is sampled as in the paper."""
+    """Below 1 the pictures are less varied; 0 always takes the likeliest token. By default as the bundle says, as for the
+    next four options; a bundle that says nothing is sampled as in the paper."""
     top_k: int | None = None
-    """Sample from the k likeliest tokens only; as many as there are for all."""
+    """Sample from the k likeliest tokens only; as many as there are for all. By default as the bundle says."""
     top_p: float | None = None
-    """Sample from the likeliest tokens that together have this probability only; 1 for all."""
+    """Sample from the likeliest tokens that together have this probability only; 1 for all. By default as the bundle
+    says."""
     guidance: float | None = None
-    """Above 1 follows the caption more closely, at twice the computation; 1 is none."""
+    """Above 1 follows the caption more closely, at twice the computation; 1 is none. By default as the bundle says."""
     rank: Ranking | None = None
-    """What is best: what CLIP finds fits the caption best (clip), what the transformer finds likeliest for the caption
-    (likelihood: only the pictures that are kept are decoded), or the mean of the places in these two (both)."""
+    """What is best: clip, what CLIP finds fits the caption best; likelihood, what the transformer finds likeliest for
+    it, and only what is kept is decoded; both, the mean of the places in these two. By default as the bundle says."""
     paper_sampling: bool = False
     """Sample and rank as in the paper, whatever the bundle says: temperature 1, all tokens, no guidance, by CLIP."""
     image: Path | None = None

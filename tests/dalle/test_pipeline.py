@@ -147,8 +147,9 @@ def test_log_likelihoods_do_not_depend_on_the_sampling(pipe):
         torch.testing.assert_close(samples.log_likelihoods[0], expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.usefixtures("only_new_objects")
 @pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
-def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch, rank, only_new_objects):
+def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch, rank):
     n, keep, batch_size = 15, 4, 5
     held: list[tuple[int, int]] = []
     decode = pipe.decode
