@@ -80,8 +80,8 @@ class Generate:
     seed: int = 0
     """Same seed, same pictures."""
     temperature: float | None = None
-    """Below 1 the pictures are less varied; 0 always takes the likeliest token. By default as the bundle says, as for the
-    next four options; a bundle that says nothing is sampled as in the paper."""
+    """Below 1 the pictures are less varied; 0 always takes the likeliest token. By default as the bundle says, and as
+    the paper does if it says nothing."""
     top_k: int | None = None
     """Sample from the k likeliest tokens only; as many as there are for all. By default as the bundle says."""
     top_p: float | None = None
