@@ -1,7 +1,6 @@
 """Candidates of a caption: what each of them depends on, how they are ranked, and which of them are kept.
 
-Source: §2.6 of Ramesh et al. 2021 (the best of 512 candidates by CLIP). Deviation: they can be ranked by likelihood,
-or by both, as well.
+Source: §2.6 of Ramesh et al. 2021 (the best of 512 candidates by CLIP).
 
 Letters: N candidates  K kept ones  I image positions  H, W pixels
 """
@@ -179,6 +178,8 @@ def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) ->
 
     By both, the order is that of the mean of two places: how many candidates CLIP puts before it, and how many are
     likelier. Places have no unit, so neither of the two numbers outweighs the other.
+
+    Deviation: the paper ranks by CLIP alone (§2.6).
 
     Args:
         scores: float (N,), CLIP's; None will do for the ranking by likelihood.
