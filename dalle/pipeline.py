@@ -205,8 +205,9 @@ class Pipeline:
                 are kept are decoded.
             prefix: int64 (1, m) image tokens that every candidate begins with: see the method `prefix`.
             early_abandon: drop half of every batch when half of the rows are sampled: those whose top halves fit the
-                caption worse. Not in the paper, and it changes the distribution: what is returned is no longer the
-                best of n whole pictures, and depends on the batch size. At most half of them can be kept.
+                caption worse by CLIP, whatever the ranking. Not in the paper, and it changes the distribution: what is
+                returned is no longer the best of n whole pictures, and depends on the batch size. At most half of them
+                can be kept.
             batch_size: candidates sampled at the same time; by default as many as fit the memory.
             progress: is told how many candidates are done.
 
