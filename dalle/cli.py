@@ -19,7 +19,7 @@ import torch
 import tyro
 from PIL import Image
 
-from dalle.candidates import Result, Sampling, check_request
+from dalle.candidates import Ranking, Result, Sampling, SamplingDefaults, check_request
 from dalle.command import run_program
 from dalle.gallery import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
 from dalle.pictures import Pictures, in_batches
@@ -66,7 +66,7 @@ Bundle = Annotated[Path, tyro.conf.arg(help="Directory with tokenizer.json, dvae
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Sample pictures for captions and keep those that CLIP finds fit best."""
+    """Sample pictures for captions and keep the best: by default those that CLIP finds fit best."""
 
     captions: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION...")] = ()
     """What the pictures should show; several captions are several sets of pictures."""
@@ -79,14 +79,21 @@ class Generate:
     """How many of them to keep, best first."""
     seed: int = 0
     """Same seed, same pictures."""
-    temperature: float = 1.0
-    """Below 1 the pictures are less varied; 0 always takes the likeliest token."""
+    temperature: float | None = None
+    """Below 1 the pictures are less varied; 0 always takes the likeliest token. By default as the bundle says, and as
+    the paper does if it says nothing."""
     top_k: int | None = None
-    """Sample from the k likeliest tokens only."""
+    """Sample from the k likeliest tokens only; as many as there are for all. By default as the bundle says."""
     top_p: float | None = None
-    """Sample from the likeliest tokens that together have this probability only."""
-    guidance: float = 1.0
-    """Above 1 follows the caption more closely, at twice the computation; 1 is none."""
+    """Sample from the likeliest tokens that together have this probability only; 1 for all. By default as the bundle
+    says."""
+    guidance: float | None = None
+    """Above 1 follows the caption more closely, at twice the computation; 1 is none. By default as the bundle says."""
+    rank: Ranking | None = None
+    """What is best: clip, what CLIP finds fits the caption best; likelihood, what the transformer finds likeliest for
+    it, and only what is kept is decoded; both, the mean of the places in these two. By default as the bundle says."""
+    paper_sampling: bool = False
+    """Sample and rank as in the paper, whatever the bundle says: temperature 1, all tokens, no guidance, by CLIP."""
     image: Path | None = None
     """A picture whose top is kept and whose rest is made new."""
     keep_rows: int | None = None
@@ -110,11 +117,13 @@ class Generate:
         """Sample, rank and write the pictures, caption by caption."""
         captions = self._all_captions()
         check_request(captions, n=self.n, keep=self.keep, early_abandon=self.early_abandon)
-        sampling = self._sampling()
+        self._settings_of(SamplingDefaults())  # whether the options are right, before any model is loaded
         if self.keep_rows is not None and self.image is None:
             raise ValueError(f"--keep-rows is {self.keep_rows}, but no picture is given: add --image PICTURE")
         image = open_image(self.image) if self.image is not None else None
         pipe = self._pipeline()
+        chosen = self._settings_of(pipe.defaults)
+        sampling = chosen.sampling(self.seed)
         keep_rows, prefix = None, None
         if image is not None:
             keep_rows = self._rows(pipe.dalle.config.grid)
@@ -125,6 +134,7 @@ class Generate:
             batch_size = pipe.default_batch_size(self.n, guided=sampling.is_guided, early_abandon=self.early_abandon)
         settings = self._settings(sampling, keep_rows, batch_size)
         writer = ResultWriter(self.out)
+        logger.info("sampling at %s", chosen)
         sections = []
         with Progress("candidates") as progress:
             for i, caption in enumerate(captions):
@@ -133,6 +143,7 @@ class Generate:
                     sampling,
                     n=self.n,
                     keep=self.keep,
+                    rank=chosen.rank,
                     prefix=prefix,
                     early_abandon=self.early_abandon,
                     batch_size=batch_size,
@@ -144,20 +155,25 @@ class Generate:
             elapsed_s = progress.elapsed_s()
         if len(captions) > SHEET_CAPTIONS:
             logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(captions))
-        save_png(contact_sheet(sections, title=self._title()), self.out / "sheet.png")
+        save_png(contact_sheet(sections, title=self._title(chosen)), self.out / "sheet.png")
         print(
             f"{len(captions) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl "
             f"({len(captions) * self.n} candidates in {duration(elapsed_s)})"
         )
 
-    def _sampling(self) -> Sampling:
-        return Sampling(
-            seed=self.seed,
-            temperature=self.temperature,
-            top_k=self.top_k,
-            top_p=self.top_p,
-            guidance=self.guidance,
-        )
+    def _settings_of(self, defaults: SamplingDefaults) -> SamplingDefaults:
+        """Return the settings of sampling and ranking that the options make of a bundle's defaults.
+
+        Raises:
+            ValueError: an option is out of range, or stands beside --paper-sampling.
+        """
+        options = {name: getattr(self, name) for name in ("temperature", "top_k", "top_p", "guidance", "rank")}
+        given = [f"--{name.replace('_', '-')}" for name, value in options.items() if value is not None]
+        if self.paper_sampling and given:
+            raise ValueError(
+                f"--paper-sampling is {SamplingDefaults()}: leave out {' and '.join(given)}, or --paper-sampling"
+            )
+        return SamplingDefaults() if self.paper_sampling else defaults.updated(**options)
 
     def _pipeline(self) -> Pipeline:
         return Pipeline.load(
@@ -181,9 +197,9 @@ class Generate:
     def _rows(self, grid: int) -> int:
         return self.keep_rows if self.keep_rows is not None else int(grid * PAPER_KEEP_SHARE)
 
-    def _title(self) -> str:
+    def _title(self, chosen: SamplingDefaults) -> str:
         abandoned = ", half of them abandoned early" if self.early_abandon else ""
-        return f"best {self.keep} of {self.n}{abandoned}, seed {self.seed}"
+        return f"best {self.keep} of {self.n}{abandoned}, seed {self.seed}, {chosen}"
 
     def _settings(self, sampling: Sampling, keep_rows: int | None, batch_size: int) -> dict[str, Any]:
         """What else a picture depends on, for its metadata; options that are off are left out."""
@@ -469,8 +485,8 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 
 
 def _section(result: Result) -> Section:
-    scores = result.scores.tolist()
-    labels = [f"#{k}  {score:.3f}" for k, score in zip(result.candidates, scores, strict=True)]
+    numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
+    labels = [f"#{k}  {score:.3f}  {log_likelihood:.0f} nats" for k, score, log_likelihood in numbers]
     return Section(result.caption, [to_image(image) for image in result.images], labels)
 
 

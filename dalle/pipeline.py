@@ -4,7 +4,8 @@ A bundle is a directory with tokenizer.json, dvae/, dalle/ and clip/. Its transf
 and the dVAE it was trained with; others, whose ids mean something else, are refused.
 
 Candidates stream: a batch is sampled, decoded and scored, and what is not among the best so far is dropped. So
-memory depends on the batch and on what is kept, not on how many candidates there are.
+memory depends on the batch and on what is kept, not on how many candidates there are. Ranked by likelihood, only the
+best are decoded at all; by CLIP and likelihood together, the tokens of all are held, and the best decoded once more.
 
 Source: §2.6 of Ramesh et al. 2021 (the best of 512 candidates by CLIP); completing a picture from its top
 rows is their figure 2d.
@@ -13,6 +14,7 @@ Letters: P captions  N candidates  K kept ones  T text positions  I image positi
 top rows  E features of CLIP  H, W pixels
 """
 
+import functools
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -24,15 +26,19 @@ from torch import Tensor, nn
 
 from dalle.cache import bytes_per_candidate
 from dalle.candidates import (
-    PAPER_SAMPLING,
     BatchProgress,
     Best,
     BetterHalf,
+    Candidates,
     Progress,
+    Ranking,
     Result,
+    Samples,
     Sampling,
+    SamplingDefaults,
     batches,
     check_request,
+    check_top_k,
     equal_batches,
 )
 from dalle.model import DALLE
@@ -84,7 +90,8 @@ class Pipeline:
             candidates of large models.
 
     Raises:
-        ValueError: the parts do not fit one another, or memory is not above 0.
+        ValueError: the parts do not fit one another, memory is not above 0, or the transformer's metadata has sampling
+            defaults that cannot be used.
     """
 
     def __init__(
@@ -111,6 +118,8 @@ class Pipeline:
         self._decoding_dvae = self.dvae if is_plain else optimised(self.dvae, dtype=dalle.dtype, compile=compile)
         self._memory = memory
         self._compile = compile
+        self.defaults = _sampling_defaults(dalle)
+        """How the bundle is sampled and ranked unless told otherwise."""
         self._knows_null_caption = bool(dalle.metadata.get("null_caption_probability"))
         self._has_warned = False
 
@@ -169,16 +178,19 @@ class Pipeline:
         n: int = 64,
         keep: int = 8,
         seed: int = 0,
-        temperature: float = 1.0,
+        temperature: float | None = None,
         top_k: int | None = None,
         top_p: float | None = None,
-        guidance: float = 1.0,
+        guidance: float | None = None,
+        rank: Ranking | None = None,
         prefix: Tensor | None = None,
         early_abandon: bool = False,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Sample, decode and score n candidates, batch by batch, and keep those that CLIP finds fit best.
+        """Sample, decode and rank n candidates, batch by batch, and keep the best.
+
+        Of the settings of sampling and ranking, those not given are the bundle's: see `defaults`.
 
         Args:
             caption: any text but an empty one; a longer one than the model reads is cut (logged).
@@ -186,13 +198,16 @@ class Pipeline:
             keep: how many of them are returned.
             seed: see `Sampling`, also for temperature, top_k, top_p and guidance.
             temperature: logits are divided by it.
-            top_k: sample from the k likeliest tokens only.
-            top_p: sample from the likeliest tokens that together have this probability only.
+            top_k: sample from the k likeliest tokens only; as many as there are for all.
+            top_p: sample from the likeliest tokens that together have this probability only; 1 for all.
             guidance: how far to go from "no caption" towards the caption; 1 is plain sampling.
+            rank: what is best: "clip", "likelihood" or "both", see `rank_order`. By likelihood, only the pictures that
+                are kept are decoded.
             prefix: int64 (1, m) image tokens that every candidate begins with: see the method `prefix`.
             early_abandon: drop half of every batch when half of the rows are sampled: those whose top halves fit the
-                caption worse. Not in the paper, and it changes the distribution: what is returned is no longer the
-                best of n whole pictures, and depends on the batch size. At most half of them can be kept.
+                caption worse by CLIP, whatever the ranking. Not in the paper, and it changes the distribution: what is
+                returned is no longer the best of n whole pictures, and depends on the batch size. At most half of them
+                can be kept.
             batch_size: candidates sampled at the same time; by default as many as fit the memory.
             progress: is told how many candidates are done.
 
@@ -203,12 +218,15 @@ class Pipeline:
             ValueError: an empty caption, a number outside its range, or an early abandon of pictures whose top half is
                 given.
         """
-        sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)
+        settings = self.defaults.updated(
+            temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, rank=rank
+        )
         return self.best(
             caption,
-            sampling,
+            settings.sampling(seed),
             n=n,
             keep=keep,
+            rank=settings.rank,
             prefix=prefix,
             early_abandon=early_abandon,
             batch_size=batch_size,
@@ -219,16 +237,20 @@ class Pipeline:
     def best(
         self,
         caption: str,
-        sampling: Sampling = PAPER_SAMPLING,
+        sampling: Sampling | None = None,
         *,
         n: int = 64,
         keep: int = 8,
+        rank: Ranking | None = None,
         prefix: Tensor | None = None,
         early_abandon: bool = False,
         batch_size: int | None = None,
         progress: Progress | None = None,
     ) -> Result:
-        """Do what `generate` does, with the settings of sampling as one object."""
+        """Do what `generate` does, with the settings of sampling as one object; without one, the bundle's, seed 0."""
+        if sampling is None:
+            sampling = self.defaults.sampling()
+        rank = self.defaults.updated(rank=rank).rank
         check_request([caption], n=n, keep=keep, early_abandon=early_abandon)
         _check_batch_size(batch_size)
         if early_abandon:
@@ -237,72 +259,82 @@ class Pipeline:
         size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=early_abandon)
         text_1T = self._text([caption])
         caption_E = embed_captions(self.clip, [caption])[0]
-        share = self._sampling_share()
-        best = Best(keep)
+        share = 1.0 if rank == "likelihood" else self._sampling_share()
+        best = Best(keep, rank)
         for _, ks in batches(1, n, size):
             done = BatchProgress(progress, before=ks.start, n=len(ks), total=n, sampling_share=share)
             halfway = BetterHalf(lambda tokens_NJ: self._score_tops(tokens_NJ, caption_E)) if early_abandon else None
             seeds = [candidate_seed(sampling.seed, caption, k) for k in ks]
-            tokens_NI = self._sample(text_1T, seeds, sampling, prefix, done.sampled, halfway)[0]
-            candidates = ks if halfway is None else [ks[i] for i in halfway.kept]
-            self._judge(best, candidates, tokens_NI, caption_E, done.judged)
-        return best.result(caption)
+            samples = self._sample(text_1T, seeds, sampling, prefix, done.sampled, halfway)
+            numbers_N = torch.tensor(ks if halfway is None else [ks[i] for i in halfway.kept])
+            candidates = Candidates(numbers_N, samples.tokens[0], samples.log_likelihoods[0])
+            self._judge(best, candidates, caption_E, done.judged)
+        return self._result(best, caption, caption_E)
 
     @torch.no_grad()
     def sample_tokens(
         self,
         captions: Sequence[str],
         n: int,
-        sampling: Sampling = PAPER_SAMPLING,
+        sampling: Sampling | None = None,
         *,
         prefix: Tensor | None = None,
         batch_size: int | None = None,
         progress: Progress | None = None,
-    ) -> Tensor:
-        """Sample n candidates for each of P captions; captions share batches. Arguments as for `generate`.
+    ) -> Samples:
+        """Sample n candidates for each of P captions; captions share batches. Arguments as for `best`.
 
         Returns:
-            int64 (P, n, I), raster order, on the CPU.
+            Their tokens and log-likelihoods, on the CPU.
 
         Raises:
             ValueError: no captions, an empty one, or a number outside its range.
         """
         check_request(captions, n=n, keep=1)
         _check_batch_size(batch_size)
+        if sampling is None:
+            sampling = self.defaults.sampling()
         self._warn_about_guidance(sampling)
         total = len(captions) * n
         size = batch_size or self.default_batch_size(n, n_captions=len(captions), guided=sampling.is_guided)
         text_PT = self._text(captions)
         tokens_PNI = torch.empty(len(captions), n, self.dalle.config.stream.n_image, dtype=torch.int64)
+        log_likelihoods_PN = torch.empty(len(captions), n)
         before = 0
         for rows, ks in batches(len(captions), n, size):
             done = BatchProgress(progress, before=before, n=len(rows) * len(ks), total=total)
             here = slice(rows.start, rows.stop)
             seeds = [candidate_seed(sampling.seed, caption, k) for caption in captions[here] for k in ks]
-            sampled = self._sample(text_PT[here], seeds, sampling, prefix, done.sampled)
-            tokens_PNI[here, ks.start : ks.stop] = sampled
+            samples = self._sample(text_PT[here], seeds, sampling, prefix, done.sampled)
+            tokens_PNI[here, ks.start : ks.stop] = samples.tokens
+            log_likelihoods_PN[here, ks.start : ks.stop] = samples.log_likelihoods
             before += len(seeds)
-        return tokens_PNI
+        return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_PN)
 
     @torch.no_grad()
-    def choose(self, caption: str, tokens: Tensor, *, keep: int) -> Result:
-        """Decode candidates and keep those that fit the caption best, without holding all pictures in memory.
+    def choose(
+        self, caption: str, tokens: Tensor, log_likelihoods: Tensor, *, keep: int, rank: Ranking | None = None
+    ) -> Result:
+        """Decode candidates and keep the best, without holding all pictures in memory.
 
         Args:
             caption: what the pictures should show.
             tokens: int64 (N, I), the candidates.
+            log_likelihoods: float32 (N,), theirs: see `sample_tokens`.
             keep: K, at most N.
+            rank: what is best; by default the bundle's.
 
         Returns:
             The best K, best first; of equal ones the earlier candidate.
 
         Raises:
-            ValueError: keep is outside 1 … N, or the caption is empty.
+            ValueError: keep is outside 1 … N, the caption is empty, or there is no such ranking.
         """
         check_request([caption], n=len(tokens), keep=keep)
-        best = Best(keep)
-        self._judge(best, range(len(tokens)), tokens, embed_captions(self.clip, [caption])[0])
-        return best.result(caption)
+        best = Best(keep, self.defaults.updated(rank=rank).rank)
+        caption_E = embed_captions(self.clip, [caption])[0]
+        self._judge(best, Candidates(torch.arange(len(tokens)), tokens, log_likelihoods), caption_E)
+        return self._result(best, caption, caption_E)
 
     @torch.no_grad()
     def decode(self, tokens: Tensor) -> Tensor:
@@ -397,8 +429,8 @@ class Pipeline:
         prefix: Tensor | None,
         on_step: Callable[[int, int], None],
         halfway: Callable[[Tensor], Tensor] | None = None,
-    ) -> Tensor:
-        """Sample one batch, int64 (P, N, I) on the device of the model."""
+    ) -> Samples:
+        """Sample one batch, on the device of the model."""
         return sample(
             self.dalle,
             text_PT,
@@ -417,24 +449,46 @@ class Pipeline:
     def _judge(
         self,
         best: Best,
-        candidates: Sequence[int],
-        tokens_NI: Tensor,
+        candidates: Candidates,
         caption_E: Tensor,
         on_judged: Callable[[int, int], None] = lambda done, n: None,
     ) -> None:
-        """Decode and score candidates, a few at a time, and let `best` have them."""
-        n = len(tokens_NI)
-        size = self._decoding_batch_size(n)
-        for first in range(0, n, size):
-            some = slice(first, first + size)
+        """Let `best` have candidates, decoded and scored, a few at a time, if it needs their scores."""
+        n = len(candidates.numbers)
+        if best.rank == "likelihood":
+            best.add(candidates)
+            on_judged(n, n)
+            return
+        n_judged = 0
+        for some in candidates.split(self._decoding_batch_size(n)):
             # nothing here may hold the pictures while the next ones are decoded
-            best.add(candidates[some], tokens_NI[some], *self._scored(tokens_NI[some], caption_E))
-            on_judged(min(first + size, n), n)
+            best.add(self._seen(some, caption_E))
+            n_judged += len(some.numbers)
+            on_judged(n_judged, n)
 
-    def _scored(self, tokens_NI: Tensor, caption_E: Tensor) -> tuple[Tensor, Tensor]:
-        """Pictures (N, 3, H, W) and their scores (N,)."""
-        images = self.decode(tokens_NI)
-        return images, embed_images(self.clip, images) @ caption_E
+    def _result(self, best: Best, caption: str, caption_E: Tensor) -> Result:
+        """Return the best of the candidates, decoded and scored now if their pictures are not held."""
+        kept = best.kept()
+        if kept.images is None:
+            unseen = kept._replace(scores=None)
+            parts = [self._seen(some, caption_E) for some in unseen.split(self._decoding_batch_size(len(kept.numbers)))]
+            kept = functools.reduce(Candidates.followed_by, parts)
+        assert kept.scores is not None
+        assert kept.images is not None
+        return Result(
+            caption=caption,
+            images=kept.images.cpu(),
+            scores=kept.scores.cpu(),
+            log_likelihoods=kept.log_likelihoods,
+            tokens=kept.tokens,
+            candidates=tuple(kept.numbers.tolist()),
+            rank=best.rank,
+        )
+
+    def _seen(self, candidates: Candidates, caption_E: Tensor) -> Candidates:
+        """Return candidates with pictures and scores."""
+        images = self.decode(candidates.tokens)
+        return candidates._replace(images=images, scores=embed_images(self.clip, images) @ caption_E)
 
     def _score_tops(self, tokens_NJ: Tensor, caption_E: Tensor) -> Tensor:
         """Scores (N,) of pictures of which only the top rows are known, on a ground of the top's own mean colour.
@@ -526,6 +580,23 @@ def _check_sizes(tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE) -> None:
                 f"the transformer has {of_transformer} {what}, the {part} has {of_part}: "
                 f"use the {part} that the transformer was trained with"
             )
+
+
+def _sampling_defaults(dalle: DALLE) -> SamplingDefaults:
+    """Return those in the metadata of a transformer; the paper's if there are none.
+
+    Raises:
+        ValueError: they are damaged, or do not fit the transformer.
+    """
+    try:
+        defaults = SamplingDefaults.from_json(dalle.metadata.get("sampling", {}))
+        check_top_k(defaults.top_k, dalle.config.image_vocab)
+    except ValueError as error:
+        raise ValueError(
+            f'the sampling defaults of the transformer, "sampling" in the metadata of its config.json, cannot be used: '
+            f"{error}; correct them, or take them out to sample as the paper does"
+        ) from error
+    return defaults
 
 
 def _check_batch_size(batch_size: int | None) -> None:

@@ -41,11 +41,11 @@ class ResultWriter:
         (self._out / folder).mkdir(exist_ok=True)
         older = [line for line in self._lines if line["caption"] == result.caption]
         lines = []
-        for rank, (image, score, k) in enumerate(
-            zip(result.images, result.scores.tolist(), result.candidates, strict=True), start=1
-        ):
+        numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
+        for rank, (image, (k, score, log_likelihood)) in enumerate(zip(result.images, numbers, strict=True), start=1):
             file = f"{folder}/{rank:02}.png"
-            line = {"caption": result.caption, "file": file, "rank": rank, "score": score, "candidate": k}
+            line = {"caption": result.caption, "file": file, "rank": rank, "ranked_by": result.rank}
+            line |= {"score": score, "log_likelihood": log_likelihood, "candidate": k}
             line |= {**settings, "hashes": dict(hashes)}
             save_png(to_image(image), self._out / file, _texts(line))
             lines.append(line)

@@ -7,6 +7,9 @@ number). Its generator yields one uniform number per image position, all drawn b
 token is where the cumulative distribution passes the i-th of them. So a candidate does not depend on which
 others are sampled beside it or on the batch size, up to the rounding of matrix products.
 
+Likelihood: beside its tokens a candidate has log p(tokens | caption) under the model itself, whatever it was sampled
+with: a step's logits serve both. Not in the paper, which ranks by CLIP alone.
+
 Guidance: logits = unconditional + scale · (conditional - unconditional), Ho & Salimans 2021 applied to token
 logits. The unconditional half is the same model given the empty caption, which it must have met in training.
 Not in the paper.
@@ -23,7 +26,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.cache import Decoder
-from dalle.candidates import Sampling
+from dalle.candidates import Samples, Sampling, check_top_k
 from dalle.model import DALLE, check_ids
 from dalle.stream import n_text_ids, null_caption, start_of_image_id
 
@@ -47,17 +50,18 @@ def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None 
 
     Args:
         logits: float (B, V).
-        top_k: keep the k likeliest tokens; of equally likely ones those with the lower id. None keeps all.
+        top_k: keep the k likeliest tokens; of equally likely ones those with the lower id. None keeps all, as does the
+            size of the vocabulary.
         top_p: keep the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020), at least
-            one; applied to what top_k leaves. None keeps all.
+            one; applied to what top_k leaves. None keeps all, as does 1.
     """
-    if top_k is not None:
+    if top_k is not None and top_k < logits.shape[-1]:
         kth_B1 = logits.topk(top_k, dim=-1).values[:, -1:]
         n_likelier_B1 = (logits > kth_B1).sum(-1, keepdim=True)
         is_kth_BV = logits == kth_B1
         is_late_BV = is_kth_BV & (is_kth_BV.cumsum(-1) > top_k - n_likelier_B1)
         logits = logits.masked_fill((logits < kth_B1) | is_late_BV, -torch.inf)
-    if top_p is not None:
+    if top_p is not None and top_p < 1:
         sorted_BV, order_BV = logits.sort(dim=-1, descending=True, stable=True)
         probabilities_BV = sorted_BV.double().softmax(-1)
         likelier_BV = probabilities_BV.cumsum(-1) - probabilities_BV
@@ -124,7 +128,7 @@ def sample(
     on_step: Callable[[int, int], None] | None = None,
     abandon: Callable[[Tensor], Tensor] | None = None,
     compile: bool = False,
-) -> Tensor:
+) -> Samples:
     """Sample n candidates of each prompt, all as one batch; the caller decides how many fit.
 
     Args:
@@ -146,7 +150,8 @@ def sample(
         compile: see `Decoder`.
 
     Returns:
-        int64 (P, n, I) image tokens in raster order, on the model's device; of candidates that were not abandoned.
+        The image tokens and log-likelihoods of P times n candidates, those that were not abandoned, on the model's
+        device. A log-likelihood is that of the sampled tokens: those of the prefix are given, and do not count.
 
     Raises:
         ValueError: for an argument out of range.
@@ -169,6 +174,7 @@ def sample(
         uniforms_BI = uniforms(seeds, n_image).to(model.device)
         tokens_BI = torch.zeros((len(text) * n, n_image), dtype=torch.int64, device=model.device)
         tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)
+        log_likelihoods_B = torch.zeros(len(tokens_BI), dtype=torch.float64, device=model.device)
         decoder = _decoder(model, text, n, known, guided=guided, compile=compile)
         inputs_B = torch.full_like(tokens_BI[:, 0], start_of_image_id(config.image_vocab))
         for position in range(m, n_image):
@@ -176,16 +182,21 @@ def sample(
                 kept_B = abandon(tokens_BI[:, :halfway].clone()).to(model.device)
                 decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if guided else kept_B)
                 tokens_BI, uniforms_BI = tokens_BI[kept_B], uniforms_BI[kept_B]
+                log_likelihoods_B = log_likelihoods_B[kept_B]
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
             logits_BV = decoder.step(inputs_B.repeat(2) if guided else inputs_B)
+            conditional_BV = logits_BV[: len(tokens_BI)]
             if guided:
                 logits_BV = guide(logits_BV, guidance)
-            tokens_BI[:, position] = choose(logits_BV, uniforms_BI[:, position], temperature, top_k, top_p)
+            tokens_B = choose(logits_BV, uniforms_BI[:, position], temperature, top_k, top_p)
+            tokens_BI[:, position] = tokens_B
+            log_likelihoods_B -= F.cross_entropy(conditional_BV, tokens_B, reduction="none")
             if on_step is not None:
                 on_step(position - m + 1, n_image - m)
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
-    return tokens_BI.clone().reshape(len(text), -1, n_image)
+    tokens_PNI = tokens_BI.clone().reshape(len(text), -1, n_image)
+    return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_B.float().reshape(len(text), -1))
 
 
 def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, *, guided: bool, compile: bool) -> Decoder:
@@ -214,7 +225,6 @@ def _check_options(
     top_p: float | None,
     guidance: float,
 ) -> None:
-    vocab = model.config.image_vocab
     if n < 1:
         raise ValueError(f"n ({n}) must be at least 1: the number of candidates per caption")
     if len(seeds) != n_prompts * n:
@@ -224,8 +234,7 @@ def _check_options(
     if min(seeds) < 0:
         raise ValueError(f"seeds must not be negative, got {min(seeds)}")
     Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)  # checks their ranges
-    if top_k is not None and top_k > vocab:
-        raise ValueError(f"top_k ({top_k}) must be at most the image vocabulary, {vocab}; leave it out for all tokens")
+    check_top_k(top_k, model.config.image_vocab)
 
 
 def _check_prefix(model: DALLE, prefix: Tensor, n_prompts: int) -> None:

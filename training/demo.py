@@ -193,7 +193,7 @@ def check_samples(pipe: Pipeline, split: Split, n_captions: int, report: Report)
     grid = pipe.dvae.config.grid
     for start in range(0, n_captions, 16):
         group = list(captions)[start : start + 16]
-        tokens = pipe.sample_tokens(group, CANDIDATES)
+        tokens = pipe.sample_tokens(group, CANDIDATES).tokens
         for told, candidates in zip(group, tokens, strict=True):
             with torch.no_grad():
                 images = pipe.dvae.decode(candidates.unflatten(1, (grid, grid)))

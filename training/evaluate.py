@@ -204,11 +204,12 @@ def _retrieval(clip: CLIP, captions: Sequence[str], features_NE: Tensor, size: i
 def sample_sheet(
     pipe: Pipeline, captions: Sequence[str], path: Path, report: Report, *, n: int = 16, keep: int = 4
 ) -> None:
-    """Write a contact sheet with the `keep` best of `n` samples for each caption."""
+    """Write a contact sheet with the `keep` best of `n` samples for each caption, by the bundle's sampling defaults."""
     sections = []
     for number, caption in enumerate(captions, 1):
         result = pipe.generate(caption, n=n, keep=keep)
-        labels = [f"{value:.3f}" for value in result.scores.tolist()]
+        numbers = zip(result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
+        labels = [f"{score:.3f}  {log_likelihood:.0f} nats" for score, log_likelihood in numbers]
         sections.append((caption, [to_image(image) for image in result.images], labels))
         report(f"sampled {number}/{len(captions)}: {caption}")
     contact_sheet(sections).save(path)

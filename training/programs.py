@@ -239,7 +239,12 @@ def train_transformer(
     if stage_recipe.train.compile:
         model.compile_layers()
     hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
-    metadata = {"recipe": recipe.name, "null_caption_probability": stage_recipe.null_caption_probability, **hashes}
+    metadata = {
+        "recipe": recipe.name,
+        "null_caption_probability": stage_recipe.null_caption_probability,
+        "sampling": dataclasses.asdict(stage_recipe.sampling),
+        **hashes,
+    }
     captions = _first_captions(validation or data, 8)
     directory = inputs.out / "dalle"
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)

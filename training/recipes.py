@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from dalle.candidates import SamplingDefaults
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
@@ -50,6 +51,8 @@ class TransformerRecipe:
     """Probability of leaving out a merge, in training only."""
     null_caption_probability: float = 0.0
     """Fraction of captions replaced by the empty one, which guidance needs; off in the paper."""
+    sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
+    """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
+from dalle.candidates import check_top_k
 from dalle.gallery import contact_sheet
 from dalle.loss import training_loss
 from dalle.model import DALLE
@@ -71,7 +72,7 @@ class TransformerStage:
         metadata: written beside the configuration.
 
     Raises:
-        ValueError: a probability of the recipe is none.
+        ValueError: a probability of the recipe is none, or its top_k is above the image vocabulary.
     """
 
     name = "transformer"
@@ -90,6 +91,7 @@ class TransformerStage:
         for option in ("bpe_dropout", "null_caption_probability"):
             if not 0 <= getattr(recipe, option) <= 1:
                 raise ValueError(f"{option} is a probability, in [0, 1], got {getattr(recipe, option)}")
+        check_top_k(recipe.sampling.top_k, model.config.image_vocab)
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
         self.objective = TransformerObjective(model)
         self.units_per_sample = model.config.text_len + model.config.grid**2
@@ -133,14 +135,24 @@ class TransformerStage:
         return {"text": tensors["text"], "image_tokens": image_tokens, "n_cut": tensors["n_cut"]}
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
-        """Return a sheet of one sample for each of the captions."""
+        """Return a sheet of one sample for each of the captions, sampled as the recipe says."""
         if not self._captions:
             return None
         model = self._with(weights)
         text, _ = self._tokenizer.text(self._captions, self._config.text_len)
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
         device = next(self.objective.parameters()).device
-        tokens = sample(model.to(device), text.to(device), seeds=seeds, n=1)[:, 0]
+        sampling = self.recipe.sampling
+        tokens = sample(
+            model.to(device),
+            text.to(device),
+            seeds=seeds,
+            n=1,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            guidance=sampling.guidance,
+        ).tokens[:, 0]
         images = self._dvae_on(device).decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
 

@@ -10,9 +10,11 @@ import torch
 from PIL import Image
 
 from dalle import cli, pictures, search
+from dalle.candidates import rank_order
 from dalle.cli import main, read_captions, resolve_device
 from dalle.command import run_command
 from dalle.gallery import slug
+from dalle.model import DALLE
 from dalle.progress import Progress, duration, progress_line
 from dvae import DVAE
 from dvae.directory import directory_hash
@@ -91,6 +93,9 @@ def test_generate_writes_pictures_a_sheet_and_a_line_for_each(bundle, tmp_path, 
             assert image.text["seed"] == "5"
             assert int(image.text["candidate"]) == line["candidate"]
             assert float(image.text["score"]) == line["score"]
+            assert float(image.text["log_likelihood"]) == line["log_likelihood"] < 0
+            assert image.text["ranked_by"] == "clip"
+            assert image.text["temperature"] == "1.0"
             assert json.loads(image.text["hashes"])["dvae"] == directory_hash(bundle / "dvae")
 
 
@@ -141,6 +146,55 @@ def test_pictures_say_what_changed_their_distribution_and_their_precision(bundle
     assert not [line for line in results(out) if "early_abandon" in line or "batch_size" in line]
 
 
+@pytest.mark.parametrize("rank", ["likelihood", "both"])
+def test_pictures_are_ranked_as_asked_and_say_so(bundle, tmp_path, capsys, rank):
+    out = tmp_path / "out"
+    assert generate(bundle, out, CAPTION, "--rank", rank, "-n", "9", "--keep", "9", "--top-p", "0.9") == 0
+    ranked_by = {"likelihood": "likelihood", "both": "CLIP and likelihood"}[rank]
+    assert f"note: sampling at temperature 1, top-p 0.9, ranked by {ranked_by}\n" in capsys.readouterr().err
+    lines = results(out)
+    numbers = [torch.tensor([line[name] for line in lines]) for name in ("score", "log_likelihood")]
+    order = sorted(range(9), key=lambda row: lines[row]["candidate"])
+    expected = rank_order(*(column[order] for column in numbers), rank)
+    assert [line["candidate"] for line in lines] == expected.tolist()
+    assert {line["ranked_by"] for line in lines} == {rank}
+    with Image.open(out / lines[0]["file"]) as image:
+        assert (image.text["ranked_by"], image.text["top_p"]) == (rank, "0.9")
+
+
+@pytest.fixture
+def warm_bundle(bundle_copy) -> Path:
+    """A bundle that says how it is sampled."""
+    dalle = DALLE.load(bundle_copy / "dalle")
+    sampling = {"temperature": 0.5, "top_k": None, "top_p": 0.9, "guidance": 1.0, "rank": "both"}
+    dalle.save(bundle_copy / "dalle", {**dalle.metadata, "sampling": sampling})
+    return bundle_copy
+
+
+def used(out: Path) -> dict[str, object]:
+    """The settings in the lines of a run."""
+    (settings,) = {tuple((name, line.get(name)) for name in SETTINGS) for line in results(out)}
+    return {name: value for name, value in settings if value is not None}
+
+
+SETTINGS = ("temperature", "top_k", "top_p", "guidance", "ranked_by")
+
+
+def test_a_bundles_settings_are_used_unless_others_are_given(bundle, warm_bundle, tmp_path, capsys):
+    out = tmp_path / "out"
+    assert generate(warm_bundle, out, CAPTION) == 0
+    assert "note: sampling at temperature 0.5, top-p 0.9, ranked by CLIP and likelihood\n" in capsys.readouterr().err
+    assert used(out) == {"temperature": 0.5, "top_p": 0.9, "guidance": 1.0, "ranked_by": "both"}
+    assert generate(warm_bundle, out, CAPTION, "--temperature", "0.8", "--rank", "likelihood", "--top-k", "9") == 0
+    assert used(out) == {"temperature": 0.8, "top_k": 9, "top_p": 0.9, "guidance": 1.0, "ranked_by": "likelihood"}
+    assert generate(warm_bundle, out, CAPTION, "--paper-sampling") == 0
+    assert used(out) == {"temperature": 1.0, "guidance": 1.0, "ranked_by": "clip"}
+    assert generate(bundle, tmp_path / "paper", CAPTION) == 0
+    for file in ("01.png", "02.png"):
+        one, two = (Image.open(path / slug(CAPTION) / file).tobytes() for path in (out, tmp_path / "paper"))
+        assert one == two
+
+
 def test_candidates_are_sampled_in_batches_that_fit_the_memory(bundle, tmp_path, monkeypatch):
     sizes = []
     best = cli.Pipeline.best
@@ -183,6 +237,11 @@ def test_wrong_requests_end_in_one_line(bundle, tmp_path, capsys):
     assert_one_line_error(capsys, common, "no captions")
     assert_one_line_error(capsys, [*common, CAPTION, "--temperature", "-1"], "temperature")
     assert_one_line_error(capsys, [*common, CAPTION, "--keep-rows", "1"], "--image")
+    assert_one_line_error(
+        capsys,
+        [*common, CAPTION, "--paper-sampling", "--top-p", "0.9", "--rank", "both"],
+        "--paper-sampling is temperature 1, ranked by CLIP: leave out --top-p and --rank",
+    )
     assert_one_line_error(capsys, [*common, CAPTION, "--device", "abacus"], "abacus")
     assert_one_line_error(capsys, [*common, CAPTION, "--memory", "4"], "'4'", "4GB")
     assert_one_line_error(capsys, [*common, CAPTION, "--batch-size", "0"], "batch_size is 0")
@@ -201,6 +260,9 @@ def test_wrong_requests_end_in_one_line(bundle, tmp_path, capsys):
 def test_wrong_bundles_end_in_one_line(bundle_copy, another_dvae, tmp_path, capsys):
     common = ["generate", CAPTION, "--out", tmp_path / "out", "--bundle"]
     assert_one_line_error(capsys, [*common, tmp_path / "nowhere"], "nowhere", "make demo")
+    dalle = DALLE.load(bundle_copy / "dalle")
+    dalle.save(bundle_copy / "dalle", {**dalle.metadata, "sampling": {"temperature": "hot"}})
+    assert_one_line_error(capsys, [*common, bundle_copy], "sampling defaults", "temperature is 'hot'")
     another_dvae(bundle_copy / "dvae")
     assert_one_line_error(capsys, [*common, bundle_copy], "trained with the dvae", "dalle-train transformer")
     (bundle_copy / "tokenizer.json").unlink()
@@ -509,6 +571,7 @@ def test_help_shows_the_verbs_and_the_options(capsys):
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("-n", "--keep", "--seed", "--captions", "Same seed, same pictures"))
     assert all(option in shown for option in ("--early-abandon", "changes the", "--precision", "--compile", "--memory"))
+    assert all(option in shown for option in ("--rank", "--paper-sampling", "as the bundle says"))
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):

@@ -2,12 +2,14 @@ import dataclasses
 import gc
 import logging
 import shutil
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
 
 from dalle import pipeline
 from dalle.cache import bytes_per_candidate
+from dalle.candidates import PAPER_SAMPLING, Sampling, SamplingDefaults, rank_order
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
@@ -33,7 +35,9 @@ def test_the_result_has_the_kept_pictures_scores_and_tokens(pipe):
     assert 0 <= result.images.min() <= result.images.max() <= 1
     assert result.tokens.shape == (4, 16)
     assert result.tokens.dtype == torch.int64
-    assert result.scores.dtype == torch.float32
+    assert result.scores.dtype == result.log_likelihoods.dtype == torch.float32
+    assert result.scores.shape == result.log_likelihoods.shape == (4,)
+    assert result.rank == "clip"
     assert len(set(result.candidates)) == 4
     assert set(result.candidates) <= set(range(6))
 
@@ -75,15 +79,19 @@ def test_the_decoding_batch_size_does_not_change_the_result(pipe, monkeypatch):
     assert torch.equal(result.tokens, expected.tokens)
 
 
+@pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
 @pytest.mark.parametrize("keep", [1, 4, 11])
-@pytest.mark.parametrize("batch_size", [1, 2, 4, 5, 11])
-def test_streaming_gives_what_scoring_all_candidates_at_once_gives(pipe, monkeypatch, batch_size, keep):
+@pytest.mark.parametrize("batch_size", [1, 2, 4, 11])
+def test_streaming_gives_what_scoring_all_candidates_at_once_gives(pipe, monkeypatch, batch_size, keep, rank):
     monkeypatch.setattr(pipeline, "JUDGED_AT_ONCE", 3)
-    tokens = pipe.sample_tokens([CAPTION], 11)[0]
+    samples = pipe.sample_tokens([CAPTION], 11)
+    tokens, log_likelihoods = samples.tokens[0], samples.log_likelihoods[0]
     images = pipe.decode(tokens)
     scores = pipe.rank([CAPTION], images)[0]
-    order = scores.argsort(descending=True, stable=True)[:keep]
-    result = pipe.generate(CAPTION, n=11, keep=keep, batch_size=batch_size)
+    order = rank_order(scores, log_likelihoods, rank)[:keep]
+    result = pipe.generate(CAPTION, n=11, keep=keep, batch_size=batch_size, rank=rank)
+    assert result.rank == rank
+    torch.testing.assert_close(result.log_likelihoods, log_likelihoods[order], atol=1e-4, rtol=0)
     assert result.candidates == tuple(order.tolist())
     assert torch.equal(result.tokens, tokens[order])
     torch.testing.assert_close(result.images, images[order], atol=1e-6, rtol=0)
@@ -91,15 +99,19 @@ def test_streaming_gives_what_scoring_all_candidates_at_once_gives(pipe, monkeyp
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
 @pytest.mark.parametrize("early_abandon", [False, True])
-def test_streaming_on_a_gpu_gives_what_its_candidates_give_all_at_once(bundle, early_abandon):
+def test_streaming_on_a_gpu_gives_what_its_candidates_give_all_at_once(bundle, early_abandon, rank):
     pipe = Pipeline.load(bundle, "cuda", memory=100_000_000)
-    result = pipe.generate(CAPTION, n=11, keep=4, batch_size=4, early_abandon=early_abandon)
-    assert {tensor.device.type for tensor in (result.images, result.scores, result.tokens)} == {"cpu"}
-    tokens = pipe.sample_tokens([CAPTION], 11)[0]
+    result = pipe.generate(CAPTION, n=11, keep=4, batch_size=4, early_abandon=early_abandon, rank=rank)
+    held = (result.images, result.scores, result.log_likelihoods, result.tokens)
+    assert {tensor.device.type for tensor in held} == {"cpu"}
+    samples = pipe.sample_tokens([CAPTION], 11)
+    tokens, log_likelihoods = samples.tokens[0], samples.log_likelihoods[0]
     assert torch.equal(result.tokens, tokens[list(result.candidates)])
     if not early_abandon:
-        assert result.candidates == pipe.choose(CAPTION, tokens, keep=4).candidates
+        chosen = pipe.choose(CAPTION, tokens, log_likelihoods, keep=4, rank=rank)
+        assert result.candidates == chosen.candidates
 
 
 def test_the_caption_is_embedded_once(pipe, monkeypatch):
@@ -110,8 +122,35 @@ def test_the_caption_is_embedded_once(pipe, monkeypatch):
     assert len(calls) == 1
 
 
-def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch):
-    n, keep, batch_size = 30, 4, 5
+def test_ranked_by_likelihood_only_what_is_kept_is_decoded(pipe, monkeypatch):
+    decoded = []
+    decode = pipe.decode
+    monkeypatch.setattr(pipe, "decode", lambda tokens: decoded.append(len(tokens)) or decode(tokens))
+    pipe.generate(CAPTION, n=9, keep=2, batch_size=3, rank="likelihood")
+    assert sum(decoded) == 2
+
+
+def test_ranked_by_likelihood_the_numbers_descend_and_may_rise_by_clip(pipe):
+    result = pipe.generate(CAPTION, n=9, keep=9, rank="likelihood")
+    assert result.log_likelihoods.tolist() == sorted(result.log_likelihoods.tolist(), reverse=True)
+    assert result.scores.tolist() != sorted(result.scores.tolist(), reverse=True)
+    torch.testing.assert_close(pipe.rank([CAPTION], result.images)[0], result.scores, atol=1e-6, rtol=0)
+
+
+def test_log_likelihoods_do_not_depend_on_the_sampling(pipe):
+    text = pipe.tokenizer.text([CAPTION], pipe.dalle.config.text_len)[0]
+    for sampling in (Sampling(temperature=0.5, top_k=9), Sampling(top_p=0.8, guidance=2.0)):
+        samples = pipe.sample_tokens([CAPTION], 3, sampling)
+        with torch.no_grad():
+            log_p = pipe.dalle(text.expand(3, -1), samples.tokens[0])[1].log_softmax(-1)
+        expected = log_p.gather(-1, samples.tokens[0][:, :, None]).sum((1, 2))
+        torch.testing.assert_close(samples.log_likelihoods[0], expected, atol=1e-4, rtol=0)
+
+
+@pytest.mark.usefixtures("only_new_objects")
+@pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
+def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch, rank):
+    n, keep, batch_size = 15, 4, 5
     held: list[tuple[int, int]] = []
     decode = pipe.decode
 
@@ -124,10 +163,20 @@ def test_only_what_is_kept_and_one_batch_are_in_memory(pipe, monkeypatch):
 
     outside = rows_in_memory(3 * 16 * 16 * 4, (3, 16, 16)), rows_in_memory(16 * 8, (16,))
     monkeypatch.setattr(pipe, "decode", watched)
-    pipe.generate(CAPTION, n=n, keep=keep, batch_size=batch_size)
-    assert len(held) == n // batch_size
-    assert max(pictures for pictures, _ in held) - outside[0] == keep
-    assert max(tokens for _, tokens in held) - outside[1] <= keep + batch_size
+    pipe.generate(CAPTION, n=n, keep=keep, batch_size=batch_size, rank=rank)
+    assert len(held) == {"clip": n // batch_size, "likelihood": 1, "both": n // batch_size + 1}[rank]
+    assert max(pictures for pictures, _ in held) - outside[0] == (keep if rank == "clip" else 0)
+    tokens_held = {"clip": keep, "likelihood": 2 * keep, "both": n + keep}[rank]  # those of the best twice at the end
+    assert max(tokens for _, tokens in held) - outside[1] <= tokens_held + batch_size
+
+
+@pytest.fixture
+def only_new_objects() -> Iterator[None]:
+    """Lets the garbage collector see only what is made from now on: looking at everything takes seconds."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 def rows_in_memory(row_bytes: int, shape: tuple[int, ...]) -> int:
@@ -140,14 +189,15 @@ def rows_in_memory(row_bytes: int, shape: tuple[int, ...]) -> int:
 
 def test_more_candidates_do_not_change_the_first_ones(pipe):
     few, many = pipe.sample_tokens([CAPTION], 2), pipe.sample_tokens([CAPTION], 5)
-    assert torch.equal(few, many[:, :2])
+    assert torch.equal(few.tokens, many.tokens[:, :2])
+    torch.testing.assert_close(few.log_likelihoods, many.log_likelihoods[:, :2], atol=1e-4, rtol=0)
 
 
 def test_captions_sampled_together_are_as_if_sampled_alone(pipe):
     captions = [CAPTION, "一只猫", "🦄"]
-    alone = torch.cat([pipe.sample_tokens([caption], 3) for caption in captions])
+    alone = torch.cat([pipe.sample_tokens([caption], 3).tokens for caption in captions])
     for batch_size in (None, 2, 4):
-        assert torch.equal(pipe.sample_tokens(captions, 3, batch_size=batch_size), alone)
+        assert torch.equal(pipe.sample_tokens(captions, 3, batch_size=batch_size).tokens, alone)
 
 
 def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(pipe, monkeypatch):
@@ -159,7 +209,7 @@ def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(p
         return seen[-1][1]
 
     monkeypatch.setattr(pipe, "_score_tops", watched)
-    whole = pipe.sample_tokens([CAPTION], 10)[0]
+    whole = pipe.sample_tokens([CAPTION], 10).tokens[0]
     result = pipe.generate(CAPTION, n=10, keep=5, early_abandon=True, batch_size=4)
     assert [len(tokens) for tokens, _ in seen] == [4, 4, 2]
     assert torch.equal(torch.cat([tokens for tokens, _ in seen]), whole[:, :8])
@@ -167,7 +217,7 @@ def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(p
     assert sorted(result.candidates) == sorted(better)
     # those that go on become what they would have been, and are ranked as always
     assert torch.equal(result.tokens, whole[list(result.candidates)])
-    among_them = pipe.choose(CAPTION, whole[sorted(better)], keep=5)
+    among_them = pipe.choose(CAPTION, whole[sorted(better)], torch.zeros(5), keep=5)
     assert torch.equal(result.tokens, among_them.tokens)
     torch.testing.assert_close(result.scores, among_them.scores, atol=1e-6, rtol=0)
 
@@ -176,7 +226,7 @@ def test_a_top_is_scored_on_a_ground_of_its_own_mean_colour(pipe, monkeypatch):
     shown = []
     embed = pipeline.embed_images
     monkeypatch.setattr(pipeline, "embed_images", lambda clip, images: shown.append(images) or embed(clip, images))
-    tokens = pipe.sample_tokens([CAPTION], 3)[0]
+    tokens = pipe.sample_tokens([CAPTION], 3).tokens[0]
     caption_E = embed_captions(pipe.clip, [CAPTION])[0]
     assert pipe._score_tops(tokens[:, :8], caption_E).shape == (3,)
     assert shown[0].shape == (3, 3, 16, 16)
@@ -215,8 +265,9 @@ def test_early_abandon_needs_something_to_choose_and_an_open_top(pipe):
 
 
 def test_equal_scores_keep_the_order_of_the_candidates(pipe):
-    tokens = pipe.sample_tokens([CAPTION], 1)[0].repeat(4, 1)
-    assert pipe.choose(CAPTION, tokens, keep=4).candidates == (0, 1, 2, 3)
+    tokens = pipe.sample_tokens([CAPTION], 1).tokens[0].repeat(4, 1)
+    for rank in ("clip", "likelihood", "both"):
+        assert pipe.choose(CAPTION, tokens, torch.zeros(4), keep=4, rank=rank).candidates == (0, 1, 2, 3)
 
 
 def test_completion_keeps_the_given_rows_verbatim(pipe):
@@ -271,6 +322,7 @@ def test_progress_is_even_over_sampling_decoding_and_scoring(pipe, monkeypatch):
         ({"n": 2, "keep": 1, "top_k": 0}, "top_k"),
         ({"n": 2, "keep": 1, "top_k": 33}, "top_k"),
         ({"n": 2, "keep": 1, "guidance": -1.0}, "guidance"),
+        ({"n": 2, "keep": 1, "rank": "best"}, "unknown ranking 'best'"),
     ],
 )
 def test_numbers_out_of_range_are_refused(pipe, options, message):
@@ -312,6 +364,52 @@ def test_guidance_with_null_captions_in_training_is_not_warned_of(bundle_copy, c
     dalle.save(bundle_copy / "dalle", {**dalle.metadata, "null_caption_probability": 0.1})
     Pipeline.load(bundle_copy).generate("a cube", n=1, keep=1, guidance=2.0)
     assert not caplog.records
+
+
+@pytest.fixture
+def with_defaults(bundle_copy) -> Callable[..., Pipeline]:
+    """Loads a bundle that says of itself how it is sampled."""
+
+    def load(values: object) -> Pipeline:
+        dalle = DALLE.load(bundle_copy / "dalle")
+        dalle.save(bundle_copy / "dalle", {**dalle.metadata, "sampling": values})
+        return Pipeline.load(bundle_copy)
+
+    return load
+
+
+def test_a_bundle_that_says_nothing_is_sampled_as_in_the_paper(pipe):
+    assert pipe.defaults == SamplingDefaults()
+    assert same(pipe.generate(CAPTION, n=4, keep=2), pipe.best(CAPTION, PAPER_SAMPLING, n=4, keep=2, rank="clip"))
+
+
+def test_a_bundle_is_sampled_and_ranked_as_it_says(pipe, with_defaults):
+    chosen = SamplingDefaults(temperature=0.5, top_k=20, top_p=0.9, rank="likelihood")
+    own = with_defaults(dataclasses.asdict(chosen))
+    assert own.defaults == chosen
+    expected = pipe.best(CAPTION, chosen.sampling(), n=6, keep=2, rank="likelihood")
+    assert not same(expected, pipe.generate(CAPTION, n=6, keep=2))
+    for result in (own.generate(CAPTION, n=6, keep=2), own.best(CAPTION, n=6, keep=2)):
+        assert same(result, expected)
+        assert result.rank == "likelihood"
+    samples = own.sample_tokens([CAPTION], 6)
+    assert torch.equal(samples.tokens, pipe.sample_tokens([CAPTION], 6, chosen.sampling()).tokens)
+    assert same(own.choose(CAPTION, samples.tokens[0], samples.log_likelihoods[0], keep=2), expected)
+
+
+def test_what_is_given_goes_before_what_a_bundle_says(pipe, with_defaults):
+    own = with_defaults({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "rank": "both"})
+    settings = {"temperature": 1.0, "top_k": 32, "top_p": 1.0, "rank": "clip"}
+    assert same(own.generate(CAPTION, n=6, keep=2, **settings), pipe.generate(CAPTION, n=6, keep=2))
+    assert same(own.best(CAPTION, PAPER_SAMPLING, n=6, keep=2, rank="clip"), pipe.generate(CAPTION, n=6, keep=2))
+    cold = own.generate(CAPTION, n=6, keep=2, temperature=0.0)
+    assert same(cold, pipe.best(CAPTION, Sampling(temperature=0.0), n=6, keep=2, rank="both"))
+
+
+@pytest.mark.parametrize("values", [None, "hot", {"temperature": -1.0}, {"beams": 3}, {"top_k": 33}, {"rank": "best"}])
+def test_sampling_defaults_that_cannot_be_used_are_refused(with_defaults, values):
+    with pytest.raises(ValueError, match=r'"sampling" in the metadata of its config\.json, cannot be used: .*correct'):
+        with_defaults(values)
 
 
 def test_the_default_batch_size_fits_the_memory_in_equal_batches(pipe, monkeypatch):
@@ -362,7 +460,7 @@ def test_bf16_is_for_the_transformer_and_not_for_clip(bundle, pipe):
 
 def test_in_bf16_pictures_are_nearly_those_of_fp32_and_a_given_top_is_encoded_in_fp32(bundle, pipe):
     half = Pipeline.load(bundle, precision="bf16")
-    tokens = pipe.sample_tokens([CAPTION], 4)[0]
+    tokens = pipe.sample_tokens([CAPTION], 4).tokens[0]
     torch.testing.assert_close(half.decode(tokens), pipe.decode(tokens), atol=0.05, rtol=0)
     assert torch.equal(half.prefix(picture(), 2), pipe.prefix(picture(), 2))
 

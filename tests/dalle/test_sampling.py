@@ -1,3 +1,5 @@
+import copy
+
 import pytest
 import torch
 from hypothesis import given
@@ -26,6 +28,10 @@ def model():
     return model
 
 
+def sampled(model, text, **options):
+    return sample(model, text, **options).tokens
+
+
 def seeds(n, n_prompts=2, seed=0):
     return [candidate_seed(seed, f"prompt {p}", k) for p in range(n_prompts) for k in range(n)]
 
@@ -36,40 +42,40 @@ def test_candidate_seeds_differ_and_never_change():
 
 
 def test_the_same_seed_gives_the_same_tokens(model):
-    first = sample(model, TEXT, seeds=seeds(4), n=4)
+    first = sampled(model, TEXT, seeds=seeds(4), n=4)
     assert first.shape == (2, 4, 16)
-    assert torch.equal(first, sample(model, TEXT, seeds=seeds(4), n=4))
-    assert not torch.equal(first, sample(model, TEXT, seeds=seeds(4, seed=1), n=4))
+    assert torch.equal(first, sampled(model, TEXT, seeds=seeds(4), n=4))
+    assert not torch.equal(first, sampled(model, TEXT, seeds=seeds(4, seed=1), n=4))
 
 
 def test_sixteen_candidates_do_not_share_their_first_token(model):
-    assert len(sample(model, TEXT[:1], seeds=seeds(16, 1), n=16)[0, :, 0].unique()) > 1
+    assert len(sampled(model, TEXT[:1], seeds=seeds(16, 1), n=16)[0, :, 0].unique()) > 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_candidate_does_not_depend_on_the_batch_it_is_in(model, guidance):
-    together = sample(model, TEXT, seeds=seeds(8), n=8, guidance=guidance)
+    together = sampled(model, TEXT, seeds=seeds(8), n=8, guidance=guidance)
     for p in range(2):
         for k in (0, 5):
             seed = candidate_seed(0, f"prompt {p}", k)
-            alone = sample(model, TEXT[p : p + 1], seeds=[seed], n=1, guidance=guidance)
+            alone = sampled(model, TEXT[p : p + 1], seeds=[seed], n=1, guidance=guidance)
             assert torch.equal(alone[0, 0], together[p, k])
 
 
 def test_temperature_0_ignores_the_seed(model):
-    cold = sample(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
-    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3, seed=9), n=3, temperature=0.0))
+    cold = sampled(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
+    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3, seed=9), n=3, temperature=0.0))
     assert torch.equal(cold[:, 0], cold[:, 2])
 
 
 def test_top_1_is_argmax(model):
-    cold = sample(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
-    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3), n=3, top_k=1))
-    assert torch.equal(cold, sample(model, TEXT, seeds=seeds(3), n=3, top_p=1e-9))
+    cold = sampled(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
+    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3), n=3, top_k=1))
+    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3), n=3, top_p=1e-9))
 
 
 def test_temperature_0_takes_the_likeliest_token_of_the_uncached_model(model):
-    tokens = sample(model, TEXT, seeds=seeds(1), n=1, temperature=0.0)[:, 0]
+    tokens = sampled(model, TEXT, seeds=seeds(1), n=1, temperature=0.0)[:, 0]
     with torch.no_grad():
         assert torch.equal(model(TEXT, tokens)[1].argmax(-1), tokens)
 
@@ -79,19 +85,19 @@ def test_temperature_0_takes_the_likeliest_token_of_the_uncached_model(model):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_prefix_is_kept_verbatim(model, n_rows, m, guidance):
     prefix = torch.randint(20, (n_rows, m), generator=torch.Generator().manual_seed(1))
-    tokens = sample(model, TEXT, seeds=seeds(3), n=3, prefix=prefix, guidance=guidance)
+    tokens = sampled(model, TEXT, seeds=seeds(3), n=3, prefix=prefix, guidance=guidance)
     assert torch.equal(tokens[:, :, :m], prefix[:, None].expand(2, 3, m))
 
 
 def test_a_prefix_may_be_one_row_without_batch_dimension(model):
     prefix = torch.arange(5)
-    flat = sample(model, TEXT, seeds=seeds(2), n=2, prefix=prefix)
-    assert torch.equal(flat, sample(model, TEXT, seeds=seeds(2), n=2, prefix=prefix[None]))
+    flat = sampled(model, TEXT, seeds=seeds(2), n=2, prefix=prefix)
+    assert torch.equal(flat, sampled(model, TEXT, seeds=seeds(2), n=2, prefix=prefix[None]))
 
 
 def test_completing_a_sample_from_its_own_beginning_gives_it_again(model):
-    whole = sample(model, TEXT, seeds=seeds(1), n=1, guidance=2.0)
-    again = sample(model, TEXT, seeds=seeds(1), n=1, guidance=2.0, prefix=whole[:, 0, :6])
+    whole = sampled(model, TEXT, seeds=seeds(1), n=1, guidance=2.0)
+    again = sampled(model, TEXT, seeds=seeds(1), n=1, guidance=2.0, prefix=whole[:, 0, :6])
     assert torch.equal(again, whole)
 
 
@@ -104,17 +110,17 @@ def test_guidance_1_is_plain_sampling_and_decodes_nothing_more(model, monkeypatc
             return super().step(inputs_B)
 
     monkeypatch.setattr(dalle.sampling, "Decoder", Watched)
-    plain = sample(model, TEXT, seeds=seeds(2), n=2)
-    assert torch.equal(plain, sample(model, TEXT, seeds=seeds(2), n=2, guidance=1.0))
+    plain = sampled(model, TEXT, seeds=seeds(2), n=2)
+    assert torch.equal(plain, sampled(model, TEXT, seeds=seeds(2), n=2, guidance=1.0))
     assert set(batches) == {4}
-    assert not torch.equal(plain, sample(model, TEXT, seeds=seeds(2), n=2, guidance=5.0))
+    assert not torch.equal(plain, sampled(model, TEXT, seeds=seeds(2), n=2, guidance=5.0))
     assert set(batches) == {4, 8}
 
 
 @pytest.mark.parametrize("m", [0, 5])
 def test_cached_guided_logits_equal_uncached_ones(model, m):
     n, guidance = 3, 2.5
-    image_tokens = sample(model, TEXT, seeds=seeds(n), n=n, guidance=guidance).flatten(0, 1)
+    image_tokens = sampled(model, TEXT, seeds=seeds(n), n=n, guidance=guidance).flatten(0, 1)
     image_tokens[:, :m] = image_tokens[0, :m]
     null = null_caption(300, 6)
     with torch.no_grad():
@@ -130,7 +136,7 @@ def test_cached_guided_logits_equal_uncached_ones(model, m):
 
 def test_inputs_are_never_modified(model):
     text, prefix = TEXT.clone(), torch.arange(4)[None]
-    sample(model, text, seeds=seeds(2), n=2, guidance=3.0, prefix=prefix, top_k=5, top_p=0.9)
+    sampled(model, text, seeds=seeds(2), n=2, guidance=3.0, prefix=prefix, top_k=5, top_p=0.9)
     assert torch.equal(text, TEXT)
     assert torch.equal(prefix, torch.arange(4)[None])
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
@@ -142,7 +148,7 @@ def test_inputs_are_never_modified(model):
 
 def test_steps_are_reported(model):
     steps = []
-    sample(
+    sampled(
         model, TEXT, seeds=seeds(1), n=1, prefix=torch.zeros(1, 13, dtype=torch.int64),
         on_step=lambda step, total: steps.append((step, total)),
     )  # fmt: skip
@@ -150,7 +156,7 @@ def test_steps_are_reported(model):
 
 
 def test_sampled_tokens_can_be_trained_on(model):
-    tokens = sample(model, TEXT, seeds=seeds(1), n=1)
+    tokens = sampled(model, TEXT, seeds=seeds(1), n=1)
     model(TEXT, tokens[:, 0])[1].sum().backward()
     model.zero_grad()
 
@@ -206,7 +212,7 @@ def test_filters_keep_the_likeliest():
 def test_options_out_of_range_are_named(model, options, message):
     text = options.pop("text", TEXT)
     with pytest.raises(ValueError, match=message):
-        sample(model, text, **{"seeds": [1, 2], "n": 1, **options})
+        sampled(model, text, **{"seeds": [1, 2], "n": 1, **options})
 
 
 def test_tokens_are_those_of_the_whole_cumulative_distribution():
@@ -223,14 +229,14 @@ def test_tokens_are_those_of_the_whole_cumulative_distribution():
 @pytest.mark.parametrize("m", [0, 5])
 def test_abandoned_candidates_leave_the_others_as_they_were(model, guidance, m):
     options = {"seeds": seeds(6, 1), "n": 6, "guidance": guidance, "prefix": torch.arange(m)}
-    everything = sample(model, TEXT[:1], **options)
+    everything = sampled(model, TEXT[:1], **options)
     seen = []
 
     def better_half(tokens):
         seen.append(tokens)
         return torch.tensor([1, 4, 5])
 
-    kept = sample(model, TEXT[:1], **options, abandon=better_half)
+    kept = sampled(model, TEXT[:1], **options, abandon=better_half)
     half = model.config.stream.n_image // 2
     assert torch.equal(kept[0], everything[0, [1, 4, 5]])
     assert len(seen) == 1
@@ -240,20 +246,82 @@ def test_abandoned_candidates_leave_the_others_as_they_were(model, guidance, m):
 def test_nothing_is_abandoned_where_the_first_half_is_given(model):
     prefix = torch.arange(model.config.stream.n_image // 2)
     options = {"seeds": seeds(2, 1), "n": 2, "prefix": prefix}
-    kept = sample(model, TEXT[:1], **options, abandon=lambda tokens: pytest.fail("it was asked"))
-    assert torch.equal(kept, sample(model, TEXT[:1], **options))
+    kept = sampled(model, TEXT[:1], **options, abandon=lambda tokens: pytest.fail("it was asked"))
+    assert torch.equal(kept, sampled(model, TEXT[:1], **options))
 
 
 @pytest.mark.slow
 def test_sampling_compiles_one_step_and_gives_the_same_tokens(model):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = sample(model, TEXT[:1], seeds=seeds(3, 1), n=3, compile=True)
+    compiled = sampled(model, TEXT[:1], seeds=seeds(3, 1), n=3, compile=True)
     # one for the trial whether anything can be compiled, unless an earlier test has made it
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    assert torch.equal(compiled, sample(model, TEXT[:1], seeds=seeds(3, 1), n=3))
+    assert torch.equal(compiled, sampled(model, TEXT[:1], seeds=seeds(3, 1), n=3))
 
 
 def test_abandoning_is_for_one_prompt(model):
     with pytest.raises(ValueError, match="one prompt, got 2"):
-        sample(model, TEXT, seeds=seeds(2), n=2, abandon=lambda tokens: torch.arange(1))
+        sampled(model, TEXT, seeds=seeds(2), n=2, abandon=lambda tokens: torch.arange(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("n", "options"),
+    [
+        (1, {}),
+        (3, {}),
+        (3, {"temperature": 0.5}),
+        (3, {"temperature": 0.0}),
+        (3, {"top_k": 3}),
+        (3, {"top_p": 0.7, "temperature": 0.8}),
+        (3, {"guidance": 3.0}),
+        (3, {"prefix": torch.tensor([7, 0, 19, 3, 11])}),
+        (2, {"prefix": torch.tensor([[7, 0], [5, 5]]), "guidance": 2.0, "top_k": 4}),
+        (2, {"prefix": torch.arange(16)}),
+    ],
+)
+def test_log_likelihoods_are_those_of_a_full_pass(model, n, options, dtype):
+    found = sample(model, TEXT, seeds=seeds(n), n=n, **options)
+    m = options["prefix"].shape[-1] if "prefix" in options else 0
+    expected = full_pass(model, TEXT, found.tokens, dtype)[:, :, m:].sum(-1)
+    assert found.log_likelihoods.dtype == torch.float32
+    torch.testing.assert_close(found.log_likelihoods, expected.float(), atol=1e-4, rtol=0)
+
+
+def full_pass(model, text, tokens, dtype):
+    """log p of every image token, (P, n, I), by the model itself."""
+    exact = copy.deepcopy(model).to(dtype)
+    n_prompts, n, n_image = tokens.shape
+    with torch.no_grad():
+        logits = exact(text.repeat_interleave(n, dim=0), tokens.flatten(0, 1))[1]
+    log_p = logits.log_softmax(-1).gather(-1, tokens.flatten(0, 1)[:, :, None])[:, :, 0]
+    return log_p.view(n_prompts, n, n_image)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 3.0])
+def test_log_likelihoods_stay_with_those_who_are_not_abandoned(model, guidance):
+    options = {"seeds": seeds(6, 1), "n": 6, "guidance": guidance}
+    everything = sample(model, TEXT[:1], **options)
+    kept = sample(model, TEXT[:1], **options, abandon=lambda tokens: torch.tensor([0, 3, 4]))
+    assert everything.log_likelihoods.shape == (1, 6)
+    torch.testing.assert_close(kept.log_likelihoods[0], everything.log_likelihoods[0, [0, 3, 4]], atol=1e-5, rtol=0)
+
+
+def test_a_thousand_tokens_are_summed_without_loss():
+    torch.manual_seed(0)
+    config = DALLEConfig(n_layers=1, d_model=8, n_heads=1, text_len=4, grid=32, text_vocab=300, image_vocab=500)
+    large = DALLE(config)
+    torch.nn.init.normal_(large.image_head.weight)
+    text = torch.tensor([text_row([1], 300, 4)])
+    found = sample(large, text, seeds=[3], n=1)
+    expected = full_pass(large, text, found.tokens, torch.float64).sum(-1)
+    assert found.log_likelihoods.item() < -3_000
+    torch.testing.assert_close(found.log_likelihoods, expected.float(), atol=5e-3, rtol=0)
+
+
+def test_filters_that_keep_everything_change_nothing(model):
+    logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(filter_logits(logits, top_k=20, top_p=1.0), logits)
+    plain = sampled(model, TEXT, seeds=seeds(3), n=3)
+    assert torch.equal(plain, sampled(model, TEXT, seeds=seeds(3), n=3, top_k=20, top_p=1.0))

@@ -737,7 +737,9 @@ def generated(bundle: Path) -> tuple[dict[str, Tensor], Tensor]:
     model = DALLE.load(bundle / "dalle")
     tokenizer = Tokenizer.load(bundle / "tokenizer.json")
     text, _ = tokenizer.text(["a small red circle", "a large blue square"], model.config.text_len)
-    return load_file(bundle / "dalle" / "model.safetensors"), sample(model, text, seeds=[0, 0], n=1, temperature=0.0)
+    return load_file(bundle / "dalle" / "model.safetensors"), sample(
+        model, text, seeds=[0, 0], n=1, temperature=0.0
+    ).tokens
 
 
 EXPORTED = [mode for mode in RANK_MODES if mode[:2] != ("autocast", 1)]

@@ -14,6 +14,7 @@ import training.cli
 import training.demo
 import training.programs
 import training.recipes
+from dalle.candidates import SamplingDefaults
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dvae import DVAE, DVAEConfig
@@ -70,6 +71,7 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
     assert result.scores.tolist() == sorted(result.scores.tolist(), reverse=True)
     assert pipe.dalle.metadata["dvae_hash"] == directory_hash(bundle / "dvae")
     assert pipe.dalle.metadata["step"] == 4
+    assert pipe.defaults == tiny.recipe().transformer.sampling != SamplingDefaults()
     for stage in ("dvae-warmup", "dvae", "clip", "transformer"):
         lines = read_metrics(bundle / "training" / stage / "metrics.jsonl")
         assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]

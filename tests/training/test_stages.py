@@ -1,12 +1,16 @@
 import copy
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import tiny
 import torch
 
+import training.transformer
+from dalle import sampling
+from dalle.candidates import Samples, SamplingDefaults
 from dalle.gallery import MAX_CELL
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
@@ -292,6 +296,25 @@ def test_the_transformer_learns_a_batch_by_heart(
     assert metric(tmp_path, "loss")[-1] == pytest.approx(text[-1] / 8 + image[-1] * 7 / 8, rel=1e-3)
     assert metric(tmp_path, "captions_cut") == [0.0] * 4
     assert DALLE.load(tmp_path / "dalle").metadata == {"recipe": "tiny", "step": 120}
+
+
+def test_sample_sheets_are_sampled_as_the_recipe_says(
+    tmp_path: Path, data: ShardData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    chosen = SamplingDefaults(temperature=0.5, top_k=3, top_p=0.9, guidance=2.0)
+    stage = transformer_stage(tmp_path, data, dataclasses.replace(tiny.recipe().transformer, sampling=chosen))
+    told: list[dict[str, object]] = []
+
+    def watched(*arguments: Any, **options: Any) -> Samples:
+        told.append(options)
+        return sampling.sample(*arguments, **options)
+
+    monkeypatch.setattr(training.transformer, "sample", watched)
+    assert stage.picture(dict(stage.objective.model.named_parameters())) is not None
+    assert told[0].items() >= {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}.items()
+    large = dataclasses.replace(chosen, top_k=33)
+    with pytest.raises(ValueError, match=r"top_k \(33\) must be at most the image vocabulary, 32"):
+        transformer_stage(tmp_path, data, dataclasses.replace(tiny.recipe().transformer, sampling=large))
 
 
 @pytest.mark.parametrize(("probability", "fewest", "most"), [(0.0, 0, 0), (0.5, 60, 140), (1.0, 200, 200)])

@@ -5,6 +5,7 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dalle.candidates import SamplingDefaults
 from dalle.model import DALLEConfig
 from dvae import DVAEConfig
 from rerank import CLIPConfig
@@ -48,6 +49,7 @@ def recipe(**changes: object) -> Recipe:
             n_layers=2, d_model=16, n_heads=2, text_len=24, grid=4, text_vocab=300, image_vocab=32, conv_kernel=3
         ),
         train=train,
+        sampling=SamplingDefaults(temperature=0.9, top_p=0.95),
     )
     clip = CLIPRecipe(
         model=CLIPConfig(
