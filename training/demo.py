@@ -6,7 +6,6 @@ also for combinations never trained.
 """
 
 import dataclasses
-import io
 import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -23,8 +22,9 @@ from dvae.images import to_image
 from rerank import score
 from training.checkpoints import replace_text
 from training.data import ShardData
+from training.drawing import DrawnSample, draw_world
 from training.evaluate import evaluate
-from training.machine import MachinePlan, seconds_alone
+from training.machine import MachinePlan, seconds_alone, usable_cores
 from training.metrics import Report
 from training.programs import (
     Inputs,
@@ -38,7 +38,7 @@ from training.programs import (
 )
 from training.recipes import Recipe
 from training.shape_checker import check
-from training.shapes import Split, caption, random_scene, world
+from training.shapes import Split, caption, random_scene
 from training.shard_index import expand_shards
 from training.shards import write_shards
 from training.side_by_side import TimeLeft
@@ -182,13 +182,10 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
     return folder / "train", folder / "validation"
 
 
-def _drawings(
-    count: int, seed: int, size: int, report: Report
-) -> Iterator[tuple[str, bytes, str, Sequence[str], dict[str, object]]]:
-    for number, drawing in enumerate(world(count, seed, size=size, share_of_three=SHARE_OF_THREE), 1):
-        buffer = io.BytesIO()
-        drawing.image.save(buffer, "png", compress_level=1)
-        yield drawing.key, buffer.getvalue(), "png", drawing.captions, {}
+def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[DrawnSample]:
+    drawn = draw_world(count, seed, size=size, share_of_three=SHARE_OF_THREE, processes=usable_cores())
+    for number, sample in enumerate(drawn, 1):
+        yield sample
         if number % 4_000 == 0:
             report(f"drew {number:,}/{count:,}")
 
