@@ -1,4 +1,4 @@
-"""The built-in world as samples of shards, drawn by several processes: by any number of them, the same in the same order.
+"""The built-in world as samples of shards, drawn by any number of processes: the same samples in one order.
 
 It imports no torch, so that the processes are there at once.
 """

@@ -246,7 +246,7 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
         try:
             for job in jobs:
                 time_left.begin(job.stage)
-                running += _start(job, lines)
+                running += start_job(job, lines)
             while running:
                 with suppress(queue.Empty):
                     pass_on(*lines.get(timeout=POLL_S))
@@ -282,8 +282,9 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
         raise Interrupted("stopped: all is saved, and the same command without --fresh goes on from there")
 
 
-def _start(job: Job, lines: "queue.Queue[_Line]") -> list[_Child]:
-    """Start all ranks of a job."""
+def start_job(job: Job, lines: "queue.Queue[_Line] | None" = None) -> list[_Child]:
+    """Start all ranks of a job; what they say comes out of `lines`."""
+    lines = queue.Queue() if lines is None else lines
     common = {**os.environ, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     common |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads))
     if job.ranks == 1:
