@@ -1,8 +1,8 @@
 """How the cores of a machine without a GPU are shared among the stages of a recipe: a pure function, `machine_plan`.
 
-The tensors of the recipes for CPUs are small, so that a second thread hardly helps one process; a second process does.
-CLIP needs neither tokenizer nor dVAE, and is trained beside them; what follows needs them. Every stage may be several
-ranks of one thread each.
+The tensors of the recipes for CPUs are small, so that a second thread hardly helps one process; a second rank takes
+nearly half of the time of a step. CLIP needs neither tokenizer nor dVAE, and may be trained beside them; the
+transformer needs both.
 """
 
 import os
@@ -28,10 +28,15 @@ GIB = 1 << 30
 TOKENIZER_S = 8.0
 START_S = 8.0
 """Seconds from the start of a process to its first step."""
-FLOPS = {"dvae": 4e9, "clip": 3e10, "transformer": 3e10}
-"""Operations per second of one core in the part of a step that ranks share, measured on the demonstration's recipe."""
-STEP_S = {"dvae": 0.02, "clip": 0.02, "transformer": 0.04}
-"""Seconds of a step that every rank spends, however few its samples are, measured likewise."""
+FLOPS = {"dvae": 33e9, "clip": 32e9, "transformer": 38e9}
+"""Operations per second of one core in the part of a step that ranks share."""
+STEP_S = {"dvae": 0.05, "clip": 0.06, "transformer": 0.08}
+"""Seconds of a step that every rank spends, however few its samples are.
+
+Both are fitted to the processor time of a rank's step of the demonstration's recipe in float32, one thread, on an AMD
+EPYC of the third generation (2026-11-25). With 1, 2 and 4 ranks: the warm-up of the dVAE 0.29, 0.155 and 0.124 s, CLIP
+0.96, 0.45 and 0.28 s, the transformer 0.69, 0.375 and 0.24 s. `python -m benchmarks.whole_machine` measures them.
+"""
 PROCESS_GIB = 1.0
 """Of a rank and the process that reads for it, beside the state of its model."""
 BYTES_PER_PARAMETER = 20
