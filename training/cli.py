@@ -564,15 +564,7 @@ def _run(command: Command, argv: Sequence[str]) -> None:
             with _world() as (world, report):
                 run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh, plan=plan)
         case AllCommand() if plan.phases:
-            watched = ("--timeout", str(command.timeout), "--auto-restart", str(command.auto_restart))
-            train_all_side_by_side(
-                recipe(command.recipe),
-                command.inputs(),
-                plan,
-                _to_whoever_listens,
-                encode_crops=command.encode_crops,
-                options=watched,
-            )
+            _train_side_by_side(command, plan)
         case EncodeCommand():
             config = command.config()
             with _world() as (world, report):
@@ -581,6 +573,21 @@ def _run(command: Command, argv: Sequence[str]) -> None:
             if plan.reason:
                 logger.info(plan.reason)
             _train(command, recipe(command.recipe))
+
+
+def _train_side_by_side(command: AllCommand, plan: MachinePlan) -> None:
+    try:
+        train_all_side_by_side(
+            recipe(command.recipe),
+            command.inputs(),
+            plan,
+            _to_whoever_listens,
+            encode_crops=command.encode_crops,
+            options=("--timeout", str(command.timeout), "--auto-restart", str(command.auto_restart)),
+        )
+    except Interrupted as stopped:
+        _to_whoever_listens(str(stopped))
+        raise
 
 
 def _require_sensible(command: _Watched) -> None:

@@ -149,7 +149,7 @@ def _train_here(
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
         train_tokenizer(recipe, inputs, heard)
     time_left.end("tokenizer")
-    begin("dvae-warmup" if recipe.dvae.warmup else "dvae", "training the dVAE: pictures to tokens and back")
+    begin("dvae", "training the dVAE: pictures to tokens and back")
     train_dvae(recipe, inputs, place, heard)
     time_left.end("dvae")
     begin("clip", "training CLIP, which will rank the samples")

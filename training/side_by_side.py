@@ -192,6 +192,8 @@ class _Child:
         if line.startswith("error: "):
             self.error = self._named(line.removeprefix("error: "))
             return None
+        if line.startswith("supervisor: ") and self.error is not None:
+            line += f" ({self.error})"  # which may not be the last one
         return self._named(line)
 
     def _named(self, line: str) -> str:

@@ -122,13 +122,18 @@ def test_the_shards_of_the_world_are_the_same_bytes_by_one_and_two_processes(
 # ------------------------------------------------------------------------------------------------- end to end
 
 
-def train_all(shards: Path, out: Path, *options: str, n_cores: int) -> str:
+def start_all(shards: Path, out: Path, *options: str, n_cores: int) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": str(n_cores)}
     program = [sys.executable, str(Path(__file__).with_name("tiny_cli.py"))]
     command = [*program, "all", "tiny", "--data", str(shards), "--out", str(out), *options]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
+
+
+def train_all(shards: Path, out: Path, *options: str, n_cores: int) -> str:
+    with start_all(shards, out, *options, n_cores=n_cores) as process:
+        _, output = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    return output
 
 
 def losses_of(bundle: Path) -> dict[str, list[float]]:
@@ -136,8 +141,40 @@ def losses_of(bundle: Path) -> dict[str, list[float]]:
     return {s: [line["loss"] for line in read_metrics(bundle / "training" / s / "metrics.jsonl")] for s in stages}
 
 
+needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="side by side needs two cores")
+
+
 @pytest.mark.slow
-@pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="side by side needs two cores")
+@needs_two_cores
+def test_the_error_of_a_stage_is_the_one_error_of_the_command(tmp_path: Path) -> None:
+    with start_all(tmp_path / "nothing", tmp_path / "out", n_cores=2) as process:
+        _, output = process.communicate(timeout=600)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    errors = [line for line in output.splitlines() if "error: " in line]
+    assert errors == output.splitlines()[-1:]
+    assert "nothing" in errors[0]
+
+
+@pytest.mark.slow
+@needs_two_cores
+def test_an_interrupted_command_ends_with_0_and_goes_on_with_another_plan(tmp_path: Path, shards: Path) -> None:
+    with start_all(shards, tmp_path, n_cores=2) as process:
+        assert process.stderr is not None
+        for line in process.stderr:
+            if line.startswith("clip: global batch"):
+                break
+        process.terminate()
+        _, output = process.communicate(timeout=600)
+    assert process.returncode == 0, output
+    assert "the same command without --fresh goes on from there" in output.splitlines()[-1]
+    assert "transformer" not in output
+    train_all(shards, tmp_path, "--one-at-a-time", n_cores=1)
+    assert [len(losses) for losses in losses_of(tmp_path).values()] == [4, 4, 4, 4]
+
+
+@pytest.mark.slow
+@needs_two_cores
 @pytest.mark.parametrize("encoding", [(), ("--encode-crops", "2")])
 def test_stages_side_by_side_train_what_one_after_the_other_does(
     tmp_path: Path, shards: Path, encoding: tuple[str, ...]

@@ -37,6 +37,8 @@ elif do == "fail":
     sys.exit(1)
 elif do == "be-killed":
     os.kill(os.getpid(), signal.SIGKILL)
+elif do == "be-restarted":
+    print("error: a rank is lost", "supervisor: restart 1 of 3", sep="\\n")
 elif do == "say":
     print(os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"])
 else:
@@ -92,6 +94,13 @@ def test_a_stage_that_fails_stops_the_others_and_its_error_is_that_of_all(
         run(dvae="fail", clip="sleep")
     assert "clip: stopped at step 1 of 2, saved in clip" in said
     assert not any("error" in line for line in said)
+
+
+def test_an_error_after_which_a_supervisor_goes_on_is_told_and_is_no_failure(
+    run: Callable[..., None], said: list[str]
+) -> None:
+    run(dvae="be-restarted")
+    assert said[-1] == "dvae: supervisor: restart 1 of 3 (dvae: a rank is lost)"
 
 
 def test_a_stage_that_is_killed_is_named_with_the_signal(run: Callable[..., None]) -> None:
