@@ -31,7 +31,8 @@ def draw_world(n: int, seed: int, *, size: int, share_of_three: float, processes
         OSError: a process has ended early.
     """
     chunks = [range(first, min(first + CHUNK, n)) for first in range(0, n, CHUNK)]
-    if processes == 1:
+    processes = min(processes, len(chunks))  # others would have nothing to draw
+    if processes <= 1:
         for chunk in chunks:
             yield from _drawn(chunk, seed, size, share_of_three)
         return
