@@ -31,12 +31,14 @@ from training.encode import EncodeConfig
 from training.evaluate import evaluate_bundle
 from training.filters import ShardFilter
 from training.fit import Interrupted
+from training.machine import MachinePlan, plan_here
 from training.metrics import Report, to_stderr
 from training.plan import make_plan, recipe_list, text
 from training.programs import (
     Inputs,
     encode_data,
     train_all,
+    train_all_side_by_side,
     train_clip,
     train_dvae,
     train_tokenizer,
@@ -244,8 +246,14 @@ class CLIPCommand(_Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class AllCommand(_Data, _Watched):
-    """Train tokenizer, dVAE, CLIP and transformer with one recipe, one after the other, and evaluate the bundle."""
+    """Train tokenizer, dVAE, CLIP and transformer with one recipe, and evaluate the bundle.
 
+    On CPU cores, stages that do not need each other are trained side by side, each by one or more processes.
+    """
+
+    one_at_a_time: bool = False
+    """Train one stage after the other, in this process; so it is on GPUs, under a launcher, and where memory is short.
+    The results are the same but for rounding."""
     encode_crops: int | None = None
     """Encode the pictures once, before the transformer: this many random crops of each, of which every epoch takes one.
     The image tokens go to OUT/encoded. Without it the dVAE encodes in every step, another crop each time."""
@@ -306,12 +314,18 @@ class EvaluateCommand:
 
 @dataclass(frozen=True, kw_only=True)
 class DemoCommand:
-    """Draw a small world, train everything on it, sample, rerank and check: minutes on two CPU cores."""
+    """Draw a small world, train everything on it, sample, rerank and check: minutes on two CPU cores.
+
+    Stages that do not need each other are trained side by side, each by one or more processes.
+    """
 
     out: Path = Path("runs/demo")
     """Where the bundle, the sheet and the table go."""
     fresh: bool = False
     """Train anew instead of reusing what is there."""
+    one_at_a_time: bool = False
+    """Train one stage after the other, in this process, as where memory is short. The results are the same but for
+    rounding."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -519,9 +533,14 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
 
 
 def _run(command: Command, argv: Sequence[str]) -> None:
+    plan = MachinePlan()
+    if isinstance(command, AllCommand):
+        plan = plan_here(
+            recipe(command.recipe), encodes=command.encode_crops is not None, one_at_a_time=command.one_at_a_time
+        )
     if isinstance(command, _Watched):
         _require_sensible(command)
-        if command.auto_restart and not is_supervised():
+        if command.auto_restart and not is_supervised() and not plan.phases:  # else every stage is, by itself
             raise _Ended(supervise(argv, command.auto_restart))
     match command:
         case ShardsCommand():
@@ -541,14 +560,34 @@ def _run(command: Command, argv: Sequence[str]) -> None:
             device = str(resolve_device(command.device))
             evaluate_bundle(command.bundle, data, to_stderr, n_captions=command.captions, device=device)
         case DemoCommand():
+            plan = plan_here(recipe("demo"), one_at_a_time=command.one_at_a_time)
             with _world() as (world, report):
-                run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh)
+                run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh, plan=plan)
+        case AllCommand() if plan.phases:
+            _train_side_by_side(command, plan)
         case EncodeCommand():
             config = command.config()
             with _world() as (world, report):
                 _encode(command, config, world, report)
         case _:
+            if plan.reason:
+                logger.info(plan.reason)
             _train(command, recipe(command.recipe))
+
+
+def _train_side_by_side(command: AllCommand, plan: MachinePlan) -> None:
+    try:
+        train_all_side_by_side(
+            recipe(command.recipe),
+            command.inputs(),
+            plan,
+            _to_whoever_listens,
+            encode_crops=command.encode_crops,
+            options=("--timeout", str(command.timeout), "--auto-restart", str(command.auto_restart)),
+        )
+    except Interrupted as stopped:
+        _to_whoever_listens(str(stopped))
+        raise
 
 
 def _require_sensible(command: _Watched) -> None:

@@ -6,13 +6,10 @@ also for combinations never trained.
 """
 
 import dataclasses
-import io
 import json
-import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 import numpy as np
 import torch
@@ -25,19 +22,33 @@ from dvae.images import to_image
 from rerank import score
 from training.checkpoints import replace_text
 from training.data import ShardData
+from training.drawing import DrawnSample, draw_world
 from training.evaluate import evaluate
+from training.machine import MachinePlan, seconds_alone, usable_cores
 from training.metrics import Report
-from training.programs import Inputs, forget_runs, train_clip, train_dvae, train_tokenizer, train_transformer
+from training.programs import (
+    Inputs,
+    forget_runs,
+    run_phases,
+    time_of,
+    train_clip,
+    train_dvae,
+    train_tokenizer,
+    train_transformer,
+)
 from training.recipes import Recipe
 from training.shape_checker import check
-from training.shapes import Split, caption, random_scene, world
+from training.shapes import Split, caption, random_scene
 from training.shard_index import expand_shards
 from training.shards import write_shards
+from training.side_by_side import TimeLeft
 from training.world import World
 
 N_TRAIN, N_VALIDATION = 16_000, 256
 CANDIDATES = 16
 CAPTIONS_PER_SPLIT = 64
+WORLD_S, SAMPLES_S = 18.0, 60.0
+"""Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
 SHARE_OF_THREE = 0.0
 """Three things in a row would be a tenth of the pictures, too few to learn in these minutes."""
 SPLITS: dict[Split, str] = {
@@ -61,64 +72,92 @@ class Score:
     """At least one candidate: what a perfect reranker would reach."""
 
 
-class _Parts:
-    """Says which part of the demonstration is under way and about how long the rest will take."""
-
-    SECONDS: ClassVar = {"world": 18, "tokenizer": 2, "dvae": 215, "clip": 115, "transformer": 580, "samples": 60}
-    """Seconds each part takes on two CPU cores; only their proportions matter."""
-
-    def __init__(self, report: Report) -> None:
-        self._report, self._started_at = report, time.perf_counter()
-        self._measured: dict[str, float] = {}
-        self._current: tuple[str, float] | None = None
-
-    def begin(self, part: str, what: str) -> None:
-        now = time.perf_counter()
-        if self._current is not None:
-            self._measured[self._current[0]] = now - self._current[1]
-        self._current = (part, now)
-        names = list(self.SECONDS)
-        left = sum(self.SECONDS[name] for name in names[names.index(part) :])
-        times = f"about {duration(left * self._speed())} left in all, {duration(now - self._started_at)} so far"
-        self._report(f"\n[{names.index(part) + 1}/{len(names)}] {what} ({times})")
-
-    def _speed(self) -> float:
-        """Return how much slower than the table this machine is, from the parts done: reused ones take no time."""
-        done = [name for name, seconds in self._measured.items() if seconds > 0.2 * self.SECONDS[name]]
-        planned = sum(self.SECONDS[name] for name in done)
-        return sum(self._measured[name] for name in done) / planned if planned else 1.0
-
-    def elapsed_s(self) -> float:
-        return time.perf_counter() - self._started_at
-
-
-def run_demo(recipe: Recipe, out: Path, place: World, report: Report, *, fresh: bool = False) -> None:
+def run_demo(
+    recipe: Recipe,
+    out: Path,
+    place: World,
+    report: Report,
+    *,
+    fresh: bool = False,
+    plan: MachinePlan | None = None,
+) -> None:
     """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there is reused.
+
+    Args:
+        recipe: of all stages.
+        out: the bundle's directory.
+        place: of this process, the only one.
+        report: told how far it is.
+        fresh: make everything anew.
+        plan: which stages are trained side by side, in child processes; None, or one without phases, for one at a
+            time, in this process.
 
     Raises:
         ValueError: there is more than one rank.
+        Interrupted, OSError: as `run_jobs`, or as the stages.
     """
     if place.size > 1:
         raise ValueError(
             f"the demonstration runs in one process, and a launcher started it in {place.size}: start it without one"
         )
-    parts = _Parts(report)
-    size = recipe.dvae.model.image_size
-    parts.begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
-    train, validation = _world_shards(out / "world", size, fresh=fresh, report=report)
+    plan = plan or MachinePlan(seconds=seconds_alone(recipe))
+    if plan.reason:
+        report(plan.reason)
+    seconds = plan.seconds
+    dvae = {name: seconds[name] for name in ("dvae-warmup", "dvae") if name in seconds}
+    one_at_a_time = [
+        [{"tokenizer": seconds["tokenizer"]}],
+        [dvae],
+        *([{n: seconds[n]}] for n in ("clip", "transformer")),
+    ]
+    phases = time_of(plan) if plan.phases else one_at_a_time
+    time_left = TimeLeft([[{"world": WORLD_S}], *phases, [{"samples": SAMPLES_S}]])
+
+    def begin(part: str, what: str) -> None:
+        report(f"\n{what} ({time_left})")
+        time_left.begin(part)
+
+    begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
+    train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, report=report)
+    time_left.end("world")
     inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
-    parts.begin("tokenizer", "training the tokenizer")
-    if fresh or not (out / "tokenizer.json").is_file():
-        train_tokenizer(recipe, inputs, report)
-    parts.begin("dvae", "training the dVAE: pictures to tokens and back")
-    train_dvae(recipe, inputs, place, report)
-    parts.begin("clip", "training CLIP, which will rank the samples")
-    train_clip(recipe, inputs, place, report)
-    parts.begin("transformer", "training the transformer on captions and image tokens")
-    train_transformer(recipe, inputs, place, report)
-    parts.begin("samples", "sampling, reranking and checking")
+    if plan.phases:
+        run_phases(recipe, inputs, plan, time_left, report)
+    else:
+        _train_here(recipe, inputs, place, report, time_left, begin)
+    begin("samples", "sampling, reranking and checking")
     _finish(out, validation, report)
-    report(f"\nthe demonstration took {duration(parts.elapsed_s())} (this time; finished parts are reused)")
+    took = duration(time_left.elapsed_s())
+    report(f"\nthe demonstration took {took} (this time; finished parts are reused)")
+
+
+def _train_here(
+    recipe: Recipe,
+    inputs: Inputs,
+    place: World,
+    report: Report,
+    time_left: TimeLeft,
+    begin: Callable[[str, str], None],
+) -> None:
+    """Train one stage after the other in this process."""
+
+    def heard(line: str) -> None:
+        time_left.hear(line)
+        report(line)
+
+    begin("tokenizer", "training the tokenizer")
+    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+        train_tokenizer(recipe, inputs, heard)
+    time_left.end("tokenizer")
+    begin("dvae", "training the dVAE: pictures to tokens and back")
+    train_dvae(recipe, inputs, place, heard)
+    time_left.end("dvae")
+    begin("clip", "training CLIP, which will rank the samples")
+    train_clip(recipe, inputs, place, heard)
+    time_left.end("clip")
+    begin("transformer", "training the transformer on captions and image tokens")
+    train_transformer(recipe, inputs, place, heard)
+    time_left.end("transformer")
 
 
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
@@ -143,13 +182,10 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
     return folder / "train", folder / "validation"
 
 
-def _drawings(
-    count: int, seed: int, size: int, report: Report
-) -> Iterator[tuple[str, bytes, str, Sequence[str], dict[str, object]]]:
-    for number, drawing in enumerate(world(count, seed, size=size, share_of_three=SHARE_OF_THREE), 1):
-        buffer = io.BytesIO()
-        drawing.image.save(buffer, "png", compress_level=1)
-        yield drawing.key, buffer.getvalue(), "png", drawing.captions, {}
+def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[DrawnSample]:
+    drawn = draw_world(count, seed, size=size, share_of_three=SHARE_OF_THREE, processes=usable_cores())
+    for number, sample in enumerate(drawn, 1):
+        yield sample
         if number % 4_000 == 0:
             report(f"drew {number:,}/{count:,}")
 

@@ -34,10 +34,13 @@ from training.dvae import DVAEStage, WarmupStage, initialise_codebook
 from training.encode import EncodeConfig, EncodeReport, encode_shards
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
+from training.machine import MachinePlan, Share
 from training.manifest import Manifest
 from training.metrics import Report
 from training.plan import flops_per_sample
 from training.recipes import Recipe
+from training.shard_index import expand_shards
+from training.side_by_side import Job, TimeLeft, run_jobs
 from training.transformer import TransformerStage
 from training.world import World, on_first_rank
 
@@ -521,8 +524,7 @@ def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, e
     Raises:
         ValueError: encode_crops is below 1; and as the stages.
     """
-    if encode_crops is not None and encode_crops < 1:
-        raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
+    _require_crops(encode_crops)
     if inputs.fresh:
         on_first_rank(lambda: forget_runs(inputs.out), world)
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
@@ -534,3 +536,134 @@ def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, e
     if inputs.validation:
         validation = inputs.open_validation(captions=True)
         on_first_rank(lambda: evaluate_bundle(inputs.out, validation, report, device=str(world.device)), world)
+
+
+def _require_crops(encode_crops: int | None) -> None:
+    if encode_crops is not None and encode_crops < 1:
+        raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+
+def train_all_side_by_side(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MachinePlan,
+    report: Report,
+    *,
+    encode_crops: int | None = None,
+    options: Sequence[str] = (),
+) -> None:
+    """Do what `train_all` does, in child processes as the plan says; the results are the same but for rounding.
+
+    Args:
+        recipe: one that has a name.
+        inputs: shards of captioned pictures.
+        plan: has phases.
+        report: told how far it is.
+        encode_crops: as for `train_all`.
+        options: of the commands of the neural stages, besides what `inputs` says.
+
+    Raises:
+        ValueError: encode_crops is below 1.
+        Interrupted, OSError: as `run_jobs`.
+    """
+    _require_crops(encode_crops)
+    if inputs.fresh:
+        forget_runs(inputs.out)
+    time_left = TimeLeft(time_of(plan))
+    run_phases(recipe, inputs, plan, time_left, report, encode_crops=encode_crops, options=options)
+    if inputs.validation:
+        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), report, device="cpu")
+
+
+def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:
+    """Return the seconds of all parts of a plan, by phase and lane; the warm-up is a part of the dVAE's lane.
+
+    Without phases, one stage comes after the other.
+    """
+
+    def lane(stage: str) -> dict[str, float]:
+        return {part: plan.seconds[part] for part in (f"{stage}-warmup", stage) if part in plan.seconds}
+
+    one_at_a_time = [["tokenizer"], ["dvae"], ["clip"], ["transformer"]]
+    phases = [[share.stage for share in shares] for shares in plan.phases] or one_at_a_time
+    return [[lane(stage) for stage in stages] for stages in phases]
+
+
+def run_phases(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MachinePlan,
+    time_left: TimeLeft,
+    report: Report,
+    *,
+    encode_crops: int | None = None,
+    options: Sequence[str] = (),
+) -> None:
+    """Train all stages in child processes; arguments and errors as those of `train_all_side_by_side`."""
+    for shares in plan.phases:
+        beside = ", beside ".join(str(share) for share in shares)
+        report(f"\n{beside} ({time_left})")
+        jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options)]
+        run_jobs(jobs, time_left, report)
+
+
+def _jobs(
+    recipe: Recipe, inputs: Inputs, share: Share, encode_crops: int | None, options: Sequence[str]
+) -> Iterator[Job]:
+    """Yield the commands of a stage; none for a tokenizer that is there."""
+
+    def job(name: str, *arguments: object) -> Job:
+        return Job(stage=name, arguments=tuple(map(str, arguments)), ranks=share.ranks, threads=share.threads)
+
+    match share.stage:
+        case "tokenizer":
+            if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+                yield job("tokenizer", "tokenizer", recipe.name, *_arguments(inputs, inputs.out, validates=False))
+        case "encode":
+            train = recipe.transformer.train
+            same: list[object] = ["--dvae", inputs.out / "dvae", "--seed", train.seed, "--workers", train.workers]
+            same += ["--max-bad-fraction", train.max_bad_fraction]
+            for name, crops, of in _to_encode(inputs, encode_crops):
+                target = inputs.out / "encoded" / name
+                yield job(f"encode {name}", "encode", *_arguments(of, target, validates=False), *same, "--crops", crops)
+        case stage:
+            images = _encoded_inputs(inputs) if stage == "transformer" and encode_crops is not None else inputs
+            yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options)
+
+
+def _to_encode(inputs: Inputs, crops: int | None) -> Iterator[tuple[str, int, Inputs]]:
+    """Yield what is encoded: its name, the random crops of each picture, and the shards."""
+    if crops is not None:
+        yield "train", crops, inputs
+        if inputs.validation:
+            data, manifest = inputs.validation, inputs.validation_manifest
+            yield "validation", 0, dataclasses.replace(inputs, data=data, manifest=manifest)
+
+
+def _encoded_inputs(inputs: Inputs) -> Inputs:
+    """Return the inputs with the image tokens that were made of their shards, as `_encoded` does."""
+    shards: dict[str, list[Path]] = {}
+    for name, _, of in _to_encode(inputs, 1):
+        targets = [inputs.out / "encoded" / name / f"{shard.stem}.tar" for shard in expand_shards(of.data)]
+        shards[name] = [target for target in targets if target.exists()]
+    return dataclasses.replace(
+        inputs, data=shards["train"], validation=shards.get("validation", ()), manifest=None, validation_manifest=None
+    )
+
+
+def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator[object]:
+    """Yield the options that say the same as inputs; `validates`: whether the command takes validation data."""
+    yield from ("--data", *inputs.data, "--out", out)
+    if inputs.manifest is not None:
+        yield from ("--manifest", inputs.manifest)
+    if validates and inputs.validation:
+        yield from ("--validation", *inputs.validation)
+        if inputs.validation_manifest is not None:
+            yield from ("--validation-manifest", inputs.validation_manifest)
+    if inputs.fresh:
+        yield "--fresh"
+    if inputs.skip_damaged_shards:
+        yield "--skip-damaged-shards"

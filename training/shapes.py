@@ -390,7 +390,7 @@ class Drawing:
 
 
 def world(
-    n: int, seed: int, *, split: Split = "trained", size: int = 64, share_of_three: float = 0.1
+    n: int, seed: int, *, split: Split = "trained", size: int = 64, share_of_three: float = 0.1, start: int = 0
 ) -> Iterator[Drawing]:
     """The first n drawings of a data set; drawing i is a function of (seed, i) and the options alone.
 
@@ -400,8 +400,9 @@ def world(
         split: which combinations, see `random_scene`.
         size: side of the pictures in pixels.
         share_of_three: share of scenes with three things.
+        start: the drawing to begin with.
     """
-    for i in range(n):
+    for i in range(start, n):
         rng = np.random.default_rng([seed, i])
         scene = random_scene(rng, split=split, share_of_three=share_of_three)
         yield Drawing(f"{split}-{seed}-{i:06d}", draw(scene, rng, size=size), captions(scene), scene)

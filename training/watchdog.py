@@ -42,6 +42,8 @@ ATTEMPT = "DALLE_TRAIN_ATTEMPT"
 """Environment variable with the number of the attempt, from 0, where a supervisor has started this process."""
 PIPE = "DALLE_TRAIN_SUPERVISOR"
 """Environment variable with the file descriptor that the supervisor listens to."""
+PARENT = "DALLE_TRAIN_PARENT"
+"""Environment variable with the number of the process that runs several stages, where it has started this one."""
 
 _ANSWER_S = 3.0
 _BEAT_S = 5.0
@@ -125,9 +127,11 @@ def _is_launcher(pid: int) -> bool:
 def launchers(pid: int) -> tuple[Process, ...]:
     """Return the processes above `pid`, from its parent to the outermost launcher; none if there is no launcher.
 
-    A supervisor (`training/supervisor.py`) counts as one. Empty where there is no /proc.
+    A supervisor (`training/supervisor.py`) counts as one, and so does what runs several stages
+    (`training/side_by_side.py`), which may be gone before anybody has looked. Empty where there is no /proc.
     """
     above: list[Process] = []
+    runs_stages = int(os.environ.get(PARENT, "0")) if pid == os.getpid() else 0
     n = 1 if ATTEMPT in os.environ and pid == os.getpid() else 0
     status = _status(pid)
     while status is not None and status.parent > 0:
@@ -135,8 +139,10 @@ def launchers(pid: int) -> tuple[Process, ...]:
         status = _status(parent)
         if status is not None:
             above.append(Process(pid=parent, started=status.started))
-            if _is_launcher(parent):
+            if parent == runs_stages or _is_launcher(parent):
                 n = len(above)
+    if runs_stages and above and runs_stages not in [process.pid for process in above]:
+        return (Process(pid=runs_stages, started=-1),)
     return tuple(above[:n])
 
 

@@ -690,7 +690,8 @@ def test_all_stages_train_with_pictures_encoded_once(
         return original(recipe, inputs, *rest)
 
     monkeypatch.setattr(training.programs, "train_transformer", record)
-    command = ["all", "tiny", "--data", shards, "--validation", shards, "--out", tmp_path, "--encode-crops"]
+    command = ["all", "tiny", "--data", shards, "--validation", shards, "--out", tmp_path]
+    command += ["--one-at-a-time", "--encode-crops"]
     assert run(*command, 0) == 1
     assert "--encode-crops must be at least 1" in capsys.readouterr().err
     assert run(*command, 2) == 0

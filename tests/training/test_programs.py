@@ -12,6 +12,7 @@ import torch
 
 import training.cli
 import training.demo
+import training.machine
 import training.programs
 import training.recipes
 from dalle.candidates import SamplingDefaults
@@ -52,7 +53,8 @@ def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
 
 @pytest.fixture(autouse=True)
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
-    """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
+    """`tiny` is a recipe, of this process alone, which keeps its process group: DeepSpeed cannot join a second."""
+    monkeypatch.setattr(training.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
     monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
 

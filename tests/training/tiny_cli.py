@@ -1,0 +1,15 @@
+"""`dalle-train` with the recipe `tiny`, for tests that start processes."""
+
+import sys
+
+import tiny
+
+import training.cli
+import training.recipes
+import training.side_by_side
+
+training.recipes.RECIPES["tiny"] = tiny.recipe
+training.side_by_side.PROGRAM = (sys.executable, __file__)
+
+if __name__ == "__main__":
+    sys.exit(training.cli.main())
