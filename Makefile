@@ -50,7 +50,6 @@ $(STAMP): pyproject.toml constraints.txt
 
 # The peers beside the virtual environment's own packages, without what they depend on: see benchmarks/peers.txt.
 $(BENCH_STAMP): $(STAMP) benchmarks/peers.txt
-	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,bench]"
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers -r benchmarks/peers.txt
 	touch $@
 

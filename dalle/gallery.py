@@ -21,7 +21,7 @@ MIN_CELL, MAX_CELL = 128, 256
 """Pixels per side of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
 MAX_PAIR_CELL = 1024
 """The same for `side_by_side`, which is looked at for detail and hence keeps larger pictures as they are."""
-MARGIN, GAP = 16, 12
+MARGIN, GAP, FRAME = 16, 12, 4
 LABEL_SIZE, HEADING_SIZE, TITLE_SIZE = 13, 17, 22
 MAX_LABEL_LINES, MAX_HEADING_LINES = 4, 3
 # Text is measured a character at a time, and of 10,000 characters only the beginning can be shown anyway.
@@ -44,15 +44,20 @@ class Section(NamedTuple):
     """The pictures, of any size."""
     labels: Sequence[str]
     """The text under each picture, one per picture; may be empty strings."""
+    marks: Sequence[str] | None = None
+    """Colours of the frame around each picture and of its label, as Pillow names them; None draws no frames."""
 
 
 def contact_sheet(
-    sections: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]], *, title: str = "", columns: int = 8
+    sections: Sequence[Section | tuple[str, Sequence[Image.Image], Sequence[str]]],
+    *,
+    title: str = "",
+    columns: int = 8,
 ) -> Image.Image:
     """Pictures in rows with a label under each; all get places of the same size.
 
     Args:
-        sections: `Section`s, or plain tuples of the same three things; each has its own heading and grid.
+        sections: `Section`s, or plain tuples of their first three things; each has its own heading and grid.
         title: drawn at the top; may be empty.
         columns: pictures per row, at most.
 
@@ -152,7 +157,7 @@ def slug(text: str, max_length: int = 60) -> str:
 
 
 def _sheet(
-    parts: Sequence[tuple[str, Sequence[Image.Image], Sequence[str]]],
+    parts: Sequence[Section | tuple[str, Sequence[Image.Image], Sequence[str]]],
     *,
     title: str,
     columns: int,
@@ -188,6 +193,10 @@ def _check_sections(sections: Sequence[Section], columns: int) -> None:
             raise ValueError(
                 f"{len(section.images)} pictures and {len(section.labels)} labels: give one label per picture"
             )
+        if section.marks is not None and len(section.marks) != len(section.images):
+            raise ValueError(
+                f"{len(section.images)} pictures and {len(section.marks)} marks: give one mark per picture"
+            )
 
 
 def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Image:
@@ -197,7 +206,7 @@ def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Ima
     label_height = max(len(lines) for lines in labels) * _line_height(LABEL_SIZE)
     row_height = cell + 4 + label_height + GAP
     n_rows = math.ceil(len(section.images) / columns)
-    top = 0
+    top = 0 if section.marks is None else FRAME
     block = Image.new("RGB", (width, n_rows * row_height), BACKGROUND)
     if section.heading:
         heading = _text_block(section.heading, width, size=HEADING_SIZE, max_lines=MAX_HEADING_LINES)
@@ -210,7 +219,11 @@ def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Ima
         left, upper = MARGIN + column * (cell + GAP), top + row * row_height
         picture = _fitted(image, cell)
         block.paste(picture, (left + (cell - picture.width) // 2, upper + (cell - picture.height) // 2))
-        _draw_lines(draw, lines, (left, upper + cell + 4), font, LABEL_SIZE, FAINT_INK)
+        mark = None if section.marks is None else section.marks[i]
+        if mark is not None:
+            frame = (left - FRAME, upper - FRAME, left + cell + FRAME - 1, upper + cell + FRAME - 1)
+            draw.rectangle(frame, outline=mark, width=FRAME)
+        _draw_lines(draw, lines, (left, upper + cell + 4), font, LABEL_SIZE, mark or FAINT_INK)
     return block
 
 

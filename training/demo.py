@@ -7,21 +7,24 @@ also for combinations never trained.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
-import numpy as np
-import torch
-from PIL import Image
-
-from dalle.gallery import contact_sheet
+from dalle.gallery import save_png
 from dalle.pipeline import Pipeline
 from dalle.progress import duration
-from dvae.images import to_image
-from rerank import score
 from training.checkpoints import replace_text
 from training.data import ShardData
+from training.demo_samples import (
+    CAPTIONS_PER_SPLIT,
+    SPLITS,
+    check_samples,
+    different_captions,
+    draw_curves,
+    samples_sheet,
+    summary,
+    table_of,
+)
 from training.drawing import DrawnSample, draw_world
 from training.evaluate import evaluate
 from training.machine import MachinePlan, seconds_alone, usable_cores
@@ -37,39 +40,17 @@ from training.programs import (
     train_transformer,
 )
 from training.recipes import Recipe
-from training.shape_checker import check
-from training.shapes import Split, caption, random_scene
+from training.shapes import WORLD_VERSION
 from training.shard_index import expand_shards
 from training.shards import write_shards
 from training.side_by_side import TimeLeft
 from training.world import World
 
 N_TRAIN, N_VALIDATION = 16_000, 256
-CANDIDATES = 16
-CAPTIONS_PER_SPLIT = 64
 WORLD_S, SAMPLES_S = 18.0, 60.0
 """Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
 SHARE_OF_THREE = 0.0
 """Three things in a row would be a tenth of the pictures, too few to learn in these minutes."""
-SPLITS: dict[Split, str] = {
-    "trained": "trained combinations",
-    "pair": "held out: colour and shape never seen together",
-    "relation": "held out: two things never seen in this relation",
-}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Score:
-    """How many samples the checker accepts, for captions of one kind; fractions."""
-
-    split: str
-    captions: int
-    best_of_1: float
-    """A sample taken without reranking: the mean over all candidates."""
-    best_of_16: float
-    """The candidate that CLIP puts first."""
-    any_of_16: float
-    """At least one candidate: what a perfect reranker would reach."""
 
 
 def run_demo(
@@ -166,7 +147,7 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
     It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it. Runs beside
     no world are not the demonstration's, and stay.
     """
-    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": 3}
+    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
     note = folder / "world.json"
     if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
         report(f"the world is in {folder}")
@@ -191,72 +172,24 @@ def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[Draw
 
 
 def _finish(out: Path, validation: Path, report: Report) -> None:
-    """Measure the bundle, check its samples, and write the sheet and the tables."""
+    """Measure the bundle, check its samples, and write the sheet, the curves and the tables."""
     pipe = Pipeline.load(out)
     evaluation = evaluate(pipe, ShardData.open(expand_shards([validation]), captions=True))
-    scores, sections = [], []
-    for split, meaning in SPLITS.items():
-        result, examples = check_samples(pipe, split, CAPTIONS_PER_SPLIT, report)
-        scores.append(result)
-        sections.extend([(f"{meaning}: {caption}", images, labels) for caption, images, labels in examples])
-    contact_sheet(sections, title="best 4 of 16 by CLIP, and what the checker says of each").save(out / "sheet.png")
-    table = table_of(scores)
-    (out / "table.txt").write_text(table + "\n\n" + evaluation.table() + "\n")
-    summary = {"samples": [dataclasses.asdict(entry) for entry in scores], "evaluation": dataclasses.asdict(evaluation)}
-    (out / "table.json").write_text(json.dumps(summary, indent=2))
+    samples, sections = [], []
+    for split in SPLITS:
+        captions = different_captions(split, CAPTIONS_PER_SPLIT, share_of_three=SHARE_OF_THREE)
+        checked, shown = check_samples(pipe, split, captions, report)
+        samples.append(checked)
+        sections += shown
+    save_png(samples_sheet(sections, pipe), out / "sheet.png")
+    draw_curves(samples, out / "curves.png")
+    table = table_of(samples)
+    replace_text(out / "table.txt", table + "\n\n" + evaluation.table() + "\n")
+    numbers = {
+        "sampling": str(pipe.defaults),
+        "samples": summary(samples),
+        "evaluation": dataclasses.asdict(evaluation),
+    }
+    replace_text(out / "table.json", json.dumps(numbers, indent=2))
     report(f"\n{table}\n\nmeasured on {evaluation.samples} pictures not trained on:\n{evaluation.table()}\n")
-    report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ntable:  {out / 'table.txt'}")
-
-
-Example = tuple[str, list[Image.Image], list[str]]
-"""A caption, its best pictures, and their labels."""
-
-
-def check_samples(pipe: Pipeline, split: Split, n_captions: int, report: Report) -> tuple[Score, list[Example]]:
-    """Sample captions of one kind, rerank, and let the checker decide.
-
-    Returns:
-        The score, and three examples: caption, the four best pictures, their labels.
-    """
-    rng = np.random.default_rng(np.random.SeedSequence((7, list(SPLITS).index(split))))
-    captions: dict[str, None] = {}
-    while len(captions) < n_captions:
-        scene = random_scene(rng, split=split, share_of_three=SHARE_OF_THREE)
-        captions.setdefault(caption(scene, rng))
-    rights: list[list[bool]] = []
-    firsts: list[bool] = []
-    examples: list[Example] = []
-    grid = pipe.dvae.config.grid
-    for start in range(0, n_captions, 16):
-        group = list(captions)[start : start + 16]
-        tokens = pipe.sample_tokens(group, CANDIDATES).tokens
-        for told, candidates in zip(group, tokens, strict=True):
-            with torch.no_grad():
-                images = pipe.dvae.decode(candidates.unflatten(1, (grid, grid)))
-            ranking = score(pipe.clip, [told], images)[0].argsort(descending=True).tolist()
-            pictures = [to_image(image) for image in images]
-            right = [check(picture, told).right for picture in pictures]
-            rights.append(right)
-            firsts.append(right[ranking[0]])
-            if len(examples) < 3:
-                best = ranking[:4]
-                examples.append((told, [pictures[k] for k in best], ["right" if right[k] else "wrong" for k in best]))
-        report(f"{SPLITS[split]}: checked {min(start + 16, n_captions)}/{n_captions} captions")
-    matrix = np.asarray(rights)
-    result = Score(
-        split=SPLITS[split],
-        captions=n_captions,
-        best_of_1=float(matrix.mean()),
-        best_of_16=float(np.mean(firsts)),
-        any_of_16=float(matrix.any(axis=1).mean()),
-    )
-    return result, examples
-
-
-def table_of(scores: Sequence[Score]) -> str:
-    """Return the scores as an aligned table."""
-    lines = [f"{'right by the checker':<52} {'captions':>8} {'best of 1':>10} {'best of 16':>11} {'any of 16':>10}"]
-    for entry in scores:
-        shares = f"{entry.best_of_1:>10.1%} {entry.best_of_16:>11.1%} {entry.any_of_16:>10.1%}"
-        lines.append(f"{entry.split:<52} {entry.captions:>8} {shares}")
-    return "\n".join(lines)
+    report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")

@@ -22,6 +22,9 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageDraw
 
+WORLD_VERSION = 4
+"""Changes with what is drawn, said or held out: what was trained on another version is not gone on with."""
+
 Relation = Literal["left of", "right of", "above", "below"]
 Split = Literal["trained", "pair", "relation"]
 
