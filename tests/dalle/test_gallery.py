@@ -148,3 +148,13 @@ def test_a_slug_needs_room_for_its_digits() -> None:
 @given(st.text(), st.integers(12, 80))
 def test_a_slug_is_never_empty_nor_too_long(text: str, max_length: int) -> None:
     assert re.fullmatch(rf"[a-z0-9][a-z0-9-]{{0,{max_length - 1}}}", slug(text, max_length))
+
+
+def test_marks_frame_the_pictures_in_their_colours_and_change_no_picture() -> None:
+    sections = [Section("a heading", [red()] * 2, ["x", "y"], ["#00ff00", "#0000ff"])]
+    sheet = contact_sheet(sections)
+    assert share_of(sheet, RED) == 2 * 128 * 128
+    for colour in ((0, 255, 0), (0, 0, 255)):
+        assert share_of(sheet, colour) >= 4 * 4 * 128
+    with pytest.raises(ValueError, match="2 pictures and 1 marks"):
+        contact_sheet([Section("", [red()] * 2, ["x", "y"], ["#00ff00"])])
