@@ -17,6 +17,7 @@ from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
+from training.wrong_captions import SOURCES, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +61,16 @@ class CLIPRecipe:
     """The two towers; `vocab_size` is taken from the captions."""
     train: TrainConfig
     """The run."""
+    hard_negatives: int = 0
+    """Wrong captions made of each picture's own, for the picture to be told from; none in the CLIP paper."""
+    wrong_captions: Source = "words"
+    """How they are made: words, of any English captions by exchanging listed words; world, of the built-in world's."""
+
+    def __post_init__(self) -> None:
+        if self.hard_negatives < 0:
+            raise ValueError(f"hard_negatives must be at least 0, got {self.hard_negatives}")
+        if self.wrong_captions not in SOURCES:
+            raise ValueError(f"wrong_captions is {self.wrong_captions!r}; expected one of {', '.join(SOURCES)}")
 
 
 @dataclass(frozen=True, kw_only=True)
