@@ -47,6 +47,7 @@ EXCHANGES: tuple[Exchange, ...] = ("things", "colours", "shapes", "sizes", "rela
 ("left of" → "above")."""
 REPLACEMENTS: tuple[Replacement, ...] = ("a colour", "a shape", "a size", "the background")
 """What becomes another of its kind."""
+KINDS: tuple[Exchange | Replacement, ...] = (*EXCHANGES, *REPLACEMENTS)
 
 _OTHER_AXIS: dict[str, Relation] = {
     "left of": "above",
@@ -54,62 +55,57 @@ _OTHER_AXIS: dict[str, Relation] = {
     "above": "left of",
     "below": "right of",
 }
-_ATTRIBUTE = {
-    "colours": "colour",
-    "shapes": "shape",
-    "sizes": "size",
-    "a colour": "colour",
-    "a shape": "shape",
-    "a size": "size",
+_ATTRIBUTES: dict[str, tuple[str, ...]] = {
+    "things": ("colour", "shape", "size"),
+    "colours": ("colour",),
+    "shapes": ("shape",),
+    "sizes": ("size",),
+    "a colour": ("colour",),
+    "a shape": ("shape",),
+    "a size": ("size",),
 }
 _WORDS = {"colour": COLOURS, "shape": OUTLINES, "size": SIZES}
 
 
 def wrong_scene(scene: Scene, kind: Exchange | Replacement, rng: np.random.Generator) -> Scene | None:
-    """Return another scene that differs by one exchange or replacement, canonical; each as likely as the others.
+    """Return another scene that differs by one exchange or replacement, canonical; all are about as likely.
 
     Returns:
         None where there is none: nothing of the kind differs, or no such scene exists in this world.
     """
     scene = scene.canonical()
-    found = {other for other in _wrong_scenes(scene, kind) if other != scene}
-    # in an order of their own: that of a set is another in every process
-    ordered = sorted(found, key=str)
-    return ordered[int(rng.integers(len(ordered)))] if ordered else None
-
-
-def _wrong_scenes(scene: Scene, kind: Exchange | Replacement) -> Iterator[Scene]:
-    """Yield all scenes, canonical, that an exchange of a kind can make; some may be the scene itself."""
     if kind == "relation":
-        yield replace(scene, relation=INVERSE[scene.relation]).canonical()
-    elif kind == "axis":
-        yield replace(scene, relation=_OTHER_AXIS[scene.relation]).canonical()
-    elif kind == "the background":
-        yield from (replace(scene, background=word) for word in BACKGROUNDS)
-    else:
-        for things in _wrong_things(scene.things, kind):
-            try:
-                yield replace(scene, things=things).canonical()
-            except ValueError:  # a large thing among three
-                continue
+        return replace(scene, relation=INVERSE[scene.relation]).canonical()
+    if kind == "axis":
+        return replace(scene, relation=_OTHER_AXIS[scene.relation]).canonical()
+    if kind == "the background":
+        others = [word for word in BACKGROUNDS if word != scene.background]
+        return replace(scene, background=others[int(rng.integers(len(others)))]) if others else None
+    changes = _changes(scene.things, kind)
+    for number in rng.permutation(len(changes)).tolist():
+        things = [replace(thing, **changes[number].get(place, {})) for place, thing in enumerate(scene.things)]
+        try:
+            other = replace(scene, things=tuple(things)).canonical()
+        except ValueError:  # a large thing among three
+            continue
+        if other != scene:
+            return other
+    return None
 
 
-def _wrong_things(things: tuple[Thing, ...], kind: Exchange | Replacement) -> Iterator[tuple[Thing, ...]]:
-    if kind in REPLACEMENTS:
-        name = _ATTRIBUTE[kind]
-        for place, thing in enumerate(things):
-            for word in _WORDS[name]:
-                yield (*things[:place], replace(thing, **{name: word}), *things[place + 1 :])
-        return
-    for i, j in combinations(range(len(things)), 2):
-        changed = list(things)
-        if kind == "things":
-            changed[i], changed[j] = things[j], things[i]
-        else:
-            name = _ATTRIBUTE[kind]
-            changed[i] = replace(things[i], **{name: getattr(things[j], name)})
-            changed[j] = replace(things[j], **{name: getattr(things[i], name)})
-        yield tuple(changed)
+def _changes(things: Sequence[Thing], kind: Exchange | Replacement) -> list[dict[int, dict[str, str]]]:
+    """Return every way of exchanging or replacing: what the things at some places are given."""
+    names = _ATTRIBUTES[kind]
+    if kind in EXCHANGES:
+        told = [{name: str(getattr(thing, name)) for name in names} for thing in things]
+        return [{i: told[j], j: told[i]} for i, j in combinations(range(len(things)), 2) if told[i] != told[j]]
+    (name,) = names
+    return [
+        {place: {name: word}}
+        for place, thing in enumerate(things)
+        for word in _WORDS[name]
+        if word != getattr(thing, name)
+    ]
 
 
 def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
@@ -147,14 +143,12 @@ def wrong_world_caption(caption: str, rng: np.random.Generator) -> str | None:
         scene = parse(caption)
     except ValueError:
         return None
-    for kind in rng.permutation(np.array(_KINDS, dtype=object)).tolist():
+    for number in rng.permutation(len(KINDS)).tolist():
+        kind = KINDS[number]
         other = wrong_scene(scene, kind, rng)
         if other is not None and held_out_reason(other) is None:
             return told_alike(" ".join(caption.lower().split()), other, kind)
     return None
-
-
-_KINDS: tuple[Exchange | Replacement, ...] = (*EXCHANGES, *REPLACEMENTS)
 
 
 # ---- other captions ---------------------------------------------------------------------------------------
