@@ -8,7 +8,6 @@ Order of the file: the protocol, captions of the built-in world, which are parse
 which words of a few lists are exchanged or replaced.
 """
 
-import operator
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
@@ -64,7 +63,7 @@ _ATTRIBUTES: dict[str, tuple[str, ...]] = {
     "a shape": ("shape",),
     "a size": ("size",),
 }
-_WORDS = {"colour": COLOURS, "shape": OUTLINES, "size": SIZES}
+_WORDS: dict[str, tuple[str, ...]] = {"colour": tuple(COLOURS), "shape": tuple(OUTLINES), "size": tuple(SIZES)}
 
 
 def wrong_scene(scene: Scene, kind: Exchange | Replacement, rng: np.random.Generator) -> Scene | None:
@@ -125,7 +124,7 @@ def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
 
     def difference(other: str) -> int:
         theirs = other.replace(f" {relation} ", " <relation> ").split()
-        return abs(len(theirs) - len(words)) + sum(map(operator.ne, words, theirs))
+        return abs(len(theirs) - len(words)) + sum(a != b for a, b in zip(words, theirs, strict=False))
 
     return min((other for other in captions(scene) if f" {relation} " in other), key=difference)
 
