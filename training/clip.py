@@ -1,6 +1,6 @@
 """Training the reranker: CLIP on pictures and captions (Radford et al. 2021, 2.3).
 
-The negatives of a pair are all others of the global batch, across ranks.
+The negatives of a pair are all others of the global batch, across ranks, and by choice wrong captions made of its own.
 """
 
 from collections.abc import Mapping
@@ -25,7 +25,11 @@ from training.wrong_captions import SOURCES
 
 
 class CLIPObjective(nn.Module):
-    """The contrastive loss as a module, so that the engine sees one forward pass."""
+    """The contrastive loss as a module, so that the engine sees one forward pass.
+
+    Deviation: by choice, each picture has wrong captions as further negatives (Yuksekgonul et al. 2023, arXiv
+    2210.01936), here of this picture alone.
+    """
 
     def __init__(self, model: CLIP) -> None:
         super().__init__()
@@ -57,7 +61,7 @@ class CLIPObjective(nn.Module):
         else:
             # one pass for all texts, because ZeRO 3 wants one pass through the model
             n_images, n_wrong = is_wrong.shape
-            texts = torch.cat([text, wrong_text.flatten(0, 1)])
+            texts = self._without_common_pads(torch.cat([text, wrong_text.flatten(0, 1)]))
             image_features, all_features, logit_scale = self.model(images, texts)
             text_features, wrong_features = all_features[:n_images], all_features[n_images:]
             cosines = torch.einsum("be,bme->bm", image_features, wrong_features.unflatten(0, (n_images, n_wrong)))
@@ -77,6 +81,12 @@ class CLIPObjective(nn.Module):
                 is_farther = (wrong[0] < cosines_BB.diagonal()[:, None]) & wrong[1]
                 metrics["hard_negatives_right"] = is_farther.sum() / wrong[1].sum().clamp(min=1)
         return loss, metrics
+
+    def _without_common_pads(self, texts: Tensor) -> Tensor:
+        """Return (N,L) ids up to the last end-of-text of any row: the text tower is causal, so no feature changes."""
+        end_id = self.model.config.vocab_size - 1
+        longest = int((texts == end_id).int().argmax(dim=1).max()) + 1
+        return texts[:, :longest]
 
 
 def _gather(features: Tensor) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import training.cli
 import training.demo
@@ -31,6 +32,7 @@ from training.programs import Inputs, train_all, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.world import join_world
+from training.wrong_captions import EXCHANGES
 
 NAMES = list(RECIPES)
 
@@ -75,7 +77,9 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
         assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
         assert [line["step"] for line in lines if line["split"] == "validation"] == [4]
     assert (bundle / "samples.png").is_file()
-    assert json.loads((bundle / "evaluation.json").read_text())["samples"] == tiny.N_SAMPLES
+    evaluation = json.loads((bundle / "evaluation.json").read_text())
+    assert evaluation["samples"] == tiny.N_SAMPLES
+    assert list(evaluation["exchanged_captions"]["fractions"]) == list(EXCHANGES)
 
 
 def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bundle: Path, shards: Path) -> None:
@@ -85,6 +89,22 @@ def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bu
     assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
     assert run("evaluate", out, "--data", shards, "--captions", 2) == 0
     assert (out / "samples.png").is_file()
+
+
+def test_captions_of_another_world_have_no_table_of_exchanged_ones(tmp_path: Path, bundle_copy: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "png")
+    data = tiny.write_tar(tmp_path / "a.tar", [("a.png", buffer.getvalue()), ("a.txt", b"a dog left of a cat")])
+    assert run("evaluate", bundle_copy, "--data", data, "--captions", 1) == 0
+    assert "exchanged_captions" not in json.loads((bundle_copy / "evaluation.json").read_text())
+
+
+def test_the_command_line_says_how_many_hard_negatives(tmp_path: Path, shards: Path) -> None:
+    command = ["clip", "tiny", "--data", shards, "--out", tmp_path, "--steps", 2, "--log-every", 1]
+    assert run(*command, "--hard-negatives", 2) == 0
+    lines = read_metrics(tmp_path / "training" / "clip" / "metrics.jsonl")
+    assert all(0 <= line["hard_negatives_right"] <= 1 for line in lines)
+    assert run(*command, "--fresh", "--hard-negatives", -1) == 1
 
 
 def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, shards: Path) -> None:

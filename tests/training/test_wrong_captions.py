@@ -180,7 +180,7 @@ def code(told: str) -> Tensor:
 
 
 class FakeCLIP(CLIP):
-    """Its features of a picture are those of the scene whose number it shows; it hears all of a caption, or no order."""
+    """Its features of a picture are those of the scene whose number it shows; it hears all of a caption, or nothing."""
 
     def __init__(self, *, hears_order: bool) -> None:
         # every word is one id, so that a caption can be had back
