@@ -65,6 +65,9 @@ class CLIPRecipe:
     """Wrong captions made of each picture's own, for the picture to be told from; none in the CLIP paper."""
     wrong_captions: Source = "words"
     """How they are made: words, of any English captions by exchanging listed words; world, of the built-in world's."""
+    position_scale: float = 1.0
+    """Factor of the image tower's initial position embeddings. As published, 1, they are small beside those of large
+    patches, and a short run learns late where things are."""
 
     def __post_init__(self) -> None:
         if self.hard_negatives < 0:
@@ -200,6 +203,7 @@ def _demo_clip() -> CLIPRecipe:
         ),
         hard_negatives=3,
         wrong_captions="world",
+        position_scale=8.0,
     )
 
 
