@@ -341,7 +341,7 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
 def test_position_embeddings_begin_as_large_as_the_recipe_says(tmp_path: Path, shards: Path) -> None:
     made = []
     for scale in (1.0, 8.0):
-        chosen = tiny.recipe(steps=1, learning_rate=WarmupCosine(peak=1e-9, warmup=1, steps=1))
+        chosen = tiny.recipe(steps=2, learning_rate=WarmupCosine(peak=1e-9, warmup=1, steps=2))
         chosen = dataclasses.replace(chosen, clip=dataclasses.replace(chosen.clip, position_scale=scale))
         out = tmp_path / str(scale)
         train_clip(chosen, Inputs(data=[shards], out=out), join_world(), lambda line: None)
