@@ -192,7 +192,7 @@ def _demo_clip() -> CLIPRecipe:
     Patches of a quarter of the side, fewer text layers and half the pictures in a step than in `_cpu_clip` pay for
     twice the steps.
     """
-    base = _cpu_clip(48, 12, 26, steps=1000)
+    base = _cpu_clip(48, 6, 26, steps=500)
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, text_layers=2),
