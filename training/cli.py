@@ -243,6 +243,11 @@ class TransformerCommand(_Stage):
 class CLIPCommand(_Stage):
     """Train CLIP, the reranker; its negatives are the whole batch across ranks."""
 
+    hard_negatives: int | None = None
+    """Wrong captions per picture, made of its own by exchanging or replacing words, as additional negatives: what is
+    left of what, and which thing has which colour, is hardly learned without. 0 for none; 3 more than double the text
+    tower's work."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class AllCommand(_Data, _Watched):
@@ -619,6 +624,8 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 train_transformer(changed, inputs, world, report, tokenizer=command.tokenizer, dvae=command.dvae)
         case CLIPCommand():
             clip = dataclasses.replace(chosen.clip, train=command.override(chosen.clip.train))
+            if command.hard_negatives is not None:
+                clip = dataclasses.replace(clip, hard_negatives=command.hard_negatives)
             with _world(command.timeout) as (world, report):
                 train_clip(dataclasses.replace(chosen, clip=clip), inputs, world, report)
         case AllCommand():

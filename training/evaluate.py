@@ -28,6 +28,7 @@ from dvae.metrics import code_usage, psnr, ssim
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
 from training.data import ShardData
+from training.exchanged_captions import exchanged_captions_table, is_of_the_world
 from training.metrics import Report
 
 logger = logging.getLogger(__name__)
@@ -65,6 +66,8 @@ class Evaluation:
     """How often CLIP puts the right one of `retrieval_size` captions first."""
     retrieval_size: int
     """Captions to choose from."""
+    is_of_the_world: bool
+    """Whether all captions are of the built-in world."""
 
     def table(self) -> str:
         """Return the measurements as aligned lines."""
@@ -144,6 +147,7 @@ def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evalua
         captions_cut=sum(part.n_cut for part in parts),
         retrieval=retrieval,
         retrieval_size=retrieval_size,
+        is_of_the_world=is_of_the_world(captions),
     )
 
 
@@ -231,6 +235,8 @@ def evaluate_bundle(
 ) -> Evaluation:
     """Measure a bundle and write evaluation.json and samples.png into it.
 
+    Where all captions are of the built-in world, the table of exchanged captions is measured too.
+
     Raises:
         FileNotFoundError: a part of the bundle is missing.
         ValueError: the parts do not fit one another, no picture could be read, or n_captions is below 1.
@@ -239,8 +245,13 @@ def evaluate_bundle(
         raise ValueError(f"--captions must be at least 1, got {n_captions}")
     pipe = Pipeline.load(bundle, device=device)
     evaluation = evaluate(pipe, data)
-    (bundle / "evaluation.json").write_text(json.dumps(dataclasses.asdict(evaluation), indent=2))
+    measured: dict[str, object] = dataclasses.asdict(evaluation)
     report(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
+    if evaluation.is_of_the_world:
+        exchanged = exchanged_captions_table(pipe.clip)
+        measured["exchanged_captions"] = dataclasses.asdict(exchanged)
+        report(exchanged.table())
+    (bundle / "evaluation.json").write_text(json.dumps(measured, indent=2))
     sample_sheet(pipe, distinct_captions(data, n_captions), bundle / "samples.png", report)
     report(f"wrote {bundle / 'evaluation.json'} and {bundle / 'samples.png'}")
     return evaluation

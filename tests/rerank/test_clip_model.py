@@ -214,6 +214,48 @@ def test_the_loss_equals_a_sum_over_pairs_written_by_hand():
     assert contrastive_loss(image, text, torch.tensor(scale)).item() == pytest.approx(total / 10, rel=1e-5)
 
 
+def unit(*shape, seed):
+    return nn.functional.normalize(rand(*shape, seed=seed) - 0.5, dim=-1)
+
+
+def test_wrong_captions_of_an_image_are_more_to_choose_from_for_it_alone():
+    image, text, wrong = unit(5, 8, seed=1), unit(5, 8, seed=2), unit(5, 3, 8, seed=3)
+    is_wrong = torch.tensor([[1, 1, 1], [0, 1, 0], [0, 0, 0], [1, 0, 1], [0, 0, 1]]).bool()
+    scale, total = 7.0, 0.0
+    for i in range(5):
+        own = math.exp(scale * float(image[i] @ text[i]))
+        texts = sum(math.exp(scale * float(image[i] @ text[j])) for j in range(5))
+        texts += sum(math.exp(scale * float(image[i] @ wrong[i, m])) for m in range(3) if is_wrong[i, m])
+        images = sum(math.exp(scale * float(image[j] @ text[i])) for j in range(5))
+        total -= math.log(own / texts) + math.log(own / images)
+    cosines = torch.einsum("be,bme->bm", image, wrong)
+    loss = contrastive_loss(image, text, torch.tensor(scale), cosines, is_wrong)
+    assert loss.item() == pytest.approx(total / 10, rel=1e-5)
+
+
+def test_wrong_captions_that_are_masked_change_neither_loss_nor_gradient():
+    gradients = []
+    for is_given in (False, True):
+        image = unit(4, 8, seed=1).requires_grad_()
+        scale = torch.tensor(7.0, requires_grad=True)
+        wrong = unit(4, 2, 8, seed=3).requires_grad_()
+        cosines = torch.einsum("be,bme->bm", image, wrong)
+        more = (cosines, torch.zeros(4, 2, dtype=torch.bool)) if is_given else ()
+        loss = contrastive_loss(image, unit(4, 8, seed=2), scale, *more)
+        loss.backward()
+        gradients.append((loss.detach(), image.grad, scale.grad))
+        assert wrong.grad is None or not wrong.grad.any()
+    for without, masked in zip(*gradients, strict=True):
+        torch.testing.assert_close(masked, without)
+
+
+def test_wrong_captions_without_their_mask_are_refused():
+    image, text, scale = rand(4, 8, seed=1), rand(4, 8, seed=2), torch.tensor(1.0)
+    for is_wrong in (None, torch.ones(4, 3, dtype=torch.bool), torch.ones(3, 2, dtype=torch.bool)):
+        with pytest.raises(ValueError, match="need an is_wrong of the same shape"):
+            contrastive_loss(image, text, scale, torch.zeros(4, 2), is_wrong)
+
+
 def test_the_loss_is_ln_b_when_all_features_are_equal_and_symmetric_in_the_two_sides():
     same = torch.ones(6, 4) / 2
     assert contrastive_loss(same, same, torch.tensor(50.0)).item() == pytest.approx(math.log(6))

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import tiny
 import torch
+from PIL import Image
 
 import training.cli
 import training.demo
@@ -29,10 +30,11 @@ from training.evaluate import distinct_captions, evaluate
 from training.fit import Interrupted
 from training.metrics import MetricLog, read_metrics
 from training.plan import flops_per_sample, plan, state_bytes
-from training.programs import Inputs, train_all, train_dvae
+from training.programs import Inputs, train_all, train_clip, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.world import join_world
+from training.wrong_captions import EXCHANGES
 
 NAMES = list(RECIPES)
 
@@ -79,7 +81,9 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
         assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
         assert [line["step"] for line in lines if line["split"] == "validation"] == [4]
     assert (bundle / "samples.png").is_file()
-    assert json.loads((bundle / "evaluation.json").read_text())["samples"] == tiny.N_SAMPLES
+    evaluation = json.loads((bundle / "evaluation.json").read_text())
+    assert evaluation["samples"] == tiny.N_SAMPLES
+    assert list(evaluation["exchanged_captions"]["fractions"]) == list(EXCHANGES)
 
 
 def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bundle: Path, shards: Path) -> None:
@@ -89,6 +93,22 @@ def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bu
     assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
     assert run("evaluate", out, "--data", shards, "--captions", 2) == 0
     assert (out / "samples.png").is_file()
+
+
+def test_captions_of_another_world_have_no_table_of_exchanged_ones(tmp_path: Path, bundle_copy: Path) -> None:
+    buffer = io.BytesIO()
+    Image.new("RGB", (32, 32)).save(buffer, "png")
+    data = tiny.write_tar(tmp_path / "a.tar", [("a.png", buffer.getvalue()), ("a.txt", b"a dog left of a cat")])
+    assert run("evaluate", bundle_copy, "--data", data, "--captions", 1) == 0
+    assert "exchanged_captions" not in json.loads((bundle_copy / "evaluation.json").read_text())
+
+
+def test_the_command_line_says_how_many_hard_negatives(tmp_path: Path, shards: Path) -> None:
+    command = ["clip", "tiny", "--data", shards, "--out", tmp_path, "--steps", 2, "--log-every", 1]
+    assert run(*command, "--hard-negatives", 2) == 0
+    lines = read_metrics(tmp_path / "training" / "clip" / "metrics.jsonl")
+    assert all(0 <= line["hard_negatives_right"] <= 1 for line in lines)
+    assert run(*command, "--fresh", "--hard-negatives", -1) == 1
 
 
 def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, shards: Path) -> None:
@@ -320,6 +340,27 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
     before, after = DVAE.load(bundle / "dvae").state_dict(), DVAE.load(tmp_path / "dvae").state_dict()
     distances = [float(((before[name] - after[name]) / (1 + before[name].abs())).abs().max()) for name in before]
     assert 0 < max(distances) < 0.01
+
+
+def test_position_embeddings_begin_as_large_as_the_recipe_says(tmp_path: Path, shards: Path) -> None:
+    made = []
+    for scale in (1.0, 8.0):
+        chosen = tiny.recipe(steps=2, learning_rate=WarmupCosine(peak=1e-9, warmup=1, steps=2))
+        chosen = dataclasses.replace(chosen, clip=dataclasses.replace(chosen.clip, position_scale=scale))
+        out = tmp_path / str(scale)
+        train_clip(chosen, Inputs(data=[shards], out=out), join_world(), lambda line: None)
+        made.append(CLIP.load(out / "clip"))
+    positions, scaled = (clip.vision.position_embedding for clip in made)
+    torch.testing.assert_close(scaled, 8 * positions, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(made[0].text.position_embedding, made[1].text.position_embedding)
+
+
+def test_the_demonstration_has_hard_negatives_and_other_recipes_do_not() -> None:
+    assert recipe("demo").clip.hard_negatives > 0
+    assert recipe("demo").clip.wrong_captions == "world"
+    for name in set(NAMES) - {"demo", "1m"}:  # 1m is the demonstration's, but for the transformer
+        assert recipe(name).clip.hard_negatives == 0
+        assert recipe(name).clip.position_scale == 1.0
 
 
 def test_a_changed_vocabulary_of_clip_is_not_trained_on_silently(

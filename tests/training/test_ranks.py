@@ -99,10 +99,20 @@ def clip_batch() -> dict[str, torch.Tensor]:
     return {"images": torch.rand(8, 3, 16, 16, generator=generator), "text": text, "n_cut": torch.zeros(8)}
 
 
-def clip_gradients(world: World) -> tuple[float, float, dict[str, list[float]]]:
+def hard_batch() -> dict[str, torch.Tensor]:
+    """The same with two wrong captions for each picture, some of which are missing."""
+    generator = torch.Generator().manual_seed(2)
+    wrong_text = torch.randint(1, 298, (8, 2, 24), generator=generator)
+    wrong_text[..., -1] = 299
+    return {**clip_batch(), "wrong_text": wrong_text, "is_wrong": torch.rand(8, 2, generator=generator) < 0.7}
+
+
+def clip_gradients(
+    world: World, batch: Callable[[], dict[str, torch.Tensor]]
+) -> tuple[float, float, dict[str, list[float]]]:
     objective = clip_objective()
     own = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
-    loss, metrics = objective(**{name: tensor[own] for name, tensor in clip_batch().items()})
+    loss, metrics = objective(**{name: tensor[own] for name, tensor in batch().items()})
     loss.backward()
     gradients = {}
     for name, parameter in objective.named_parameters():
@@ -113,9 +123,12 @@ def clip_gradients(world: World) -> tuple[float, float, dict[str, list[float]]]:
     return loss.item(), metrics["accuracy"].item(), gradients
 
 
-def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch_with_its_gradient(tmp_path: Path) -> None:
-    loss, accuracy, gradients = clip_gradients(join_world())
-    for other_loss, other_accuracy, other in on_ranks(tmp_path, clip_gradients):
+@pytest.mark.parametrize("batch", [clip_batch, hard_batch])
+def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch_with_its_gradient(
+    tmp_path: Path, batch: Callable[[], dict[str, torch.Tensor]]
+) -> None:
+    loss, accuracy, gradients = clip_gradients(join_world(), batch)
+    for other_loss, other_accuracy, other in on_ranks(tmp_path, clip_gradients, batch):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_accuracy == accuracy
         for name, gradient in gradients.items():

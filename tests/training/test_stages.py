@@ -35,8 +35,10 @@ from training.fit import RunPlan, fit
 from training.metrics import read_metrics
 from training.recipes import DVAERecipe, TransformerRecipe
 from training.schedules import Cosine, WarmupCosine
+from training.shapes import parse
 from training.transformer import TransformerStage
 from training.world import join_world
+from training.wrong_captions import Source
 
 
 @pytest.fixture
@@ -388,6 +390,59 @@ def test_clip_counts_captions_that_are_too_long(tmp_path: Path, sample: Sample) 
     tensors = stage.transform(sample, np.random.default_rng(0))
     assert tensors["n_cut"].item() == 1
     assert tensors["text"].shape == (8,)
+
+
+def clip_stage(folder: Path, data: ShardData, hard_negatives: int, source: Source = "world") -> CLIPStage:
+    recipe = dataclasses.replace(tiny.recipe().clip, hard_negatives=hard_negatives, wrong_captions=source)
+    tokenizer = CLIPTokenizer.train([told for index in range(len(data)) for told in data.captions(index)], 400)
+    config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size, context_length=64)
+    torch.manual_seed(0)
+    return CLIPStage(recipe, CLIP(config, tokenizer), tokenizer, folder / "clip", {})
+
+
+def test_hard_negatives_are_wrong_captions_of_the_same_picture(tmp_path: Path, data: ShardData, sample: Sample) -> None:
+    stage = clip_stage(tmp_path, data, 3)
+    for seed in range(5):
+        tensors, again = (stage.transform(sample, np.random.default_rng(seed)) for _ in range(2))
+        assert all(torch.equal(tensor, again[name]) for name, tensor in tensors.items())
+        assert tensors["wrong_text"].shape == (3, 64)
+        assert tensors["is_wrong"].tolist() == [True] * 3
+        right = parse(stage._tokenizer.decode(tensors["text"].tolist()))
+        assert all(parse(stage._tokenizer.decode(row.tolist())) != right for row in tensors["wrong_text"])
+
+
+def test_without_hard_negatives_a_batch_is_what_it_was(tmp_path: Path, data: ShardData, sample: Sample) -> None:
+    without, having = (
+        clip_stage(tmp_path, data, count).transform(sample, np.random.default_rng(4)) for count in (0, 2)
+    )
+    assert set(without) == {"images", "text", "n_cut"}
+    assert all(torch.equal(tensor, having[name]) for name, tensor in without.items())
+
+
+def test_pictures_without_wrong_captions_have_the_loss_of_no_hard_negatives(
+    tmp_path: Path, data: ShardData, sample: Sample
+) -> None:
+    loose = dataclasses.replace(sample, captions=["a dog"])
+    losses = []
+    for count in (0, 2):
+        stage = clip_stage(tmp_path, data, count)
+        tensors = [stage.transform(loose, np.random.default_rng(seed)) for seed in range(4)]
+        batch = {name: torch.stack([sample[name] for sample in tensors]) for name in tensors[0]}
+        loss, metrics = stage.objective(**batch)
+        losses.append(loss)
+    assert metrics["hard_negatives_right"] == 0
+    torch.testing.assert_close(losses[1], losses[0])
+
+
+@pytest.mark.slow
+def test_clip_learns_the_order_of_two_things_from_hard_negatives(tmp_path: Path, data: ShardData) -> None:
+    train = tiny.train_config(steps=150, global_batch=12, log_every=50)
+    train = dataclasses.replace(train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=150))
+    stage = clip_stage(tmp_path, data, 3)
+    fit(stage, train, join_world(), data, data, plan(tmp_path), lambda line: None)
+    right = metric(tmp_path, "hard_negatives_right")
+    assert right[-1] > right[0] + 0.05
+    assert right[-1] > 0.6
 
 
 def test_clip_refuses_gradient_accumulation() -> None:
