@@ -27,6 +27,7 @@ from training.demo_samples import (
 )
 from training.drawing import DrawnSample, draw_world
 from training.evaluate import evaluate
+from training.exchanged_captions import exchanged_captions_table
 from training.machine import MachinePlan, seconds_alone, usable_cores
 from training.metrics import Report
 from training.programs import (
@@ -183,13 +184,15 @@ def _finish(out: Path, validation: Path, report: Report) -> None:
         sections += shown
     save_png(samples_sheet(sections, pipe), out / "sheet.png")
     draw_curves(samples, out / "curves.png")
-    table = table_of(samples)
-    replace_text(out / "table.txt", table + "\n\n" + evaluation.table() + "\n")
+    exchanged = exchanged_captions_table(pipe.clip)
+    table = f"{table_of(samples)}\n\n{exchanged.table()}\n\nmeasured on {evaluation.samples} pictures not trained on:\n"
+    table += evaluation.table()
+    replace_text(out / "table.txt", table + "\n")
     numbers = {
         "sampling": str(pipe.defaults),
         "samples": summary(samples),
         "evaluation": dataclasses.asdict(evaluation),
     }
     replace_text(out / "table.json", json.dumps(numbers, indent=2))
-    report(f"\n{table}\n\nmeasured on {evaluation.samples} pictures not trained on:\n{evaluation.table()}\n")
+    report(f"\n{table}\n")
     report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")
