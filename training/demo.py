@@ -143,17 +143,25 @@ def _train_here(
 
 
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
-    """Draw the world into shards, unless they are there; what was trained on an earlier world is then forgotten.
+    """Draw the world into shards, unless they are there. Drawn afresh, all that was trained on them is forgotten.
 
     It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it. Runs beside
     no world are not the demonstration's, and stay.
+
+    Raises:
+        ValueError: another world is there, as of an earlier version of this program.
     """
     made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
     note = folder / "world.json"
     if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
         report(f"the world is in {folder}")
         return folder / "train", folder / "validation"
-    if fresh or note.is_file():
+    if note.is_file() and not fresh:
+        raise ValueError(
+            f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
+            f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
+        )
+    if fresh:
         forget_runs(folder.parent)
         (folder.parent / "tokenizer.json").unlink(missing_ok=True)
         note.unlink(missing_ok=True)
@@ -191,6 +199,7 @@ def _finish(out: Path, validation: Path, report: Report) -> None:
     numbers = {
         "sampling": str(pipe.defaults),
         "samples": summary(samples),
+        "exchanged_captions": dataclasses.asdict(exchanged),
         "evaluation": dataclasses.asdict(evaluation),
     }
     replace_text(out / "table.json", json.dumps(numbers, indent=2))

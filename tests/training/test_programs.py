@@ -248,7 +248,7 @@ def test_a_named_tokenizer_and_dvae_become_part_of_the_bundle(
     assert Pipeline.load(out).hashes == Pipeline.load(bundle).hashes
 
 
-def test_a_world_drawn_anew_makes_the_demonstration_forget_what_it_was_trained_on(
+def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
@@ -267,12 +267,19 @@ def test_a_world_drawn_anew_makes_the_demonstration_forget_what_it_was_trained_o
     for stage in ("dvae", "clip", "transformer"):
         monkeypatch.setattr(training.demo, f"train_{stage}", record(stage))
     monkeypatch.setattr(training.demo, "_finish", lambda *_: None)
-    for n, expected in ((8, ["dvae", "clip", "transformer"]), (8, []), (9, ["dvae", "clip", "transformer"])):
+    all_stages = ["dvae", "clip", "transformer"]
+    for n, fresh, expected in ((8, False, all_stages), (8, False, []), (9, False, None), (9, True, all_stages)):
         monkeypatch.setattr(training.demo, "N_TRAIN", n)
         trained.clear()
         tokenizer = tmp_path / "tokenizer.json"
         before = tokenizer.stat().st_mtime_ns if tokenizer.exists() else None
-        run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None)
+        if expected is None:
+            with pytest.raises(ValueError, match=r"demonstration of another world .* or --fresh to replace it"):
+                run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None)
+            assert tokenizer.stat().st_mtime_ns == before
+            assert latest_tag(tmp_path / "training" / "clip" / "checkpoints") == "step00000001"
+            continue
+        run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None, fresh=fresh)
         assert trained == expected
         assert (tokenizer.stat().st_mtime_ns != before) == bool(expected)
 
