@@ -24,8 +24,8 @@ class OptimizerConfig:
     """AdamW, or Muon beside it. The defaults are the transformer's of the paper (B.2)."""
 
     kind: OptimizerKind = "adamw"
-    """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (transformer, CLIP), with
-    the same learning rate, weight decay and clipping, and everything else by AdamW. See training/muon.py."""
+    """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (transformer, CLIP),
+    with the same learning rate, weight decay and clipping, and everything else by AdamW. See training/muon.py."""
     betas: tuple[float, float] = (0.9, 0.96)
     """Decay of AdamW's running mean and variance."""
     momentum: float = 0.95

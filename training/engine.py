@@ -372,8 +372,9 @@ class Engine:
         saved_by, optimizer = note.get("optimizer", "adamw"), self.config.optimizer.kind  # once there was only AdamW
         if saved_by != optimizer:
             raise ValueError(
-                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered of "
-                f"the gradients is no use to the other. Go on with --optimizer {saved_by}, or start afresh with --fresh"
+                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered "
+                f"of the gradients is no use to the other. Go on with --optimizer {saved_by}, or start afresh with "
+                "--fresh"
             )
         saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)

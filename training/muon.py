@@ -10,7 +10,8 @@ element by element, and stay on the pieces. The update is put together on one ra
 would round it to anyhow; that rank orthogonalises it, and sends it to all. So every matrix is orthogonalised once in a
 step, whatever the number of ranks, and a rank holds two whole matrices at a time, not a model.
 
-DeepSpeed 0.19.8 is pinned: `matrices_of` reads how it lays out the pieces. Its own Muon is not used, see docs/design.md.
+DeepSpeed 0.19.8 is pinned; `matrices_of` reads how it lays out the pieces. Why its own Muon is not
+used says docs/design.md.
 """
 
 import math
@@ -29,7 +30,7 @@ RMS_OF_ADAMW = 0.2
 """Of AdamW's updates, about, in units of the learning rate (Liu et al. 2025, section 2.2)."""
 
 
-def block_matrices(model: nn.Module) -> list[nn.Parameter]:
+def block_matrices(model: nn.Module) -> list[Tensor]:
     """Return the weights of the linear layers within the model's blocks, its module lists called `blocks`.
 
     Of the transformer and of CLIP's towers: attention and MLP, without embeddings, heads and projections, which are not
@@ -100,7 +101,7 @@ class MuonAdamW(torch.optim.Optimizer):
     def __init__(
         self,
         adamw: torch.optim.AdamW,
-        matrices: Iterable[nn.Parameter],
+        matrices: Iterable[Tensor],
         *,
         momentum: float,
         learning_rate: float,

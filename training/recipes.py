@@ -50,6 +50,13 @@ class TransformerRecipe:
     """Probability of leaving out a merge, in training only."""
     null_caption_probability: float = 0.0
     """Fraction of captions replaced by the empty one, which guidance needs; off in the paper."""
+    init_scale: float = 1.0
+    """Factor of the standard deviations of the first weights, see `DALLE.initialise`; 1 as in the Sparse Transformer.
+    Measured: with AdamW as with Muon, 8 lowers the loss of the demonstration's transformer."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale must be a number above 0, got {self.init_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -145,7 +145,8 @@ def test_more_is_kept_with_more_samples_and_less_with_checkpointing() -> None:
 
 
 def test_every_stage_shares_more() -> None:
-    large = Sizes(total=2_000_000_000, largest=20_000_000, persistent=1_000_000)
+    sizes = {"matrices": 1_900_000_000, "largest_matrix": 16_000_000}
+    large = Sizes(total=2_000_000_000, largest=20_000_000, persistent=1_000_000, **sizes)
     run = run_of(Mode(zero_stage=1, precision="fp32"), gpus=64, sizes=large)
     peaks = [
         training_peak(dataclasses.replace(run, mode=Mode(zero_stage=stage, precision="fp32")))[1].total
