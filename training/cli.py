@@ -122,6 +122,9 @@ class _Stage(_Data, _Watched):
     """DeepSpeed ZeRO stage, 0 to 3."""
     offload: Offload | None = None
     """What is kept and updated in the CPU's memory: none, optimizer (ZeRO 1, 2 or 3) or parameters (too; ZeRO 3)."""
+    optimizer: OptimizerKind | None = None
+    """adamw, or muon (transformer and CLIP): Muon for the matrices of the layers and AdamW for everything else, with
+    the same learning rate and weight decay. Not the paper's. A run goes on with the one that it began with."""
     gradient_clipping: float | None = None
     """Largest global gradient norm; 0 for none."""
     variance_clip: float | None = None
@@ -183,7 +186,7 @@ class _Stage(_Data, _Watched):
         names -= {"learning_rate", "optimizer"}  # a number and a kind here, a schedule and all settings there
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         in_optimizer = {name: getattr(self, name) for name in ("gradient_clipping", "variance_clip")}
-        in_optimizer["kind"] = getattr(self, "optimizer", None)  # of the stages that leave a choice
+        in_optimizer["kind"] = self.optimizer
         in_optimizer = {name: value for name, value in in_optimizer.items() if value is not None}
         given["optimizer"] = dataclasses.replace(config.optimizer, **in_optimizer)
         changed = dataclasses.replace(config, **given, said=tuple(sorted({*given, *in_optimizer} - {"optimizer"})))
@@ -226,9 +229,6 @@ class TransformerCommand(_Stage):
     """tokenizer.json to use, copied into OUT, which may hold no other; OUT/tokenizer.json if not given."""
     dvae: Path | None = None
     """dVAE directory to use, copied into OUT, which may hold no other; OUT/dvae if not given."""
-    optimizer: OptimizerKind | None = None
-    """adamw, or muon: Muon for the matrices of the layers and AdamW for everything else, with the same learning rate
-    and weight decay. Not the paper's."""
     init_scale: float | None = None
     """Factor of the standard deviations of the first weights; 1 for the paper's. Not used when a run goes on."""
     activation_checkpointing: bool | None = None
@@ -246,10 +246,6 @@ class TransformerCommand(_Stage):
 @dataclass(frozen=True, kw_only=True)
 class CLIPCommand(_Stage):
     """Train CLIP, the reranker; its negatives are the whole batch across ranks."""
-
-    optimizer: OptimizerKind | None = None
-    """adamw, or muon: Muon for the matrices of both towers' layers and AdamW for everything else, with the same
-    learning rate and weight decay."""
 
 
 @dataclass(frozen=True, kw_only=True)

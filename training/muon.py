@@ -48,8 +48,8 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     ]
     if not found:
         raise ValueError(
-            f"optimizer muon is for the matrices of transformer blocks, and {type(model).__name__} has none: it trains "
-            "the transformer and CLIP; use optimizer adamw"
+            f"optimizer muon is for the matrices of transformer blocks, and {type(model).__name__} has none: "
+            "--optimizer muon goes with the transformer and with CLIP, use adamw here"
         )
     return found
 
