@@ -111,10 +111,10 @@ CASES: dict[str, Case] = {
     "bf16, ZeRO 2, 2 ranks": Case(config=_shape(), micro_batch=2, precision="bf16", zero_stage=2, ranks=2),
     "fp32, ZeRO 3, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=3, ranks=2),
     "Muon, fp32, ZeRO 0": Case(config=_shape(), micro_batch=1, optimizer="muon"),
-    "Muon, fp32, ZeRO 1": Case(config=_shape(), micro_batch=1, zero_stage=1, optimizer="muon"),
-    "Muon, bf16, ZeRO 1": Case(config=_shape(), micro_batch=1, precision="bf16", zero_stage=1, optimizer="muon"),
-    "Muon, fp32, ZeRO 2, 2 ranks": Case(config=_shape(), micro_batch=1, zero_stage=2, ranks=2, optimizer="muon"),
-    "Muon, fp32, ZeRO 3, 2 ranks": Case(config=_shape(), micro_batch=1, zero_stage=3, ranks=2, optimizer="muon"),
+    "Muon, fp32, ZeRO 1": Case(config=_shape(), micro_batch=4, zero_stage=1, optimizer="muon"),
+    "Muon, bf16, ZeRO 1": Case(config=_shape(), micro_batch=4, precision="bf16", zero_stage=1, optimizer="muon"),
+    "Muon, fp32, ZeRO 2, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=2, ranks=2, optimizer="muon"),
+    "Muon, fp32, ZeRO 3, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=3, ranks=2, optimizer="muon"),
 }
 
 

@@ -22,7 +22,7 @@ from dalle.model import DALLE, DALLEConfig
 from training.activations import FLOAT, Activations, Device, activations, block_bytes, widths
 from training.config import Offload, OptimizerKind, Precision, TrainConfig
 from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config
-from training.muon import block_matrices
+from training.muon import DTYPES, block_matrices
 
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
@@ -457,13 +457,14 @@ def _reduction(run: Run, acts: Activations) -> Memory:
 def _update(run: Run) -> Memory:
     """Return the moment of the optimizer's step: a partition of gradients is flattened, in float32.
 
-    Muon puts matrices together in bfloat16, one at a time, of float32 gradients and momentum; at stage 0 it copies the
-    gradient, too, to leave out a step that is not finite.
+    Muon puts one matrix together at a time, of float32 gradients and momentum, and then iterates: two products of its
+    size and one as small, beside it. At stage 0 it copies the gradient first, to leave out a step that is not finite.
     """
     n, stage = run.sizes.total, run.mode.zero_stage
     gathers_on_host = float(FLOAT * n) if stage == 3 or run.mode.is_half else 0.0
-    copies = 2 * FLOAT if stage == 0 else FLOAT
-    working = float((copies + 2) * run.sizes.largest_matrix) if run.optimizer == "muon" else 0.0
+    whole = DTYPES[run.device].itemsize
+    bytes_each = max(whole + (2 * FLOAT if stage == 0 else FLOAT), 3.75 * whole)
+    working = bytes_each * run.sizes.largest_matrix if run.optimizer == "muon" else 0.0
     if stage == 0 or run.mode.has_whole_gradients:
         return Memory(gradients=_whole_gradients(run), working=working, host=gathers_on_host)
     own = _own_gradients(run)

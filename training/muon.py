@@ -1,14 +1,15 @@
 """Muon for the matrices of the blocks, AdamW for everything else: one optimizer at every ZeRO stage.
 
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and
-replaces it by the nearest orthogonal matrix, about, in five Newton-Schulz iterations in bfloat16. Its update is scaled
-to the RMS of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), so that both share one learning
-rate and one weight decay. The arithmetic is that of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
+replaces it by the nearest orthogonal matrix, about, in five Newton-Schulz iterations. Its update is scaled to the RMS
+of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), so that both share one learning rate and
+one weight decay. The arithmetic is that of `torch.optim.Muon(adjust_lr_fn="match_rms_adamw")`.
 
 ZeRO hands a rank pieces of matrices, cut wherever the equal parts of a flat buffer end. Momentum and weight decay are
-element by element, and stay on the pieces. The update is put together on one rank, in bfloat16, which the iterations
-would round it to anyhow; that rank orthogonalises it, and sends it to all. So every matrix is orthogonalised once in a
-step, whatever the number of ranks, and a rank holds two whole matrices at a time, not a model.
+element by element, and stay on the pieces. The update is put together on one rank, which orthogonalises it, and sends
+it to all. So every matrix is orthogonalised once in a step, whatever the number of ranks, and a rank holds two whole
+matrices at a time, not a model. On a GPU all that is in bfloat16, as torch's iterations are. On a CPU it is in float32:
+torch's bfloat16 products take there, without instructions for them, 20 to 60 times as long.
 
 DeepSpeed 0.19.8 is pinned; `matrices_of` reads how it lays out the pieces. Why its own Muon is not
 used says docs/design.md.
@@ -28,6 +29,9 @@ from training.world import World
 
 RMS_OF_ADAMW = 0.2
 """Of AdamW's updates, about, in units of the learning rate (Liu et al. 2025, section 2.2)."""
+
+DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
+"""Of a whole matrix, by the device it is orthogonalised on."""
 
 
 def block_matrices(model: nn.Module) -> list[Tensor]:
@@ -167,7 +171,7 @@ class MuonAdamW(torch.optim.Optimizer):
         for owner, (weight, matrix) in enumerate(wave):
             whole = self._put_together(weight, matrix, group["momentum"], owner)
             if whole is not None:
-                own = _orthogonal(whole)
+                own = orthogonal(whole)
         for owner, (weight, matrix) in enumerate(wave):
             update = own if owner == self._world.rank else _empty(matrix, self._world)
             if self._world.size > 1:
@@ -212,17 +216,25 @@ class MuonAdamW(torch.optim.Optimizer):
 
 
 def _empty(matrix: Matrix, world: World) -> Tensor:
-    return torch.empty(matrix.shape, dtype=torch.bfloat16, device=world.device)
+    return torch.empty(matrix.shape, dtype=DTYPES[world.device.type], device=world.device)
 
 
-def _orthogonal(matrix: Tensor) -> Tensor:
-    """Return the nearest orthogonal matrix, about, bfloat16, with the constants of `torch.optim.Muon`.
+def orthogonal(matrix: Tensor) -> Tensor:
+    """Return the nearest orthogonal matrix, about: its singular values are within 0.5 and 1.5 or so.
 
-    Its singular values are within 0.5 and 1.5 or so.
+    In bfloat16 torch's own iterations, in float32 the same.
     """
-    coefficients = (_muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C)
-    found = _muon._zeropower_via_newtonschulz(matrix, coefficients, _muon.DEFAULT_NS_STEPS, _muon.EPS)
-    return found.contiguous()
+    a, b, c = _muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C
+    if matrix.dtype == torch.bfloat16:
+        found = _muon._zeropower_via_newtonschulz(matrix, (a, b, c), _muon.DEFAULT_NS_STEPS, _muon.EPS)
+        return found.contiguous()
+    is_tall = matrix.shape[0] > matrix.shape[1]
+    x = matrix.T if is_tall else matrix
+    x = x / x.norm().clamp(min=_muon.EPS)
+    for _ in range(_muon.DEFAULT_NS_STEPS):
+        gram = x @ x.T
+        x = torch.addmm(x, torch.addmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.T.contiguous() if is_tall else x
 
 
 # ------------------------------------------------------------------------------------------ DeepSpeed's layout
