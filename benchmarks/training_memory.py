@@ -23,7 +23,7 @@ from benchmarks.measure import ROOT, PeakMemory, say
 from dalle.loss import training_loss
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import start_id
-from training.config import Precision, TrainConfig
+from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
 from training.engine import Engine
 from training.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
 from training.schedules import WarmupCosine
@@ -52,6 +52,8 @@ class Case:
     """Micro-batches per step."""
     checkpointing: bool = False
     """Whether layers are recomputed."""
+    optimizer: OptimizerKind = "adamw"
+    """Of the layers' matrices."""
 
     def run(self) -> Run:
         """Return what the model of memory is asked."""
@@ -64,6 +66,7 @@ class Case:
             accumulation=self.accumulation,
             checkpointing=self.checkpointing,
             device="cpu",
+            optimizer=self.optimizer,
         )
 
     def _sizes(self) -> Sizes:
@@ -80,6 +83,7 @@ class Case:
             steps=STEPS,
             global_batch=self.ranks * self.micro_batch * self.accumulation,
             micro_batch=self.micro_batch,
+            optimizer=OptimizerConfig(kind=self.optimizer),
             learning_rate=WarmupCosine(peak=1e-4, warmup=1, steps=100),
             ema_every=1,
             precision=self.precision,
@@ -106,6 +110,11 @@ CASES: dict[str, Case] = {
     "fp32, ZeRO 1, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=1, ranks=2),
     "bf16, ZeRO 2, 2 ranks": Case(config=_shape(), micro_batch=2, precision="bf16", zero_stage=2, ranks=2),
     "fp32, ZeRO 3, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=3, ranks=2),
+    "Muon, fp32, ZeRO 0": Case(config=_shape(), micro_batch=1, optimizer="muon"),
+    "Muon, fp32, ZeRO 1": Case(config=_shape(), micro_batch=4, zero_stage=1, optimizer="muon"),
+    "Muon, bf16, ZeRO 1": Case(config=_shape(), micro_batch=4, precision="bf16", zero_stage=1, optimizer="muon"),
+    "Muon, fp32, ZeRO 2, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=2, ranks=2, optimizer="muon"),
+    "Muon, fp32, ZeRO 3, 2 ranks": Case(config=_shape(), micro_batch=2, zero_stage=3, ranks=2, optimizer="muon"),
 }
 
 

@@ -204,7 +204,7 @@ class DALLE(nn.Module):
         self.initialise()
 
     @torch.no_grad()
-    def initialise(self, generator: torch.Generator | None = None) -> None:
+    def initialise(self, generator: torch.Generator | None = None, *, scale: float = 1.0) -> None:
         """Set all parameters anew, as the Sparse Transformer does (Child et al. 2019, §5.2 and §6).
 
         | parameter                                   | value                                               |
@@ -219,9 +219,21 @@ class DALLE(nn.Module):
         | layer norms                                 | gain 1, bias 0                                      |
 
         The second number of N is the standard deviation. Uses torch's global generator unless one is given.
+
+        Args:
+            generator: of the random numbers.
+            scale: factor of all standard deviations; above 0.
+
+        Raises:
+            ValueError: the scale is none.
         """
+        if not 0 < scale < math.inf:
+            raise ValueError(f"the scale of the initialisation must be a number above 0, got {scale}")
         d = self.config.d_model
-        normal = partial(nn.init.normal_, generator=generator)
+
+        def normal(weight: Tensor, std: float) -> None:
+            nn.init.normal_(weight, std=scale * std, generator=generator)
+
         for embedding in (self.text_embedding, self.image_embedding, self.text_position_embedding):
             normal(embedding.weight, std=0.125 / math.sqrt(d))
         for embedding in (self.row_embedding, self.column_embedding):

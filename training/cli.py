@@ -22,7 +22,7 @@ from dalle.progress import Progress, printable
 from rerank import CLIP
 from training.check_data import check_data
 from training.check_data import report as check_report
-from training.config import GradientScaling, Offload, Precision, TrainConfig
+from training.config import GradientScaling, Offload, OptimizerKind, Precision, TrainConfig
 from training.data import ShardData
 from training.deepspeed_config import preset_list, preset_path, with_files
 from training.demo import run_demo
@@ -124,6 +124,9 @@ class _Stage(_Data, _Watched):
     """DeepSpeed ZeRO stage, 0 to 3."""
     offload: Offload | None = None
     """What is kept and updated in the CPU's memory: none, optimizer (ZeRO 1, 2 or 3) or parameters (too; ZeRO 3)."""
+    optimizer: OptimizerKind | None = None
+    """adamw, or muon (transformer and CLIP): Muon for the matrices of the layers and AdamW for everything else, with
+    the same learning rate and weight decay. Not the paper's. A run goes on with the one that it began with."""
     gradient_clipping: float | None = None
     """Largest global gradient norm; 0 for none."""
     variance_clip: float | None = None
@@ -182,9 +185,10 @@ class _Stage(_Data, _Watched):
         names = {field.name for field in dataclasses.fields(self)} & {
             field.name for field in dataclasses.fields(config)
         }
-        names.remove("learning_rate")  # a number here, a schedule there
+        names -= {"learning_rate", "optimizer"}  # a number and a kind here, a schedule and all settings there
         given = {name: getattr(self, name) for name in names if getattr(self, name) is not None}
         in_optimizer = {name: getattr(self, name) for name in ("gradient_clipping", "variance_clip")}
+        in_optimizer["kind"] = self.optimizer
         in_optimizer = {name: value for name, value in in_optimizer.items() if value is not None}
         given["optimizer"] = dataclasses.replace(config.optimizer, **in_optimizer)
         changed = dataclasses.replace(config, **given, said=tuple(sorted({*given, *in_optimizer} - {"optimizer"})))
@@ -227,6 +231,8 @@ class TransformerCommand(_Stage):
     """tokenizer.json to use, copied into OUT, which may hold no other; OUT/tokenizer.json if not given."""
     dvae: Path | None = None
     """dVAE directory to use, copied into OUT, which may hold no other; OUT/dvae if not given."""
+    init_scale: float | None = None
+    """Factor of the standard deviations of the first weights; 1 for the paper's. Not used when a run goes on."""
     activation_checkpointing: bool | None = None
     """Recompute activations in the backward pass: less memory, about a third more time."""
     compile: bool | None = None
@@ -439,6 +445,8 @@ class PlanCommand:
     """Samples per GPU and forward pass; the recipe's, or the share of a GPU if that is less, if not given."""
     precision: Precision | None = None
     """Instead of the recipe's."""
+    optimizer: OptimizerKind | None = None
+    """Of the layers' matrices, instead of the recipe's: muon needs half of AdamW's moments for them."""
     mfu: float = 0.4
     """Fraction of the GPUs' arithmetic that training is assumed to use; its log names the real one."""
     peak_tflops: float | None = None
@@ -615,10 +623,9 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 train_dvae(changed, inputs, world, report, init=command.init)
         case TransformerCommand():
             transformer = dataclasses.replace(chosen.transformer, train=command.override(chosen.transformer.train))
-            if command.null_caption_probability is not None:
-                transformer = dataclasses.replace(
-                    transformer, null_caption_probability=command.null_caption_probability
-                )
+            names = ("null_caption_probability", "init_scale")
+            given = {name: getattr(command, name) for name in names if getattr(command, name) is not None}
+            transformer = dataclasses.replace(transformer, **given)
             with _world(command.timeout) as (world, report):
                 changed = dataclasses.replace(chosen, transformer=transformer)
                 train_transformer(changed, inputs, world, report, tokenizer=command.tokenizer, dvae=command.dvae)
@@ -654,6 +661,7 @@ def _plan(command: PlanCommand, chosen: Recipe) -> str:
         command.gpu_memory,
         micro_batch=command.micro_batch,
         precision=command.precision,
+        optimizer=command.optimizer,
         mfu=command.mfu,
         peak_tflops=command.peak_tflops,
     )

@@ -12,6 +12,7 @@ from typing import Literal
 from training.schedules import Schedule, WarmupPlateau
 
 Precision = Literal["fp32", "autocast", "autocast-fp16", "bf16", "fp16"]
+OptimizerKind = Literal["adamw", "muon"]
 GradientScaling = Literal["none", "per-resblock"]
 Offload = Literal["none", "optimizer", "parameters"]
 HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
@@ -20,10 +21,15 @@ HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """AdamW. The defaults are the transformer's of the paper (B.2)."""
+    """AdamW, or Muon beside it. The defaults are the transformer's of the paper (B.2)."""
 
+    kind: OptimizerKind = "adamw"
+    """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (transformer, CLIP),
+    with the same learning rate, weight decay and clipping, and everything else by AdamW. See training/muon.py."""
     betas: tuple[float, float] = (0.9, 0.96)
-    """Decay of the running mean and variance."""
+    """Decay of AdamW's running mean and variance."""
+    momentum: float = 0.95
+    """Decay of Muon's running mean."""
     eps: float = 1e-8
     """Added to the square root of the variance."""
     weight_decay: float = 4.5e-2
@@ -31,11 +37,13 @@ class OptimizerConfig:
     gradient_clipping: float = 4.0
     """Largest global gradient norm; 0 for none."""
     variance_clip: float | None = None
-    """Largest value of the running variance; None for no bound. The paper's is 5 (B.2)."""
+    """Largest value of AdamW's running variance; None for no bound. The paper's is 5 (B.2)."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
+        if not 0 <= self.momentum < 1:
+            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if self.gradient_clipping < 0 or self.weight_decay < 0:
             raise ValueError("gradient_clipping and weight_decay must be at least 0")
         if self.variance_clip is not None and not self.variance_clip > 0:
@@ -53,7 +61,7 @@ class TrainConfig:
     micro_batch: int | None = None
     """Samples per rank and forward pass; None for global_batch ÷ ranks. Accumulation is derived."""
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
-    """AdamW's settings."""
+    """Its settings."""
     learning_rate: Schedule = field(default_factory=WarmupPlateau)
     """Schedule of the step size."""
     ema_decay: float = 0.99

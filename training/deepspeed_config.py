@@ -299,7 +299,7 @@ def _derived(config: TrainConfig) -> dict[str, Any]:
         "zero_optimization": zero,
         # The optimizer is torch's, also on the CPU: DeepSpeed's own would be compiled at the start of every run.
         "zero_force_ds_cpu_optimizer": False,
-        "zero_allow_untested_optimizer": config.optimizer.variance_clip is not None,
+        "zero_allow_untested_optimizer": config.optimizer.kind == "muon" or config.optimizer.variance_clip is not None,
         "steps_per_print": 2**31,
     }
     if config.precision == "autocast":

@@ -45,6 +45,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
 from training.ema import EMA
 from training.metrics import Report
+from training.muon import MuonAdamW, block_matrices
 from training.random_states import random_states, restore_random_states
 from training.reduction import Reduction
 from training.world import World, agree, on_first_rank
@@ -58,20 +59,43 @@ def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str,
     """Split the parameters for weight decay: matrices and convolutions decay; gains, biases and embeddings do not.
 
     The paper does not say which parameters are exempt; it lists "gains, biases, embeddings, and unembeddings" as the
-    special ones (D).
+    special ones (D). Matrices that are for Muon are left out.
     """
+    muon = {id(matrix) for matrix in block_matrices(model)} if optimizer.kind == "muon" else set()
     embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
     decayed: list[nn.Parameter] = []
     exempt: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if id(parameter) in muon:
+            continue
         is_exempt = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
         (exempt if is_exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
 
 
-def build_optimizer(model: nn.Module, optimizer: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
-    """Return the optimizer of a model's parameters. It runs on any device and is never compiled."""
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerConfig, learning_rate: float, world: World
+) -> torch.optim.AdamW | MuonAdamW:
+    """Return the optimizer of a model's parameters. It runs on any device and is never compiled.
+
+    Raises:
+        ValueError: the model has no matrices for Muon.
+    """
+    adamw = _build_adamw(model, optimizer, learning_rate)
+    if optimizer.kind == "adamw":
+        return adamw
+    return MuonAdamW(
+        adamw,
+        block_matrices(model),
+        momentum=optimizer.momentum,
+        learning_rate=learning_rate,
+        weight_decay=optimizer.weight_decay,
+        world=world,
+    )
+
+
+def _build_adamw(model: nn.Module, optimizer: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
     groups = decay_groups(model, optimizer)
     settings: dict[str, Any] = {"lr": learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
     if optimizer.variance_clip is not None:
@@ -97,7 +121,7 @@ class Engine:
         world: this process's place.
 
     Raises:
-        ValueError: the user's DeepSpeed JSON is refused.
+        ValueError: the user's DeepSpeed JSON is refused, or the model has no matrices for Muon.
     """
 
     def __init__(self, objective: nn.Module, config: TrainConfig, world: World) -> None:
@@ -109,11 +133,13 @@ class Engine:
         self.world = world
         self.micro_batch, self.accumulation = config.batch_of(world.size)
         self.model = cast(nn.Module, objective.model)
-        optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0))
+        optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0), world)
         self._reduction = Reduction(self.model, self.config, world)
         self._engine = _initialize(objective, optimizer, self.deepspeed_config, config.deepspeed_config)
         self._reduction.attach(self._engine)
         self.stage = self.config.zero_stage
+        if isinstance(optimizer, MuonAdamW) and self.stage > 0:
+            optimizer.place(self._engine.optimizer)
         if self.stage == 0:
             self._norm = torch.zeros(())
             optimizer.register_step_pre_hook(self._clip)
@@ -272,7 +298,7 @@ class Engine:
         if not problem:
             files = {name: mark for part, _ in parts for name, mark in part.items()}
             note = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
-            note["files"] = files
+            note |= {"optimizer": self.config.optimizer.kind, "files": files}
             keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
             try:
                 on_first_rank(lambda: publish(directory, tag, note, **keep), self.world)
@@ -320,7 +346,8 @@ class Engine:
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: none is good, or it is of another model, or of a ZeRO stage that this one cannot go on from.
+            ValueError: none is good, or it is of another model, another optimizer, or of a ZeRO stage that this one
+                cannot go on from.
         """
         tags = from_all_ranks(candidates(directory) if tag is None else [tag], self.world)[0]
         if not tags:
@@ -342,6 +369,13 @@ class Engine:
     def _load_from(self, directory: Path, tag: str, note: Mapping[str, Any], report: Report) -> None:
         """Load a checkpoint whose files are good; raises ValueError if it does not fit."""
         folder = directory / tag
+        saved_by, optimizer = note.get("optimizer", "adamw"), self.config.optimizer.kind  # once there was only AdamW
+        if saved_by != optimizer:
+            raise ValueError(
+                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered "
+                f"of the gradients is no use to the other. Go on with --optimizer {saved_by}, or start afresh with "
+                "--fresh"
+            )
         saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)
         if is_other:

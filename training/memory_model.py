@@ -20,8 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from dalle.model import DALLE, DALLEConfig
 from training.activations import FLOAT, Activations, Device, activations, block_bytes, widths
-from training.config import Offload, Precision, TrainConfig
+from training.config import Offload, OptimizerKind, Precision, TrainConfig
 from training.deepspeed_config import LARGEST_BUCKET, deepspeed_config
+from training.muon import DTYPES, block_matrices
 
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
@@ -109,12 +110,23 @@ class Sizes:
     """Of the largest tensor."""
     persistent: int
     """Of tensors too small for stage 3 to share."""
+    matrices: int
+    """Of the layers' matrices, which Muon can update."""
+    largest_matrix: int
+    """Of the largest of these."""
 
     @classmethod
     def of(cls, model: DALLE) -> "Sizes":
         """Count them."""
         counts = [parameter.numel() for parameter in model.parameters()]
-        return cls(total=sum(counts), largest=max(counts), persistent=sum(n for n in counts if n < PERSISTENT))
+        matrices = [matrix.numel() for matrix in block_matrices(model)]
+        return cls(
+            total=sum(counts),
+            largest=max(counts),
+            persistent=sum(n for n in counts if n < PERSISTENT),
+            matrices=sum(matrices),
+            largest_matrix=max(matrices),
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,7 +138,7 @@ class StateBytes:
     gradients: float
     """Gradients, in the precision they are accumulated in."""
     optimizer: float
-    """AdamW's two moments, and the float32 weights that the optimizer keeps beside the model's."""
+    """AdamW's two moments, or Muon's one, and the float32 weights that the optimizer keeps beside the model's."""
 
     @property
     def total(self) -> float:
@@ -134,12 +146,19 @@ class StateBytes:
         return self.weights + self.gradients + self.optimizer
 
 
-def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int) -> StateBytes:
+def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int, *, by_muon: int = 0) -> StateBytes:
     """Return what one of `gpus` GPUs holds at a ZeRO stage.
 
     Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 and 2 keep a
     float32 copy of the weights that a GPU updates, also where the weights are float32; stage 3 only of half-precision
     ones. Gradients that are shared are float32.
+
+    Args:
+        n_parameters: of the model.
+        precision: of the run.
+        zero_stage: 0 to 3.
+        gpus: that share what the stage shares.
+        by_muon: of the parameters, those that Muon updates, which have one moment.
 
     Raises:
         ValueError: bf16 at stage 0, which training refuses, or fewer than one GPU.
@@ -152,7 +171,8 @@ def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: 
     return StateBytes(
         weights=n_parameters * widths(precision).weight / (gpus if zero_stage >= 3 else 1),
         gradients=n_parameters * gradient / (gpus if zero_stage >= 2 else 1),
-        optimizer=n_parameters * (8 + (FLOAT if has_copy else 0)) / (gpus if zero_stage >= 1 else 1),
+        optimizer=(n_parameters * (8 + (FLOAT if has_copy else 0)) - FLOAT * by_muon)
+        / (gpus if zero_stage >= 1 else 1),
     )
 
 
@@ -205,10 +225,17 @@ class Run:
     """Whether the backward pass recomputes each layer."""
     device: Device = "cuda"
     """Where it trains. On a CPU, device and host are one."""
+    optimizer: OptimizerKind = "adamw"
+    """Of the layers' matrices."""
     dvae_weights: float = 0.0
     """Bytes of the dVAE beside it; 0 where the pictures were encoded before."""
     dvae_working: float = 0.0
     """Bytes that it works in to encode one picture."""
+
+    @property
+    def by_muon(self) -> int:
+        """Parameters that Muon updates."""
+        return self.sizes.matrices if self.optimizer == "muon" else 0
 
 
 def peak(run: Run) -> tuple[str, Memory]:
@@ -275,7 +302,7 @@ def _on_one_machine(run: Run, memory: Memory) -> Memory:
 def _fixed(run: Run) -> Memory:
     """Return what is held at every moment of a step: weights, optimizer, averages."""
     n, mode, stage = run.sizes.total, run.mode, run.mode.zero_stage
-    state = state_bytes(n, mode.precision, stage, run.gpus)
+    state = state_bytes(n, mode.precision, stage, run.gpus, by_muon=run.by_muon)
     weights = state.weights
     host = 0.0
     if stage == 3:
@@ -300,7 +327,7 @@ def _fixed(run: Run) -> Memory:
 def _offloaded(run: Run, state: StateBytes) -> float:
     """Return the host's bytes of an offloaded optimizer: moments, float32 weights and gradients, and buffers."""
     n, width = run.sizes.total / run.gpus, widths(run.mode.precision).weight
-    moments_and_copies = n * (8 + FLOAT + FLOAT)
+    moments_and_copies = n * (8 + FLOAT + FLOAT) - FLOAT * run.by_muon / run.gpus
     if run.mode.zero_stage == 3:
         return moments_and_copies + state.gradients
     accumulated = n * FLOAT if run.accumulation > 1 and not run.mode.is_half else 0.0
@@ -428,13 +455,22 @@ def _reduction(run: Run, acts: Activations) -> Memory:
 
 
 def _update(run: Run) -> Memory:
-    """Return the moment of the optimizer's step: a partition of gradients is flattened, in float32."""
+    """Return the moment of the optimizer's step: a partition of gradients is flattened, in float32.
+
+    Muon puts one matrix together at a time, of float32 gradients and momentum, and then iterates: two products of its
+    size and one as small, beside it. At stage 0 it copies the gradient first, to leave out a step that is not finite.
+    """
     n, stage = run.sizes.total, run.mode.zero_stage
     gathers_on_host = float(FLOAT * n) if stage == 3 or run.mode.is_half else 0.0
+    whole = DTYPES[run.device].itemsize
+    bytes_each = max(whole + (2 * FLOAT if stage == 0 else FLOAT), 3.75 * whole)
+    working = bytes_each * run.sizes.largest_matrix if run.optimizer == "muon" else 0.0
     if stage == 0 or run.mode.has_whole_gradients:
-        return Memory(gradients=_whole_gradients(run), host=gathers_on_host)
+        return Memory(gradients=_whole_gradients(run), working=working, host=gathers_on_host)
     own = _own_gradients(run)
     flat = 0.0
     if run.mode.offload == "none":
         flat = FLOAT * (n / run.gpus if stage < 3 else min(n / run.gpus, SUB_GROUP))
-    return Memory(gradients=own, deepspeed=max(flat, 2.0 * FLOAT * run.sizes.largest), host=gathers_on_host)
+    return Memory(
+        gradients=own, working=working, deepspeed=max(flat, 2.0 * FLOAT * run.sizes.largest), host=gathers_on_host
+    )

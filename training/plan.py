@@ -17,7 +17,7 @@ from torch import nn
 from dalle.model import DALLE, DALLEConfig
 from dvae.model import DVAE, DVAEConfig
 from rerank.model import CLIP
-from training.config import Precision, TrainConfig
+from training.config import OptimizerKind, Precision, TrainConfig
 from training.deepspeed_config import PRESETS
 from training.flops import clip_flops, dvae_flops, training_flops
 from training.memory_model import (
@@ -33,6 +33,7 @@ from training.memory_model import (
     state_bytes,
     training_peak,
 )
+from training.muon import block_matrices
 from training.recipes import RECIPES, Recipe
 
 GIB = 1 << 30
@@ -114,6 +115,8 @@ class Plan:
     gpu_memory_gib: float
     precision: Precision
     """Of the run; at stage 0 bf16 is autocast."""
+    optimizer: OptimizerKind
+    """Of the layers' matrices."""
     checkpointing: bool
     """Whether the backward pass recomputes each layer."""
     micro_batch: int
@@ -200,6 +203,7 @@ def make_plan(
     *,
     micro_batch: int | None = None,
     precision: Precision | None = None,
+    optimizer: OptimizerKind | None = None,
     mfu: float = 0.4,
     peak_tflops: float | None = None,
 ) -> Plan:
@@ -211,6 +215,7 @@ def make_plan(
         gpu_memory_gib: memory of one, GiB.
         micro_batch: samples per GPU and forward pass; the recipe's, or the share of a GPU if that is less, if None.
         precision: instead of the recipe's.
+        optimizer: instead of the recipe's.
         mfu: fraction of the GPUs' arithmetic that is assumed to be used, above 0, at most 1.
         peak_tflops: of one GPU, 10¹² operations a second; an H100's if None.
 
@@ -227,7 +232,7 @@ def make_plan(
     if peak_tflops is not None and peak_tflops <= 0:
         raise ValueError(f"--peak-tflops must be above 0, got {peak_tflops}")
     config, train = recipe.transformer.model, recipe.transformer.train
-    precision = precision or train.precision
+    precision, optimizer = precision or train.precision, optimizer or train.optimizer.kind
     samples = _micro_batch(train, gpus, micro_batch)
     with shapes_only():
         model, dvae, clip = DALLE(config), DVAE(recipe.dvae.model), CLIP(recipe.clip.model)
@@ -240,11 +245,12 @@ def make_plan(
         micro_batch=samples,
         accumulation=train.global_batch // (gpus * samples),
         checkpointing=train.activation_checkpointing,
+        optimizer=optimizer,
         dvae_weights=4.0 * sum(parameter.numel() for parameter in dvae.parameters()),
         dvae_working=_dvae_working(recipe.dvae.model),
     )
     modes = tuple(_mode_plan(run, mode, train, gpu_memory_gib) for mode in modes_of(precision))
-    recommendation = _recommended(recipe, gpus, samples, modes)
+    recommendation = _recommended(recipe, gpus, samples, modes, optimizer)
     return Plan(
         recipe=recipe.name,
         purpose=recipe.purpose,
@@ -252,6 +258,7 @@ def make_plan(
         gpus=gpus,
         gpu_memory_gib=gpu_memory_gib,
         precision=precision,
+        optimizer=optimizer,
         checkpointing=train.activation_checkpointing,
         micro_batch=samples,
         accumulation=train.global_batch // (gpus * samples),
@@ -363,19 +370,22 @@ def _other_stage(
 ) -> OtherStage:
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     total = sum(p.numel() for p in model.parameters())
+    by_muon = sum(p.numel() for p in block_matrices(model)) if train.optimizer.kind == "muon" else 0
     stages = range(1 if train.precision == "bf16" else 0, 4)
     return OtherStage(
         parameters=counts | {"total": total},
         flops_per_sample=3.0 * forward_flops,
         precision=train.precision,
-        state={stage: state_bytes(total, train.precision, stage, gpus) for stage in stages},
+        state={stage: state_bytes(total, train.precision, stage, gpus, by_muon=by_muon) for stage in stages},
     )
 
 
 # ---------------------------------------------------------------------------------------- what is recommended
 
 
-def _recommended(recipe: Recipe, gpus: int, micro_batch: int, modes: tuple[ModePlan, ...]) -> Recommendation | None:
+def _recommended(
+    recipe: Recipe, gpus: int, micro_batch: int, modes: tuple[ModePlan, ...], optimizer: OptimizerKind
+) -> Recommendation | None:
     """Return the first mode that fits the micro-batch, else the one that fits the largest; None if none fits any.
 
     Nothing is offloaded where a smaller micro-batch will do: that costs less time than the way to the host and back.
@@ -395,9 +405,10 @@ def _recommended(recipe: Recipe, gpus: int, micro_batch: int, modes: tuple[ModeP
     else:
         why = f"{modes[modes.index(chosen) - 1].preset} does not fit micro-batch {samples}"
     reason = f"{_meaning(chosen.mode)}; {why}"
-    return Recommendation(
-        preset=chosen.preset, micro_batch=samples, reason=reason, command=_command(recipe, chosen, samples, gpus)
-    )
+    command = _command(recipe, chosen, samples, gpus)
+    if optimizer != recipe.transformer.train.optimizer.kind:
+        command += f" --optimizer {optimizer}"
+    return Recommendation(preset=chosen.preset, micro_batch=samples, reason=reason, command=command)
 
 
 def _meaning(mode: Mode) -> str:
@@ -466,7 +477,7 @@ def text(plan: Plan) -> str:
         f"  {config.n_layers} layers, width {config.d_model}, {config.n_heads} heads; "
         f"{config.text_len} text + {config.grid}×{config.grid} image positions",
         f"  vocabularies {config.text_vocab:,} + {config.image_vocab:,}; "
-        f"batch {plan.global_batch}, {plan.steps:,} steps, {plan.precision}",
+        f"batch {plan.global_batch}, {plan.steps:,} steps, {plan.precision}, {plan.optimizer}",
         "",
         "  parameters",
         *(f"    {name:<22}{count:>18,}" for name, count in plan.parameters.items()),

@@ -237,7 +237,10 @@ def train_transformer(
         grid=image_coder.config.grid,
     )
     torch.manual_seed(stage_recipe.train.seed)
-    model = DALLE(config).to(world.device)
+    model = DALLE(config)
+    if stage_recipe.init_scale != 1:
+        model.initialise(scale=stage_recipe.init_scale)
+    model = model.to(world.device)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
     if stage_recipe.train.compile:
         model.compile_layers()

@@ -54,6 +54,13 @@ class TransformerRecipe:
     """Fraction of captions replaced by the empty one, which guidance needs; off in the paper."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
+    init_scale: float = 1.0
+    """Factor of the standard deviations of the first weights, see `DALLE.initialise`; 1 as in the Sparse Transformer.
+    Measured: with AdamW as with Muon, 8 lowers the loss of the demonstration's transformer."""
+
+    def __post_init__(self) -> None:
+        if not 0 < self.init_scale < math.inf:
+            raise ValueError(f"init_scale must be a number above 0, got {self.init_scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,13 +149,19 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
 
 
 def _cpu_transformer(
-    model: DALLEConfig, *, steps: int, batch: int, peak: float, bpe_dropout: float = 0.1
+    model: DALLEConfig,
+    *,
+    steps: int,
+    batch: int,
+    peak: float,
+    bpe_dropout: float = 0.1,
+    sampling: SamplingDefaults | None = None,
 ) -> TransformerRecipe:
-    """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps."""
+    """Return a transformer run short enough for a CPU: Muon, a cosine, and an average over fewer steps."""
     train = TrainConfig(
         steps=steps,
         global_batch=batch,
-        optimizer=OptimizerConfig(gradient_clipping=1.0),
+        optimizer=OptimizerConfig(kind="muon", weight_decay=0.01, gradient_clipping=1.0),
         learning_rate=WarmupCosine(peak=peak, warmup=100, steps=steps, final=peak / 20),
         ema_decay=0.98,
         ema_every=1,
@@ -157,7 +170,13 @@ def _cpu_transformer(
         validate_every=_four_times(steps),
         sample_every=_four_times(steps),
     )
-    return TransformerRecipe(model=model, train=train, bpe_dropout=bpe_dropout)
+    return TransformerRecipe(
+        model=model,
+        train=train,
+        bpe_dropout=bpe_dropout,
+        init_scale=8.0,
+        sampling=sampling or SamplingDefaults(),
+    )
 
 
 def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int) -> CLIPRecipe:
@@ -213,14 +232,21 @@ def _demo_clip() -> CLIPRecipe:
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
-        n_layers=6, d_model=128, n_heads=2, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
+        n_layers=6, d_model=128, n_heads=4, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
         dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
-        transformer=_cpu_transformer(model, steps=2700, batch=16, peak=3e-3, bpe_dropout=0.0),
+        transformer=_cpu_transformer(
+            model,
+            steps=1500,
+            batch=16,
+            peak=3e-3,
+            bpe_dropout=0.0,
+            sampling=SamplingDefaults(temperature=0.7, rank="both"),
+        ),
         clip=_demo_clip(),
     )
 

@@ -1,7 +1,9 @@
 """Another number of ranks: a checkpoint of ZeRO 1, 2 or 3 shared out anew, through DeepSpeed's universal checkpoints.
 
 First every parameter's pieces are put together on the first rank: its float32 weight and its two moments, a file each.
-Then each rank reads its share of them. The comments marked "0.19.8" say what that version gets wrong, and is made good.
+Then each rank reads its share of them. Muon has one moment only, which stands for the second one, too, on the way.
+
+The comments marked "0.19.8" say what that version gets wrong, and is made good.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ import torch
 from torch import Tensor
 
 from training.checkpoints import READ_ERRORS, UNIVERSAL, plain_path, read_tensors, tensors_only
+from training.muon import MuonAdamW
 
 
 def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int]) -> bool:
@@ -64,7 +67,7 @@ def convert(directory: Path, tag: str) -> None:
                 strict=True,
                 inject_missing_state=True,
             )
-            with contextlib.redirect_stderr(io.StringIO()), _scalars_of_one_dimension():
+            with contextlib.redirect_stderr(io.StringIO()), _scalars_of_one_dimension(), _two_moments():
                 ds_to_universal.main(arguments)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -76,6 +79,26 @@ def convert(directory: Path, tag: str) -> None:
             f"the checkpoint {directory / tag} cannot be loaded by another number of ranks ({reason}): start as many "
             "as saved it"
         ) from error
+
+
+@contextmanager
+def _two_moments() -> Iterator[None]:
+    """While it lasts, all parameters seem to have AdamW's two moments (0.19.8 converts nothing else)."""
+    original = torch.load
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded = original(*arguments, **options)
+        optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
+        for name in ("base_optimizer_state", "optimizer_state_dict"):  # of stages 1 and 2, of stage 3
+            for state in (optimizer or {}).get(name, {}).get("state", {}).values():
+                state.setdefault("exp_avg_sq", state["exp_avg"])
+        return loaded
+
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = original
 
 
 @contextmanager
@@ -112,6 +135,8 @@ def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()
+    if isinstance(optimizer, MuonAdamW):
+        optimizer.forget_variances()
     return None if path is None else str(path)
 
 
@@ -132,6 +157,9 @@ def _empty_shares() -> Iterator[None]:
             steps = [parameter.load_hp_checkpoint_state(name, 0, 1) for parameter, name in zip(own, names, strict=True)]
             if any(step != steps[0] for step in steps):
                 raise ValueError(f"the parameters were trained for different numbers of steps: {steps}")
+            if "momentum" in group:  # Muon's: what stood for the second moment
+                for parameter in own:
+                    del parameter._hp_mapping.optim_fragment["exp_avg_sq"]
             keys = {key for parameter in own for key in parameter._hp_mapping.get_optim_state_keys()}
             flat = group["params"][0]
             map_to_flat_opt_states(flat, parameters, zero.optimizer.state, keys)

@@ -76,6 +76,23 @@ def test_initial_scales_are_the_sparse_transformers():
     assert not block.mlp.out.bias.any()
 
 
+def test_a_scale_multiplies_every_initial_weight_but_the_heads():
+    plain, scaled = DALLE(SMALL), DALLE(SMALL)
+    plain.initialise(torch.Generator().manual_seed(0))
+    scaled.initialise(torch.Generator().manual_seed(0), scale=8.0)
+    for (name, weight), other in zip(plain.named_parameters(), scaled.parameters(), strict=True):
+        factor = 8.0 if weight.ndim == 2 else 1.0
+        torch.testing.assert_close(other, factor * weight, msg=name)
+    assert not scaled.text_head.weight.any()
+    assert scaled.blocks[0].attention.qkv.weight.std().item() == pytest.approx(32**-0.5, rel=0.05)
+
+
+@pytest.mark.parametrize("scale", [0.0, -1.0, float("inf"), float("nan")])
+def test_a_scale_that_is_none_is_refused(scale):
+    with pytest.raises(ValueError, match="must be a number above 0"):
+        DALLE(SMALL).initialise(scale=scale)
+
+
 def test_a_model_built_on_meta_is_the_same_once_initialised():
     with torch.device("meta"):
         model = DALLE(SMALL)

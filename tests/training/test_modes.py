@@ -598,11 +598,11 @@ def test_the_running_variance_is_at_most_its_bound_before_it_is_used(world: Worl
     assert largest == 5.0
 
 
-def test_without_variances_above_the_bound_it_is_torchs_adamw() -> None:
+def test_without_variances_above_the_bound_it_is_torchs_adamw(world: World) -> None:
     settings = OptimizerConfig()
     ours, theirs = Objective(), Objective()
-    clipped = build_optimizer(ours.model, dataclasses.replace(settings, variance_clip=1e6), 1e-2)
-    plain = build_optimizer(theirs.model, settings, 1e-2)
+    clipped = build_optimizer(ours.model, dataclasses.replace(settings, variance_clip=1e6), 1e-2, world)
+    plain = build_optimizer(theirs.model, settings, 1e-2, world)
     assert isinstance(clipped, VarianceClippedAdamW)
     assert not isinstance(plain, VarianceClippedAdamW)
     for step in range(5):

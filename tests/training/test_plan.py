@@ -145,7 +145,8 @@ def test_more_is_kept_with_more_samples_and_less_with_checkpointing() -> None:
 
 
 def test_every_stage_shares_more() -> None:
-    large = Sizes(total=2_000_000_000, largest=20_000_000, persistent=1_000_000)
+    sizes = {"matrices": 1_900_000_000, "largest_matrix": 16_000_000}
+    large = Sizes(total=2_000_000_000, largest=20_000_000, persistent=1_000_000, **sizes)
     run = run_of(Mode(zero_stage=1, precision="fp32"), gpus=64, sizes=large)
     peaks = [
         training_peak(dataclasses.replace(run, mode=Mode(zero_stage=stage, precision="fp32")))[1].total
@@ -162,6 +163,18 @@ def test_an_offloaded_optimizer_leaves_the_device_for_the_host(stage: int) -> No
     assert moments(kept)["loss"].optimizer == moved
     assert moments(offloaded)["loss"].optimizer == 0
     assert host_peak(offloaded) - host_peak(kept) >= moved
+
+
+@pytest.mark.parametrize("mode", [*modes_of("fp32"), *modes_of("bf16")], ids=preset_name)
+def test_muon_needs_one_moment_where_adamw_needs_two(mode: Mode) -> None:
+    adamw, muon = run_of(mode), run_of(mode, optimizer="muon")
+    assert adamw.sizes.matrices == 2 * 12 * 64**2
+    assert adamw.sizes.largest_matrix == 4 * 64**2
+    saved = 4.0 * adamw.sizes.matrices / (adamw.gpus if mode.zero_stage else 1)
+    before, after = moments(adamw)["loss"], moments(muon)["loss"]
+    where = "optimizer" if mode.offload == "none" else "host"
+    assert getattr(before, where) - getattr(after, where) == pytest.approx(saved)
+    assert moments(muon)["update"].working > moments(adamw)["update"].working
 
 
 def test_offloaded_weights_are_on_the_host() -> None:
@@ -374,3 +387,15 @@ def test_nothing_is_allocated_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr(DALLE, "initialise", initialise)
     make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80)
     assert {device.type for device in made} == {"meta"}
+
+
+def test_a_plan_with_muon_says_so_and_needs_less(paper: Plan) -> None:
+    muon = make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80, optimizer="muon")
+    assert paper.recommendation is not None
+    assert muon.recommendation is not None
+    assert muon.recommendation.command == f"{paper.recommendation.command} --optimizer muon"
+    assert "bf16, muon" in text(muon)
+    assert all(
+        ours.peak.optimizer < theirs.peak.optimizer
+        for ours, theirs in zip(muon.modes[:4], paper.modes[:4], strict=True)
+    )

@@ -123,6 +123,36 @@ def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, s
     assert Pipeline.load(bundle_copy).dalle.metadata["null_caption_probability"] == 0.1
 
 
+@pytest.mark.parametrize("stage", ["transformer", "clip"])
+def test_muon_is_an_option_and_goes_on_with_itself_alone(
+    bundle_copy: Path, shards: Path, stage: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.rmtree(bundle_copy / "training" / stage)
+    scale = ["--init-scale", 8] if stage == "transformer" else []
+    command = [stage, "tiny", "--data", shards, "--out", bundle_copy, *scale, "--steps"]
+    assert run(*command, 2, "--optimizer", "muon") == 0
+    record = json.loads((bundle_copy / "training" / stage / "config.json").read_text())["training"]
+    assert record["optimizer"]["kind"] == "muon"
+    assert run(*command, 4) == 1
+    assert "was saved with optimizer muon, and this run's is adamw" in " ".join(capsys.readouterr().err.split())
+    assert run(*command, 4, "--optimizer", "muon") == 0
+
+
+def test_muon_is_refused_for_the_dvae(tmp_path: Path, shards: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, "--optimizer", "muon") == 1
+    assert "goes with the transformer and with CLIP, use adamw here" in " ".join(capsys.readouterr().err.split())
+
+
+def test_the_scale_of_the_first_weights_is_that_of_the_recipe(bundle_copy: Path, shards: Path) -> None:
+    deviations = []
+    for scale in (1, 8):
+        command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, "--fresh", "--steps", 1]
+        assert run(*command, "--init-scale", scale, "--learning-rate", 1e-9) == 0
+        deviations.append(Pipeline.load(bundle_copy).dalle.text_embedding.weight.std().item())
+    assert deviations[1] / deviations[0] == pytest.approx(8, rel=0.1)
+    assert run(*command, "--init-scale", 0) == 1
+
+
 @pytest.mark.parametrize("stage", ["dvae", "clip"])
 @pytest.mark.parametrize("precision", [["autocast"], ["bf16", "--zero-stage", 2]])
 def test_stages_train_in_lower_precision(tmp_path: Path, shards: Path, stage: str, precision: Sequence[object]) -> None:
