@@ -172,9 +172,11 @@ def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib import pyplot, ticker  # slow to import
+    from matplotlib import ticker  # slow to import
+    from matplotlib.figure import Figure
 
-    figure, panels = pyplot.subplots(1, len(samples), figsize=(4 * len(samples), 3.2), sharey=True, squeeze=False)
+    figure = Figure(figsize=(4 * len(samples), 3.2), layout="tight")
+    panels = figure.subplots(1, len(samples), sharey=True, squeeze=False)
     for panel, checked in zip(panels[0], samples, strict=True):
         for ranking in RANKINGS:
             curve = checked.curve(ranking)
@@ -186,9 +188,7 @@ def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("right, %")
     panels[0][-1].legend(title="ranked by", fontsize=8, title_fontsize=8)
-    figure.tight_layout()
     figure.savefig(path, dpi=110)
-    pyplot.close(figure)
 
 
 def summary(samples: Sequence[CheckedSamples]) -> list[dict[str, object]]:
