@@ -250,9 +250,9 @@ class CLIPCommand(_Stage):
     """Train CLIP, the reranker; its negatives are the whole batch across ranks."""
 
     hard_negatives: int | None = None
-    """Wrong captions per picture, made of its own by exchanging or replacing words, as additional negatives: what is
-    left of what, and which thing has which colour, is hardly learned without. 0 for none; 3 more than double the text
-    tower's work."""
+    """Wrong captions per picture, made of its own by exchanging or replacing words, as further negatives, because the
+    captions of other pictures hardly ask for order; the recipe's, which is none, if not given. The text tower reads
+    them all: 3 make its work four times as large."""
 
 
 @dataclass(frozen=True, kw_only=True)

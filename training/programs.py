@@ -351,10 +351,7 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     tokenizer = _clip_tokenizer(inputs, data, stage_recipe.model.vocab_size, world)
     config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(stage_recipe.train.seed)
-    model = CLIP(config, tokenizer)
-    with torch.no_grad():
-        model.vision.position_embedding.mul_(stage_recipe.position_scale)
-    model = model.to(world.device)
+    model = CLIP(config, tokenizer).to(world.device)
     directory = inputs.out / "clip"
     stage = CLIPStage(stage_recipe, model, tokenizer, directory, {"recipe": recipe.name})
     tokenizer_hash = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]

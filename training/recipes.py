@@ -75,9 +75,6 @@ class CLIPRecipe:
     """Wrong captions made of each picture's own, for the picture to be told from; none in the CLIP paper."""
     wrong_captions: Source = "words"
     """How they are made: words, of any English captions by exchanging listed words; world, of the built-in world's."""
-    position_scale: float = 1.0
-    """Factor of the image tower's initial position embeddings. As published, 1, they are small beside those of large
-    patches, and a short run learns late where things are."""
 
     def __post_init__(self) -> None:
         if self.hard_negatives < 0:
@@ -209,24 +206,11 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 
 def _demo_clip() -> CLIPRecipe:
-    """Return a CLIP that hears order: three wrong captions for each picture.
-
-    Patches of a quarter of the side, fewer text layers and half the pictures in a step than in `_cpu_clip` pay for
-    twice the steps.
-    """
+    """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
     base = _cpu_clip(48, 6, 26, steps=500)
-    return dataclasses.replace(
-        base,
-        model=dataclasses.replace(base.model, text_layers=2),
-        train=dataclasses.replace(
-            base.train,
-            global_batch=32,
-            optimizer=dataclasses.replace(base.train.optimizer, weight_decay=0.05),
-        ),
-        hard_negatives=3,
-        wrong_captions="world",
-        position_scale=8.0,
-    )
+    optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05)
+    train = dataclasses.replace(base.train, optimizer=optimizer)
+    return dataclasses.replace(base, train=train, hard_negatives=3, wrong_captions="world")
 
 
 def demo() -> Recipe:

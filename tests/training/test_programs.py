@@ -30,7 +30,7 @@ from training.evaluate import distinct_captions, evaluate
 from training.fit import Interrupted
 from training.metrics import MetricLog, read_metrics
 from training.plan import flops_per_sample, plan, state_bytes
-from training.programs import Inputs, train_all, train_clip, train_dvae
+from training.programs import Inputs, train_all, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.world import join_world
@@ -379,25 +379,10 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
     assert 0 < max(distances) < 0.01
 
 
-def test_position_embeddings_begin_as_large_as_the_recipe_says(tmp_path: Path, shards: Path) -> None:
-    made = []
-    for scale in (1.0, 8.0):
-        chosen = tiny.recipe(steps=2, learning_rate=WarmupCosine(peak=1e-9, warmup=1, steps=2))
-        chosen = dataclasses.replace(chosen, clip=dataclasses.replace(chosen.clip, position_scale=scale))
-        out = tmp_path / str(scale)
-        train_clip(chosen, Inputs(data=[shards], out=out), join_world(), lambda line: None)
-        made.append(CLIP.load(out / "clip"))
-    positions, scaled = (clip.vision.position_embedding for clip in made)
-    torch.testing.assert_close(scaled, 8 * positions, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(made[0].text.position_embedding, made[1].text.position_embedding)
-
-
-def test_the_demonstration_has_hard_negatives_and_other_recipes_do_not() -> None:
-    assert recipe("demo").clip.hard_negatives > 0
+def test_no_recipe_has_hard_negatives_unless_asked() -> None:
+    assert all(recipe(name).clip.hard_negatives == 0 for name in NAMES)
     assert recipe("demo").clip.wrong_captions == "world"
-    for name in set(NAMES) - {"demo", "1m"}:  # 1m is the demonstration's, but for the transformer
-        assert recipe(name).clip.hard_negatives == 0
-        assert recipe(name).clip.position_scale == 1.0
+    assert recipe("icons-cpu").clip.wrong_captions == "words"
 
 
 def test_a_changed_vocabulary_of_clip_is_not_trained_on_silently(
