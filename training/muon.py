@@ -11,8 +11,8 @@ it to all. So every matrix is orthogonalised once in a step, whatever the number
 matrices at a time, not a model. On a GPU all that is in bfloat16, as torch's iterations are. On a CPU it is in float32:
 torch's bfloat16 products take there, without instructions for them, 20 to 60 times as long.
 
-DeepSpeed 0.19.8 is pinned; `matrices_of` reads how it lays out the pieces. Why its own Muon is not
-used says docs/design.md.
+DeepSpeed 0.19.8 is pinned: `matrices_of` reads how it lays out the pieces. Why its own Muon is not used is in
+docs/design.md.
 """
 
 import math
