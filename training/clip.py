@@ -10,7 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 import torch.distributed as dist
-import torch.distributed.nn
 from PIL import Image
 from torch import Tensor, nn
 
@@ -89,6 +88,22 @@ class CLIPObjective(nn.Module):
         return texts[:, :longest]
 
 
+class _AllGather(torch.autograd.Function):
+    """The rows of all ranks; backward, each rank gets the sum of all ranks' gradients of its own rows."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor) -> Tensor:
+        parts = [torch.empty_like(rows) for _ in range(dist.get_world_size())]
+        dist.all_gather(parts, rows.contiguous())
+        return torch.cat(parts)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        summed = gradient.contiguous().clone()  # the gradient may be others', too
+        dist.all_reduce(summed)
+        return summed.chunk(dist.get_world_size())[dist.get_rank()]
+
+
 def _gather(features: Tensor) -> Tensor:
     """Return the rows of all ranks, (B·ranks, …), with a gradient.
 
@@ -97,7 +112,8 @@ def _gather(features: Tensor) -> Tensor:
     """
     if not torch.is_grad_enabled() or dist.get_world_size() == 1:
         return features
-    return torch.cat(torch.distributed.nn.functional.all_gather(features))  # type: ignore[no-untyped-call]
+    gathered: Tensor = _AllGather.apply(features)  # type: ignore[no-untyped-call]
+    return gathered
 
 
 class CLIPStage:
