@@ -216,13 +216,13 @@ def _demo_clip() -> CLIPRecipe:
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
-        n_layers=6, d_model=128, n_heads=4, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
+        n_layers=6, d_model=128, n_heads=4, text_len=24, grid=12, text_vocab=512, image_vocab=2048, conv_kernel=5
     )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
+        dvae=_cpu_dvae(48, 2048, warmup_steps=1500, steps=100),
         transformer=_cpu_transformer(
             model,
             steps=1500,
