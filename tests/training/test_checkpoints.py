@@ -252,7 +252,7 @@ def test_a_note_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) ->
 
 def test_a_note_that_lacks_something_is_damage(saved: Path) -> None:
     note = read_note(saved / TAGS[2])
-    for name in note:
+    for name in note.keys() - {"optimizer"}:  # which notes from before there was a choice lack
         write_note(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
         (saved / "latest").write_text(TAGS[2])
         assert loaded(saved) == {"n": 2}
