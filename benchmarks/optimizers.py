@@ -97,7 +97,7 @@ def measured(trial: Trial, arguments: argparse.Namespace) -> dict[str, list[floa
 def best_rate(runs: Sequence[dict[str, Any]]) -> float:
     """Return the learning rate whose runs have the lowest last loss, in the mean over seeds."""
     rates = sorted({run["learning_rate"] for run in runs})
-    return min(rates, key=lambda rate: mean(run["losses"][-1] for run in runs if run["learning_rate"] == rate))
+    return float(min(rates, key=lambda rate: mean(run["losses"][-1] for run in runs if run["learning_rate"] == rate)))
 
 
 def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
