@@ -129,7 +129,8 @@ class SamplingDefaults:
         for name, value in values.items():
             expected = (str,) if name == "rank" else kinds.get(name, (int, float))
             if type(value) not in expected:
-                raise ValueError(f"{name} is {value!r}, expected {'a string' if name == 'rank' else 'a number'}")
+                wanted = {"rank": "a string", "top_k": "a whole number"}.get(name, "a number")
+                raise ValueError(f"{name} is {value!r}, expected {wanted}")
         return cls(**values)
 
     def __str__(self) -> str:

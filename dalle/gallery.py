@@ -207,11 +207,12 @@ def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Ima
     row_height = cell + 4 + label_height + GAP
     n_rows = math.ceil(len(section.images) / columns)
     top = 0 if section.marks is None else FRAME
-    block = Image.new("RGB", (width, n_rows * row_height), BACKGROUND)
+    heading = None
     if section.heading:
         heading = _text_block(section.heading, width, size=HEADING_SIZE, max_lines=MAX_HEADING_LINES)
-        top = heading.height + 6
-        block = Image.new("RGB", (width, top + n_rows * row_height), BACKGROUND)
+        top += heading.height + 6
+    block = Image.new("RGB", (width, top + n_rows * row_height), BACKGROUND)
+    if heading is not None:
         block.paste(heading, (0, 0))
     draw = ImageDraw.Draw(block)
     for i, (image, lines) in enumerate(zip(section.images, labels, strict=True)):

@@ -251,8 +251,8 @@ class CLIPCommand(_Stage):
 
     hard_negatives: int | None = None
     """Wrong captions per picture, made of its own by exchanging or replacing words, as further negatives, because the
-    captions of other pictures hardly ask for order; the recipe's, which is none, if not given. The text tower reads
-    them all: 3 make its work four times as large."""
+    captions of other pictures hardly ask for order; the recipe's if not given, none but for the built-in world. The
+    text tower reads them all: 3 make its work four times as large."""
 
 
 @dataclass(frozen=True, kw_only=True)

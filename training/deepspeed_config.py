@@ -233,6 +233,15 @@ def _files(config: TrainConfig) -> list[_File]:
     return files
 
 
+def names_precision(config: TrainConfig) -> bool:
+    """Return whether the run's preset or DeepSpeed JSON says in which precision to compute.
+
+    Raises:
+        FileNotFoundError, ValueError: as `with_files`.
+    """
+    return any(file.precision(config.precision) is not None for file in _files(config))
+
+
 def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Return a run with what its preset and its DeepSpeed JSON say, and a line for everything that they change.
 

@@ -85,15 +85,7 @@ def run_demo(
     plan = plan or MachinePlan(seconds=seconds_alone(recipe))
     if plan.reason:
         report(plan.reason)
-    seconds = plan.seconds
-    dvae = {name: seconds[name] for name in ("dvae-warmup", "dvae") if name in seconds}
-    one_at_a_time = [
-        [{"tokenizer": seconds["tokenizer"]}],
-        [dvae],
-        *([{n: seconds[n]}] for n in ("clip", "transformer")),
-    ]
-    phases = time_of(plan) if plan.phases else one_at_a_time
-    time_left = TimeLeft([[{"world": WORLD_S}], *phases, [{"samples": SAMPLES_S}]])
+    time_left = TimeLeft([[{"world": WORLD_S}], *time_of(plan), [{"samples": SAMPLES_S}]])
 
     def begin(part: str, what: str) -> None:
         report(f"\n{what} ({time_left})")
@@ -160,6 +152,11 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
         raise ValueError(
             f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
             f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
+        )
+    if fresh and not note.is_file() and any((folder.parent / "training").glob("*/checkpoints")):
+        raise ValueError(
+            f"{folder.parent} holds runs that are not a demonstration's, and --fresh would delete their checkpoints: "
+            "give another --out"
         )
     if fresh:
         forget_runs(folder.parent)

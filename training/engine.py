@@ -373,8 +373,8 @@ class Engine:
         if saved_by != optimizer:
             raise ValueError(
                 f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered "
-                f"of the gradients is no use to the other. Go on with --optimizer {saved_by}, or start afresh with "
-                "--fresh"
+                f"of the gradients is no use to the other. Go on with `dalle-train STAGE … --optimizer {saved_by}`, or "
+                "start afresh with --fresh"
             )
         saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)

@@ -41,6 +41,7 @@ from training.checkpoints import (
 )
 from training.config import TrainConfig
 from training.data import Sample, ShardData
+from training.deepspeed_config import names_precision
 from training.engine import Engine
 from training.means import Means
 from training.metrics import MetricLog, Report, RunState, require_wandb
@@ -200,9 +201,9 @@ def fit(
         OSError: something could not be written.
     """
     checkpoints = plan.directory / "checkpoints"
-    config = _in_native_precision(stage.name, config, world, report)
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
+    config = _in_native_precision(stage.name, config, world, report)
     tag = plan.tag()
     if config.wandb is not None:
         on_first_rank(require_wandb, world)
@@ -223,12 +224,13 @@ def fit(
 
 
 def _in_native_precision(name: str, config: TrainConfig, world: World, report: Report) -> TrainConfig:
-    """Return the run in float32 where its recipe says autocast and the device only emulates bfloat16."""
-    if config.precision != "autocast" or "precision" in config.said or has_bfloat16_arithmetic(world.device):
+    """Return the run in float32 where its recipe alone says autocast and a rank only emulates bfloat16. Collective."""
+    is_open = config.precision == "autocast" and "precision" not in config.said and not names_precision(config)
+    if not is_open or not agree(not has_bfloat16_arithmetic(world.device), world):
         return config
     report(
         f"{name}: computing in fp32, not in autocast as the recipe says: this CPU only emulates bfloat16, "
-        "several times slower (--precision autocast insists on it)"
+        "several times slower (`dalle-train STAGE … --precision autocast` insists on it)"
     )
     return dataclasses.replace(config, precision="fp32")
 

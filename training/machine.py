@@ -94,7 +94,7 @@ def costs(recipe: Recipe) -> dict[str, Cost]:
     encoding = dvae_flops(recipe.dvae.model) // 2
     flops = {
         "dvae": 3 * dvae_flops(recipe.dvae.model),
-        "clip": 3 * clip_flops(recipe.clip.model),
+        "clip": 3 * clip_flops(recipe.clip.model, recipe.clip.hard_negatives),
         "transformer": training_flops(recipe.transformer.model) + encoding,
     }
     found = {"tokenizer": Cost(fixed_s=TOKENIZER_S, shared_s=0.0)}
@@ -142,7 +142,8 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
     if not options or not fitting:
         least = max(need["dvae"] + PROCESS_GIB, need["transformer"])
         reason = (
-            f"one stage at a time: {memory_gib:.1f} GiB of memory are available, and others need {least / USABLE:.1f}"
+            f"one stage at a time: {memory_gib:.1f} GiB of memory are available, and several processes need "
+            f"{least / USABLE:.1f} GiB"
         )
         return MachinePlan(seconds=seconds_alone(recipe), reason=reason)
     *_, phases = min(options, key=lambda option: option[:2])

@@ -167,13 +167,13 @@ class MuonAdamW(torch.optim.Optimizer):
 
     def _update(self, wave: list[tuple[Tensor, Matrix]], group: dict[str, Any]) -> None:
         """Update as many matrices as there are ranks, or fewer: each rank orthogonalises one of them."""
-        own = torch.empty(0)
+        put_together = [
+            self._put_together(weight, matrix, group["momentum"], owner) for owner, (weight, matrix) in enumerate(wave)
+        ]
+        # only now: a rank that iterated between two of these sums would keep the others waiting
+        own = next((orthogonal(whole) for whole in put_together if whole is not None), None)
         for owner, (weight, matrix) in enumerate(wave):
-            whole = self._put_together(weight, matrix, group["momentum"], owner)
-            if whole is not None:
-                own = orthogonal(whole)
-        for owner, (weight, matrix) in enumerate(wave):
-            update = own if owner == self._world.rank else _empty(matrix, self._world)
+            update = own if own is not None and owner == self._world.rank else _empty(matrix, self._world)
             if self._world.size > 1:
                 dist.broadcast(update, src=owner)
             rate = RMS_OF_ADAMW * math.sqrt(max(matrix.shape)) * group["lr"]

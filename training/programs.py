@@ -611,6 +611,8 @@ def run_phases(
         report(f"\n{beside} ({time_left})")
         jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options)]
         run_jobs(jobs, time_left, report)
+        for share in shares:
+            time_left.end(share.stage)  # also of what was there
 
 
 def _jobs(
@@ -618,8 +620,8 @@ def _jobs(
 ) -> Iterator[Job]:
     """Yield the commands of a stage; none for a tokenizer that is there."""
 
-    def job(name: str, *arguments: object) -> Job:
-        return Job(stage=name, arguments=tuple(map(str, arguments)), ranks=share.ranks, threads=share.threads)
+    def job(name: str, *arguments: object, ranks: int = share.ranks) -> Job:
+        return Job(stage=name, arguments=tuple(map(str, arguments)), ranks=ranks, threads=share.threads)
 
     match share.stage:
         case "tokenizer":
@@ -631,7 +633,9 @@ def _jobs(
             same += ["--max-bad-fraction", train.max_bad_fraction]
             for name, crops, of in _to_encode(inputs, encode_crops):
                 target = inputs.out / "encoded" / name
-                yield job(f"encode {name}", "encode", *_arguments(of, target, validates=False), *same, "--crops", crops)
+                arguments = ["encode", *_arguments(of, target, validates=False), *same, "--crops", crops]
+                # few beside the pictures to train on, at the same time
+                yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)
         case stage:
             images = _encoded_inputs(inputs) if stage == "transformer" and encode_crops is not None else inputs
             yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options)

@@ -122,6 +122,8 @@ class _Part:
         self.name, self.planned_s = name, planned_s
         self._begun_at: float | None = None
         self._ended_at: float | None = None
+        self._gone_on_from = 0.0
+        """Fraction that was done before it began."""
         self._marks: list[tuple[float, float]] = []
         """The first and the last (seconds, fraction done)."""
 
@@ -136,12 +138,14 @@ class _Part:
 
     def advance(self, fraction: float, now: float, *, is_first: bool) -> None:
         self.begin(now)
+        if is_first:
+            self._gone_on_from = fraction
         self._marks = [(now, fraction)] if is_first else [*self._marks[:1], (now, fraction)]
 
     def taken_s(self) -> float | None:
         """Return the seconds that all of it takes, as far as that can be told."""
         if self._begun_at is not None and self._ended_at is not None:
-            return self._ended_at - self._begun_at
+            return (self._ended_at - self._begun_at) / max(1 - self._gone_on_from, 1e-9)
         if len(self._marks) < 2 or self._marks[1][1] <= self._marks[0][1]:
             return None
         (since, before), (until, done) = self._marks
@@ -252,7 +256,8 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
             while running:
                 with suppress(queue.Empty):
                     pass_on(*lines.get(timeout=POLL_S))
-                    continue  # whatever has been said, before anybody's end
+                    for _ in range(lines.qsize()):  # no more: children that never stop talking must be looked at, too
+                        pass_on(*lines.get_nowait())
                 ended = [child for child in running if child.process.poll() is not None]
                 for child in ended:
                     child.reader.join(DRAIN_S)
