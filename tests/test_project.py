@@ -70,6 +70,14 @@ def test_the_changelog_has_an_entry_for_this_version() -> None:
     assert re.search(r"^- \S", entry[1], re.M), f"the entry for {PROJECT['version']} lists nothing"
 
 
+def test_no_file_holds_the_marks_of_a_merge() -> None:
+    marks = re.compile(r"^(?:<{7} |>{7} |={7}$)", re.M)
+    paths = [path for name in (*PACKAGES, "tests", "benchmarks", "docs") for path in (ROOT / name).rglob("*")]
+    texts = [path for path in (*paths, *ROOT.glob("*")) if path.suffix in {".py", ".md", ".toml", ".cfg", ".txt"}]
+    assert len(texts) > 150
+    assert not [str(path) for path in texts if marks.search(path.read_text(encoding="utf-8"))]
+
+
 @pytest.mark.slow
 def test_all_tests_can_be_collected_without_data_network_or_home(tmp_path: Path) -> None:
     clone = tmp_path / "clone"

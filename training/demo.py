@@ -137,11 +137,11 @@ def _train_here(
 def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
     """Draw the world into shards, unless they are there. Drawn afresh, all that was trained on them is forgotten.
 
-    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it. Runs beside
-    no world are not the demonstration's, and stay.
+    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it.
 
     Raises:
-        ValueError: another world is there, as of an earlier version of this program.
+        ValueError: another world is there, as of an earlier version of this program, or runs without a world, which
+            are not the demonstration's.
     """
     made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
     note = folder / "world.json"
@@ -153,11 +153,8 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
             f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
             f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
         )
-    if fresh and not note.is_file() and any((folder.parent / "training").glob("*/checkpoints")):
-        raise ValueError(
-            f"{folder.parent} holds runs that are not a demonstration's, and --fresh would delete their checkpoints: "
-            "give another --out"
-        )
+    if not note.is_file() and any((folder.parent / "training").glob("*/checkpoints")):
+        raise ValueError(f"{folder.parent} holds runs that are not a demonstration's: give another --out")
     if fresh:
         forget_runs(folder.parent)
         (folder.parent / "tokenizer.json").unlink(missing_ok=True)

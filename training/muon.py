@@ -202,7 +202,7 @@ class MuonAdamW(torch.optim.Optimizer):
         whole = _empty(matrix, self._world).zero_()
         matrix.of_whole(whole).copy_(matrix.piece(gradient).lerp(matrix.piece(mean), momentum))
         if self._is_shared:
-            dist.reduce(whole, dst=owner)  # a sum in which all but one of the terms are 0: nothing is rounded
+            sum_on(owner, whole)  # all but one of the terms are 0: nothing is rounded
         return whole if is_owner else None
 
     @property
@@ -217,6 +217,11 @@ class MuonAdamW(torch.optim.Optimizer):
 
 def _empty(matrix: Matrix, world: World) -> Tensor:
     return torch.empty(matrix.shape, dtype=DTYPES[world.device.type], device=world.device)
+
+
+def sum_on(rank: int, matrix: Tensor) -> None:
+    """Add up the ranks' matrices, in place, on one of them; what the others then hold is undefined. Collective."""
+    dist.reduce(matrix, dst=rank)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:

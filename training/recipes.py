@@ -55,7 +55,7 @@ class TransformerRecipe:
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
     init_scale: float = 1.0
-    """Factor of the standard deviations of the first weights; 1 as in the Sparse Transformer. See `DALLE.initialise`."""
+    """Factor of the first weights' standard deviations; 1 as in the Sparse Transformer. See `DALLE.initialise`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.init_scale < math.inf:

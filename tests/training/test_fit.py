@@ -470,3 +470,14 @@ def test_a_cpu_without_bfloat16_computes_in_fp32_unless_told_otherwise(
     run(tiny.train_config(steps=1, precision="autocast", said=said))
     assert json.loads((run.folder / "run" / "config.json").read_text())["training"]["precision"] == computed_in
     assert any("this CPU only emulates bfloat16" in line for line in run.said) == (computed_in == "fp32")
+
+
+@pytest.mark.parametrize(("preset", "computed_in"), [("autocast", "autocast"), ("fp32", "fp32")])
+def test_a_preset_says_how_a_cpu_without_bfloat16_computes(
+    new_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, preset: str, computed_in: str
+) -> None:
+    monkeypatch.setattr(training.fit, "has_bfloat16_arithmetic", lambda device: False)
+    run = new_run("run")
+    run(tiny.train_config(steps=1, precision="autocast", preset=preset))
+    assert not any("emulates bfloat16" in line or "instead of the recipe's fp32" in line for line in run.said)
+    assert any(f"precision {computed_in}, instead" in line for line in run.said) == (computed_in == "fp32")

@@ -2,7 +2,7 @@
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,29 @@ def test_as_on_a_gpu_it_trains_as_torchs_muon_does_in_bfloat16(
     monkeypatch.setitem(training.muon.DTYPES, "cpu", torch.bfloat16)
     weights = weights_of(trained(world, settings(zero_stage=stage, micro_batch=4)))
     assert difference(weights, iterations=torch.bfloat16) < BFLOAT16_TOLERANCE
+
+
+def orders(world: World, config: TrainConfig) -> list[str]:
+    """Train one step; returns what this rank did with matrices, in order: "sum" over the ranks or "orthogonalise"."""
+    done: list[str] = []
+
+    def noted(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def call(*arguments: Any, **options: Any) -> Any:
+            done.append(name)
+            return function(*arguments, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training.muon, "orthogonal", noted("orthogonalise", orthogonal))
+        patch.setattr(training.muon, "sum_on", noted("sum", training.muon.sum_on))
+        trained(world, config, last=1)
+    return done
+
+
+def test_ranks_orthogonalise_at_the_same_time_after_all_sums(tmp_path: Path) -> None:
+    for done in on_ranks(tmp_path, orders, settings(zero_stage=2)):
+        assert done == ["sum", "sum", "orthogonalise"] * (MATRICES // 2)
 
 
 @pytest.mark.parametrize("shape", [(30, 10), (10, 40), (12, 12)])

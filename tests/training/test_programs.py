@@ -314,15 +314,13 @@ def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
         assert (tokenizer.stat().st_mtime_ns != before) == bool(expected)
 
 
-def test_the_demonstration_leaves_the_runs_of_others_alone(bundle_copy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.demo, "N_TRAIN", 8)
-    monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
-    checkpoints = bundle_copy / "training" / "dvae" / "checkpoints"
-    before = sorted(checkpoints.rglob("*"))
-    with pytest.raises(ValueError, match="holds a run with another"):
-        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None)
+@pytest.mark.parametrize("fresh", [False, True])
+def test_the_demonstration_leaves_the_runs_of_others_alone(bundle_copy: Path, fresh: bool) -> None:
+    before = sorted(bundle_copy.rglob("*"))
+    with pytest.raises(ValueError, match="runs that are not a demonstration's"):
+        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None, fresh=fresh)
     assert before
-    assert sorted(checkpoints.rglob("*")) == before
+    assert sorted(bundle_copy.rglob("*")) == before
 
 
 def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one(

@@ -39,6 +39,10 @@ elif do == "be-killed":
     os.kill(os.getpid(), signal.SIGKILL)
 elif do == "be-restarted":
     print("error: a rank is lost", "supervisor: restart 1 of 3", sep="\\n")
+elif do == "talk":
+    while True:
+        print("something", flush=True)
+        time.sleep(0.005)
 elif do == "say":
     print(os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"])
 else:
@@ -119,6 +123,17 @@ def test_a_signal_is_passed_on_once_and_all_save(
     threading.Thread(target=interrupt).start()
     with pytest.raises(Interrupted, match="the same command"):
         run(dvae="sleep", clip="sleep")
+    assert sum("stopped at step 1" in line for line in said) == 2
+
+
+def test_a_signal_reaches_children_that_never_stop_talking(run: Callable[..., None], said: list[str]) -> None:
+    def interrupt() -> None:
+        wait_for(lambda: len(said) > 50)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=interrupt).start()
+    with pytest.raises(Interrupted):
+        run(dvae="talk", clip="talk")
     assert sum("stopped at step 1" in line for line in said) == 2
 
 
@@ -207,3 +222,13 @@ def test_the_time_left_follows_the_plan_and_the_measured_speed() -> None:
     left.end("transformer")
     assert left.left_s() == 0
     assert str(left) == "about 0 s left in all, 1:35 so far"
+
+
+def test_a_part_that_went_on_counts_for_what_it_did_not_for_all_of_it() -> None:
+    now = 0.0
+    left = TimeLeft([[{"clip": 100.0}], [{"transformer": 200.0}]], now=lambda: now)
+    left.begin("clip")
+    left.hear("clip: going on from step 50 of 100")
+    now = 50.0  # the other half, as planned
+    left.end("clip")
+    assert left.left_s() == pytest.approx(200)
