@@ -2,7 +2,7 @@
 
 python -m benchmarks.sampling --bundle runs/demo
 
-Captions, candidates and checker are those of the demonstration's table. The recipe's defaults are chosen from this.
+Captions, candidates and checker are those of the demonstration's table.
 """
 
 import argparse

@@ -33,9 +33,10 @@ FLOPS = {"dvae": 33e9, "clip": 32e9, "transformer": 38e9}
 STEP_S = {"dvae": 0.05, "clip": 0.06, "transformer": 0.08}
 """Seconds of a step that every rank spends, however few its samples are.
 
-Both are fitted to the processor time of a rank's step of the demonstration's recipe in float32, one thread, on an AMD
-EPYC of the third generation (2026-11-25). With 1, 2 and 4 ranks: the warm-up of the dVAE 0.29, 0.155 and 0.124 s, CLIP
-0.96, 0.45 and 0.28 s, the transformer 0.69, 0.375 and 0.24 s. `python -m benchmarks.whole_machine` measures them.
+Both are fitted to the processor time of a rank's step of the demonstration's recipe, with AdamW and without hard
+negatives, in float32, one thread, on an AMD EPYC of the third generation (2026-11-25). With 1, 2 and 4 ranks: the
+warm-up of the dVAE 0.29, 0.155 and 0.124 s, CLIP 0.96, 0.45 and 0.28 s, the transformer 0.69, 0.375 and 0.24 s.
+`python -m benchmarks.whole_machine` measures them.
 """
 PROCESS_GIB = 1.0
 """Of a rank and the process that reads for it, beside the state of its model."""
@@ -187,7 +188,9 @@ def available_gib() -> float:
             limits.append(int(line.split()[1]) * 1024)
     most, taken = (_words(Path(f"/sys/fs/cgroup/memory.{name}")) for name in ("max", "current"))
     if most and taken and most[0].isdecimal():
-        limits.append(int(most[0]) - int(taken[0]))
+        counts = _words(Path("/sys/fs/cgroup/memory.stat"))
+        cached = int(counts[counts.index("inactive_file") + 1]) if "inactive_file" in counts else 0
+        limits.append(int(most[0]) - int(taken[0]) + cached)  # what files left in memory gives way
     return min(limits) / GIB
 
 
