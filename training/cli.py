@@ -332,6 +332,8 @@ class DemoCommand:
 
     out: Path = Path("runs/demo")
     """Where the bundle, the sheet and the table go."""
+    seed: int = 0
+    """Of weights, sample order and noise in all stages; the world and the captions that are checked stay the same."""
     fresh: bool = False
     """Train anew instead of reusing what is there."""
     one_at_a_time: bool = False
@@ -573,9 +575,10 @@ def _run(command: Command, argv: Sequence[str]) -> None:
             device = str(resolve_device(command.device))
             evaluate_bundle(command.bundle, data, to_stderr, n_captions=command.captions, device=device)
         case DemoCommand():
-            plan = plan_here(recipe("demo"), one_at_a_time=command.one_at_a_time)
+            chosen = recipe("demo").with_seed(command.seed)
+            plan = plan_here(chosen, one_at_a_time=command.one_at_a_time)
             with _world() as (world, report):
-                run_demo(recipe("demo"), command.out, world, report, fresh=command.fresh, plan=plan)
+                run_demo(chosen, command.out, world, report, fresh=command.fresh, plan=plan)
         case AllCommand() if plan.phases:
             _train_side_by_side(command, plan)
         case EncodeCommand():

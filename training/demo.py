@@ -96,7 +96,7 @@ def run_demo(
     time_left.end("world")
     inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
     if plan.phases:
-        run_phases(recipe, inputs, plan, time_left, report)
+        run_phases(recipe, inputs, plan, time_left, report, options=("--seed", str(recipe.transformer.train.seed)))
     else:
         _train_here(recipe, inputs, place, report, time_left, begin)
     begin("samples", "sampling, reranking and checking")

@@ -96,6 +96,24 @@ class Recipe:
     transformer: TransformerRecipe
     clip: CLIPRecipe
 
+    def with_seed(self, seed: int) -> "Recipe":
+        """Return the recipe with one seed for all stages.
+
+        Raises:
+            ValueError: the seed is below 0.
+        """
+
+        def seeded(train: TrainConfig) -> TrainConfig:
+            return dataclasses.replace(train, seed=seed)
+
+        warmup = None if self.dvae.warmup is None else seeded(self.dvae.warmup)
+        return dataclasses.replace(
+            self,
+            dvae=dataclasses.replace(self.dvae, train=seeded(self.dvae.train), warmup=warmup),
+            transformer=dataclasses.replace(self.transformer, train=seeded(self.transformer.train)),
+            clip=dataclasses.replace(self.clip, train=seeded(self.clip.train)),
+        )
+
 
 CLIP_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, gradient_clipping=0.0)
 """The CLIP paper's, table 20, for a vision transformer."""

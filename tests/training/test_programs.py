@@ -377,6 +377,14 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
     assert 0 < max(distances) < 0.01
 
 
+def test_one_seed_goes_to_all_stages_of_a_recipe() -> None:
+    seeded = recipe("demo").with_seed(3)
+    assert seeded.dvae.warmup is not None
+    trains = [seeded.dvae.train, seeded.dvae.warmup, seeded.transformer.train, seeded.clip.train]
+    assert [train.seed for train in trains] == [3] * 4
+    assert seeded.with_seed(0) == recipe("demo")
+
+
 def test_only_recipes_of_the_built_in_world_have_hard_negatives() -> None:
     assert {name for name in NAMES if recipe(name).clip.hard_negatives} == {"demo", "1m"}
     assert recipe("demo").clip.wrong_captions == "world"
