@@ -66,7 +66,7 @@ Bundle = Annotated[Path, tyro.conf.arg(help="Directory with tokenizer.json, dvae
 
 @dataclass(frozen=True, kw_only=True)
 class Generate:
-    """Sample pictures for captions and keep the best: by default those that CLIP finds fit best."""
+    """Sample pictures for captions and keep the best by CLIP, by likelihood or by both."""
 
     captions: Annotated[tuple[str, ...], tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION...")] = ()
     """What the pictures should show; several captions are several sets of pictures."""

@@ -148,7 +148,7 @@ def encode_shards(
             something else, or too many pictures are unusable.
         OSError: something could not be written; complete shards are kept.
     """
-    targets = _targets(expand_shards(shards), out)
+    targets = token_shards(expand_shards(shards), out)
     if manifest is not None:
         _require_all(manifest, list(targets))
     encoding = Encoding(
@@ -179,7 +179,7 @@ def encode_shards(
     return EncodeReport(encoding=encoding, shards=there, n_written=n_written, n_samples=n_samples, n_skipped=n_skipped)
 
 
-def _targets(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
+def token_shards(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
     """Return the shard of tokens that each shard of pictures becomes.
 
     Raises:

@@ -31,7 +31,7 @@ from training.clip import CLIPStage, check_negatives
 from training.config import TrainConfig
 from training.data import ShardData
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
-from training.encode import EncodeConfig, EncodeReport, encode_shards
+from training.encode import EncodeConfig, EncodeReport, encode_shards, token_shards
 from training.evaluate import evaluate_bundle
 from training.fit import RunPlan, fit, refuse_another_run
 from training.machine import MachinePlan, Share
@@ -490,27 +490,37 @@ def _encoded(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: R
     """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
     train = recipe.transformer.train
     config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
-    centre_only = dataclasses.replace(config, crops=0)
-    shards: dict[str, Sequence[Path]] = {"train": (), "validation": ()}
-    for name, data, manifest, chosen in (
-        ("train", inputs.data, inputs.manifest, config),
-        ("validation", inputs.validation, inputs.validation_manifest, centre_only),
-    ):
-        if data:
-            shards[name] = encode_data(
-                data,
-                inputs.out / "encoded" / name,
-                inputs.out / "dvae",
-                chosen,
-                world,
-                report,
-                fresh=inputs.fresh,
-                skip_damaged_shards=inputs.skip_damaged_shards,
-                manifest=manifest,
-            ).shards
-    # the manifests are of the shards of pictures; image tokens have checksums of their own
+    shards = {
+        name: encode_data(
+            of.data,
+            inputs.out / "encoded" / name,
+            inputs.out / "dvae",
+            dataclasses.replace(config, crops=its_crops),
+            world,
+            report,
+            fresh=inputs.fresh,
+            skip_damaged_shards=inputs.skip_damaged_shards,
+            manifest=of.manifest,
+        ).shards
+        for name, its_crops, of in _to_encode(inputs, crops)
+    }
+    return _with_tokens(inputs, shards)
+
+
+def _to_encode(inputs: Inputs, crops: int) -> Iterator[tuple[str, int, Inputs]]:
+    """Yield what is encoded: its name, the random crops of each picture, and the shards."""
+    yield "train", crops, inputs
+    if inputs.validation:
+        yield "validation", 0, dataclasses.replace(inputs, data=inputs.validation, manifest=inputs.validation_manifest)
+
+
+def _with_tokens(inputs: Inputs, shards: Mapping[str, Sequence[Path]]) -> Inputs:
+    """Return the inputs with shards of image tokens, by the names of `_to_encode`, in place of those of pictures.
+
+    The manifests are of the shards of pictures; image tokens have checksums of their own.
+    """
     return dataclasses.replace(
-        inputs, data=shards["train"], validation=shards["validation"], manifest=None, validation_manifest=None
+        inputs, data=shards["train"], validation=shards.get("validation", ()), manifest=None, validation_manifest=None
     )
 
 
@@ -628,6 +638,7 @@ def _jobs(
             if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
                 yield job("tokenizer", "tokenizer", recipe.name, *_arguments(inputs, inputs.out, validates=False))
         case "encode":
+            assert encode_crops is not None, "the plan encodes what nobody asked for"
             train = recipe.transformer.train
             same: list[object] = ["--dvae", inputs.out / "dvae", "--seed", train.seed, "--workers", train.workers]
             same += ["--max-bad-fraction", train.max_bad_fraction]
@@ -641,24 +652,13 @@ def _jobs(
             yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options)
 
 
-def _to_encode(inputs: Inputs, crops: int | None) -> Iterator[tuple[str, int, Inputs]]:
-    """Yield what is encoded: its name, the random crops of each picture, and the shards."""
-    if crops is not None:
-        yield "train", crops, inputs
-        if inputs.validation:
-            data, manifest = inputs.validation, inputs.validation_manifest
-            yield "validation", 0, dataclasses.replace(inputs, data=data, manifest=manifest)
-
-
 def _encoded_inputs(inputs: Inputs) -> Inputs:
     """Return the inputs with the image tokens that were made of their shards, as `_encoded` does."""
     shards: dict[str, list[Path]] = {}
     for name, _, of in _to_encode(inputs, 1):
-        targets = [inputs.out / "encoded" / name / f"{shard.stem}.tar" for shard in expand_shards(of.data)]
-        shards[name] = [target for target in targets if target.exists()]
-    return dataclasses.replace(
-        inputs, data=shards["train"], validation=shards.get("validation", ()), manifest=None, validation_manifest=None
-    )
+        targets = token_shards(expand_shards(of.data), inputs.out / "encoded" / name)
+        shards[name] = [target for target in targets.values() if target.exists()]
+    return _with_tokens(inputs, shards)
 
 
 def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator[object]:
