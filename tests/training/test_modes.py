@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import training.cli
+import training.fit
 import training.recipes
 from dalle.model import DALLE
 from dalle.sampling import sample
@@ -617,10 +618,12 @@ def test_without_variances_above_the_bound_it_is_torchs_adamw(world: World) -> N
 # --------------------------------------------------------------------------------------------------- two ranks
 
 
-def allow_fp16() -> None:
+def allow_every_precision() -> None:
+    """Compute in fp16 and bf16 on any CPU, also one that only emulates them."""
     from deepspeed import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
+    training.fit.has_bfloat16_arithmetic = lambda device: True
 
 
 Mode = tuple[str, int, str]
@@ -631,7 +634,7 @@ SPOILT_MODES: list[Mode] = [
 
 
 def rank_losses(world: World, modes: list[Mode], accumulation: int) -> list[list[float]]:
-    allow_fp16()
+    allow_every_precision()
     return [losses(Engine(transformer(), run_of(*mode, accumulation, world.size), world), world) for mode in modes]
 
 
@@ -718,7 +721,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def train_exported(world: World, folder: Path, modes: list[Mode]) -> list[list[str]]:
     """Train a bundle's transformer in each mode; returns what was said."""
-    allow_fp16()
+    allow_every_precision()
     said: list[list[str]] = []
     for precision, stage, offload in modes:
         # the first of so few steps must not be spent on lowering the loss scale

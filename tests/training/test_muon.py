@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import tiny
 import torch
-from test_modes import allow_fp16
+from test_modes import allow_every_precision
 from test_ranks import on_ranks
 from torch import Tensor, nn
 from torch.optim import _muon
@@ -106,7 +106,7 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 
 def trained(world: World, config: TrainConfig, first: int = 0, last: int = STEPS, folder: Path | None = None) -> Engine:
     if config.precision == "fp16":
-        allow_fp16()
+        allow_every_precision()
     engine = Engine(objective(), config, world)
     if first:
         assert folder is not None

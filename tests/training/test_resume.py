@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from test_checkpoints import Killed, forge_digests, kill_at
 from test_engine import Bomb, Objective, config, data
 from test_fit import Run, send
-from test_modes import MODES, allow_fp16
+from test_modes import MODES, allow_every_precision
 from test_ranks import on_ranks
 
 import training.fit
@@ -176,7 +176,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 def losses_of_each(world: World, folder: Path, runs: dict[str, tuple[TrainConfig, int, int]]) -> dict[str, list[float]]:
     """Take steps with a bare engine for each run, which has a folder of its own."""
-    allow_fp16()
+    allow_every_precision()
     return {
         name: engine_losses(world, folder / name, *run, DTYPES.get(run[0].precision, torch.float32))
         for name, run in runs.items()
