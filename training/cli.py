@@ -633,7 +633,11 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 changed = dataclasses.replace(chosen, transformer=transformer)
                 train_transformer(changed, inputs, world, report, tokenizer=command.tokenizer, dvae=command.dvae)
         case CLIPCommand():
-            clip = dataclasses.replace(chosen.clip, train=command.override(chosen.clip.train))
+            clip = dataclasses.replace(
+                chosen.clip,
+                train=command.override(chosen.clip.train),
+                warmup=_warmup(command, chosen.clip.warmup),
+            )
             if command.hard_negatives is not None:
                 clip = dataclasses.replace(clip, hard_negatives=command.hard_negatives)
             with _world(command.timeout) as (world, report):
@@ -643,8 +647,13 @@ def _train(command: _Shards, chosen: Recipe) -> None:
                 train_all(chosen, inputs, world, report, encode_crops=command.encode_crops)
 
 
+def _warmup(command: _Stage, warmup: TrainConfig | None) -> TrainConfig | None:
+    """Return a warm-up with the options that were given, but its own steps and learning rate."""
+    return warmup and dataclasses.replace(command, steps=None, learning_rate=None).override(warmup)
+
+
 def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
-    """Return the dVAE's recipe with the options that were given; the warm-up keeps its steps and rates."""
+    """Return the dVAE's recipe with the options that were given."""
     train = command.override(chosen.train)
     factor = train.steps / chosen.train.steps
     return dataclasses.replace(
@@ -652,7 +661,7 @@ def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
         train=train,
         kl_weight=chosen.kl_weight.stretched(factor),
         temperature=chosen.temperature.stretched(factor),
-        warmup=chosen.warmup and dataclasses.replace(command, steps=None, learning_rate=None).override(chosen.warmup),
+        warmup=_warmup(command, chosen.warmup),
     )
 
 

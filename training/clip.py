@@ -3,7 +3,7 @@
 The negatives of a pair are all others of the global batch, across ranks, and by choice wrong captions made of its own.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,9 @@ class CLIPObjective(nn.Module):
     """The contrastive loss as a module, so that the engine sees one forward pass.
 
     Deviation: by choice, each picture has wrong captions as further negatives (Yuksekgonul et al. 2023, arXiv
-    2210.01936), here of this picture alone.
+    2210.01936), here of this picture alone. By choice too, another caption of the picture is treated as a second view
+    of it, whose right caption is to be found in the same way: the text tower then learns what a caption says from
+    captions alone, long before the pictures tell it.
     """
 
     def __init__(self, model: CLIP) -> None:
@@ -41,11 +43,13 @@ class CLIPObjective(nn.Module):
         n_cut: Tensor,
         wrong_text: Tensor | None = None,
         is_wrong: Tensor | None = None,
+        other_text: Tensor | None = None,
     ) -> tuple[Tensor, Tensors]:
         """Return the symmetric loss over the batches of all ranks, and metrics.
 
         The metrics are how often the right caption is the nearest of the batch's, the logit scale, the fraction of
-        captions cut, and with hard negatives how many of them are farther from their picture than the right caption.
+        captions cut, with hard negatives how many of them are farther from their picture than the right caption, and
+        with paraphrases their part of the loss.
 
         Args:
             images: (B,3,H,W) float32 in [0, 1].
@@ -53,23 +57,18 @@ class CLIPObjective(nn.Module):
             n_cut: (B,) int64, 1 where the caption was longer than the text tower's context.
             wrong_text: (B,M,L) int64 ids of captions that are wrong for the picture; None for none.
             is_wrong: (B,M) bool, False where there is no such caption.
+            other_text: (B,L) int64 ids of another caption of the picture, or again the same; None for none.
         """
-        wrong: tuple[Tensor, Tensor] | None = None
-        if wrong_text is None or is_wrong is None:
-            image_features, text_features, logit_scale = self.model(images, text)
-        else:
-            # one pass for all texts, because ZeRO 3 wants one pass through the model
-            n_images, n_wrong = is_wrong.shape
-            texts = self._without_common_pads(torch.cat([text, wrong_text.flatten(0, 1)]))
-            image_features, all_features, logit_scale = self.model(images, texts)
-            text_features, wrong_features = all_features[:n_images], all_features[n_images:]
-            cosines = torch.einsum("be,bme->bm", image_features, wrong_features.unflatten(0, (n_images, n_wrong)))
-            # the cosines cross the ranks, not the features: a picture's wrong captions are negatives for itself only
-            wrong = (_gather(cosines), _gather(is_wrong.float()).bool())
-        image_features, text_features = _gather(image_features), _gather(text_features)
-        loss = contrastive_loss(image_features, text_features, logit_scale, *(wrong or ()))
+        given = [text, wrong_text, other_text]
+        texts = [each.flatten(0, -2) for each in given if each is not None]
+        # one pass for all texts, because ZeRO 3 wants one pass through the model
+        features, all_features, logit_scale = self.model(images, self._without_common_pads(torch.cat(texts)))
+        text_features, *others = all_features.split([len(each) for each in texts])
+        other_features = others.pop() if other_text is not None else None
+        wrong_features = others.pop().unflatten(0, (len(images), -1)) if wrong_text is not None else None
+        text_features = _gather(text_features)
+        loss, cosines_BB, wrong = _choose(features, text_features, logit_scale, wrong_features, is_wrong)
         with torch.no_grad():
-            cosines_BB = image_features @ text_features.T
             is_nearest = cosines_BB.argmax(dim=1) == torch.arange(len(cosines_BB), device=cosines_BB.device)
             metrics = {
                 "accuracy": is_nearest.float().mean(),
@@ -79,6 +78,10 @@ class CLIPObjective(nn.Module):
             if wrong is not None:
                 is_farther = (wrong[0] < cosines_BB.diagonal()[:, None]) & wrong[1]
                 metrics["hard_negatives_right"] = is_farther.sum() / wrong[1].sum().clamp(min=1)
+        if other_features is not None:
+            paraphrase_loss, _, _ = _choose(other_features, text_features, logit_scale, wrong_features, is_wrong)
+            metrics["paraphrase_loss"] = paraphrase_loss.detach()
+            loss = loss + paraphrase_loss
         return loss, metrics
 
     def _without_common_pads(self, texts: Tensor) -> Tensor:
@@ -86,6 +89,31 @@ class CLIPObjective(nn.Module):
         end_id = self.model.config.vocab_size - 1
         longest = int((texts == end_id).int().argmax(dim=1).max()) + 1
         return texts[:, :longest]
+
+
+def _choose(
+    views: Tensor, texts: Tensor, logit_scale: Tensor, wrong_features: Tensor | None, is_wrong: Tensor | None
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
+    """Return the contrastive loss of views of pictures and the captions, the cosines, and those of wrong captions.
+
+    Args:
+        views: (B,E), features of this rank's pictures, or of other captions of them.
+        texts: (B·ranks,E), features of the captions of all ranks.
+        logit_scale: scalar.
+        wrong_features: (B,M,E), features of captions that are wrong for the picture; None for none.
+        is_wrong: (B,M) bool, False where there is no such caption.
+
+    Returns:
+        The loss; the cosines of all views and captions, without a gradient; the cosines of all views and their wrong
+        captions, and which of these there are.
+    """
+    wrong = None
+    if wrong_features is not None and is_wrong is not None:
+        # the cosines cross the ranks, not the features: a picture's wrong captions are negatives for itself only
+        cosines = torch.einsum("be,bme->bm", views, wrong_features)
+        wrong = (_gather(cosines), _gather(is_wrong.float()).bool())
+    views = _gather(views)
+    return contrastive_loss(views, texts, logit_scale, *(wrong or ())), (views @ texts.T).detach(), wrong
 
 
 class _AllGather(torch.autograd.Function):
@@ -130,6 +158,7 @@ class CLIPStage:
     name = "clip"
     unit = "images"
     units_per_sample = 1
+    is_warmup = False
 
     def __init__(
         self,
@@ -144,26 +173,35 @@ class CLIPStage:
         self._config, self._tokenizer = model.config, tokenizer
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return a random square crop and one of the captions, and wrong ones where the recipe wants hard negatives."""
+        """Return a random square crop, one of the captions, and what else of it the recipe wants."""
         image = square_crop(open_image(sample.image_bytes, sample.source), self._config.image_size, rng)
-        return self._tensors(to_tensor(image), sample.captions[rng.integers(len(sample.captions))], rng)
+        return self._tensors(
+            to_tensor(image), self._captions(sample), int(rng.integers(len(self._captions(sample)))), rng
+        )
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return the picture as it is seen when it is scored, and the first caption."""
+        """Return the picture as it is seen when it is scored, the first caption, and what else the recipe wants."""
         image = open_image(sample.image_bytes, sample.source)
-        return self._tensors(clip_view(image, self._config.image_size), sample.captions[0], rng)
+        return self._tensors(clip_view(image, self._config.image_size), self._captions(sample), 0, rng)
 
-    def _tensors(self, image: Tensor, caption: str, rng: np.random.Generator) -> Tensors:
-        text, n_cut = self._tokenizer.tokenize_counting([caption], self._config.context_length)
+    def _captions(self, sample: Sample) -> Sequence[str]:
+        """Return the captions of a sample that are trained on."""
+        return sample.captions
+
+    def _tensors(self, image: Tensor, captions: Sequence[str], chosen: int, rng: np.random.Generator) -> Tensors:
+        text, n_cut = self._tokenizer.tokenize_counting([captions[chosen]], self._config.context_length)
         tensors = {"images": image, "text": text[0], "n_cut": torch.tensor(n_cut)}
         n_wrong = self.recipe.hard_negatives
-        if n_wrong == 0:
-            return tensors
-        wrong_caption = SOURCES[self.recipe.wrong_captions]
-        wrong = [wrong_caption(caption, rng) for _ in range(n_wrong)]
-        # in place of one that is missing stands an empty caption, which is masked
-        wrong_text, _ = self._tokenizer.tokenize_counting([told or "" for told in wrong], self._config.context_length)
-        return {**tensors, "wrong_text": wrong_text, "is_wrong": torch.tensor([told is not None for told in wrong])}
+        if n_wrong:
+            wrong_caption = SOURCES[self.recipe.wrong_captions]
+            wrong = [wrong_caption(captions[chosen], rng, of_few_kinds=self.is_warmup) for _ in range(n_wrong)]
+            # in place of one that is missing stands an empty caption, which is masked
+            ids, _ = self._tokenizer.tokenize_counting([told or "" for told in wrong], self._config.context_length)
+            tensors |= {"wrong_text": ids, "is_wrong": torch.tensor([told is not None for told in wrong])}
+        if self.recipe.paraphrases:
+            other = (chosen + int(rng.integers(1, max(2, len(captions))))) % len(captions)
+            tensors["other_text"] = self._tokenizer.tokenize([captions[other]], self._config.context_length)[0]
+        return tensors
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
         """Return the batch as it is."""
@@ -178,6 +216,22 @@ class CLIPStage:
         model = CLIP(self._config, self._tokenizer)
         model.load_state_dict({name: weight.detach().cpu() for name, weight in weights.items()}, strict=True)
         model.save(self.directory, metadata={**self.metadata, "step": step})
+
+
+class CLIPWarmupStage(CLIPStage):
+    """What `fit` needs to know to train CLIP on captions that are told alike, before those told in all ways.
+
+    Deviation: none of it in the CLIP paper. Where the order of words says which thing is where, a model that has not
+    learned to see where things are gains nothing by reading order, and one that has not learned to read order gains
+    nothing by seeing it. If the first thing told always stands on the same side, both are learned in minutes, and the
+    other ways of telling soon after. The wrong captions are of the few kinds that take longest to learn.
+    """
+
+    name = "clip-warmup"
+    is_warmup = True
+
+    def _captions(self, sample: Sample) -> Sequence[str]:
+        return sample.captions[: self.recipe.warmup_captions]
 
 
 def check_negatives(accumulation: int) -> None:

@@ -74,17 +74,17 @@ def _block_weights(n_in: int, n_out: int, *, first_kernel: int, last_kernel: int
     return first_kernel**2 * n_in * hidden + skip, 2 * 9 * hidden**2 + last_kernel**2 * hidden * n_out
 
 
-def clip_flops(config: CLIPConfig, hard_negatives: int = 0) -> int:
+def clip_flops(config: CLIPConfig, captions: int = 1) -> int:
     """Return the operations of a pair's way through CLIP's towers, forward; attention between all positions.
 
     Args:
         config: the model.
-        hard_negatives: wrong captions that the text tower reads beside each right one.
+        captions: that the text tower reads for each picture, wrong ones and paraphrases included.
     """
     pixels = config.n_patches * 3 * config.patch_size**2 * config.vision_width
     towers = (
         (config.vision_layers, config.n_patches + 1, config.vision_width),
-        (config.text_layers * (1 + hard_negatives), config.context_length, config.text_width),
+        (config.text_layers * captions, config.context_length, config.text_width),
     )
     layers = sum(n * (12 * length * width**2 + 2 * length**2 * width) for n, length, width in towers)
     projections = (config.vision_width + config.text_width) * config.embed_dim

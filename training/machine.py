@@ -82,7 +82,7 @@ class MachinePlan:
     phases: tuple[tuple[Share, ...], ...] = ()
     """One after the other; the stages of a phase run side by side. None: everything in this process, one at a time."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """About how long each part takes on its share; "dvae-warmup" is a part of "dvae"."""
+    """About how long each part takes on its share; "dvae-warmup" is a part of "dvae", and so of "clip"."""
     reason: str = ""
     """Why it is one at a time, for the user; empty where nothing need be said."""
 
@@ -90,19 +90,20 @@ class MachinePlan:
 def costs(recipe: Recipe) -> dict[str, Cost]:
     """Return what every part of a recipe takes."""
     runs = {"dvae": recipe.dvae.train, "clip": recipe.clip.train, "transformer": recipe.transformer.train}
-    if recipe.dvae.warmup is not None:
-        runs["dvae-warmup"] = recipe.dvae.warmup
+    for stage, warmup in (("dvae", recipe.dvae.warmup), ("clip", recipe.clip.warmup)):
+        if warmup is not None:
+            runs[f"{stage}-warmup"] = warmup
     encoding = dvae_flops(recipe.dvae.model) // 2
     flops = {
         "dvae": 3 * dvae_flops(recipe.dvae.model),
-        "clip": 3 * clip_flops(recipe.clip.model, recipe.clip.hard_negatives),
+        "clip": 3 * clip_flops(recipe.clip.model, recipe.clip.captions_per_picture),
         "transformer": training_flops(recipe.transformer.model) + encoding,
     }
     found = {"tokenizer": Cost(fixed_s=TOKENIZER_S, shared_s=0.0)}
     for part, run in runs.items():
         stage = part.removesuffix("-warmup")
         found[part] = Cost(
-            fixed_s=run.steps * STEP_S[stage] + (0.0 if part == "dvae" and "dvae-warmup" in runs else START_S),
+            fixed_s=run.steps * STEP_S[stage] + (0.0 if f"{part}-warmup" in runs else START_S),
             shared_s=run.steps * run.global_batch * flops[stage] / FLOPS[stage],
         )
     return found
@@ -212,9 +213,8 @@ def _share(stage: StageName, ranks: int, threads: int) -> Share:
 
 def _ranks(recipe: Recipe, stage: Literal["dvae", "clip", "transformer"], n_cores: int) -> Iterator[int]:
     """Yield the powers of two, up to the number of cores, among which a stage's batch can be divided."""
-    ranks, runs = 1, [getattr(recipe, stage).train]
-    if stage == "dvae" and recipe.dvae.warmup is not None:
-        runs.append(recipe.dvae.warmup)
+    ranks, chosen = 1, getattr(recipe, stage)
+    runs = [run for run in (chosen.train, getattr(chosen, "warmup", None)) if run is not None]
     while ranks <= n_cores:
         if all(_divides(run, ranks, may_accumulate=stage != "clip") for run in runs):
             yield ranks

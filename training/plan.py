@@ -278,7 +278,7 @@ def make_plan(
         clip=_other_stage(
             {"image tower": clip.vision, "text tower": clip.text},
             clip,
-            clip_flops(clip.config, recipe.clip.hard_negatives),
+            clip_flops(clip.config, recipe.clip.captions_per_picture),
             recipe.clip.train,
             gpus,
         ),

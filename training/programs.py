@@ -27,7 +27,7 @@ from dvae.directory import directory_hash
 from rerank.model import CLIP
 from rerank.tokenizer import CLIPTokenizer
 from training.checkpoints import latest_tag
-from training.clip import CLIPStage, check_negatives
+from training.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.config import TrainConfig
 from training.data import ShardData
 from training.dvae import DVAEStage, WarmupStage, initialise_codebook
@@ -150,10 +150,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     """
     stage_recipe = recipe.dvae
     data, validation = inputs.open(captions=False)
-    run = inputs.run_directory("dvae")
-    if inputs.fresh:  # at once, or a command interrupted in the warm-up would later go on from what was there before
-        on_first_rank(lambda: shutil.rmtree(run / "checkpoints", ignore_errors=True), world)
-    goes_on = not inputs.fresh and latest_tag(run / "checkpoints") is not None
+    goes_on = _goes_on("dvae", inputs, world)
     torch.manual_seed(stage_recipe.train.seed)
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
     if init is None and stage_recipe.warmup is not None and not goes_on:  # else the weights come from the checkpoint
@@ -172,6 +169,17 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
     _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory
+
+
+def _goes_on(stage: str, inputs: Inputs, world: World) -> bool:
+    """Return whether a stage goes on from a checkpoint, and so needs no warm-up; made afresh, it has none from now on.
+
+    Else a command interrupted in the warm-up would later go on from what was there before.
+    """
+    checkpoints = inputs.run_directory(stage) / "checkpoints"
+    if inputs.fresh:
+        on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), world)
+    return not inputs.fresh and latest_tag(checkpoints) is not None
 
 
 def _warmed_up(
@@ -351,17 +359,25 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     tokenizer = _clip_tokenizer(inputs, data, stage_recipe.model.vocab_size, world)
     config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(stage_recipe.train.seed)
-    model = CLIP(config, tokenizer).to(world.device)
-    directory = inputs.out / "clip"
-    stage = CLIPStage(stage_recipe, model, tokenizer, directory, {"recipe": recipe.name})
-    tokenizer_hash = hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16]
+    model = CLIP(config, tokenizer)
+    if stage_recipe.embedding_scale != 1:
+        model.initialise(embedding_scale=stage_recipe.embedding_scale)
+    metadata = {"recipe": recipe.name}
     description = {
-        "stage": "clip",
         "recipe": recipe.name,
         "model": dataclasses.asdict(config),
-        "tokenizer_hash": tokenizer_hash,
+        "tokenizer_hash": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16],
     }
-    plan = inputs.run_plan("clip", description)
+    if stage_recipe.warmup is not None and not _goes_on("clip", inputs, world):
+        directory = inputs.run_directory("clip-warmup") / "model"
+        warmup = CLIPWarmupStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
+        plan = inputs.run_plan("clip-warmup", {"stage": "clip-warmup", **description})
+        fit(warmup, stage_recipe.warmup, world, data, validation, plan, report)
+        model = CLIP.load(directory)
+        inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
+    directory = inputs.out / "clip"
+    stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
+    plan = inputs.run_plan("clip", {"stage": "clip", **description})
     _note_data(plan, data, world)
     fit(stage, stage_recipe.train, world, data, validation, plan, report)
     return directory

@@ -74,12 +74,27 @@ class CLIPRecipe:
     """Wrong captions made of each picture's own, for the picture to be told from; none in the CLIP paper."""
     wrong_captions: Source = "words"
     """How they are made: words, of any English captions by exchanging listed words; world, of the built-in world's."""
+    paraphrases: bool = False
+    """Whether another caption of the same picture, where it has several, is to be near its caption."""
+    warmup: TrainConfig | None = None
+    """A run on the first captions of each picture, before the one on all: see `CLIPWarmupStage`."""
+    warmup_captions: int = 1
+    """How many of a picture's captions the warm-up takes, from the first."""
+    embedding_scale: float = 1.0
+    """Factor of the first embeddings' standard deviations; 1 as published. See `CLIP.initialise`."""
 
     def __post_init__(self) -> None:
+        if self.warmup_captions < 1:
+            raise ValueError(f"warmup_captions must be at least 1, got {self.warmup_captions}")
         if self.hard_negatives < 0:
             raise ValueError(f"hard_negatives must be at least 0, got {self.hard_negatives}")
         if self.wrong_captions not in SOURCES:
             raise ValueError(f"wrong_captions is {self.wrong_captions!r}; expected one of {', '.join(SOURCES)}")
+
+    @property
+    def captions_per_picture(self) -> int:
+        """Captions that the text tower reads in a step for each picture."""
+        return 1 + self.hard_negatives + self.paraphrases
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,12 +121,12 @@ class Recipe:
         def seeded(train: TrainConfig) -> TrainConfig:
             return dataclasses.replace(train, seed=seed)
 
-        warmup = None if self.dvae.warmup is None else seeded(self.dvae.warmup)
+        dvae, clip = self.dvae, self.clip
         return dataclasses.replace(
             self,
-            dvae=dataclasses.replace(self.dvae, train=seeded(self.dvae.train), warmup=warmup),
+            dvae=dataclasses.replace(dvae, train=seeded(dvae.train), warmup=dvae.warmup and seeded(dvae.warmup)),
             transformer=dataclasses.replace(self.transformer, train=seeded(self.transformer.train)),
-            clip=dataclasses.replace(self.clip, train=seeded(self.clip.train)),
+            clip=dataclasses.replace(clip, train=seeded(clip.train), warmup=clip.warmup and seeded(clip.warmup)),
         )
 
 
@@ -231,10 +246,24 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 def _demo_clip() -> CLIPRecipe:
     """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
-    base = _cpu_clip(48, 6, 26, steps=500)
-    optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05)
-    train = dataclasses.replace(base.train, optimizer=optimizer)
-    return dataclasses.replace(base, train=train, hard_negatives=3, wrong_captions="world")
+    base = _cpu_clip(48, 6, 26, steps=350)
+    optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05, gradient_clipping=1.0)
+    rate = WarmupCosine(peak=2e-3, warmup=30, steps=base.train.steps)
+    train = dataclasses.replace(base.train, optimizer=optimizer, learning_rate=rate)
+    warmup_rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
+    warmup = dataclasses.replace(
+        train, steps=200, global_batch=32, learning_rate=warmup_rate, validate_every=_four_times(200)
+    )
+    return dataclasses.replace(
+        base,
+        train=train,
+        warmup=warmup,
+        warmup_captions=5,  # those from the left or from above
+        hard_negatives=2,
+        wrong_captions="world",
+        paraphrases=True,
+        embedding_scale=8.0,
+    )
 
 
 def demo() -> Recipe:

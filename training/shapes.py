@@ -172,13 +172,15 @@ _PHRASINGS = (
 
 
 def captions(scene: Scene) -> tuple[str, ...]:
-    """Everything that is said of a scene: every phrasing, from both ends (10 captions of 13 to 23 words)."""
+    """Everything that is said of a scene, of 13 to 23 words: the five phrasings from the left or from above, then from
+    the other end.
+    """
     told = [
         f" {way.relation} ".join(str(thing) for thing in way.things)
         for way in (scene.canonical(), scene.canonical().reversed())
     ]
     return tuple(
-        phrasing.format(things=things, background=scene.background) for phrasing, things in product(_PHRASINGS, told)
+        phrasing.format(things=things, background=scene.background) for things, phrasing in product(told, _PHRASINGS)
     )
 
 

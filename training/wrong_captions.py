@@ -9,10 +9,10 @@ which words of a few lists are exchanged or replaced.
 """
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, Protocol
 
 import numpy as np
 
@@ -30,8 +30,19 @@ from training.shapes import (
     parse,
 )
 
-WrongCaption = Callable[[str, np.random.Generator], str | None]
-"""Returns a caption that is wrong where the given one is right, a function of caption and generator; None: cannot."""
+
+class WrongCaption(Protocol):
+    """Makes a caption that is wrong where the given one is right, a function of caption and generator."""
+
+    def __call__(self, caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
+        """Return it, or None for a caption of which none can be made.
+
+        Args:
+            caption: the right one.
+            rng: the source of all randomness.
+            of_few_kinds: wrong in the ways that a model should learn first.
+        """
+
 
 Source = Literal["world", "words"]
 
@@ -47,6 +58,8 @@ EXCHANGES: tuple[Exchange, ...] = ("things", "colours", "shapes", "sizes", "rela
 REPLACEMENTS: tuple[Replacement, ...] = ("a colour", "a shape", "a size", "the background")
 """What becomes another of its kind."""
 KINDS: tuple[Exchange | Replacement, ...] = (*EXCHANGES, *REPLACEMENTS)
+FEW_KINDS: tuple[Exchange | Replacement, ...] = ("things", "a shape")
+"""What is hardest to learn beside all the others: the order of the things, and their shapes."""
 
 _OTHER_AXIS: dict[str, Relation] = {
     "left of": "above",
@@ -129,7 +142,7 @@ def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
     return min((other for other in captions(scene) if f" {relation} " in other), key=difference)
 
 
-def wrong_world_caption(caption: str, rng: np.random.Generator) -> str | None:
+def wrong_world_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
     """Return a wrong caption for a caption of the built-in world: of a scene of another meaning, phrased alike.
 
     The kinds of exchanges and replacements are equally likely, as far as they are possible. Of combinations that are
@@ -142,8 +155,9 @@ def wrong_world_caption(caption: str, rng: np.random.Generator) -> str | None:
         scene = parse(caption)
     except ValueError:
         return None
-    for number in rng.permutation(len(KINDS)).tolist():
-        kind = KINDS[number]
+    kinds = FEW_KINDS if of_few_kinds else KINDS
+    for number in rng.permutation(len(kinds)).tolist():
+        kind = kinds[number]
         other = wrong_scene(scene, kind, rng)
         if other is not None and held_out_reason(other) is None:
             return told_alike(" ".join(caption.lower().split()), other, kind)
@@ -219,20 +233,20 @@ _TWO_PHRASES = re.compile(
 )
 
 
-def wrong_words_caption(caption: str, rng: np.random.Generator) -> str | None:
+def wrong_words_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
     """Return a wrong caption for any English one: two words exchanged, or one replaced, that word lists know.
 
     Exchanged are two colours, sizes, numbers, … of a caption that describe different things as far as that can be told
     without a tagger, or the two things around a preposition such as "under"; replaced is a word by one of its kind that
-    means something else. An exchange is taken as often as a replacement where both are possible. The result is in lower
-    case, as CLIP's tokenizer reads all captions.
+    means something else. An exchange is taken as often as a replacement where both are possible; of few kinds, only
+    exchanges. The result is in lower case, as CLIP's tokenizer reads all captions.
 
     Returns:
         None for a caption without such words.
     """
     told = " ".join(caption.lower().split())
     exchanged = [*_exchanged_words(told), *_exchanged_phrases(told)]
-    replaced = list(_replaced_words(told))
+    replaced = [] if of_few_kinds else list(_replaced_words(told))
     choices = [options for options in (exchanged, replaced) if options]
     if not choices:
         return None
