@@ -1,3 +1,4 @@
+import copy
 import math
 from dataclasses import replace
 
@@ -287,6 +288,18 @@ def test_initial_weights_have_the_published_deviations():
     for block in (*text.blocks, *vision.blocks):
         assert not block.attention.qkv.bias.any()
         assert not block.attention.out.bias.any()
+
+
+def test_only_the_embeddings_are_drawn_at_another_scale():
+    clips = [CLIP(TINY)]
+    clips.append(copy.deepcopy(clips[0]))
+    for clip, scale in zip(clips, (1.0, 8.0), strict=True):
+        torch.manual_seed(0)
+        clip.initialise(embedding_scale=scale)
+    for (name, plain), scaled in zip(clips[0].named_parameters(), clips[1].parameters(), strict=True):
+        torch.testing.assert_close(scaled, 8 * plain if "embedding" in name else plain)
+    with pytest.raises(ValueError, match="embedding_scale must be a number above 0, got 0"):
+        clips[0].initialise(embedding_scale=0)
 
 
 def pil_reference(image_CHW: torch.Tensor, size: int) -> torch.Tensor:

@@ -30,7 +30,7 @@ from training.evaluate import distinct_captions, evaluate
 from training.fit import Interrupted
 from training.metrics import MetricLog, read_metrics
 from training.plan import flops_per_sample, plan, state_bytes
-from training.programs import Inputs, train_all, train_dvae
+from training.programs import Inputs, train_all, train_clip, train_dvae
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.world import join_world
@@ -213,6 +213,26 @@ def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: 
         assert record["learning_rate"]["peak"] == (1e-5 if stage == "dvae" else 2e-3)
 
 
+def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(tmp_path: Path, shards: Path) -> None:
+    chosen = tiny.recipe()
+    said: list[str] = []
+
+    def train(out: str, warmup_steps: int, steps: int) -> str:
+        warmup, run = (dataclasses.replace(chosen.clip.train, steps=n) for n in (warmup_steps, steps))
+        clip = dataclasses.replace(chosen.clip, warmup=warmup, train=run, warmup_captions=5, embedding_scale=8.0)
+        inputs = Inputs(data=[shards], out=tmp_path / out)
+        return directory_hash(train_clip(dataclasses.replace(chosen, clip=clip), inputs, join_world(), said.append))
+
+    whole = train("whole", 4, 4)
+    train("parts", 2, 1)
+    shutil.rmtree(tmp_path / "parts" / "training" / "clip")  # as if it had ended within the warm-up
+    train("parts", 4, 2)
+    assert any("clip-warmup: going on from step 2 of 4" in line for line in said)
+    said.clear()
+    assert train("parts", 4, 4) == whole
+    assert not any("clip-warmup" in line for line in said)
+
+
 def test_a_run_of_other_steps_has_its_schedules_stretched(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -379,9 +399,10 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
 
 def test_one_seed_goes_to_all_stages_of_a_recipe() -> None:
     seeded = recipe("demo").with_seed(3)
-    assert seeded.dvae.warmup is not None
-    trains = [seeded.dvae.train, seeded.dvae.warmup, seeded.transformer.train, seeded.clip.train]
-    assert [train.seed for train in trains] == [3] * 4
+    warmups = [seeded.dvae.warmup, seeded.clip.warmup]
+    trains = [seeded.dvae.train, seeded.transformer.train, seeded.clip.train, *filter(None, warmups)]
+    assert len(trains) == 5
+    assert [train.seed for train in trains] == [3] * 5
     assert seeded.with_seed(0) == recipe("demo")
 
 

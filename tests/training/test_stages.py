@@ -18,7 +18,8 @@ from dvae import DVAE, DVAEConfig
 from dvae.images import map_pixels, unmap_pixels
 from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
-from training.clip import CLIPStage, check_negatives
+from rerank.model import contrastive_loss
+from training.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.config import OptimizerConfig
 from training.data import Sample, ShardData
 from training.dvae import (
@@ -38,7 +39,7 @@ from training.schedules import Cosine, WarmupCosine
 from training.shapes import parse
 from training.transformer import TransformerStage
 from training.world import join_world
-from training.wrong_captions import Source
+from training.wrong_captions import FEW_KINDS, Source, wrong_scene
 
 
 @pytest.fixture
@@ -432,6 +433,57 @@ def test_pictures_without_wrong_captions_have_the_loss_of_no_hard_negatives(
         losses.append(loss)
     assert metrics["hard_negatives_right"] == 0
     torch.testing.assert_close(losses[1], losses[0])
+
+
+def words_of(caption: str) -> str:
+    return " ".join(caption.replace(",", " ").split())
+
+
+def test_the_warm_up_of_clip_reads_the_first_captions_and_wrong_ones_of_few_kinds(
+    tmp_path: Path, data: ShardData, sample: Sample
+) -> None:
+    made = clip_stage(tmp_path, data, 2)
+    recipe = dataclasses.replace(made.recipe, warmup_captions=5, paraphrases=True)
+    stage = CLIPWarmupStage(recipe, made.objective.model, made._tokenizer, tmp_path / "clip", {})
+    read = {"text": set(), "other_text": set()}
+    scene = parse(sample.captions[0])
+    few = {wrong_scene(scene, kind, np.random.default_rng(seed)) for kind in FEW_KINDS for seed in range(400)}
+    for seed in range(60):
+        tensors = stage.transform(sample, np.random.default_rng(seed))
+        for name, found in read.items():
+            found.add(words_of(stage._tokenizer.decode(tensors[name].tolist())))
+        assert not torch.equal(tensors["text"], tensors["other_text"])
+        wrong = [parse(stage._tokenizer.decode(row.tolist())) for row in tensors["wrong_text"]]
+        assert set(wrong) <= few
+    first = {words_of(caption) for caption in sample.captions[:5]}
+    assert read == {"text": first, "other_text": first}
+
+
+def test_another_caption_of_the_picture_is_a_second_view_of_it(tmp_path: Path, data: ShardData, sample: Sample) -> None:
+    made = clip_stage(tmp_path, data, 2)
+    stage = CLIPStage(
+        dataclasses.replace(made.recipe, paraphrases=True), made.objective.model, made._tokenizer, tmp_path / "clip", {}
+    )
+    tensors = [stage.transform(sample, np.random.default_rng(seed)) for seed in range(4)]
+    batch = {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
+    loss, metrics = stage.objective(**batch)
+    without, _ = stage.objective(**{name: tensor for name, tensor in batch.items() if name != "other_text"})
+    model = made.objective.model
+    views, texts = model.encode_text(batch["other_text"]), model.encode_text(batch["text"])
+    wrong = model.encode_text(batch["wrong_text"].flatten(0, 1)).unflatten(0, (4, 2))
+    cosines = torch.einsum("be,bme->bm", views, wrong)
+    expected = contrastive_loss(views, texts, model.logit_scale.exp(), cosines, batch["is_wrong"])
+    torch.testing.assert_close(metrics["paraphrase_loss"], expected.detach())
+    torch.testing.assert_close(loss, without + expected)
+
+
+def test_a_picture_with_one_caption_is_its_own_paraphrase(tmp_path: Path, data: ShardData, sample: Sample) -> None:
+    made = clip_stage(tmp_path, data, 0)
+    recipe = dataclasses.replace(made.recipe, paraphrases=True)
+    stage = CLIPStage(recipe, made.objective.model, made._tokenizer, tmp_path / "clip", {})
+    one = dataclasses.replace(sample, captions=sample.captions[:1])
+    tensors = stage.transform(one, np.random.default_rng(0))
+    assert torch.equal(tensors["text"], tensors["other_text"])
 
 
 @pytest.mark.slow
