@@ -181,6 +181,10 @@ class Head(nn.Linear):
             return F.linear(h_BSD.float(), self.weight.float())
 
 
+OWN_SHARE = 0.3
+"""Of the variance of an image embedding begun from the codebook: what is random, and so the token's own."""
+
+
 class DALLE(nn.Module):
     """The transformer: text ids and image tokens in, next-token logits out."""
 
@@ -250,6 +254,32 @@ class DALLE(nn.Module):
         self.final_norm.reset_parameters()
         nn.init.zeros_(self.text_head.weight)
         nn.init.zeros_(self.image_head.weight)
+
+    @torch.no_grad()
+    def initialise_from_codebook(self, codebook_VC: Tensor) -> None:
+        """Let image tokens that look alike begin alike: embeddings and head from random projections of the dVAE's rows.
+
+        Deviation: the paper's image embeddings are random. What the model learns of a token then holds for its
+        neighbours too, such as the same edge in another colour, and small models learn in fewer steps.
+
+        Args:
+            codebook_VC: float32, a row for each image token, in any units: `dvae.decoder.codebook`.
+
+        Raises:
+            ValueError: there are not as many rows as image tokens.
+        """
+        V, C = codebook_VC.shape
+        if self.config.image_vocab != V:
+            raise ValueError(f"the codebook has {V} rows, and the model {self.config.image_vocab} image tokens")
+        rows_VC = codebook_VC - codebook_VC.mean(dim=0)
+        rows_VC = rows_VC / rows_VC.square().mean().sqrt().clamp_min(1e-12)
+
+        def projected(std: float) -> Tensor:
+            return std * rows_VC @ torch.randn(C, self.config.d_model, device=rows_VC.device) / math.sqrt(C)
+
+        own = self.image_embedding.weight[:V]  # without start of image
+        own.copy_(math.sqrt(1 - OWN_SHARE) * projected(float(own.std())) + math.sqrt(OWN_SHARE) * own)
+        self.image_head.weight.copy_(projected(1 / math.sqrt(self.config.d_model)))
 
     def forward(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of every position's next token.

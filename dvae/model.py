@@ -26,7 +26,6 @@ from dvae.directory import load_directory, load_weights, save_directory
 from dvae.images import map_pixels, unmap_pixels
 
 KIND = "dvae"
-_ENCODER_KERNELS = (3, 3, 3, 1)
 _DECODER_KERNELS = (1, 3, 3, 3)
 
 
@@ -49,6 +48,9 @@ class DVAEConfig:
     """Number of different image tokens."""
     image_size: int = 256
     """Side, in pixels, of the square pictures it is made for; it takes any multiple of `downsampling`."""
+    encoder_kernel: int = 3
+    """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token tells of its own pixels and of three
+    around them, and not of its neighbours: a small transformer learns such tokens in fewer steps."""
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -58,10 +60,13 @@ class DVAEConfig:
             "n_blocks": 1,
             "vocab_size": 2,
             "image_size": 1,
+            "encoder_kernel": 1,
         }.items():
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if self.encoder_kernel % 2 == 0:
+            raise ValueError(f"encoder_kernel ({self.encoder_kernel}) must be odd: a kernel has a centre")
         if self.n_hid % 4:
             raise ValueError(
                 f"n_hid ({self.n_hid}) must be a multiple of 4: a block's bottleneck is a quarter of its width"
@@ -159,9 +164,9 @@ class Encoder(nn.Module):
         super().__init__()
         widths = [config.n_hid * 2**g for g in range(config.n_groups)]
         blocks: OrderedDict[str, nn.Module] = OrderedDict(input=Conv2d(3, config.n_hid, 7))
-        n_in = config.n_hid
+        n_in, kernel = config.n_hid, config.encoder_kernel
         for g, n_out in enumerate(widths):
-            group = _group(config, n_in, n_out, _ENCODER_KERNELS)
+            group = _group(config, n_in, n_out, (kernel, kernel, kernel, 1))
             if g < config.n_groups - 1:
                 group["pool"] = nn.MaxPool2d(2)
             blocks[f"group_{g + 1}"] = nn.Sequential(group)
@@ -215,7 +220,20 @@ class Decoder(nn.Module):
             (B,6,H,W) float32: the location μ of red, green and blue, then the logarithm of the scale b of
             each.
         """
-        return self._from_rows(self.blocks.get_submodule("input")(probabilities))
+        return self.from_rows(self.rows(probabilities))
+
+    @property
+    def codebook(self) -> Tensor:
+        """What the first convolution makes of each token alone, float32 (V,C)."""
+        convolution = self.blocks.get_submodule("input")
+        assert isinstance(convolution, Conv2d)
+        assert convolution.bias is not None
+        return convolution.weight.float()[:, :, 0, 0].T + convolution.bias.float()
+
+    def rows(self, probabilities: Tensor) -> Tensor:
+        """Return the mixture of the codebook's rows for weights of them, (B,V,Y,X) to (B,C,Y,X) float32."""
+        mixture: Tensor = self.blocks.get_submodule("input")(probabilities)
+        return mixture
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
         """Return what `forward` returns for one-hot probabilities, without making them.
@@ -229,14 +247,11 @@ class Decoder(nn.Module):
         Returns:
             (B,6,H,W) float32, as `forward`.
         """
-        codebook = self.blocks.get_submodule("input")
-        assert isinstance(codebook, Conv2d)
-        assert codebook.bias is not None
-        rows_BYXC = F.embedding(tokens, codebook.weight.float()[:, :, 0, 0].T) + codebook.bias.float()
+        rows_BYXC = F.embedding(tokens, self.codebook)
         # permuted, they are in channels-last order, in which convolutions are fastest, and stay so from layer to layer
-        return self._from_rows(rows_BYXC.permute(0, 3, 1, 2))
+        return self.from_rows(rows_BYXC.permute(0, 3, 1, 2))
 
-    def _from_rows(self, x: Tensor) -> Tensor:
+    def from_rows(self, x: Tensor) -> Tensor:
         """Return the statistics for rows of the codebook (B,C,Y,X), enlarging after the 1×1 convolutions."""
         is_smaller = False
         for group in self.blocks[1:-1].children():

@@ -68,16 +68,30 @@ class AutoencoderObjective(nn.Module):
     The likelihood of the dVAE's loss weighs an edge that is still wrong less than a background that is nearly right,
     because it also fits a scale to every pixel; the squared error learns edges several times faster. The scales are
     fitted beside it, so lightly that they do not steer the rest, and are right when the likelihood takes over.
+
+    Noise on the bottleneck stands for what the codebook will round: what matters little to the picture is then told by
+    small differences, which rounding may lose, and what matters by large ones. Only training has it.
     """
 
     def __init__(self, model: DVAE) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, images: Tensor) -> tuple[Tensor, Tensors]:
-        """Return the mean squared error of a batch of images, (B,3,H,W) float32 in [0, 1], and its PSNR."""
+    def forward(self, images: Tensor, *, noise: float = 0.0, noise_seed: int = 0) -> tuple[Tensor, Tensors]:
+        """Return the mean squared error of a batch, and its PSNR.
+
+        Args:
+            images: (B,3,H,W) float32 in [0, 1].
+            noise: standard deviation of the Gaussian noise on the bottleneck, in units of the bottleneck's own RMS.
+            noise_seed: of the noise.
+        """
         pixels = map_pixels(images)
-        mu, ln_b = self.model.decoder(self.model.encoder(pixels)).chunk(2, dim=1)
+        rows_BCYX = self.model.decoder.rows(self.model.encoder(pixels))
+        if self.model.training and noise:
+            generator = torch.Generator(images.device).manual_seed(noise_seed)
+            gaussian = torch.randn(rows_BCYX.shape, generator=generator, device=images.device)
+            rows_BCYX = rows_BCYX + noise * rows_BCYX.detach().square().mean().sqrt() * gaussian
+        mu, ln_b = self.model.decoder.from_rows(rows_BCYX).chunk(2, dim=1)
         error = (torch.sigmoid(mu) - pixels).square().mean()
         nll = logit_laplace_nll(pixels, torch.cat([mu.detach(), ln_b], dim=1)).mean()
         reconstructions = unmap_pixels(torch.sigmoid(mu.detach()))
@@ -182,8 +196,12 @@ class WarmupStage(DVAEStage):
         self.objective = AutoencoderObjective(model)
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Return the pictures alone."""
-        return {"images": tensors["images"].contiguous(memory_format=torch.channels_last)}
+        """Add the noise of this step."""
+        return {
+            "images": tensors["images"].contiguous(memory_format=torch.channels_last),
+            "noise": self.recipe.warmup_noise.at(step),
+            "noise_seed": noise_seed,
+        }
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: there are no tokens to reconstruct from yet."""

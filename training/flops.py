@@ -51,7 +51,7 @@ def dvae_flops(config: DVAEConfig) -> int:
     for group in range(config.n_groups):
         width, positions = config.n_hid * 2**group, side // 4**group
         for _ in range(config.n_blocks):
-            first, others = _block_weights(n_in, width, first_kernel=3, last_kernel=1)
+            first, others = _block_weights(n_in, width, (config.encoder_kernel,) * 3 + (1,))
             counted += positions * (first + others)
             n_in = width
     counted += narrow * (n_in * config.vocab_size + config.vocab_size * config.n_init)
@@ -59,7 +59,7 @@ def dvae_flops(config: DVAEConfig) -> int:
     for group in reversed(range(config.n_groups)):
         width, positions = config.n_hid * 2**group, side // 4**group
         for block in range(config.n_blocks):
-            first, others = _block_weights(n_in, width, first_kernel=1, last_kernel=3)
+            first, others = _block_weights(n_in, width, (1, 3, 3, 3))
             # what comes first in a group is computed before the picture is enlarged: see `Block.forward_enlarged`
             is_before = block == 0 and group < config.n_groups - 1
             counted += (positions // 4 if is_before else positions) * first + positions * others
@@ -67,11 +67,12 @@ def dvae_flops(config: DVAEConfig) -> int:
     return 2 * (counted + side * n_in * 6)
 
 
-def _block_weights(n_in: int, n_out: int, *, first_kernel: int, last_kernel: int) -> tuple[int, int]:
+def _block_weights(n_in: int, n_out: int, kernels: tuple[int, int, int, int]) -> tuple[int, int]:
     """Return a dVAE block's weights: of its first convolution and the skip path, and of the other three."""
     skip = n_in * n_out if n_in != n_out else 0
     hidden = n_out // 4
-    return first_kernel**2 * n_in * hidden + skip, 2 * 9 * hidden**2 + last_kernel**2 * hidden * n_out
+    first, second, third, last = (kernel**2 for kernel in kernels)
+    return first * n_in * hidden + skip, (second + third) * hidden**2 + last * hidden * n_out
 
 
 def clip_flops(config: CLIPConfig, captions: int = 1) -> int:

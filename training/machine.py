@@ -28,14 +28,14 @@ GIB = 1 << 30
 TOKENIZER_S = 8.0
 START_S = 8.0
 """Seconds from the start of a process to its first step."""
-FLOPS = {"dvae": 33e9, "clip": 32e9, "transformer": 38e9}
+FLOPS = {"dvae": 31e9, "clip": 62e9, "transformer": 38e9}
 """Operations per second of one core in the part of a step that ranks share."""
-STEP_S = {"dvae": 0.05, "clip": 0.06, "transformer": 0.08}
+STEP_S = {"dvae": 0.08, "clip": 0.35, "transformer": 0.08}
 """Seconds of a step that every rank spends, however few its samples are.
 
-Both are fitted to the processor time of a rank's step of the demonstration's recipe, with AdamW and without hard
-negatives, in float32, one thread, on an AMD EPYC of the third generation (2026-11-25). With 1, 2 and 4 ranks: the
-warm-up of the dVAE 0.29, 0.155 and 0.124 s, CLIP 0.96, 0.45 and 0.28 s, the transformer 0.69, 0.375 and 0.24 s.
+Both are fitted to steps of the demonstration's recipe on two busy cores of an AMD EPYC without bfloat16, in float32,
+one thread a rank (2026-11-26). With 1 and 2 ranks: the warm-up of the dVAE 0.28 and 0.18 s, CLIP with 64 pictures 1.24
+and 1.07 s, with 32 pictures 0.64 and 0.52 s, the transformer 0.75 and 0.38 s. CLIP gains least from a second rank.
 `python -m benchmarks.whole_machine` measures them.
 """
 PROCESS_GIB = 1.0

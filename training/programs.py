@@ -248,6 +248,8 @@ def train_transformer(
     model = DALLE(config)
     if stage_recipe.init_scale != 1:
         model.initialise(scale=stage_recipe.init_scale)
+    if stage_recipe.init_from_codebook:
+        model.initialise_from_codebook(image_coder.decoder.codebook.cpu())
     model = model.to(world.device)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
     if stage_recipe.train.compile:

@@ -36,6 +36,8 @@ class DVAERecipe:
     warmup: TrainConfig | None = None
     """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in `training/dvae.py`. None
     starts from random weights, as the paper does."""
+    warmup_noise: Cosine = field(default_factory=lambda: Cosine(start=0.0, end=0.0, steps=1))
+    """Noise on the warm-up's bottleneck, in units of the bottleneck's RMS: see `AutoencoderObjective`."""
     flip: bool = True
     """Mirror half of the training pictures, as the paper does for the dVAE; not if left and right matter in them."""
 
@@ -56,6 +58,8 @@ class TransformerRecipe:
     """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
     init_scale: float = 1.0
     """Factor of the first weights' standard deviations; 1 as in the Sparse Transformer. See `DALLE.initialise`."""
+    init_from_codebook: bool = False
+    """Whether image tokens that look alike begin alike; not in the paper. See `DALLE.initialise_from_codebook`."""
 
     def __post_init__(self) -> None:
         if not 0 < self.init_scale < math.inf:
@@ -189,7 +193,8 @@ def _cpu_transformer(
 ) -> TransformerRecipe:
     """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps.
 
-    With `by_muon`, the matrices are trained by Muon, from weights eight times as large at first.
+    With `by_muon`, the matrices are trained by Muon, from weights eight times as large at first, and image tokens begin
+    from the dVAE's codebook.
     """
     optimizer = OptimizerConfig(gradient_clipping=1.0)
     if by_muon:
@@ -211,6 +216,7 @@ def _cpu_transformer(
         train=train,
         bpe_dropout=bpe_dropout,
         init_scale=8.0 if by_muon else 1.0,
+        init_from_codebook=by_muon,
         sampling=sampling or SamplingDefaults(),
     )
 
@@ -246,10 +252,10 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 def _demo_clip() -> CLIPRecipe:
     """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
-    base = _cpu_clip(48, 6, 26, steps=350)
+    base = _cpu_clip(48, 6, 26, steps=250)
     optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05, gradient_clipping=1.0)
     rate = WarmupCosine(peak=2e-3, warmup=30, steps=base.train.steps)
-    train = dataclasses.replace(base.train, optimizer=optimizer, learning_rate=rate)
+    train = dataclasses.replace(base.train, global_batch=48, optimizer=optimizer, learning_rate=rate)
     warmup_rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
     warmup = dataclasses.replace(
         train, steps=200, global_batch=32, learning_rate=warmup_rate, validate_every=_four_times(200)
@@ -266,6 +272,16 @@ def _demo_clip() -> CLIPRecipe:
     )
 
 
+def _demo_dvae() -> DVAERecipe:
+    """Return a dVAE whose tokens tell of their own pixels alone, and of no grain: a small transformer learns them."""
+    base = _cpu_dvae(48, 1024, warmup_steps=1200, steps=100)
+    return dataclasses.replace(
+        base,
+        model=dataclasses.replace(base.model, encoder_kernel=1),
+        warmup_noise=Cosine(start=0.0, end=0.15, steps=1200),
+    )
+
+
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
     model = DALLEConfig(
@@ -275,10 +291,10 @@ def demo() -> Recipe:
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
-        dvae=_cpu_dvae(48, 1024, warmup_steps=1500, steps=100),
+        dvae=_demo_dvae(),
         transformer=_cpu_transformer(
             model,
-            steps=1500,
+            steps=1100,
             batch=16,
             peak=3e-3,
             bpe_dropout=0.0,

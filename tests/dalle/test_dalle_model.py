@@ -477,3 +477,24 @@ def test_the_image_loss_by_row_is_that_of_the_logits_of_each_row(chunk, monkeypa
     assert len({round(value, 4) for value in ours.image_by_row.tolist()}) == grid, "the rows can be told apart"
     reference = stream_loss(*model(text, image_tokens), text, image_tokens, SMALL)
     torch.testing.assert_close(ours.image_by_row, reference.image_by_row, rtol=1e-5, atol=1e-6)
+
+
+def test_image_tokens_that_look_alike_begin_alike_where_the_codebook_is_given():
+    config = dataclasses.replace(SMALL, image_vocab=64, d_model=256, n_heads=4)
+    torch.manual_seed(0)
+    model = DALLE(config)
+    before = model.image_embedding.weight.detach().clone()
+    codebook = torch.randn(64, 5)
+    codebook[1] = codebook[0]
+    model.initialise_from_codebook(codebook)
+    embedding, head = model.image_embedding.weight.detach(), model.image_head.weight.detach()
+    assert torch.equal(embedding[64], before[64])
+    assert embedding[:64].std().item() == pytest.approx(before[:64].std().item(), rel=0.1)
+    alike = torch.nn.functional.cosine_similarity(embedding[0], embedding[1], dim=0)
+    assert 0.5 < alike < 0.9
+    assert torch.equal(head[0], head[1])
+    centred = codebook - codebook.mean(dim=0)
+    shown, expected = (torch.nn.functional.normalize(rows) for rows in (head, centred))
+    torch.testing.assert_close(shown @ shown.T, expected @ expected.T, atol=0.35, rtol=0)
+    with pytest.raises(ValueError, match="the codebook has 63 rows, and the model 64 image tokens"):
+        model.initialise_from_codebook(codebook[1:])

@@ -205,3 +205,19 @@ def test_decode_says_what_it_expected(tokens: torch.Tensor, message: str) -> Non
 def test_impossible_sizes_are_refused(changes: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         dataclasses.replace(SMALL, **changes)
+
+
+def test_kernels_of_1_let_a_token_tell_of_its_own_pixels_and_three_around_them() -> None:
+    torch.manual_seed(0)
+    dvae = DVAE(dataclasses.replace(SMALL, encoder_kernel=1, image_size=32))
+    images = torch.rand(1, 3, 32, 32, requires_grad=True)
+    dvae.encoder(images)[0, :, 3, 4].sum().backward()
+    assert images.grad is not None
+    rows, columns = images.grad[0].abs().sum(dim=0).nonzero(as_tuple=True)
+    assert 4 * 3 - 3 <= int(rows.min()) <= int(rows.max()) <= 4 * 3 + 3 + 3
+    assert 4 * 4 - 3 <= int(columns.min()) <= int(columns.max()) <= 4 * 4 + 3 + 3
+
+
+def test_an_even_kernel_is_refused() -> None:
+    with pytest.raises(ValueError, match=r"encoder_kernel \(2\) must be odd"):
+        dataclasses.replace(SMALL, encoder_kernel=2)

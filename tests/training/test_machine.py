@@ -53,8 +53,9 @@ def test_the_ranks_of_a_stage_divide_its_batch_and_the_batch_of_clip_is_not_accu
         train = dataclasses.replace(demo.transformer.train, global_batch=batch)
         changed = dataclasses.replace(demo, transformer=dataclasses.replace(demo.transformer, train=train))
         assert ranks_of(machine_plan(8, PLENTY_GIB, changed))[-1] == {"transformer": most}
-    train = dataclasses.replace(demo.clip.train, micro_batch=16)
-    changed = dataclasses.replace(demo, clip=dataclasses.replace(demo.clip, train=train))
+    icons = recipe("icons-cpu")
+    train = dataclasses.replace(icons.clip.train, micro_batch=16)
+    changed = dataclasses.replace(icons, clip=dataclasses.replace(icons.clip, train=train))
     assert {ranks["clip"] for ranks in ranks_of(machine_plan(8, PLENTY_GIB, changed)) if "clip" in ranks} == {4}
 
 

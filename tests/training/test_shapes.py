@@ -128,10 +128,11 @@ def test_scenes_that_cannot_be_drawn_are_refused():
 # ---- held-out combinations
 
 
-def test_every_colour_and_every_shape_is_held_out_once():
+def test_every_colour_is_held_out_once_and_every_shape_once_or_twice():
     assert set(PAIRS) >= HELD_OUT_PAIRS
     assert Counter(colour for colour, _ in HELD_OUT_PAIRS) == dict.fromkeys(COLOURS, 1)
-    assert Counter(shape for _, shape in HELD_OUT_PAIRS) == dict.fromkeys(OUTLINES, 1)
+    assert {shape for _, shape in HELD_OUT_PAIRS} == set(OUTLINES)
+    assert max(Counter(shape for _, shape in HELD_OUT_PAIRS).values()) == 2
 
 
 def test_about_a_fifth_of_relations_is_held_out():
@@ -142,7 +143,7 @@ def test_about_a_fifth_of_relations_is_held_out():
         for relation in ("left of", "above")
         if a != b
     ]
-    assert len(told) == 132 * 131 * 2
+    assert len(told) == 70 * 69 * 2
     assert 0.19 < np.mean(told) < 0.21
 
 

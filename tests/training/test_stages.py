@@ -384,6 +384,22 @@ def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data
     assert CLIP.load(tmp_path / "clip").tokenizer is not None
 
 
+def test_the_noise_of_the_warm_up_is_on_the_bottleneck_and_only_in_training() -> None:
+    torch.manual_seed(0)
+    model = DVAE(tiny.recipe().dvae.model)
+    images = torch.rand(2, 3, model.config.image_size, model.config.image_size)
+    objective = AutoencoderObjective(model)
+    plain = objective(images)[0]
+    rows = model.decoder.rows(model.encoder(map_pixels(images)))
+    gaussian = torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
+    mu, _ = model.decoder.from_rows(rows + 0.3 * rows.square().mean().sqrt() * gaussian).chunk(2, dim=1)
+    loss, metrics = objective(images, noise=0.3, noise_seed=5)
+    error = (unmap_pixels(torch.sigmoid(mu)) - images).square().mean(dim=(1, 2, 3))
+    torch.testing.assert_close(metrics["psnr"], (-10 * error.log10()).mean().detach())
+    assert loss != plain
+    torch.testing.assert_close(objective.eval()(images, noise=0.3, noise_seed=5)[0], plain)
+
+
 def test_clip_counts_captions_that_are_too_long(tmp_path: Path, sample: Sample) -> None:
     tokenizer = CLIPTokenizer.train(["a red circle"], 300)
     config = dataclasses.replace(tiny.recipe().clip.model, vocab_size=tokenizer.vocab_size, context_length=8)
