@@ -252,10 +252,10 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 def _demo_clip() -> CLIPRecipe:
     """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
-    base = _cpu_clip(48, 6, 26, steps=250)
+    base = _cpu_clip(48, 6, 26, steps=300)
     optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05, gradient_clipping=1.0)
     rate = WarmupCosine(peak=2e-3, warmup=30, steps=base.train.steps)
-    train = dataclasses.replace(base.train, global_batch=48, optimizer=optimizer, learning_rate=rate)
+    train = dataclasses.replace(base.train, optimizer=optimizer, learning_rate=rate)
     warmup_rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
     warmup = dataclasses.replace(
         train, steps=200, global_batch=32, learning_rate=warmup_rate, validate_every=_four_times(200)
@@ -298,7 +298,7 @@ def demo() -> Recipe:
             batch=16,
             peak=3e-3,
             bpe_dropout=0.0,
-            sampling=SamplingDefaults(temperature=0.7, rank="both"),
+            sampling=SamplingDefaults(temperature=0.3),
             by_muon=True,
         ),
         clip=_demo_clip(),
