@@ -35,7 +35,7 @@ from training.world import World, join_world, on_first_rank, require_same
 pytestmark = pytest.mark.slow
 
 N_RANKS = 2
-PATIENCE_S = 120
+PATIENCE_S = 300
 PRELOADED = [
     "torch",
     "torch.utils.tensorboard",
