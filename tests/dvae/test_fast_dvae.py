@@ -252,7 +252,8 @@ def test_compiled_it_computes_the_same_and_compiles_once_for_all_sizes(dtype: to
         assert (decoded - expected).abs().max() < (1e-5 if dtype == torch.float32 else 0.02)
 
 
-def test_encoders_with_other_kernels_are_copied_plainly(uncompiled: None) -> None:
+@pytest.mark.usefixtures("uncompiled")
+def test_encoders_with_other_kernels_are_copied_plainly() -> None:
     dvae = model(dataclasses.replace(SMALL, encoder_kernel=1))
     fast_dvae = optimised(dvae, dtype=torch.float32)
     images = pictures(2, 3, 16, 16)
