@@ -175,9 +175,8 @@ class CLIPStage:
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return a random square crop, one of the captions, and what else of it the recipe wants."""
         image = square_crop(open_image(sample.image_bytes, sample.source), self._config.image_size, rng)
-        return self._tensors(
-            to_tensor(image), self._captions(sample), int(rng.integers(len(self._captions(sample)))), rng
-        )
+        captions = self._captions(sample)
+        return self._tensors(to_tensor(image), captions, int(rng.integers(len(captions))), rng)
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the picture as it is seen when it is scored, the first caption, and what else the recipe wants."""
@@ -200,7 +199,8 @@ class CLIPStage:
             tensors |= {"wrong_text": ids, "is_wrong": torch.tensor([told is not None for told in wrong])}
         if self.recipe.paraphrases:
             other = (chosen + int(rng.integers(1, max(2, len(captions))))) % len(captions)
-            tensors["other_text"] = self._tokenizer.tokenize([captions[other]], self._config.context_length)[0]
+            ids, _ = self._tokenizer.tokenize_counting([captions[other]], self._config.context_length)
+            tensors["other_text"] = ids[0]
         return tensors
 
     def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
