@@ -49,8 +49,8 @@ class DVAEConfig:
     image_size: int = 256
     """Side, in pixels, of the square pictures it is made for; it takes any multiple of `downsampling`."""
     encoder_kernel: int = 3
-    """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token tells of its own pixels and of three
-    around them, and not of its neighbours: a small transformer learns such tokens in fewer steps."""
+    """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token depends on its own pixels and the
+    three around them alone: a small transformer learns such tokens in fewer steps."""
 
     def __post_init__(self) -> None:
         for name, least in {

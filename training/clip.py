@@ -67,19 +67,21 @@ class CLIPObjective(nn.Module):
         other_features = others.pop() if other_text is not None else None
         wrong_features = others.pop().unflatten(0, (len(images), -1)) if wrong_text is not None else None
         text_features = _gather(text_features)
-        loss, cosines_BB, wrong = _choose(features, text_features, logit_scale, wrong_features, is_wrong)
+        all_wrong = None if is_wrong is None else _gather(is_wrong.float()).bool()
+        loss, features, wrong_cosines = _choose(features, text_features, logit_scale, wrong_features, all_wrong)
         with torch.no_grad():
+            cosines_BB = features @ text_features.T
             is_nearest = cosines_BB.argmax(dim=1) == torch.arange(len(cosines_BB), device=cosines_BB.device)
             metrics = {
                 "accuracy": is_nearest.float().mean(),
                 "logit_scale": logit_scale.detach(),
                 "captions_cut": n_cut.float().mean(),
             }
-            if wrong is not None:
-                is_farther = (wrong[0] < cosines_BB.diagonal()[:, None]) & wrong[1]
-                metrics["hard_negatives_right"] = is_farther.sum() / wrong[1].sum().clamp(min=1)
+            if wrong_cosines is not None and all_wrong is not None:
+                is_farther = (wrong_cosines < cosines_BB.diagonal()[:, None]) & all_wrong
+                metrics["hard_negatives_right"] = is_farther.sum() / all_wrong.sum().clamp(min=1)
         if other_features is not None:
-            paraphrase_loss, _, _ = _choose(other_features, text_features, logit_scale, wrong_features, is_wrong)
+            paraphrase_loss, _, _ = _choose(other_features, text_features, logit_scale, wrong_features, all_wrong)
             metrics["paraphrase_loss"] = paraphrase_loss.detach()
             loss = loss + paraphrase_loss
         return loss, metrics
@@ -93,27 +95,25 @@ class CLIPObjective(nn.Module):
 
 def _choose(
     views: Tensor, texts: Tensor, logit_scale: Tensor, wrong_features: Tensor | None, is_wrong: Tensor | None
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor] | None]:
-    """Return the contrastive loss of views of pictures and the captions, the cosines, and those of wrong captions.
+) -> tuple[Tensor, Tensor, Tensor | None]:
+    """Return the contrastive loss of views of pictures and the captions, all views, and their wrong captions' cosines.
 
     Args:
         views: (B,E), features of this rank's pictures, or of other captions of them.
         texts: (B·ranks,E), features of the captions of all ranks.
         logit_scale: scalar.
-        wrong_features: (B,M,E), features of captions that are wrong for the picture; None for none.
-        is_wrong: (B,M) bool, False where there is no such caption.
+        wrong_features: (B,M,E), features of captions that are wrong for this rank's pictures; None for none.
+        is_wrong: (B·ranks,M) bool, False where there is no such caption.
 
     Returns:
-        The loss; the cosines of all views and captions, without a gradient; the cosines of all views and their wrong
-        captions, and which of these there are.
+        The loss; the views of all ranks, (B·ranks,E); their cosines with their wrong captions, (B·ranks,M), or None.
     """
-    wrong = None
-    if wrong_features is not None and is_wrong is not None:
+    wrong_cosines = None
+    if wrong_features is not None:
         # the cosines cross the ranks, not the features: a picture's wrong captions are negatives for itself only
-        cosines = torch.einsum("be,bme->bm", views, wrong_features)
-        wrong = (_gather(cosines), _gather(is_wrong.float()).bool())
+        wrong_cosines = _gather(torch.einsum("be,bme->bm", views, wrong_features))
     views = _gather(views)
-    return contrastive_loss(views, texts, logit_scale, *(wrong or ())), (views @ texts.T).detach(), wrong
+    return contrastive_loss(views, texts, logit_scale, wrong_cosines, is_wrong), views, wrong_cosines
 
 
 class _AllGather(torch.autograd.Function):

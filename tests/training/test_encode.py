@@ -139,6 +139,7 @@ def test_tokens_are_those_that_the_dvae_gives_the_same_crops(shards: Path, encod
         found = tokens.read(i).image_tokens
         assert found is not None
         assert found.tolist() == expected.tolist()
+        assert len({view.tobytes() for view in views}) > 1
         with_other_crops += len({view.tobytes() for view in found}) > 1
     assert with_other_crops > len(pictures) // 2
 
