@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from benchmarks.measure import RESULTS, ROOT, commit, machine, say, versions
 from dalle.model import DALLE
-from training.config import OptimizerKind
+from training.config import OptimizerConfig, OptimizerKind
 from training.metrics import read_metrics
 from training.programs import Inputs, train_transformer
 from training.recipes import Recipe, recipe
@@ -30,6 +30,8 @@ from training.world import join_world
 
 COLOURS = {"adamw": "#8a8a8a", "muon": "#c0392b"}
 D_HEAD = 64
+PAPER = OptimizerConfig()
+"""The paper's settings, but for the kind."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +53,7 @@ class Trial:
             train,
             steps=steps,
             seed=self.seed,
-            optimizer=dataclasses.replace(train.optimizer, kind=self.optimizer),
+            optimizer=dataclasses.replace(PAPER, kind=self.optimizer),
             learning_rate=train.learning_rate.stretched(steps / train.steps).with_peak(self.learning_rate),
             log_every=every,
             validate_every=every,

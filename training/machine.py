@@ -1,8 +1,7 @@
 """How the cores of a machine without a GPU are shared among the stages of a recipe: a pure function, `machine_plan`.
 
-The tensors of the recipes for CPUs are small, so that a second thread hardly helps one process; a second rank takes
-nearly half of the time of a step. CLIP needs neither tokenizer nor dVAE, and may be trained beside them; the
-transformer needs both.
+CLIP needs neither tokenizer nor dVAE, and may be trained beside them; the transformer needs both. The cores of a stage
+are shared among ranks, which divide its batch, or among the threads of a rank: whatever takes less time.
 """
 
 import os
@@ -23,21 +22,23 @@ from training.memory_model import shapes_only
 from training.recipes import Recipe
 from training.watchdog import ATTEMPT
 
+TrainedStage = Literal["dvae", "clip", "transformer"]
 StageName = Literal["tokenizer", "dvae", "clip", "encode", "transformer"]
 GIB = 1 << 30
 TOKENIZER_S = 8.0
 START_S = 8.0
 """Seconds from the start of a process to its first step."""
-FLOPS = {"dvae": 31e9, "clip": 62e9, "transformer": 38e9}
-"""Operations per second of one core in the part of a step that ranks share."""
-STEP_S = {"dvae": 0.08, "clip": 0.35, "transformer": 0.08}
-"""Seconds of a step that every rank spends, however few its samples are.
+FLOPS = {"dvae": 31e9, "clip": 62e9, "transformer": 41e9}
+"""Operations per second of one thread in the part of a step that ranks share."""
+STEP_S = {"dvae": 0.08, "clip": 0.35, "transformer": 0.25}
+"""Seconds of a step that every rank of one thread spends, however few its samples are.
 
-Both are fitted to steps of the demonstration's recipe on two busy cores of an AMD EPYC without bfloat16, in float32,
-one thread a rank (2026-11-26). With 1 and 2 ranks: the warm-up of the dVAE 0.28 and 0.18 s, CLIP with 64 pictures 1.24
-and 1.07 s, with 32 pictures 0.64 and 0.52 s, the transformer 0.75 and 0.38 s. CLIP gains least from a second rank.
-`python -m benchmarks.whole_machine` measures them.
+Both are fitted to steps of the demonstration's recipe on two cores of an AMD EPYC without bfloat16, in float32
+(2026-11-26). With 1 and 2 ranks: the warm-up of the dVAE 0.28 and 0.18 s, CLIP with 64 pictures 1.24 and 1.07 s, with
+32 pictures 0.64 and 0.52 s, the transformer 0.87 and 0.56 s. `python -m benchmarks.whole_machine` measures them.
 """
+SERIAL = 0.15
+"""Share of a rank's work that a second thread does not help with: the transformer with two threads takes 0.50 s."""
 PROCESS_GIB = 1.0
 """Of a rank and the process that reads for it, beside the state of its model."""
 BYTES_PER_PARAMETER = 20
@@ -55,9 +56,9 @@ class Cost:
     shared_s: float
     """Shared among the ranks."""
 
-    def seconds(self, ranks: int) -> float:
-        """Return how long it takes."""
-        return self.fixed_s + self.shared_s / ranks
+    def seconds(self, ranks: int, threads: int = 1) -> float:
+        """Return how long it takes by as many ranks, of as many threads each."""
+        return (self.fixed_s + self.shared_s / ranks) * (SERIAL + (1 - SERIAL) / threads)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,7 +73,8 @@ class Share:
     """Of each of them."""
 
     def __str__(self) -> str:
-        return f"{self.stage} by {self.ranks} process{'es' if self.ranks > 1 else ''}"
+        threads = f" of {self.threads} threads" if self.threads > 1 else ""
+        return f"{self.stage} by {self.ranks} process{'es' if self.ranks > 1 else ''}{threads}"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +115,7 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
     """Return the fastest way to train a recipe's stages, by `costs`, that the memory allows.
 
     First tokenizer, dVAE and CLIP, side by side or one after the other, then the transformer on all cores, which needs
-    them. The ranks of a stage divide its batch evenly and have a core each; CLIP's batch is not accumulated.
+    them. The ranks of a stage divide its batch evenly; CLIP's batch is not accumulated.
 
     Args:
         n_cores: that may be used.
@@ -123,26 +125,33 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
     """
     if n_cores < 2:
         return MachinePlan(seconds=seconds_alone(recipe), reason="one stage at a time: there is one core")
-    cost, need = costs(recipe), _rank_gib(recipe)
-    usable = USABLE * memory_gib
-
-    def seconds(stage: str, ranks: int) -> float:
-        return sum(cost[part].seconds(ranks) for part in (stage, f"{stage}-warmup") if part in cost)
-
-    options: list[tuple[float, int, tuple[tuple[Share, ...], ...]]] = []
+    cost, need, usable = costs(recipe), _rank_gib(recipe), USABLE * memory_gib
     tokenizer = Share(stage="tokenizer")
-    for dvae, clip in product(_ranks(recipe, "dvae", n_cores), _ranks(recipe, "clip", n_cores)):
-        times = seconds("dvae", dvae), seconds("clip", clip)
-        threads = n_cores // (dvae + clip)
-        if threads and dvae * need["dvae"] + clip * need["clip"] + PROCESS_GIB <= usable:
-            shares = (_share("dvae", dvae, threads), _share("clip", clip, threads), tokenizer)
-            options.append((max(times), dvae + clip, (shares,)))
-        if max(dvae * need["dvae"] + PROCESS_GIB, clip * need["clip"]) <= usable:
-            first = (_share("dvae", dvae, n_cores // dvae), tokenizer)
-            options.append((sum(times), max(dvae, clip), (first, (_share("clip", clip, n_cores // clip),))))
-    fitting = [n for n in _ranks(recipe, "transformer", n_cores) if n * need["transformer"] <= usable]
-    if not options or not fitting:
-        least = max(need["dvae"] + PROCESS_GIB, need["transformer"])
+
+    def seconds(share: Share) -> float:
+        parts = (share.stage, f"{share.stage}-warmup")
+        return sum(cost[part].seconds(share.ranks, share.threads) for part in parts if part in cost)
+
+    def shares(stage: TrainedStage, cores: int) -> list[Share]:
+        """Return how a stage can use some of the cores."""
+        return [Share(stage=stage, ranks=n, threads=cores // n) for n in _ranks(recipe, stage, cores)]
+
+    def fits(*beside: Share) -> bool:
+        return sum(share.ranks * need[share.stage] for share in beside) <= usable
+
+    # each with its seconds and its processes: the fewer, the better
+    options: list[tuple[float, int, tuple[tuple[Share, ...], ...]]] = []
+    for cores in range(1, n_cores):
+        for dvae, clip in product(shares("dvae", cores), shares("clip", n_cores - cores)):
+            if fits(dvae, clip, tokenizer):
+                options.append((max(seconds(dvae), seconds(clip)), dvae.ranks + clip.ranks, ((dvae, clip, tokenizer),)))
+    for dvae, clip in product(shares("dvae", n_cores), shares("clip", n_cores)):
+        if fits(dvae, tokenizer) and fits(clip):
+            phases = ((dvae, tokenizer), (clip,))
+            options.append((seconds(dvae) + seconds(clip), max(dvae.ranks, clip.ranks), phases))
+    last = [share for share in shares("transformer", n_cores) if fits(share)]
+    if not options or not last:
+        least = max(need["dvae"] + need["tokenizer"], need["transformer"])
         reason = (
             f"one stage at a time: {memory_gib:.1f} GiB of memory are available, and several processes need "
             f"{least / USABLE:.1f} GiB"
@@ -150,11 +159,13 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
         return MachinePlan(seconds=seconds_alone(recipe), reason=reason)
     *_, phases = min(options, key=lambda option: option[:2])
     if encodes:
-        phases += ((_share("encode", n_cores, 1),),)
-    last = min(fitting, key=lambda ranks: seconds("transformer", ranks))
-    phases += ((_share("transformer", last, n_cores // last),),)
-    ranks = {share.stage: share.ranks for shares in phases for share in shares}
-    parts = {part: cost[part].seconds(ranks[part.removesuffix("-warmup")]) for part in cost}  # type: ignore[index]
+        phases += ((Share(stage="encode", ranks=n_cores),),)
+    phases += ((min(last, key=seconds),),)
+    chosen = {share.stage: share for beside in phases for share in beside}
+    parts = {}
+    for part, of in cost.items():
+        share = chosen[part.removesuffix("-warmup")]  # type: ignore[index]
+        parts[part] = of.seconds(share.ranks, share.threads)
     return MachinePlan(phases=phases, seconds=parts)
 
 
@@ -207,11 +218,7 @@ def seconds_alone(recipe: Recipe) -> dict[str, float]:
     return {part: cost.seconds(1) for part, cost in costs(recipe).items()}
 
 
-def _share(stage: StageName, ranks: int, threads: int) -> Share:
-    return Share(stage=stage, ranks=ranks, threads=threads)
-
-
-def _ranks(recipe: Recipe, stage: Literal["dvae", "clip", "transformer"], n_cores: int) -> Iterator[int]:
+def _ranks(recipe: Recipe, stage: TrainedStage, n_cores: int) -> Iterator[int]:
     """Yield the powers of two, up to the number of cores, among which a stage's batch can be divided."""
     ranks, chosen = 1, getattr(recipe, stage)
     runs = [run for run in (chosen.train, getattr(chosen, "warmup", None)) if run is not None]
@@ -234,5 +241,5 @@ def _rank_gib(recipe: Recipe) -> dict[str, float]:
         dvae = sum(weight.numel() for weight in DVAE(recipe.dvae.model).parameters())
         clip = sum(weight.numel() for weight in CLIP(recipe.clip.model).parameters())
         transformer = sum(weight.numel() for weight in DALLE(recipe.transformer.model).parameters())
-    sizes = {"dvae": dvae, "clip": clip, "transformer": transformer}
+    sizes = {"tokenizer": 0, "dvae": dvae, "clip": clip, "transformer": transformer}
     return {stage: PROCESS_GIB + BYTES_PER_PARAMETER * n / GIB for stage, n in sizes.items()}

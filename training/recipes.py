@@ -189,20 +189,16 @@ def _cpu_transformer(
     peak: float,
     bpe_dropout: float = 0.1,
     sampling: SamplingDefaults | None = None,
-    by_muon: bool = False,
 ) -> TransformerRecipe:
     """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps.
 
-    With `by_muon`, the matrices are trained by Muon, from weights eight times as large at first, and image tokens begin
-    from the dVAE's codebook.
+    The matrices are trained by Muon, from weights eight times as large at first, and image tokens begin from the dVAE's
+    codebook.
     """
-    optimizer = OptimizerConfig(gradient_clipping=1.0)
-    if by_muon:
-        optimizer = dataclasses.replace(optimizer, kind="muon", weight_decay=0.01)
     train = TrainConfig(
         steps=steps,
         global_batch=batch,
-        optimizer=optimizer,
+        optimizer=OptimizerConfig(kind="muon", weight_decay=0.01, gradient_clipping=1.0),
         learning_rate=WarmupCosine(peak=peak, warmup=100, steps=steps, final=peak / 20),
         ema_decay=0.98,
         ema_every=1,
@@ -215,14 +211,14 @@ def _cpu_transformer(
         model=model,
         train=train,
         bpe_dropout=bpe_dropout,
-        init_scale=8.0 if by_muon else 1.0,
-        init_from_codebook=by_muon,
+        init_scale=8.0,
+        init_from_codebook=True,
         sampling=sampling or SamplingDefaults(),
     )
 
 
 def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int) -> CLIPRecipe:
-    """Return a CLIP of two million parameters."""
+    """Return a CLIP of two million parameters, trained by Muon."""
     model = CLIPConfig(
         image_size=image_size,
         patch_size=patch_size,
@@ -239,8 +235,8 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
     train = TrainConfig(
         steps=steps,
         global_batch=64,
-        optimizer=CLIP_OPTIMIZER,
-        learning_rate=WarmupCosine(peak=1e-3, warmup=min(50, steps // 4), steps=steps),
+        optimizer=dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05, gradient_clipping=1.0),
+        learning_rate=WarmupCosine(peak=2e-3, warmup=30, steps=steps),
         ema_decay=0.0,
         ema_every=1,
         precision="autocast",
@@ -253,16 +249,12 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 def _demo_clip() -> CLIPRecipe:
     """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
     base = _cpu_clip(48, 6, 26, steps=300)
-    optimizer = dataclasses.replace(CLIP_OPTIMIZER, kind="muon", weight_decay=0.05, gradient_clipping=1.0)
-    rate = WarmupCosine(peak=2e-3, warmup=30, steps=base.train.steps)
-    train = dataclasses.replace(base.train, optimizer=optimizer, learning_rate=rate)
-    warmup_rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
+    rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
     warmup = dataclasses.replace(
-        train, steps=200, global_batch=32, learning_rate=warmup_rate, validate_every=_four_times(200)
+        base.train, steps=200, global_batch=32, learning_rate=rate, validate_every=_four_times(200)
     )
     return dataclasses.replace(
         base,
-        train=train,
         warmup=warmup,
         warmup_captions=5,  # those from the left or from above
         hard_negatives=2,
@@ -299,7 +291,6 @@ def demo() -> Recipe:
             peak=3e-3,
             bpe_dropout=0.0,
             sampling=SamplingDefaults(temperature=0.3),
-            by_muon=True,
         ),
         clip=_demo_clip(),
     )
@@ -319,13 +310,13 @@ def one_million() -> Recipe:
 
 def icons_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned icons: 64×64 pictures, 16×16 tokens, two CPU cores."""
-    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=2200)
+    return _small_pictures("icons-cpu", "a few thousand captioned icons on two CPU cores", transformer_steps=850)
 
 
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
     return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=1000
+        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=800
     )
 
 
@@ -339,7 +330,7 @@ def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recip
         purpose=purpose,
         text_vocab=4096,
         dvae=_cpu_dvae(64, 1024, warmup_steps=1500, steps=200),
-        transformer=_cpu_transformer(model, steps=transformer_steps, batch=16, peak=2e-3),
+        transformer=_cpu_transformer(model, steps=transformer_steps, batch=16, peak=3e-3),
         clip=_cpu_clip(64, 8, 40, steps=400),
     )
 

@@ -49,22 +49,32 @@ def test_a_plan_uses_the_cores_and_no_more_and_is_faster_than_one_at_a_time(name
 
 def test_the_ranks_of_a_stage_divide_its_batch_and_the_batch_of_clip_is_not_accumulated() -> None:
     demo = recipe("demo")
-    for batch, most in ((16, 8), (12, 4), (7, 1)):
+    for batch in (16, 12, 7):
         train = dataclasses.replace(demo.transformer.train, global_batch=batch)
         changed = dataclasses.replace(demo, transformer=dataclasses.replace(demo.transformer, train=train))
-        assert ranks_of(machine_plan(8, PLENTY_GIB, changed))[-1] == {"transformer": most}
+        assert batch % ranks_of(machine_plan(64, PLENTY_GIB, changed))[-1]["transformer"] == 0
     icons = recipe("icons-cpu")
     train = dataclasses.replace(icons.clip.train, micro_batch=16)
     changed = dataclasses.replace(icons, clip=dataclasses.replace(icons.clip, train=train))
     assert {ranks["clip"] for ranks in ranks_of(machine_plan(8, PLENTY_GIB, changed)) if "clip" in ranks} == {4}
 
 
+@pytest.mark.parametrize("n_cores", [2, 4, 8])
+def test_the_cores_of_a_stage_are_ranks_or_threads_whatever_is_faster(n_cores: int) -> None:
+    chosen = recipe("demo")
+    plan = machine_plan(n_cores, PLENTY_GIB, chosen)
+    (share,) = plan.phases[-1]
+    cost = costs(chosen)["transformer"]
+    splits = [(1 << n, n_cores >> n) for n in range(n_cores.bit_length())]
+    assert cost.seconds(share.ranks, share.threads) == min(cost.seconds(*split) for split in splits)
+
+
 def test_where_memory_is_short_there_are_fewer_processes_and_then_one() -> None:
-    n_ranks = [
-        max(sum(ranks.values()) for ranks in ranks_of(machine_plan(8, gib, recipe("demo")))) for gib in (64.0, 8.0, 5.0)
-    ]
-    assert n_ranks == sorted(n_ranks, reverse=True)
-    assert len(set(n_ranks)) == 3
+    needed = {
+        gib: max(sum(ranks.values()) for ranks in ranks_of(machine_plan(16, gib, recipe("demo"))))
+        for gib in (64.0, 8.0, 5.0)
+    }
+    assert needed[64.0] > needed[8.0] > needed[5.0]
     short = machine_plan(8, 1.0, recipe("demo"))
     assert short.phases == ()
     assert "1.0 GiB of memory are available" in short.reason
@@ -80,6 +90,7 @@ def test_a_part_that_no_rank_can_share_takes_as_long_on_any_number() -> None:
     for cost in costs(recipe("demo")).values():
         assert cost.seconds(8) >= cost.fixed_s
         assert cost.seconds(2) == pytest.approx(cost.fixed_s + cost.shared_s / 2)
+        assert cost.seconds(1) / 4 < cost.seconds(1, threads=4) < cost.seconds(1)
 
 
 def test_a_launcher_a_supervisor_or_an_option_keep_everything_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -184,7 +195,7 @@ def test_stages_side_by_side_train_what_one_after_the_other_does(
     beside, alone = tmp_path / "beside", tmp_path / "alone"
     output = train_all(shards, beside, *encoding, n_cores=2)
     assert "clip by 1 process, beside" in output or "beside clip by 1 process" in output
-    assert "transformer by 2 processes" in output
+    assert "transformer by " in output
     assert "left in all" in output
     train_all(shards, alone, *encoding, "--one-at-a-time", n_cores=1)
     hashes = [Pipeline.load(bundle).hashes for bundle in (beside, alone)]
