@@ -147,8 +147,8 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
                 options.append((max(seconds(dvae), seconds(clip)), dvae.ranks + clip.ranks, ((dvae, clip, tokenizer),)))
     for dvae, clip in product(shares("dvae", n_cores), shares("clip", n_cores)):
         if fits(dvae, tokenizer) and fits(clip):
-            phases = ((dvae, tokenizer), (clip,))
-            options.append((seconds(dvae) + seconds(clip), max(dvae.ranks, clip.ranks), phases))
+            in_turn = (dvae, tokenizer), (clip,)
+            options.append((seconds(dvae) + seconds(clip), max(dvae.ranks, clip.ranks), in_turn))
     last = [share for share in shares("transformer", n_cores) if fits(share)]
     if not options or not last:
         least = max(need["dvae"] + need["tokenizer"], need["transformer"])
