@@ -315,9 +315,7 @@ def icons_cpu() -> Recipe:
 
 def photos_cpu() -> Recipe:
     """Return the sizes for a few thousand captioned photographs, otherwise as `icons_cpu`."""
-    return _small_pictures(
-        "photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=800
-    )
+    return _small_pictures("photos-cpu", "a few thousand captioned photographs on two CPU cores", transformer_steps=800)
 
 
 def _small_pictures(name: str, purpose: str, *, transformer_steps: int) -> Recipe:
