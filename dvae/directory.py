@@ -28,6 +28,9 @@ TOKENIZER_FILE = "tokenizer.json"
 FORMAT_VERSION = 1
 """Raised when a directory of this version could no longer be read by the code before it."""
 
+ADDED_LATER = {"added_later": True}
+"""Metadata of a configuration's field that older directories lack; they are read with its default."""
+
 Config = TypeVar("Config")
 
 _CONFIG_KEYS = {"format", "kind", "config", "metadata", "weights_sha256"}
@@ -296,9 +299,11 @@ def _require_files(path: Path, kind: str) -> None:
 
 
 def _config(file: Path, values: dict[str, Any], config_type: type[Config]) -> Config:
-    fields = {field.name for field in dataclasses.fields(config_type)}  # type: ignore[arg-type]
-    if values.keys() != fields:
-        raise ValueError(f"the config of {file} {_difference(values.keys(), fields)}")
+    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]
+    known = {field.name for field in fields}
+    added = {field.name for field in fields if field.metadata == ADDED_LATER}
+    if values.keys() | added != known:
+        raise ValueError(f"the config of {file} {_difference(values.keys() | added, known)}")
     try:
         return config_type(**{name: _tuples(value) for name, value in values.items()})
     except (TypeError, ValueError) as error:

@@ -14,7 +14,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvae.directory import load_directory, load_weights, save_directory
+from dvae.directory import ADDED_LATER, load_directory, load_weights, save_directory
 from dvae.images import map_pixels, unmap_pixels
 
 KIND = "dvae"
@@ -48,7 +48,7 @@ class DVAEConfig:
     """Number of different image tokens."""
     image_size: int = 256
     """Side, in pixels, of the square pictures it is made for; it takes any multiple of `downsampling`."""
-    encoder_kernel: int = 3
+    encoder_kernel: int = field(default=3, metadata=ADDED_LATER)
     """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token depends on its own pixels and the
     three around them alone: a small transformer learns such tokens in fewer steps."""
 
