@@ -38,7 +38,7 @@ bench-plan: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dalle dvae rerank training benchmarks
+	$(BIN)/mypy dalle dvae rerank storage training benchmarks
 	$(BIN)/vulture
 	$(BIN)/codespell
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from benchmarks import measure, peers, train_step
 from benchmarks.measure import Options, Report
 from dvae import DVAE, DVAEConfig
-from dvae.fast import optimised
+from dvae.fast.model import optimised
 
 OURS, BEST, THEIRS = "ours, float32", "ours, best", "OpenAI's DALL-E"
 GIVEN = "given"

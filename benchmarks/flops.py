@@ -1,10 +1,10 @@
 """Operations and reads of a decoding step, from the configuration alone: what floors are made of.
 
-Training's are in training/flops.py, which says how they are counted.
+Training's are in training/plan/flops.py, which says how they are counted.
 """
 
 from dalle.model import DALLEConfig
-from training.flops import attended, block_weights
+from training.plan.flops import attended, block_weights
 
 
 def decoding_flops(config: DALLEConfig) -> int:

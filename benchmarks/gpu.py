@@ -18,9 +18,9 @@ from dalle.model import DALLE, DALLEConfig
 from dalle.sampling import choose, uniforms
 from dalle.sparse_attention import sparse_attention
 from dalle.stream import start_id, start_of_image_id
-from dvae.fast import optimised
+from dvae.fast.model import optimised
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
-from training.flops import training_flops
+from training.plan.flops import training_flops
 from training.recipes import recipe
 
 SIDE, TEXT_LEN, KERNEL = 8192, 256, 11

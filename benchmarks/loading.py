@@ -17,13 +17,13 @@ from benchmarks.measure import Options, Report
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
-from training.batches import Batch, batches
-from training.data import ShardData
-from training.encode import EncodeConfig, encode_shards
+from training.data.batches import Batch, batches
+from training.data.reader import ShardData
+from training.data.shards import write_shards
+from training.ranks.world import World
 from training.recipes import recipe
-from training.shards import write_shards
-from training.transformer import TransformerStage
-from training.world import World
+from training.stages.encode import EncodeConfig, encode_shards
+from training.stages.transformer import TransformerStage
 
 N, BATCH = 256, 16
 STEP = "training step, our best, B=2"

@@ -24,9 +24,9 @@ from benchmarks.measure import RESULTS, ROOT, commit, machine, say, versions
 from dalle.model import DALLE
 from training.config import OptimizerConfig, OptimizerKind
 from training.metrics import read_metrics
-from training.programs import Inputs, train_transformer
+from training.ranks.world import join_world
 from training.recipes import Recipe, recipe
-from training.world import join_world
+from training.stages.programs import Inputs, train_transformer
 
 COLOURS = {"adamw": "#8a8a8a", "muon": "#c0392b"}
 D_HEAD = 64

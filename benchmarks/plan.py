@@ -9,8 +9,8 @@ from benchmarks.measure import MIB, Options, Report
 from benchmarks.training_memory import CASES, kept_by_autograd
 from dalle.attention import KINDS
 from dalle.model import DALLEConfig
-from training.activations import activations
 from training.config import Precision
+from training.plan.activations import activations
 
 TOLERANCE = 0.15
 """That a predicted peak may be off, as a fraction of the measured one."""

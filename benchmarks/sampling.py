@@ -12,8 +12,8 @@ from pathlib import Path
 
 from benchmarks.measure import RESULTS, commit, machine, say, versions
 from dalle.pipeline import Pipeline
-from training.demo import SHARE_OF_THREE
-from training.demo_samples import CANDIDATES, SPLITS, check_samples, different_captions, summary, table_of
+from training.demo.demo import SHARE_OF_THREE
+from training.demo.samples import CANDIDATES, SPLITS, check_samples, different_captions, summary, table_of
 
 
 def main() -> None:

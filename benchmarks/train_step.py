@@ -17,7 +17,7 @@ from benchmarks.measure import MIB, PRODUCTS_FLOPS, Options, Report
 from dalle.loss import training_loss
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import start_id
-from training.flops import training_flops
+from training.plan.flops import training_flops
 
 SHAPE = DALLEConfig(n_layers=8, d_model=512, n_heads=8)
 GRIDS = (16, 24, 32, 40)

@@ -24,11 +24,11 @@ from dalle.loss import training_loss
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import start_id
 from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
-from training.engine import Engine
-from training.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
+from training.engine.engine import Engine
+from training.plan.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
+from training.ranks.world import World, join_world, leave_world
 from training.schedules import WarmupCosine
-from training.transformer import TransformerObjective
-from training.world import World, join_world, leave_world
+from training.stages.transformer import TransformerObjective
 
 STEPS = 2
 """The optimizer's state appears at the end of the first one."""

@@ -4,7 +4,7 @@
 
 Each alternative is started as `dalle-train all` starts it, left alone for the seconds, and killed; the rounds go
 through all of them in turns. The table has the best round's wall time of a step, and the processor time that a rank
-spent on one, which other programs on the machine disturb less: from that, `training/machine.py` has its numbers.
+spent on one, which other programs on the machine disturb less: from that, `training/plan/machine.py` has its numbers.
 """
 
 import argparse
@@ -19,12 +19,12 @@ from pathlib import Path
 import torch
 
 from dvae import DVAE
-from training.drawing import draw_world
+from training.data.shards import write_shards
+from training.drawings.drawing import draw_world
 from training.metrics import read_metrics
-from training.programs import Inputs, train_tokenizer
+from training.ranks.side_by_side import Job, start_job
 from training.recipes import recipe
-from training.shards import write_shards
-from training.side_by_side import Job, start_job
+from training.stages.programs import Inputs, train_tokenizer
 
 N_PICTURES = 2_000
 PATIENCE_S = 300.0

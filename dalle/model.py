@@ -35,7 +35,7 @@ from dalle.cross_entropy import linear_cross_entropy
 from dalle.sparse_attention import prepare_compilation, sparse_attention
 from dalle.stream import Stream, image_inputs, n_image_ids, n_text_ids
 from dvae.compilation import can_compile
-from dvae.directory import load_directory, save_directory
+from storage.model_directory import load_directory, save_directory
 
 KIND = "dalle"
 """What a directory with such a model is called in its config.json."""

@@ -45,11 +45,11 @@ from dalle.model import DALLE
 from dalle.sampling import candidate_seed, sample
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
-from dvae.directory import directory_hash
-from dvae.fast import optimised, pictures_at_once
+from dvae.fast.model import optimised, pictures_at_once
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP, score
 from rerank.score import embed_captions, embed_images
+from storage.model_directory import directory_hash
 
 logger = logging.getLogger(__name__)
 

@@ -17,8 +17,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle.gallery import replace_file
-from dalle.pictures import picture_files
+from dalle.data.pictures import picture_files
+from dalle.output.sheets import replace_file
 from dvae.images import open_image
 from rerank import CLIP
 from rerank.score import clip_view, embed_images

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvae.directory import ADDED_LATER, load_directory, load_weights, save_directory
 from dvae.images import map_pixels, unmap_pixels
+from storage.model_directory import ADDED_LATER, load_directory, load_weights, save_directory
 
 KIND = "dvae"
 _DECODER_KERNELS = (1, 3, 3, 3)

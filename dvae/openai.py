@@ -18,8 +18,8 @@ from typing import Any, Self
 import torch
 from torch import Tensor
 
-from dvae.directory import load_weights
 from dvae.model import DVAE, DVAEConfig
+from storage.model_directory import load_weights
 
 _ZIP_MAGIC = b"PK\x03\x04"
 """First bytes of a file that torch.save wrote since version 1.6."""

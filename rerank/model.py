@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dvae.directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 from rerank.tokenizer import CLIPTokenizer
+from storage.model_directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 
 KIND = "clip"
 TOKENIZER_HASH = "tokenizer_sha256"

@@ -11,8 +11,8 @@ from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
-from dvae.directory import directory_hash
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
+from storage.model_directory import directory_hash
 
 CAPTIONS = ["a red cube on a blue cube", "a green sphere left of a red cube", "一只猫坐在椅子上"]
 # the models of the tests are so small that threads only wait for one another, badly so on a busy machine

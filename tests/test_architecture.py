@@ -9,54 +9,63 @@ import inspect
 import json
 import subprocess
 import sys
+from collections import Counter
 from collections.abc import Iterator
+from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("dalle", "dvae", "rerank", "training")
+PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
 LONGEST_FUNCTION = 150
+MODULES_IN_A_FOLDER = 12
 
-LEAVES = {"dvae.compilation", "dvae.directory", "dvae.images"}
+LEAVES = {"dvae.compilation", "dvae.images"}
 """They know no model, and everything may import them."""
 
-JOINING = {
-    "dalle.pipeline": "captions to ranked pictures",
-    "dalle.search": "CLIP and pictures of a folder",
-    "dalle.reconstruction": "a dVAE and its measures",
-    "dalle.results": "what the pipeline made, written to a folder",
-    "dalle.cli": "the program",
-}
-"""The modules of dalle that may join packages; the core may import none of them."""
+PIPELINE = {"dalle.pipeline", "dalle.search"}
+"""The modules of dalle's core folder that join the packages."""
 
-CORE_IMPORTS = {
-    "dalle.stream": set(),
-    "dalle.attention": {"dalle.stream"},
-    "dalle.tokenizer": {"dalle.stream"},
-    "dalle.sparse_attention": {"dalle.attention"},
-    "dalle.cross_entropy": {"dalle.stream"},
-    "dalle.model": {"dalle.stream", "dalle.attention", "dalle.sparse_attention", "dalle.cross_entropy"},
-    "dalle.loss": {"dalle.stream", "dalle.model"},
-    "dalle.cache": {"dalle.stream", "dalle.attention", "dalle.model"},
-    "dalle.sampling": {"dalle.stream", "dalle.model", "dalle.cache", "dalle.candidates"},
-    "dalle.candidates": set(),
-    "dalle.gallery": set(),
-    "dalle.tarfiles": set(),
-    "dalle.pictures": {"dalle.tarfiles"},
-    "dalle.progress": set(),
-    "dalle.command": {"dalle.progress"},
+_CORE = {"storage", "leaf", "dalle"}
+_MODELS = {"dvae", "rerank"}
+_TRAINING = {"training.schedules", "training.config", "training.metrics", "training.ranks", "training.drawings"}
+ROOMS: dict[str, set[str]] = {
+    "storage": set(),
+    "leaf": set(),
+    "dvae": {"storage", "leaf"},
+    "rerank": {"storage", "leaf"},
+    "dalle": {"storage", "leaf"},
+    "dalle.data": {"storage", "leaf"},
+    "dalle.output": _CORE,
+    "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data", "dalle.output"},
+    "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
+    "dalle.cli": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline", "dalle.evaluation"},
+    "training.schedules": set(),
+    "training.config": {"training.schedules"},
+    "training.metrics": {"dalle.output"},
+    "training.drawings": set(),
+    "training.ranks": {"dalle.output", "training.metrics"},
+    "training.report": {"dalle.output", "training.metrics"},
+    "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
+    "training.engine": {"dalle", *_TRAINING},
+    "training.loop": {"dalle.output", "training.data", "training.engine", *_TRAINING},
+    "training.recipes": {"dalle", *_MODELS, "training.config", "training.data", "training.schedules"},
+    "training.plan": {"dalle", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
 }
-"""The modules of dalle that know no other package, and what of dalle each may import (leaves besides)."""
+ROOMS["training.stages"] = {*ROOMS} - {"dalle.cli", "training.report"}
+ROOMS["training.demo"] = {*ROOMS} - {"dalle.cli", "training.report"}
+ROOMS["training.cli"] = {*ROOMS}
+"""What each folder may import of the others; "dalle" is its core, and a lone module of training a room of its own."""
 
 FACADE = "dalle"
 """dalle/__init__.py names the public classes for type checkers and imports them on first use."""
 
 LIBRARY_HOMES = {
-    "deepspeed": {"training/checkpoints.py", "training/engine.py", "training/resharding.py"},
-    "webdataset": {"training/shards.py"},
-    "tyro": {"dalle/cli.py", "dalle/command.py", "training/cli.py", "training/start.py"},
+    "deepspeed": {"training/engine/checkpoints.py", "training/engine/engine.py", "training/engine/resharding.py"},
+    "webdataset": {"training/data/shards.py"},
+    "tyro": {"dalle/cli/main.py", "dalle/cli/command.py", "training/cli/main.py", "training/cli/look.py"},
     "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
     "torchmetrics": {"dvae/metrics.py"},
     "tensorboard": {"training/metrics.py"},
@@ -70,9 +79,9 @@ LIBRARY_HOMES = {
 }
 
 INTERFACE = """
-dvae.directory:save_directory(path, kind, config, state, metadata, files)
-dvae.directory:load_directory(path, kind, config_type)
-dvae.directory:directory_hash(path)
+storage.model_directory:save_directory(path, kind, config, state, metadata, files)
+storage.model_directory:load_directory(path, kind, config_type)
+storage.model_directory:directory_hash(path)
 dvae.images:open_image(source, name)
 dvae.images:to_tensor(image)
 dvae.images:to_image(pixels)
@@ -121,7 +130,7 @@ dalle.loss:stream_loss(text_logits, image_logits, text, image_tokens, config)
 dalle.candidates:rank_order(scores, log_likelihoods, rank)
 dalle.candidates:SamplingDefaults(temperature, top_k, top_p, guidance, rank)
 dalle.sampling:sample(model, text, seeds, n, temperature, top_k, top_p, guidance, prefix)
-dalle.cli:main(argv)
+dalle.cli.main:main(argv)
 rerank:CLIPConfig()
 rerank:CLIP(config, tokenizer)
 rerank:CLIP.load(path)
@@ -130,24 +139,24 @@ rerank:CLIP.encode_image(images)
 rerank:CLIP.encode_text(ids)
 rerank:CLIPTokenizer.train(captions, vocab_size)
 rerank:score(clip, captions, images)
-training.data:ShardData.open(shards, captions, encoded, manifest)
-training.data:ShardData.order(seed, epoch)
-training.batches:batches(data, transform, seed, micro_batch, rank, world_size, start_step, workers)
-training.batches:validation_batches(data, transform, batch_size)
-training.check_data:check_data(shards, out, workers, exclude)
-training.duplicates:find_duplicates(data, against, clip, out, threshold)
-training.manifest:Manifest.open(folder)
-training.encode:encode_shards(shards, out, dvae, dvae_hash, config, world)
-training.engine:Engine(objective, config, world)
-training.fit:fit(stage, config, world, train, validation, plan, report)
+training.data.reader:ShardData.open(shards, captions, encoded, manifest)
+training.data.reader:ShardData.order(seed, epoch)
+training.data.batches:batches(data, transform, seed, micro_batch, rank, world_size, start_step, workers)
+training.data.batches:validation_batches(data, transform, batch_size)
+training.data.check_data:check_data(shards, out, workers, exclude)
+training.data.duplicates:find_duplicates(data, against, clip, out, threshold)
+training.data.manifest:Manifest.open(folder)
+training.stages.encode:encode_shards(shards, out, dvae, dvae_hash, config, world)
+training.engine.engine:Engine(objective, config, world)
+training.loop.fit:fit(stage, config, world, train, validation, plan, report)
 training.recipes:recipe(name)
-training.shapes:world(n, seed)
-training.shape_checker:check(image, caption)
-training.shards:make_shards(source, out)
-training.shards:write_shards()
-training.cli:main(argv)
+training.drawings.shapes:world(n, seed)
+training.drawings.shape_checker:check(image, caption)
+training.data.shards:make_shards(source, out)
+training.data.shards:write_shards()
+training.cli.main:main(argv)
 """.strip().splitlines()
-"""docs/design.md, "Interfaces": module:name, and the parameters that callers pass by name."""
+"""What callers rely on: module:name, and the parameters that they pass by name."""
 
 
 class Import(NamedTuple):
@@ -211,30 +220,33 @@ def package_of(module: str) -> str:
     return module.split(".")[0]
 
 
+def room_of(module: str) -> str:
+    """Return the folder that a module belongs to, as named in ROOMS."""
+    package, *inner = module.split(".")
+    if module in LEAVES:
+        return "leaf"
+    if module in PIPELINE:
+        return "dalle.pipeline"
+    if package in ("storage", "dvae", "rerank") or (package == "dalle" and len(inner) < 2 and module not in ROOMS):
+        return package
+    return ".".join([package, *inner[:1]])
+
+
 def wrong_arrow(found: Import) -> str | None:
     """Why an import points the wrong way; None if it does not."""
     importer, target = found.importer, found.target
-    source, goal = package_of(importer), package_of(target)
-    if goal not in PACKAGES or source == "training":
-        return None
-    if goal == "training":
-        return "only training and its programs import training"
-    if importer in LEAVES:
-        return "a leaf module knows no other module"
-    if target in LEAVES:
+    if package_of(target) not in PACKAGES:
         return None
     if importer == FACADE:
-        return None if found.for_types_only and goal == "dalle" else "dalle/__init__.py imports on first use only"
-    if source in ("dvae", "rerank"):
-        return None if goal == source else f"{source} knows no other package, except dvae.directory and dvae.images"
-    if importer in JOINING:
+        return None if found.for_types_only else "dalle/__init__.py imports on first use only"
+    source, goal = room_of(importer), room_of(target)
+    if target == FACADE and source == "dalle":
+        return "dalle's own modules import each other, not the package"
+    if source == goal:
         return None
-    if importer not in CORE_IMPORTS:
-        return f"{importer} is new: say in tests/test_architecture.py whether it is core or joins packages"
-    if target not in CORE_IMPORTS[importer]:
-        allowed = sorted(CORE_IMPORTS[importer] | LEAVES)
-        return f"{importer} is part of dalle's core and may import {', '.join(allowed)}"
-    return None
+    if source not in ROOMS or goal not in ROOMS:
+        return f"{importer} or {target} is in no room: give it its place in ROOMS and in docs/design.md"
+    return None if goal in ROOMS[source] else f"{source} may import {', '.join(sorted(ROOMS[source])) or 'nothing'}"
 
 
 def test_imports_point_one_way() -> None:
@@ -251,16 +263,20 @@ def test_imports_point_one_way() -> None:
     [
         ("dvae.model", "dalle.model"),
         ("dvae.images", "dvae.model"),
-        ("dvae.directory", "dvae.images"),
+        ("storage.model_directory", "dvae.images"),
+        ("training.ranks.world", "training.engine.engine"),
+        ("training.engine.engine", "training.loop.fit"),
+        ("training.data.reader", "training.loop.fit"),
+        ("training.report.status", "training.loop.fit"),
+        ("training.recipes", "training.stages.clip"),
+        ("training.stages.clip", "training.demo.demo"),
         ("rerank.model", "dvae.model"),
         ("rerank.score", "dvae"),
         ("dalle.model", "dvae"),
         ("dalle.sampling", "rerank"),
         ("dalle.model", "dalle.pipeline"),
         ("dalle.sampling", "dalle"),
-        ("dalle.stream", "dalle.model"),
-        ("dalle.cli", "training.cli"),
-        ("dalle.utilities", "dalle.stream"),
+        ("dalle.cli.main", "training.cli.main"),
     ],
 )
 def test_a_wrong_arrow_is_noticed(importer: str, target: str) -> None:
@@ -272,9 +288,20 @@ def test_an_import_inside_a_function_is_noticed() -> None:
     assert [found.target for found in imports_of(tree, "dvae.model", "f.py")] == ["dalle.pipeline", "deepspeed.ops"]
 
 
-def test_every_module_of_dalle_is_core_or_joins_packages() -> None:
-    modules = {module for module in OURS if package_of(module) == "dalle"} - {FACADE}
-    assert modules == set(CORE_IMPORTS) | set(JOINING)
+def test_every_folder_has_its_place_and_no_more_than_twelve_modules() -> None:
+    rooms = {room_of(module) for module in OURS} - {"training"}
+    assert rooms == set(ROOMS)
+    folders = Counter(path.parent for path in sources() if path.stem not in ("__init__", "__main__"))
+    crowded = [relative(folder) for folder, count in folders.items() if count > MODULES_IN_A_FOLDER]
+    assert not crowded
+
+
+def test_no_modules_import_each_other_in_a_circle() -> None:
+    arrows: dict[str, set[str]] = {module: set() for module in OURS}
+    for found in all_imports():
+        if found.target in OURS and not found.for_types_only:
+            arrows[found.importer].add(found.target)
+    TopologicalSorter(arrows).prepare()  # raises CycleError, which names the circle
 
 
 def test_each_library_is_imported_in_its_one_place() -> None:
@@ -311,8 +338,8 @@ def unsafe(call: ast.Call, name: str, file: str) -> str | None:
     last = name.rpartition(".")[2]
     if name == "torch.load":
         # DeepSpeed's checkpoints for resuming are torch files; everything for use is safetensors
-        is_home = file == "training/checkpoints.py" and keyword(call, "weights_only") is True
-        return None if is_home else "torch.load is for training/checkpoints.py alone, with weights_only=True"
+        is_home = file == "training/engine/checkpoints.py" and keyword(call, "weights_only") is True
+        return None if is_home else "torch.load is for training/engine/checkpoints.py alone, with weights_only=True"
     if name in {"eval", "exec", "compile", "__import__", "input"}:
         return f"{name} hides what a program does"
     if name in {"pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "marshal.loads", "os.system", "os.popen"}:
@@ -392,7 +419,7 @@ def test_the_public_interface_is_there(entry: str) -> None:
     module, _, names = path.partition(":")
     found: object = importlib.import_module(module)
     for name in names.split("."):
-        assert hasattr(found, name), f"{path} is part of the interface in docs/design.md, but there is no {name}"
+        assert hasattr(found, name), f"{path} is part of the interface, but there is no {name}"
         found = getattr(found, name)
     missing = (
         set(parameters.split(", ")) - {""} - (set(inspect.signature(found).parameters) if callable(found) else set())
@@ -417,7 +444,7 @@ loaded["dalle"] = [name for name in heavy if name in sys.modules]
 import dvae, rerank
 dalle.Pipeline, dalle.DALLE, dalle.Tokenizer
 loaded["packages"] = [name for name in heavy if name in sys.modules]
-import training.cli
+import training.cli.main
 loaded["dalle-train"] = [name for name in heavy if name in sys.modules]
 print(json.dumps(loaded))
 """

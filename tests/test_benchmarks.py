@@ -16,7 +16,7 @@ from benchmarks.measure import Line, Report
 from benchmarks.peers import StaticCache
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import image_inputs
-from training.flops import attended, attention_flops, linear_flops, training_flops
+from training.plan.flops import attended, attention_flops, linear_flops, training_flops
 
 SMALL = DALLEConfig(n_layers=3, d_model=32, n_heads=2, text_len=7, grid=4, text_vocab=24, image_vocab=16, conv_kernel=3)
 DENSE = dataclasses.replace(SMALL, attention="dense")

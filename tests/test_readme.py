@@ -11,13 +11,13 @@ from typing import Any
 import pytest
 import tyro
 
-import dalle.cli
-import training.cli
-from training.shapes import parse as parse_caption
+import dalle.cli.main
+import training.cli.main
+from training.drawings.shapes import parse as parse_caption
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-PROGRAMS: dict[str, Any] = {"dalle": dalle.cli.Commands, "dalle-train": training.cli.Command}
+PROGRAMS: dict[str, Any] = {"dalle": dalle.cli.main.Commands, "dalle-train": training.cli.main.Command}
 LAUNCHERS = ("deepspeed", "torchrun")
 
 
@@ -78,7 +78,7 @@ def test_captions_that_the_readme_gives_the_demonstration_are_of_its_world() -> 
 def test_recipes_of_the_readme_exist() -> None:
     for words in our_commands():
         name = getattr(parse(words), "recipe", None)
-        assert name is None or training.cli.recipe(name).name == name
+        assert name is None or training.cli.main.recipe(name).name == name
 
 
 def test_make_targets_of_the_readme_exist() -> None:
@@ -97,31 +97,30 @@ def test_the_python_of_the_readme_runs(bundle: Path, tmp_path: Path, monkeypatch
     assert len(result.images) == 8
 
 
-def test_the_file_tree_of_the_readme_is_the_repository() -> None:
-    (tree,) = [block for block in code_blocks("text") if "pyproject.toml" in block]
+def test_the_file_tree_of_the_design_is_the_repository() -> None:
+    design = (ROOT / "docs/design.md").read_text(encoding="utf-8")
+    (tree,) = [block for block in re.findall(r"```text\n(.*?)```", design, re.S) if "benchmarks/" in block]
     listed: set[str] = set()
     folder = ""
     for line in tree.splitlines():
         name = line.split()[0]
         if not line.startswith(" "):
-            folder = name if name.endswith("/") else ""
-            listed.add(name)
-        else:
-            listed.add(folder + name)
+            folder = name
+        listed.add(folder if name == folder else folder + name)
     gone = sorted(name for name in listed if not (ROOT / name).exists())
-    assert not gone, f"README.md lists what is not there: {', '.join(gone)}"
+    assert not gone, f"docs/design.md lists what is not there: {', '.join(gone)}"
     modules = {
         path.relative_to(ROOT).as_posix()
-        for package in ("dalle", "dvae", "rerank", "training")
-        for path in (ROOT / package).glob("*.py")
-        if path.name != "__init__.py"
+        for package in ("storage", "dvae", "rerank", "dalle", "training")
+        for path in (ROOT / package).rglob("*.py")
+        if not path.stem.startswith("__")
     }
-    assert not modules - listed, f"README.md's file tree lacks {', '.join(sorted(modules - listed))}"
+    assert not modules - listed, f"the file tree of docs/design.md lacks {', '.join(sorted(modules - listed))}"
 
 
 def test_files_that_the_readme_links_or_names_exist() -> None:
     links = [link for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", README) if "://" not in link]
-    named = re.findall(r"`((?:dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", README)
+    named = re.findall(r"`((?:storage|dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", README)
     missing = [name for name in links + named if not (ROOT / name).exists()]
     assert not missing, f"README.md names what is not there: {', '.join(missing)}"
 

@@ -25,7 +25,7 @@ class OptimizerConfig:
 
     kind: OptimizerKind = "adamw"
     """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (transformer, CLIP),
-    with the same learning rate, weight decay and clipping, and everything else by AdamW. See training/muon.py."""
+    with the same learning rate, weight decay and clipping, and everything else by AdamW: see engine/muon.py."""
     betas: tuple[float, float] = (0.9, 0.96)
     """Decay of AdamW's running mean and variance."""
     momentum: float = 0.95

@@ -1,7 +1,7 @@
 """Where a run's numbers go, and a line for whoever is watching.
 
 metrics.jsonl always; beside it sinks that may fail without harm: TensorBoard, and Weights & Biases where it is asked
-for. state.json says whether the run is going on, and how it ended. Reading all of that back is for `training/runs.py`,
+for. state.json says whether the run is going on, and how it ended. Reading all of that back is for `report/runs.py`,
 and neither of the two imports torch.
 """
 
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from dalle.progress import printable
+from dalle.output.progress import printable
 
 logger = logging.getLogger(__name__)
 

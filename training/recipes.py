@@ -17,8 +17,8 @@ from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
+from training.data.wrong_captions import SOURCES, Source
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
-from training.wrong_captions import SOURCES, Source
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +34,7 @@ class DVAERecipe:
     temperature: Cosine = field(default_factory=lambda: Cosine(start=1.0, end=1 / 16, steps=150_000))
     """τ of the Gumbel-softmax."""
     warmup: TrainConfig | None = None
-    """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in `training/dvae.py`. None
+    """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in stages/dvae.py. None
     starts from random weights, as the paper does."""
     warmup_noise: Cosine = field(default_factory=lambda: Cosine(start=0.0, end=0.0, steps=1))
     """Noise on the warm-up's bottleneck, in units of the bottleneck's RMS: see `AutoencoderObjective`."""

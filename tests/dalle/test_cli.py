@@ -9,17 +9,19 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle import cli, pictures, search
+from dalle import search
 from dalle.candidates import rank_order
-from dalle.cli import main, read_captions, resolve_device
-from dalle.command import run_command
-from dalle.gallery import slug
+from dalle.cli import main as cli
+from dalle.cli.command import run_command
+from dalle.cli.main import main, read_captions, resolve_device
+from dalle.data import pictures
 from dalle.model import DALLE
-from dalle.progress import Progress, duration, progress_line
+from dalle.output.progress import Progress, duration, progress_line
+from dalle.output.sheets import slug
 from dvae import DVAE
-from dvae.directory import directory_hash
 from dvae.images import to_image
 from rerank import CLIP
+from storage.model_directory import directory_hash
 
 CAPTION = "a red cube on a blue cube"
 
@@ -633,7 +635,7 @@ def test_progress_is_drawn_again_and_again_on_a_terminal_and_removed_at_the_end(
         def isatty(self) -> bool:
             return True
 
-    monkeypatch.setattr("dalle.progress.TERMINAL_INTERVAL_S", 0.0)
+    monkeypatch.setattr("dalle.output.progress.TERMINAL_INTERVAL_S", 0.0)
     terminal = Terminal()
     with Progress("pictures", stream=terminal) as progress:
         progress.update(1, 4)
@@ -646,7 +648,7 @@ def test_progress_is_drawn_again_and_again_on_a_terminal_and_removed_at_the_end(
 
 def test_the_speed_does_not_count_what_came_before_the_first_step(monkeypatch):
     now = iter([0.0, 60.0, 80.0])  # a minute of compiling, and then 2 candidates/s
-    monkeypatch.setattr("dalle.progress.time.monotonic", lambda: next(now))
+    monkeypatch.setattr("dalle.output.progress.time.monotonic", lambda: next(now))
     pipe = io.StringIO()
     with Progress("candidates", stream=pipe) as progress:
         progress.update(2, 60)

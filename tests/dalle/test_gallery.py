@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from dalle.gallery import Section, contact_sheet, save_png, side_by_side, slug
+from dalle.output.sheets import Section, contact_sheet, save_png, side_by_side, slug
 
 RED = (255, 0, 0)
 

@@ -13,9 +13,9 @@ from dalle.candidates import PAPER_SAMPLING, Sampling, SamplingDefaults, rank_or
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
-from dvae.directory import directory_hash
 from dvae.images import resize_and_crop, to_image, to_tensor
 from rerank.score import embed_captions
+from storage.model_directory import directory_hash
 
 CAPTION = "a red cube on a blue cube"
 

@@ -7,8 +7,9 @@ import pytest
 import torch
 from torch import nn
 
-from dvae import DVAE, DVAEConfig, fast
-from dvae.fast import FastDVAE, optimised, pictures_at_once
+from dvae import DVAE, DVAEConfig
+from dvae.fast import model as fast
+from dvae.fast.model import FastDVAE, optimised, pictures_at_once
 from dvae.images import unmap_pixels
 
 SMALL = DVAEConfig(n_hid=16, n_init=8, n_groups=3, n_blocks=2, vocab_size=64, image_size=16)

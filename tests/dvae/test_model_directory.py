@@ -7,8 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from dvae import directory
-from dvae.directory import directory_hash, load_directory, load_weights, save_directory
+from storage import model_directory as directory
+from storage.model_directory import directory_hash, load_directory, load_weights, save_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

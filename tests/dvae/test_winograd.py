@@ -2,8 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from dvae import winograd
-from dvae.winograd import Convolution3x3, Rows
+from dvae.fast import winograd
+from dvae.fast.winograd import Convolution3x3, Rows
 
 
 def drawn(*shape: int, seed: int = 0) -> torch.Tensor:

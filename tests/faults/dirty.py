@@ -23,8 +23,8 @@ from jobs import Injection, Job, copy_of, wait_for
 from PIL import Image
 from runs import STEPS, Course, Fault, last_step, latest, metrics, require, require_equal
 
-from training.data import ShardData
-from training.manifest import Manifest
+from training.data.manifest import Manifest
+from training.data.reader import ShardData
 
 AT_STEP = 6
 DAMAGED = "world-000002.tar"
@@ -113,9 +113,9 @@ def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) 
 
 def _note_keys(rank: int, *, folder: Path) -> None:
     """Let a rank write down the keys of every batch that it takes."""
-    import training.fit
+    import training.loop.fit
 
-    batches = training.fit.batches
+    batches = training.loop.fit.batches
 
     def noted(*arguments: Any, **named: Any) -> Iterator[Any]:
         first = named["start_step"] * named["accumulation"]
@@ -124,7 +124,7 @@ def _note_keys(rank: int, *, folder: Path) -> None:
                 print(json.dumps([number // named["accumulation"] + 1, batch.keys]), file=file, flush=True)
                 yield batch
 
-    training.fit.batches = noted
+    training.loop.fit.batches = noted
 
 
 def _noted_keys(folder: Path) -> list[tuple[int, str]]:

@@ -30,7 +30,7 @@ def _stopped(course: Course, name: str) -> tuple[str, str]:
         require(job.processes[0].exitcode == 1, f"rank 0 ended with {job.processes[0].exitcode}: {said[-600:]}")
         require("rank 1 (host" in said and "does not answer" in said, f"rank 1 is not named: {said[-600:]}")
         require("rank00000.txt" in _stacks(bundle), "there is no stack of rank 0")
-        require("training/fit.py" in _stacks(bundle)["rank00000.txt"], "the stack does not show the loop")
+        require("training/loop/fit.py" in _stacks(bundle)["rank00000.txt"], "the stack does not show the loop")
         job.send(1, signal.SIGCONT)
         require(job.wait()[1] == 1, f"the rank that woke up ended with {job.wait()[1]}")
     course.finish(course.command(bundle), f"{name}-end")  # a busy machine draws samples for longer than that
@@ -40,7 +40,7 @@ def _stopped(course: Course, name: str) -> tuple[str, str]:
 
 def _fall_asleep(rank: int) -> None:
     """Let the second rank sleep for ever in the preparation of a step."""
-    from training.transformer import TransformerStage
+    from training.stages.transformer import TransformerStage
 
     original = TransformerStage.prepare
 

@@ -1,6 +1,6 @@
 """Jobs that faults are injected into: ranks forked with everything imported, launchers, and what is left of either.
 
-Every rank runs `dalle-train` as a user would start it: `training.cli.main` with a launcher's environment variables.
+Every rank runs `dalle-train` as a user would start it: `training.cli.main.main` with a launcher's variables.
 """
 
 import contextlib
@@ -28,7 +28,7 @@ PRELOADED = [
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
-    "training.cli",
+    "training.cli.main",
     "jobs",
 ]
 Injection = Callable[[int], None]
@@ -56,12 +56,12 @@ def _rank(arguments: list[str], variables: dict[str, str], log: str, inject: Inj
     os.environ.update(variables)
     import torch
 
-    import training.cli
+    import training.cli.main
 
     torch.set_num_threads(1)
     if inject is not None:
         inject(int(variables["RANK"]))
-    sys.exit(training.cli.main(arguments))
+    sys.exit(training.cli.main.main(arguments))
 
 
 class Job:

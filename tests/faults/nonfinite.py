@@ -15,7 +15,7 @@ AT_STEP = 10
 
 def _spoil(rank: int, *, for_ever: bool) -> None:
     """Let the second rank's loss be NaN in one step, or from it on."""
-    from training.transformer import TransformerObjective, TransformerStage
+    from training.stages.transformer import TransformerObjective, TransformerStage
 
     prepare, forward = TransformerStage.prepare, TransformerObjective.forward
     is_spoilt = False

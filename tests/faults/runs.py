@@ -17,8 +17,8 @@ import torch
 from jobs import Injection, Job, copy_of
 
 from dvae import DVAE
-from training.programs import Inputs, train_tokenizer
 from training.recipes import recipe
+from training.stages.programs import Inputs, train_tokenizer
 
 STEPS, CHECKPOINT_EVERY = 18, 4
 LAST_SAVED = (STEPS - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY

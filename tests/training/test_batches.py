@@ -13,8 +13,8 @@ import torch
 from tiny import samples_of, write_tar
 from torch import Tensor
 
-from training.batches import Batch, batches, validation_batches
-from training.data import Sample, ShardData
+from training.data.batches import Batch, batches, validation_batches
+from training.data.reader import Sample, ShardData
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -18,14 +18,14 @@ from safetensors.torch import save_file
 from test_engine import Bomb, Objective, config, data, train
 from test_fit import NewRun, Run, send
 
-import training.cli
-from training.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+import training.cli.main
 from training.config import OptimizerConfig
-from training.dvae import WarmupStage
-from training.engine import Engine
-from training.fit import Interrupted
-from training.programs import Inputs, train_dvae
-from training.world import World, join_world
+from training.engine.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+from training.engine.engine import Engine
+from training.ranks.stop import Interrupted
+from training.ranks.world import World, join_world
+from training.stages.dvae import WarmupStage
+from training.stages.programs import Inputs, train_dvae
 
 Act = Callable[..., Any]
 
@@ -118,7 +118,7 @@ def test_folders_of_other_names_are_left_alone(saved: Path, world: World) -> Non
     assert names(saved) == sorted(["latest", "step00000004", *others])
 
 
-@pytest.mark.parametrize("call", ["os.open", "os.fsync", "training.checkpoints.tags_in"])
+@pytest.mark.parametrize("call", ["os.open", "os.fsync", "training.engine.checkpoints.tags_in"])
 def test_what_latest_names_is_kept_whatever_fails_after_that(
     saved: Path, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
@@ -138,7 +138,7 @@ def test_what_latest_names_is_kept_whatever_fails_after_that(
         engine.save(saved, 4, {"n": 4})
     monkeypatch.undo()
     assert (saved / "latest").read_text() == "step00000004"
-    assert ("old checkpoints could not be dropped" in caplog.text) == (call == "training.checkpoints.tags_in")
+    assert ("old checkpoints could not be dropped" in caplog.text) == (call == "training.engine.checkpoints.tags_in")
     assert loaded(saved) == {"n": 4}
 
 
@@ -417,7 +417,7 @@ def kill_at(patch: pytest.MonkeyPatch, moment: int) -> None:
         patch.setattr(os, name, ending(getattr(os, name)))
     patch.setattr(torch, "save", ending(torch.save))
     patch.setattr(Path, "open", ending(Path.open))
-    patch.setattr("training.engine.save_file", ending(save_file))
+    patch.setattr("training.engine.engine.save_file", ending(save_file))
 
 
 @pytest.mark.slow
@@ -552,11 +552,11 @@ def test_the_command_line_has_the_options_of_keeping_and_resuming(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[Any, Inputs]] = []
-    monkeypatch.setattr(training.cli, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
-    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.main, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
+    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
     command = ["clip", "demo", "--data", str(shards), "--out", str(tmp_path)]
     options = ["--keep-last", "3", "--keep-every", "500", "--resume-from", TAGS[0], "--resume"]
-    assert training.cli.main([*command, *options]) == 0
+    assert training.cli.main.main([*command, *options]) == 0
     recipe, inputs = given[0]
     assert (recipe.clip.train.keep_last, recipe.clip.train.keep_every) == (3, 500)
     assert (inputs.resume, inputs.resume_from) == (True, TAGS[0])

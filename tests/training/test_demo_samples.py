@@ -6,10 +6,10 @@ import pytest
 import torch
 from PIL import Image
 
-import training.demo_samples
+import training.demo.samples
 from dalle.candidates import Samples, SamplingDefaults
 from dvae.images import to_tensor
-from training.demo_samples import (
+from training.demo.samples import (
     RANKINGS,
     RIGHT,
     SPLITS,
@@ -22,7 +22,7 @@ from training.demo_samples import (
     summary,
     table_of,
 )
-from training.shapes import draw, held_out_reason, parse, random_scene
+from training.drawings.shapes import draw, held_out_reason, parse, random_scene
 
 RIGHT_OF_FOUR = [[True, False, False, False], [False, False, True, False], [False] * 4]
 
@@ -99,7 +99,7 @@ def test_samples_are_checked_ranked_and_marked(monkeypatch: pytest.MonkeyPatch) 
         defaults=SamplingDefaults(rank="likelihood"),
     )
     scores = torch.tensor([[0.4, 0.3, 0.2, 0.1]])
-    monkeypatch.setattr(training.demo_samples, "score", lambda clip, told, images: scores)
+    monkeypatch.setattr(training.demo.samples, "score", lambda clip, told, images: scores)
     said: list[str] = []
     checked, sections = check_samples(pipe, "trained", captions, said.append, n=4)
     assert checked.right.tolist() == [[False, True, False, False]] * 3

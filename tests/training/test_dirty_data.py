@@ -20,22 +20,22 @@ from test_ranks import on_ranks
 from tiny import write_tar
 from torch import Tensor
 
-import training.cli
+import training.cli.main
 import training.recipes
-from dalle.command import set_up_logging
-from dalle.progress import printable
+from dalle.cli.command import set_up_logging
+from dalle.output.progress import printable
 from dvae import DVAE
 from dvae.images import open_image
-from training.batches import batches
-from training.check_data import check_data, report
-from training.data import Sample, ShardData
-from training.encode import EncodeConfig, encode_shards
-from training.manifest import Manifest
+from training.data.batches import batches
+from training.data.check_data import check_data, report
+from training.data.manifest import Manifest
+from training.data.reader import Sample, ShardData
+from training.data.shards import make_shards
+from training.drawings.shapes import world
 from training.metrics import read_metrics
-from training.programs import Inputs, train_clip
-from training.shapes import world
-from training.shards import make_shards
-from training.world import World, join_world
+from training.ranks.world import World, join_world
+from training.stages.encode import EncodeConfig, encode_shards
+from training.stages.programs import Inputs, train_clip
 
 N_CORRUPT = 200
 
@@ -44,7 +44,7 @@ N_CORRUPT = 200
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
 
 
 def world_members(numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> list[tuple[str, bytes]]:
@@ -124,11 +124,11 @@ def test_training_goes_on_over_200_corrupt_pictures_and_its_metrics_count_them(
     check_data([tmp_path / "data"], tmp_path / "m")
     command = ["clip", "tiny", "--data", str(tmp_path / "data"), "--steps", "60", "--global-batch", "8"]
     options = ["--log-every", "20", "--manifest", str(tmp_path / "m"), "--out", str(tmp_path / "out")]
-    assert training.cli.main([*command, *options, "--max-bad-fraction", "0.45"]) == 0
+    assert training.cli.main.main([*command, *options, "--max-bad-fraction", "0.45"]) == 0
     lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert lines[-1]["bad_samples"] == N_CORRUPT
-    assert training.cli.main([*command, "--fresh", *options]) == 1
+    assert training.cli.main.main([*command, "--fresh", *options]) == 1
     assert "--max-bad-fraction 0.01 allows; most are in" in capsys.readouterr().err
 
 
@@ -139,11 +139,11 @@ def test_training_goes_on_exactly_when_a_shard_is_lost(tmp_path: Path, capsys: p
     check_data([tmp_path / "data"], tmp_path / "m")
     command = ["clip", "tiny", "--data", str(tmp_path / "data"), "--global-batch", "4", "--out", str(tmp_path / "out")]
     command += ["--manifest", str(tmp_path / "m")]
-    assert training.cli.main([*command, "--steps", "4"]) == 0
+    assert training.cli.main.main([*command, "--steps", "4"]) == 0
     (tmp_path / "data" / "2.tar").unlink()
-    assert training.cli.main([*command, "--steps", "12"]) == 1
+    assert training.cli.main.main([*command, "--steps", "12"]) == 1
     assert "12 of the 48 samples that the manifest knows are lost" in capsys.readouterr().err
-    assert training.cli.main([*command, "--steps", "12", "--max-bad-fraction", "0.3"]) == 0
+    assert training.cli.main.main([*command, "--steps", "12", "--max-bad-fraction", "0.3"]) == 0
     errors = capsys.readouterr().err
     assert "2.tar: 0 of 12 samples are left (the shard is missing)" in errors
     assert "going on from step 4 of 12" in errors
@@ -159,11 +159,11 @@ def test_another_order_of_the_samples_is_never_silent(tmp_path: Path, capsys: py
     for shard in range(2):
         write_tar(tmp_path / "data" / f"{shard}.tar", world_members(range(12 * shard, 12 * shard + 12)))
     command = ["dvae", "tiny", "--data", str(tmp_path / "data"), "--global-batch", "4", "--out", str(tmp_path / "out")]
-    assert training.cli.main([*command, "--steps", "2"]) == 0
-    assert training.cli.main([*command, "--steps", "3"]) == 0
+    assert training.cli.main.main([*command, "--steps", "2"]) == 0
+    assert training.cli.main.main([*command, "--steps", "3"]) == 0
     assert "order is another" not in capsys.readouterr().err
     write_tar(tmp_path / "data" / "1.tar", world_members(range(12, 20)))
-    assert training.cli.main([*command, "--steps", "4"]) == 0
+    assert training.cli.main.main([*command, "--steps", "4"]) == 0
     assert "began with 24 samples, and goes on with 20" in (errors := capsys.readouterr().err)
     assert "1.tar: 12 samples, now 8" in errors
 
@@ -177,7 +177,7 @@ def test_as_many_other_samples_are_never_silent(tmp_path: Path, capsys: pytest.C
     def warnings(folder: Path, *names: str) -> str:
         data = [str(folder / name) for name in names]
         options = ["--steps", str(next(steps)), "--global-batch", "4", "--out", str(tmp_path / "out")]
-        assert training.cli.main(["dvae", "tiny", "--data", *data, *options]) == 0
+        assert training.cli.main.main(["dvae", "tiny", "--data", *data, *options]) == 0
         return "".join(line for line in capsys.readouterr().err.splitlines() if "other samples" in line)
 
     data = tmp_path / "data"
@@ -247,7 +247,7 @@ def test_two_ranks_share_unequal_shards_and_none_waits(tmp_path: Path, workers: 
 
 
 def fail_on_rank(_: World, shards: Path, out: Path) -> str:
-    with training.cli._world() as (world, report):
+    with training.cli.main._world() as (world, report):
         recipe = tiny.recipe(steps=8, global_batch=8, max_bad_fraction=0.1)
         train_clip(recipe, Inputs(data=[shards], out=out), world, report)
     return "done"
@@ -332,7 +332,7 @@ def test_hostile_members_are_named_by_check_data(
     hostile: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     command = ["check-data", "--data", str(hostile), "--workers", "0", "--out", str(tmp_path / "m")]
-    assert training.cli.main(command) == 0
+    assert training.cli.main.main(command) == 0
     shown = capfd.readouterr()
     assert "\x1b" not in shown.out + shown.err
     assert "11 links, devices and unsafe names: never looked at" in shown.out
@@ -368,8 +368,8 @@ def test_no_shard_name_is_a_command(
         "duplicates": ["duplicates", "--clip", "dvae", "--out", "out"],
     }[command]
     if command == "duplicates":
-        monkeypatch.setattr(training.cli.CLIP, "load", lambda path: torch.nn.Identity())
-    assert training.cli.main([*options, "--data", name]) == 1
+        monkeypatch.setattr(training.cli.main.CLIP, "load", lambda path: torch.nn.Identity())
+    assert training.cli.main.main([*options, "--data", name]) == 1
     assert "is a URL or a command: shards are read from local files only" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
 
@@ -392,7 +392,7 @@ def test_sizes_that_cannot_be_are_damage(tmp_path: Path, size: int, damage: str)
 
 def test_control_characters_do_not_reach_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     set_up_logging()
-    logging.getLogger("training.batches").warning("unusable sample %s", "\x1b[2J\x07evil\r\nname\u202e")
+    logging.getLogger("training.data.batches").warning("unusable sample %s", "\x1b[2J\x07evil\r\nname\u202e")
     assert capsys.readouterr().err == "warning: unusable sample \\x1b[2J\\x07evil name\\u202e\n"
     assert printable("日本 🎈\n") == "日本 🎈\n"
 
@@ -452,7 +452,7 @@ def test_names_with_control_characters_are_not_printed_raw(tmp_path: Path, capsy
     (tmp_path / "in" / "good.txt").write_text("good")
     (tmp_path / "in" / "\x1b[2J\nbad.png").write_bytes(b"bad")
     (tmp_path / "in" / "\x1b[2J\nbad.txt").write_text("bad")
-    assert training.cli.main(["shards", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
+    assert training.cli.main.main(["shards", str(tmp_path / "in"), "--out", str(tmp_path / "out")]) == 0
     shown = capsys.readouterr()
     assert "\x1b" not in shown.out + shown.err
     assert "\\x1b[2J bad.png" in shown.out

@@ -10,12 +10,12 @@ from PIL import Image, ImageEnhance
 from tiny import write_tar
 from torch import Tensor
 
-import training.cli
+import training.cli.main
 from rerank import CLIP
-from training.check_data import check_data
-from training.data import ShardData
-from training.duplicates import Pair, copies, features_of, find_duplicates, near_pairs, nearest
-from training.manifest import Manifest
+from training.data.check_data import check_data
+from training.data.duplicates import Pair, copies, features_of, find_duplicates, near_pairs, nearest
+from training.data.manifest import Manifest
+from training.data.reader import ShardData
 
 
 def unit_vectors(n: int, seed: int) -> Tensor:
@@ -143,10 +143,10 @@ def test_the_command_finds_them_with_the_clip_of_a_bundle(
     bundle: Path, data: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     command = ["duplicates", "--data", str(data), "--clip", str(bundle), "--out", str(tmp_path / "found")]
-    assert training.cli.main([*command, "--threshold", "1", "--workers", "0"]) == 0
+    assert training.cli.main.main([*command, "--threshold", "1", "--workers", "0"]) == 0
     shown = capsys.readouterr().out
     assert "12 pictures, among themselves" in shown
     assert "excluded.jsonl to `dalle-train check-data --exclude-keys`" in shown
     assert json.loads((tmp_path / "found" / "excluded.jsonl").read_text().splitlines()[0])["key"] == "b3"
-    assert training.cli.main([*command, "--threshold", "1.5"]) == 1
+    assert training.cli.main.main([*command, "--threshold", "1.5"]) == 1
     assert "the threshold must be a cosine" in capsys.readouterr().err

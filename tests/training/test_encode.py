@@ -21,27 +21,27 @@ import torch
 from PIL import Image
 from tiny import write_tar
 
-import training.cli
-import training.encode
-import training.programs
+import training.cli.main
 import training.recipes
-import training.transformer
+import training.stages.encode
+import training.stages.programs
+import training.stages.transformer
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
-from dvae.directory import directory_hash
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
-from training.batches import batches
-from training.data import Sample, ShardData, sample_rng
-from training.dvae import initialise_codebook
-from training.encode import EncodeConfig, EncodeReport, encode_shards
-from training.fit import Interrupted
-from training.image_tokens import Description, Encoding, pack, read_description, unpack
+from storage.model_directory import directory_hash
+from training.data.batches import batches
+from training.data.image_tokens import Description, Encoding, pack, read_description, unpack
+from training.data.reader import Sample, ShardData, sample_rng
 from training.metrics import read_metrics
-from training.programs import Inputs, train_transformer
+from training.ranks.stop import Interrupted
+from training.ranks.world import join_world
 from training.recipes import Recipe
-from training.transformer import TransformerStage
-from training.world import join_world
+from training.stages.dvae import initialise_codebook
+from training.stages.encode import EncodeConfig, EncodeReport, encode_shards
+from training.stages.programs import Inputs, train_transformer
+from training.stages.transformer import TransformerStage
 
 CROPS, SEED = 3, 5
 
@@ -50,11 +50,11 @@ CROPS, SEED = 3, 5
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
 
 
 def run(*arguments: object) -> int:
-    return training.cli.main([str(argument) for argument in arguments])
+    return training.cli.main.main([str(argument) for argument in arguments])
 
 
 def encode(
@@ -550,7 +550,7 @@ def test_training_on_tokens_opens_no_picture_and_does_not_run_the_encoder(
     out: Path, encoded: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(DVAE, "encode", lambda *_: pytest.fail("the dVAE was run"))
-    monkeypatch.setattr(training.transformer, "open_image", lambda *_: pytest.fail("a picture was opened"))
+    monkeypatch.setattr(training.stages.transformer, "open_image", lambda *_: pytest.fail("a picture was opened"))
     lines = train(Inputs(data=[encoded], validation=[encoded], out=out))
     assert len(lines) == 5
     assert (out / "training" / "transformer" / "samples" / "step00000004.png").is_file()
@@ -686,13 +686,13 @@ def test_all_stages_train_with_pictures_encoded_once(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: list[Inputs] = []
-    original = training.programs.train_transformer
+    original = training.stages.programs.train_transformer
 
     def record(recipe: Recipe, inputs: Inputs, *rest: Any) -> Path:
         trained.append(inputs)
         return original(recipe, inputs, *rest)
 
-    monkeypatch.setattr(training.programs, "train_transformer", record)
+    monkeypatch.setattr(training.stages.programs, "train_transformer", record)
     command = ["all", "tiny", "--data", shards, "--validation", shards, "--out", tmp_path]
     command += ["--one-at-a-time", "--encode-crops"]
     assert run(*command, 0) == 1
@@ -712,7 +712,7 @@ def test_all_stages_train_with_pictures_encoded_once(
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.programs, "train_clip", interrupted)
+        patch.setattr(training.stages.programs, "train_clip", interrupted)
         assert run(*command, 2, "--fresh") == 0
     assert not (tmp_path / "encoded").exists(), "the tokens are of the dVAE of before"
     assert run(*command, 2, "--fresh") == 0
@@ -730,7 +730,7 @@ def test_an_interrupted_encoding_ends_with_0(
 
     command = ["encode", "--data", shards, "--dvae", out / "dvae", "--out", out.parent / "tokens", "--workers", 1]
     with monkeypatch.context() as patch:
-        patch.setattr(training.encode, "pack", interrupted)
+        patch.setattr(training.stages.encode, "pack", interrupted)
         assert run(*command) == 0
     assert "0 of 3 shards are encoded" in capsys.readouterr().err
     assert run(*command) == 0

@@ -16,11 +16,11 @@ from torch.nn import functional as F
 from dalle.model import DALLE
 from dvae import DVAE
 from rerank import CLIP
-from training.checkpoints import latest_tag, read_checkpoint
 from training.config import OptimizerConfig, TrainConfig
-from training.deepspeed_config import deepspeed_config
-from training.engine import Engine, decay_groups
-from training.world import World, join_world
+from training.engine.checkpoints import latest_tag, read_checkpoint
+from training.engine.deepspeed_config import deepspeed_config
+from training.engine.engine import Engine, decay_groups
+from training.ranks.world import World, join_world
 
 
 class Objective(nn.Module):
@@ -368,7 +368,7 @@ def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words
             Engine(Objective(), config(zero_stage=stage), world).load(tmp_path)
 
 
-@pytest.mark.parametrize("writer", ["torch.save", "training.engine.save_file"])
+@pytest.mark.parametrize("writer", ["torch.save", "training.engine.engine.save_file"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
 def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception

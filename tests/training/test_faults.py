@@ -20,14 +20,14 @@ import tiny
 import torch.distributed as dist
 from test_fit import MeanColours, Run, send
 
-import training.supervisor
-import training.watchdog
-import training.world
-from training.checkpoints import latest_tag
-from training.fit import Interrupted, StopSignals
+import training.ranks.supervisor
+import training.ranks.watchdog
+import training.ranks.world
+from training.engine.checkpoints import latest_tag
 from training.metrics import read_metrics
-from training.supervisor import _Board, _End, _going_on, _Supervisor
-from training.watchdog import (
+from training.ranks.stop import Interrupted, StopSignals
+from training.ranks.supervisor import _Board, _End, _going_on, _Supervisor
+from training.ranks.watchdog import (
     ATTEMPT,
     PIPE,
     Member,
@@ -39,7 +39,7 @@ from training.watchdog import (
     launchers,
     this_process,
 )
-from training.world import join_world
+from training.ranks.world import join_world
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
 
@@ -112,7 +112,7 @@ def test_a_process_is_gone_once_it_has_ended_although_nobody_has_asked_for_its_c
 
 
 def _started(pid: int) -> int:
-    status = training.watchdog._status(pid)
+    status = training.ranks.watchdog._status(pid)
     assert status is not None
     return status.started
 
@@ -151,7 +151,7 @@ def last_words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What watches have said in ending the process, which they do not do here."""
     said: list[str] = []
 
-    monkeypatch.setattr(training.watchdog, "_end", said.append)
+    monkeypatch.setattr(training.ranks.watchdog, "_end", said.append)
     return said
 
 
@@ -196,7 +196,7 @@ def sleeper() -> tuple[subprocess.Popen[bytes], Process]:
 
 def test_a_launcher_that_is_gone_is_as_a_sigterm(monkeypatch: pytest.MonkeyPatch) -> None:
     child, process = sleeper()
-    monkeypatch.setattr(training.watchdog, "launchers", lambda pid: (process,))
+    monkeypatch.setattr(training.ranks.watchdog, "launchers", lambda pid: (process,))
     watch = Watch()
     with StopSignals() as stop:
         watch.start()
@@ -211,7 +211,7 @@ def test_a_launcher_that_is_gone_is_as_a_sigterm(monkeypatch: pytest.MonkeyPatch
 def test_a_rank_that_is_gone_is_named_with_the_checkpoint_to_go_on_from(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
 ) -> None:
-    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.1)
+    monkeypatch.setattr(training.ranks.watchdog, "GRACE_S", 0.1)
     child, process = sleeper()
     here = this_process(0)
     watch = Watch([here, dataclasses.replace(here, rank=1, process=process)])
@@ -241,12 +241,12 @@ def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_
     given: dict[str, Any] = {}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
-    monkeypatch.setattr(training.world, "job_store", lambda place, *, host: store)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/world.py
+    monkeypatch.setattr(training.ranks.world, "job_store", lambda place, *, host: store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(dist.distributed_c10d, name, None)
-    training.world._meet("gloo", timeout_s=1.0).stop()
+    training.ranks.world._meet("gloo", timeout_s=1.0).stop()
     assert given["timeout"] >= timedelta(days=7)
     assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
 
@@ -255,9 +255,9 @@ def test_a_short_timeout_of_the_watch_does_not_shorten_what_ranks_wait_for_each_
 def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
     """The watch of rank 0, whose only other rank is on another host, and their store; a heartbeat is soon missed."""
     for name, seconds in (("POLL_S", 0.05), ("_BEAT_S", 0.2), ("_SILENT_S", 0.5)):
-        monkeypatch.setattr(training.watchdog, name, seconds)
+        monkeypatch.setattr(training.ranks.watchdog, name, seconds)
     here = this_process(0)
-    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/world.py
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/world.py
     watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
     watch.start()
     yield watch, store
@@ -281,7 +281,7 @@ def test_where_it_is_not_known_which_rank_is_gone_the_error_says_so_and_no_other
     two_hosts: tuple[Watch, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     watch, store = two_hosts
-    monkeypatch.setattr(training.watchdog._Mail, "_listen", lambda _: None)
+    monkeypatch.setattr(training.ranks.watchdog._Mail, "_listen", lambda _: None)
     for _ in range(2):  # the second time without waiting
         error = watch.loss_error(BROKEN, wait_s=0.1)
         assert str(error).startswith("another rank is gone, it is not known which ([gloo/transport")
@@ -301,7 +301,7 @@ def never() -> None:
 def test_a_disk_that_hangs_does_not_keep_a_watch_from_ending_the_job(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    monkeypatch.setattr(training.ranks.watchdog, "GRACE_S", 0.2)
     monkeypatch.setattr(sys, "stderr", sys.__stderr__)  # pytest's own has no descriptor
     watch = Watch(timeout_s=0.6)
     monkeypatch.setattr(watch, "_write_stacks", never)
@@ -318,7 +318,7 @@ def test_a_disk_that_hangs_does_not_keep_a_watch_from_ending_the_job(
 def test_a_disk_that_hangs_does_not_keep_the_loss_of_a_rank_from_being_told(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
 ) -> None:
-    monkeypatch.setattr(training.watchdog, "GRACE_S", 0.2)
+    monkeypatch.setattr(training.ranks.watchdog, "GRACE_S", 0.2)
     here = this_process(0)
     other = dataclasses.replace(here, rank=1, process=Process(pid=here.process.pid, started=-1))
     watch = Watch([here, other])
@@ -333,7 +333,7 @@ def test_last_words_cannot_command_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    training.watchdog._end("rank 1 is gone (\x1b[2J)")
+    training.ranks.watchdog._end("rank 1 is gone (\x1b[2J)")
     assert capsys.readouterr().err == "error: rank 1 is gone (\\x1b[2J)\n"
 
 
@@ -402,7 +402,7 @@ def test_only_what_a_restart_may_mend_is_restarted_and_not_too_often(
     capfd: pytest.CaptureFixture[str],
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(training.supervisor, "VERDICT_S", 0.1)
+    monkeypatch.setattr(training.ranks.supervisor, "VERDICT_S", 0.1)
     assert supervised(code, restarts) == expected[0]
     assert capfd.readouterr().err.count(": restart ") == expected[1]
 
@@ -536,8 +536,8 @@ def test_a_rank_killed_in_a_save_is_named_by_the_other_one_and_nothing_is_lost(c
 
 def _on_a_host_of_its_own(rank: int) -> None:
     """Let each rank believe that it alone is on its host, and miss a heartbeat sooner than in earnest."""
-    training.watchdog._BEAT_S, training.watchdog._SILENT_S = 0.5, 8.0
-    training.world.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
+    training.ranks.watchdog._BEAT_S, training.ranks.watchdog._SILENT_S = 0.5, 8.0
+    training.ranks.world.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
 
 
 @pytest.mark.slow

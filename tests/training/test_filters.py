@@ -4,8 +4,8 @@ import pytest
 from corrupt import encoded
 from PIL import Image
 
-import training.cli
-from training.filters import ShardFilter, is_boilerplate
+import training.cli.main
+from training.data.filters import ShardFilter, is_boilerplate
 
 BOILERPLATE = [
     "photographed on March 3rd, 2019",
@@ -116,7 +116,7 @@ def test_the_papers_filters_leave_out_what_they_should_and_count_it(
         (source / f"{name}.png").write_bytes(encoded(Image.new("RGB", size, (200, 0, 0)), "PNG"))
         (source / f"{name}.txt").write_text(captions)
     command = ["shards", str(source), "--out", str(tmp_path / "out")]
-    assert training.cli.main([*command, "--paper-filters"]) == 0
+    assert training.cli.main.main([*command, "--paper-filters"]) == 0
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     lines = [" ".join(" ".join(row).split()) for row in rows]
     assert lines == [
@@ -129,8 +129,8 @@ def test_the_papers_filters_leave_out_what_they_should_and_count_it(
         "caption mostly boilerplate 1",
         "caption of too few words 1",
     ]
-    assert training.cli.main([*command, "--overwrite", "--paper-filters", "--min-caption-words", "2"]) == 0
+    assert training.cli.main.main([*command, "--overwrite", "--paper-filters", "--min-caption-words", "2"]) == 0
     assert "written" in (out := capsys.readouterr().out)
     assert " 2  pictures, 3 captions" in out
-    assert training.cli.main([*command, "--overwrite", "--min-side", "30", "--max-caption-words", "3"]) == 1
+    assert training.cli.main.main([*command, "--overwrite", "--min-side", "30", "--max-caption-words", "3"]) == 1
     assert "picture too small" in capsys.readouterr().err

@@ -16,16 +16,17 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-import training.fit
+import training.loop.fit
 from dvae.images import open_image, to_tensor
-from training.checkpoints import read_checkpoint
 from training.config import TrainConfig
-from training.data import Sample, ShardData
-from training.engine import Engine
-from training.fit import Interrupted, RunPlan, fit
+from training.data.reader import Sample, ShardData
+from training.engine.checkpoints import read_checkpoint
+from training.engine.engine import Engine
+from training.loop.fit import RunPlan, fit
 from training.metrics import read_metrics
+from training.ranks.stop import Interrupted
+from training.ranks.world import World, join_world
 from training.schedules import WarmupPlateau
-from training.world import World, join_world
 
 Prepare = Callable[[int], None]
 
@@ -201,7 +202,7 @@ def test_a_line_of_metrics_is_the_same_whether_or_not_its_steps_were_interrupted
 def test_a_signal_before_the_first_step_stops_in_order_and_the_same_command_starts(
     new_run: NewRun, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    build = training.fit.Engine
+    build = training.loop.fit.Engine
 
     def slowly(*arguments: Any) -> Engine:
         os.kill(os.getpid(), signal.SIGTERM)
@@ -209,7 +210,7 @@ def test_a_signal_before_the_first_step_stops_in_order_and_the_same_command_star
 
     run = new_run("run")
     with monkeypatch.context() as patch:
-        patch.setattr(training.fit, "Engine", slowly)
+        patch.setattr(training.loop.fit, "Engine", slowly)
         with pytest.raises(Interrupted, match="stopped before the next step"):
             run(tiny.train_config(steps=2))
     run(tiny.train_config(steps=2))
@@ -465,7 +466,7 @@ def test_a_cpu_without_bfloat16_computes_in_fp32_unless_told_otherwise(
     said: tuple[str, ...],
     computed_in: str,
 ) -> None:
-    monkeypatch.setattr(training.fit, "has_bfloat16_arithmetic", lambda device: has_bfloat16)
+    monkeypatch.setattr(training.loop.fit, "has_bfloat16_arithmetic", lambda device: has_bfloat16)
     run = new_run("run")
     run(tiny.train_config(steps=1, precision="autocast", said=said))
     assert json.loads((run.folder / "run" / "config.json").read_text())["training"]["precision"] == computed_in
@@ -476,7 +477,7 @@ def test_a_cpu_without_bfloat16_computes_in_fp32_unless_told_otherwise(
 def test_a_preset_says_how_a_cpu_without_bfloat16_computes(
     new_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch, preset: str, computed_in: str
 ) -> None:
-    monkeypatch.setattr(training.fit, "has_bfloat16_arithmetic", lambda device: False)
+    monkeypatch.setattr(training.loop.fit, "has_bfloat16_arithmetic", lambda device: False)
     run = new_run("run")
     run(tiny.train_config(steps=1, precision="autocast", preset=preset))
     assert not any("emulates bfloat16" in line or "instead of the recipe's fp32" in line for line in run.said)

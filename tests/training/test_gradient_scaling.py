@@ -15,10 +15,10 @@ from torch import Tensor
 
 from dalle.model import DALLE
 from training.config import TrainConfig
-from training.engine import Engine
-from training.gradient_scaling import ResblockScales, ResblockScaling, resblock_parameters, run_in_float16
-from training.transformer import TransformerObjective
-from training.world import World, join_world
+from training.engine.engine import Engine
+from training.engine.gradient_scaling import ResblockScales, ResblockScaling, resblock_parameters, run_in_float16
+from training.ranks.world import World, join_world
+from training.stages.transformer import TransformerObjective
 
 
 @pytest.fixture

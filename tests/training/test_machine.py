@@ -9,13 +9,13 @@ from pathlib import Path
 
 import pytest
 
-import training.demo
-import training.machine
+import training.demo.demo
+import training.plan.machine
 from dalle.pipeline import Pipeline
-from training.demo import _world_shards
-from training.drawing import draw_world
-from training.machine import MachinePlan, costs, machine_plan, plan_here, seconds_alone
+from training.demo.demo import _world_shards
+from training.drawings.drawing import draw_world
 from training.metrics import read_metrics
+from training.plan.machine import MachinePlan, costs, machine_plan, plan_here, seconds_alone
 from training.recipes import recipe
 
 PLENTY_GIB = 64.0
@@ -94,11 +94,11 @@ def test_a_part_that_no_rank_can_share_takes_as_long_on_any_number() -> None:
 
 
 def test_a_launcher_a_supervisor_or_an_option_keep_everything_in_one_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(training.machine, "usable_cores", lambda: 2)
-    monkeypatch.setattr(training.machine, "available_gib", lambda: PLENTY_GIB)
+    monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 2)
+    monkeypatch.setattr(training.plan.machine, "available_gib", lambda: PLENTY_GIB)
     assert plan_here(recipe("demo")).phases
     assert not plan_here(recipe("demo"), one_at_a_time=True).phases
-    for name in ("WORLD_SIZE", training.machine.ATTEMPT):
+    for name in ("WORLD_SIZE", training.plan.machine.ATTEMPT):
         with monkeypatch.context() as patch:
             patch.setenv(name, "1")
             assert not plan_here(recipe("demo")).phases
@@ -106,10 +106,10 @@ def test_a_launcher_a_supervisor_or_an_option_keep_everything_in_one_process(mon
 
 def test_openmp_says_how_many_cores_may_be_used_at_most(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    assert training.machine.usable_cores() == 1
+    assert training.plan.machine.usable_cores() == 1
     monkeypatch.setenv("OMP_NUM_THREADS", "1000")
-    assert 1 <= training.machine.usable_cores() <= (os.cpu_count() or 1)
-    assert training.machine.available_gib() > 0
+    assert 1 <= training.plan.machine.usable_cores() <= (os.cpu_count() or 1)
+    assert training.plan.machine.available_gib() > 0
 
 
 def test_two_processes_draw_the_samples_of_one_in_their_order() -> None:
@@ -122,11 +122,11 @@ def test_two_processes_draw_the_samples_of_one_in_their_order() -> None:
 def test_the_shards_of_the_world_are_the_same_bytes_by_one_and_two_processes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.demo, "N_TRAIN", 230)
-    monkeypatch.setattr(training.demo, "N_VALIDATION", 8)
+    monkeypatch.setattr(training.demo.demo, "N_TRAIN", 230)
+    monkeypatch.setattr(training.demo.demo, "N_VALIDATION", 8)
     drawn = []
     for cores in (1, 2):
-        monkeypatch.setattr(training.demo, "usable_cores", lambda cores=cores: cores)
+        monkeypatch.setattr(training.demo.demo, "usable_cores", lambda cores=cores: cores)
         folders = _world_shards(tmp_path / str(cores), 32, fresh=False, report=lambda line: None)
         drawn.append([shard.read_bytes() for folder in folders for shard in sorted(folder.glob("*.tar"))])
     assert drawn[0] == drawn[1]

@@ -18,17 +18,17 @@ from corrupt import encoded, noise
 from tiny import samples_of, write_tar
 from torch import Tensor
 
-import training.check_data
-import training.cli
+import training.cli.main
+import training.data.check_data
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
-from training.batches import batches, validation_batches
-from training.check_data import Summary, check_data, check_shard, report
-from training.data import Sample, ShardData
-from training.encode import EncodeConfig, encode_shards
-from training.manifest import Excluded, Manifest, ShardRecord
-from training.shard_index import ShardIndex
-from training.world import join_world
+from training.data.batches import batches, validation_batches
+from training.data.check_data import Summary, check_data, check_shard, report
+from training.data.manifest import Excluded, Manifest, ShardRecord
+from training.data.reader import Sample, ShardData
+from training.data.shard_index import ShardIndex
+from training.ranks.world import join_world
+from training.stages.encode import EncodeConfig, encode_shards
 
 N = 30
 
@@ -197,7 +197,7 @@ def test_what_is_known_is_not_read_again_and_what_changed_is(shards: Path, tmp_p
 def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.check_data.index_shard
+    original = training.data.check_data.index_shard
 
     def fail_at_one(path: Path, **options: bool) -> ShardIndex:
         if path.name == "000001.tar":
@@ -205,7 +205,7 @@ def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
         return original(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.check_data, "index_shard", fail_at_one)
+        patch.setattr(training.data.check_data, "index_shard", fail_at_one)
         summary = check_data([shards], tmp_path / "m")
         assert summary.damaged == ("000001.tar cannot be read (Input/output error)",)
         assert (summary.counts["samples"]["pairs"], check_data([shards], tmp_path / "m").n_read) == (20, 1)
@@ -235,7 +235,7 @@ def test_what_a_manifest_knows_is_not_lost_by_checking_damaged_shards_into_it(sh
     data = open_with(manifest, moved)
     assert (len(data), data.report.n_lost) == (30, 16)
     command = ["check-data", "--data", str(moved), "--workers", "0", "--out", str(manifest)]
-    assert [training.cli.main(command), training.cli.main([*command, "--overwrite"])] == [1, 0]
+    assert [training.cli.main.main(command), training.cli.main.main([*command, "--overwrite"])] == [1, 0]
     assert [entry.n_samples for entry in Manifest.open(manifest).entries] == [10, 4]
 
 
@@ -270,7 +270,7 @@ def test_a_killed_process_ends_the_check_and_what_was_checked_is_kept(
 ) -> None:
     check_data([shards / "000000.tar"], tmp_path / "m")
     with monkeypatch.context() as patch:  # which the forked process has, too
-        patch.setattr(training.check_data, "check_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
+        patch.setattr(training.data.check_data, "check_shard", lambda *_: os.kill(os.getpid(), signal.SIGKILL))
         with pytest.raises(OSError, match="a process that checks shards was killed"):
             check_data([shards], tmp_path / "m", workers=1)
     assert check_data([shards], tmp_path / "m").n_read == 2
@@ -281,14 +281,14 @@ def test_the_command_prints_the_report_and_findings_are_no_error(
 ) -> None:
     truncate(shards / "000001.tar", 4)
     command = ["check-data", "--data", str(shards), "--workers", "0"]
-    assert training.cli.main(command) == 0
+    assert training.cli.main.main(command) == 0
     out = capsys.readouterr().out
     assert "damaged: 000001.tar ends in the middle of a sample (truncated)" in out
     assert not (tmp_path / "manifest").exists()
-    assert training.cli.main([*command, "--out", str(tmp_path / "manifest")]) == 0
+    assert training.cli.main.main([*command, "--out", str(tmp_path / "manifest")]) == 0
     assert "--manifest" in capsys.readouterr().out
     assert len(Manifest.open(tmp_path / "manifest").entries) == 3
-    assert training.cli.main(["check-data", "--data", str(tmp_path / "nothing.tar")]) == 1
+    assert training.cli.main.main(["check-data", "--data", str(tmp_path / "nothing.tar")]) == 1
     assert "no shard" in capsys.readouterr().err
 
 
@@ -504,10 +504,10 @@ def test_copies_in_one_data_set_are_not_left_out_of_another_with_equal_names(tmp
 def test_copies_that_check_data_lists_can_be_left_out(shards: Path, tmp_path: Path) -> None:
     write_tar(shards / "000003.tar", [("copy.jpg", picture(5)), ("copy.txt", b"again"), *members([40])])
     command = ["check-data", "--data", str(shards), "--out", str(tmp_path / "m"), "--workers", "0"]
-    assert training.cli.main(command) == 0
+    assert training.cli.main.main(command) == 0
     exclude = ["--exclude-keys", str(tmp_path / "m" / "duplicates.jsonl")]
-    assert training.cli.main([*command, *exclude]) == 1, "a run may have begun with the manifest"
-    assert training.cli.main([*command, *exclude, "--overwrite"]) == 0
+    assert training.cli.main.main([*command, *exclude]) == 1, "a run may have begun with the manifest"
+    assert training.cli.main.main([*command, *exclude, "--overwrite"]) == 0
     assert set(ShardData.open([shards], captions=True).keys) - set(open_with(tmp_path / "m", shards).keys) == {"copy"}
 
 

@@ -15,16 +15,16 @@ from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_fit import Run
 
-from training import throughput
-from training.data import ShardData
-from training.fit import Interrupted
-from training.means import Means
+from training.data.reader import ShardData
+from training.loop import throughput
+from training.loop.means import Means
+from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
 from training.metrics import MetricLog, read_metrics, require_wandb
-from training.plan import flops_per_sample
-from training.programs import Inputs, train_all
-from training.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
-from training.watchdog import RankLostError, Watch
-from training.world import join_world
+from training.plan.plan import flops_per_sample
+from training.ranks.stop import Interrupted
+from training.ranks.watchdog import RankLostError, Watch
+from training.ranks.world import join_world
+from training.stages.programs import Inputs, train_all
 
 
 class FakeWandb(types.ModuleType):

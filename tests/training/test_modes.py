@@ -23,23 +23,23 @@ from test_ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import training.cli
-import training.fit
+import training.cli.main
+import training.loop.fit
 import training.recipes
 from dalle.model import DALLE
 from dalle.sampling import sample
 from dalle.stream import text_row
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
-from training.adamw import VarianceClippedAdamW
 from training.config import OptimizerConfig, TrainConfig
-from training.deepspeed_config import PRESETS, deepspeed_config, preset_path, with_files
-from training.ema import EMA
-from training.engine import Engine, build_optimizer
-from training.programs import Inputs, train_tokenizer, train_transformer
-from training.skipped_steps import SkippedSteps
-from training.transformer import TransformerObjective
-from training.world import World, join_world
+from training.engine.adamw import VarianceClippedAdamW
+from training.engine.deepspeed_config import PRESETS, deepspeed_config, preset_path, with_files
+from training.engine.ema import EMA
+from training.engine.engine import Engine, build_optimizer
+from training.loop.skipped_steps import SkippedSteps
+from training.ranks.world import World, join_world
+from training.stages.programs import Inputs, train_tokenizer, train_transformer
+from training.stages.transformer import TransformerObjective
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
@@ -105,15 +105,15 @@ def test_a_preset_is_what_its_name_says_whatever_the_recipe_says(name: str, reci
 
 def test_every_preset_is_listed_with_what_it_is_for_and_printed_as_it_is(capsys: pytest.CaptureFixture[str]) -> None:
     assert {"fp32", "zero1-bf16", "zero2-bf16", "zero2-offload-bf16", "zero3-bf16", "zero3-offload-bf16"} <= set(NAMES)
-    assert training.cli.main(["presets"]) == 0
+    assert training.cli.main.main(["presets"]) == 0
     listed = capsys.readouterr().out
     for name in NAMES:
         content = json.loads(preset_path(name).read_text())
         assert f"{name} " in listed
         assert content["purpose"] in listed
-        assert training.cli.main(["presets", name]) == 0
+        assert training.cli.main.main(["presets", name]) == 0
         assert json.loads(capsys.readouterr().out) == content
-    assert training.cli.main(["presets", "zero2-fb16"]) == 1
+    assert training.cli.main.main(["presets", "zero2-fb16"]) == 1
     assert "did you mean 'zero2-" in capsys.readouterr().err
 
 
@@ -124,15 +124,17 @@ def test_a_copy_of_a_preset_is_a_configuration_of_ones_own(tmp_path: Path) -> No
 
 
 def test_presets_are_package_data() -> None:
-    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["training"]
-    found = {path for pattern in declared for path in (ROOT / "training").glob(pattern)}
+    declared = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"][
+        "training.engine"
+    ]
+    found = {path for pattern in declared for path in (ROOT / "training" / "engine").glob(pattern)}
     assert set(PRESETS.iterdir()) <= found
 
 
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for package in ("dalle", "dvae", "rerank", "training"):
+    for package in ("dalle", "dvae", "rerank", "storage", "training"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)
@@ -140,7 +142,7 @@ def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
     done = subprocess.run(command, cwd=source, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     names = zipfile.ZipFile(next((source / "wheels").glob("*.whl"))).namelist()
-    assert {f"training/presets/{name}.json" for name in NAMES} <= set(names)
+    assert {f"training/engine/presets/{name}.json" for name in NAMES} <= set(names)
 
 
 @pytest.mark.parametrize(
@@ -207,7 +209,7 @@ def test_a_contradiction_names_both_sides(
 ) -> None:
     if content is not None:
         options = {**options, "deepspeed_config": user_json(tmp_path, content)}
-    command = training.cli.TransformerCommand(recipe="tiny", data=("shards",), out=tmp_path, **options)
+    command = training.cli.main.TransformerCommand(recipe="tiny", data=("shards",), out=tmp_path, **options)
     with pytest.raises(ValueError, match=message):
         command.override(config())
 
@@ -239,7 +241,7 @@ def test_a_json_may_change_what_the_recipe_says_and_a_line_tells_each_change(tmp
 
 def test_what_a_preset_makes_possible_is_not_refused_for_the_recipe_that_it_replaces() -> None:
     recipe = config(precision="bf16", zero_stage=2)
-    command = training.cli.TransformerCommand(
+    command = training.cli.main.TransformerCommand(
         recipe="tiny", data=("shards",), out=Path("out"), preset="autocast", powersgd_rank=64
     )
     changed, _ = with_files(command.override(recipe))
@@ -247,7 +249,7 @@ def test_what_a_preset_makes_possible_is_not_refused_for_the_recipe_that_it_repl
 
 
 def test_options_that_agree_with_a_preset_are_no_contradiction() -> None:
-    command = training.cli.TransformerCommand(
+    command = training.cli.main.TransformerCommand(
         recipe="tiny", data=("shards",), out=Path("out"), preset="zero2-bf16", precision="bf16", zero_stage=2
     )
     changed, _ = with_files(command.override(config()))
@@ -623,7 +625,7 @@ def allow_every_precision() -> None:
     from deepspeed import get_accelerator
 
     get_accelerator().is_fp16_supported = lambda: True
-    training.fit.has_bfloat16_arithmetic = lambda device: True
+    training.loop.fit.has_bfloat16_arithmetic = lambda device: True
 
 
 Mode = tuple[str, int, str]

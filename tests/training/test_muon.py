@@ -14,16 +14,16 @@ from test_ranks import on_ranks
 from torch import Tensor, nn
 from torch.optim import _muon
 
-import training.engine
-import training.muon
+import training.engine.engine
+import training.engine.muon
 from dalle.model import DALLE, DALLEConfig
 from dvae import DVAE
 from rerank import CLIP
 from training.config import OptimizerConfig, Precision, TrainConfig
-from training.engine import Engine, build_optimizer, decay_groups
-from training.muon import MuonAdamW, block_matrices, orthogonal
-from training.transformer import TransformerObjective
-from training.world import World, join_world
+from training.engine.engine import Engine, build_optimizer, decay_groups
+from training.engine.muon import MuonAdamW, block_matrices, orthogonal
+from training.ranks.world import World, join_world
+from training.stages.transformer import TransformerObjective
 
 RATE = 1e-3
 STEPS = 4
@@ -187,7 +187,7 @@ def weights_and_calls(world: World, config: TrainConfig) -> tuple[dict[str, Any]
         return orthogonal(matrix)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.muon, "orthogonal", counted)
+        patch.setattr(training.engine.muon, "orthogonal", counted)
         weights = weights_of(trained(world, config))
     return {name: weight.tolist() for name, weight in weights.items()}, calls
 
@@ -203,7 +203,7 @@ def test_one_rank_trains_as_torchs_muon_does(world: World, stage: int) -> None:
 def test_as_on_a_gpu_it_trains_as_torchs_muon_does_in_bfloat16(
     world: World, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(training.muon.DTYPES, "cpu", torch.bfloat16)
+    monkeypatch.setitem(training.engine.muon.DTYPES, "cpu", torch.bfloat16)
     weights = weights_of(trained(world, settings(zero_stage=stage, micro_batch=4)))
     assert difference(weights, iterations=torch.bfloat16) < BFLOAT16_TOLERANCE
 
@@ -220,8 +220,8 @@ def orders(world: World, config: TrainConfig) -> list[str]:
         return call
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.muon, "orthogonal", noted("orthogonalise", orthogonal))
-        patch.setattr(training.muon, "sum_on", noted("sum", training.muon.sum_on))
+        patch.setattr(training.engine.muon, "orthogonal", noted("orthogonalise", orthogonal))
+        patch.setattr(training.engine.muon, "sum_on", noted("sum", training.engine.muon.sum_on))
         trained(world, config, last=1)
     return done
 
@@ -425,9 +425,9 @@ def test_a_checkpoint_from_before_there_was_muon_is_adamws(
 ) -> None:
     adamw = dataclasses.replace(settings(), optimizer=OptimizerConfig())
     trained(world, adamw, last=1, folder=tmp_path)
-    read = training.engine.read_note
+    read = training.engine.engine.read_note
     monkeypatch.setattr(
-        training.engine, "read_note", lambda folder: {k: v for k, v in read(folder).items() if k != "optimizer"}
+        training.engine.engine, "read_note", lambda folder: {k: v for k, v in read(folder).items() if k != "optimizer"}
     )
     trained(world, adamw, first=1, last=2, folder=tmp_path)
     with pytest.raises(ValueError, match="saved with optimizer adamw"):

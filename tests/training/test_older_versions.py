@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 import tiny
 
-import training.cli
-import training.machine
+import training.cli.main
+import training.plan.machine
 import training.recipes
 from dalle.pipeline import Pipeline
 from training.metrics import read_metrics
-from training.status import show_status
+from training.report.status import show_status
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0.1"
 CAPTION = "a small red circle above a large blue square on a white background"
@@ -33,9 +33,9 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A copy of the fixture, named from the working directory as it was there."""
     shutil.copytree(FIXTURE, tmp_path / "v0.1")
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(training.machine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
     return Path("v0.1")
 
 
@@ -47,7 +47,7 @@ def test_a_bundle_gives_the_same_pictures(old: Path) -> None:
 
 def test_a_run_with_a_manifest_goes_on(old: Path) -> None:
     options = ("--data", "v0.1/shards", "--manifest", "v0.1/manifest", "--out", "v0.1/bundle", "--steps", "8")
-    assert training.cli.main(["transformer", "tiny", *options]) == 0
+    assert training.cli.main.main(["transformer", "tiny", *options]) == 0
     lines = read_metrics(old / "bundle" / "training" / "transformer" / "metrics.jsonl")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["loss"] for line in lines][4:] == pytest.approx(LOSSES, abs=1e-4)
@@ -55,7 +55,7 @@ def test_a_run_with_a_manifest_goes_on(old: Path) -> None:
 
 def test_encoded_tokens_are_trained_on(old: Path) -> None:
     parts = ("--tokenizer", "v0.1/bundle/tokenizer.json", "--dvae", "v0.1/bundle/dvae")
-    assert training.cli.main(["transformer", "tiny", "--data", "v0.1/tokens", "--out", "new", *parts]) == 0
+    assert training.cli.main.main(["transformer", "tiny", "--data", "v0.1/tokens", "--out", "new", *parts]) == 0
     assert (Path("new") / "dalle" / "model.safetensors").is_file()
 
 

@@ -10,12 +10,12 @@ import torch
 from benchmarks.training_memory import CASES, kept_by_autograd, measured
 from dalle.attention import KINDS, Kind
 from dalle.model import DALLE, DALLEConfig
-from training.activations import Activations, activations
-from training.cli import main
+from training.cli.main import main
 from training.config import Precision
-from training.deepspeed_config import LARGEST_BUCKET
-from training.flops import training_flops
-from training.memory_model import (
+from training.engine.deepspeed_config import LARGEST_BUCKET
+from training.plan.activations import Activations, activations
+from training.plan.flops import training_flops
+from training.plan.memory_model import (
     Memory,
     Mode,
     Run,
@@ -27,7 +27,7 @@ from training.memory_model import (
     state_bytes,
     training_peak,
 )
-from training.plan import GIB, RESERVED_FRACTION, Plan, flops_per_sample, make_plan, modes_of, preset_name, text
+from training.plan.plan import GIB, RESERVED_FRACTION, Plan, flops_per_sample, make_plan, modes_of, preset_name, text
 from training.recipes import recipe
 
 

@@ -19,11 +19,11 @@ from torch import Tensor, nn
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from training.config import OptimizerConfig
-from training.engine import Engine
-from training.powersgd import PowerSGD, compressed_names, expected_ratio
-from training.shapes import world as drawings
-from training.transformer import TransformerObjective
-from training.world import World, join_world
+from training.drawings.shapes import world as drawings
+from training.engine.engine import Engine
+from training.engine.powersgd import PowerSGD, compressed_names, expected_ratio
+from training.ranks.world import World, join_world
+from training.stages.transformer import TransformerObjective
 
 SHAPES = {"square": (12, 12), "tall": (24, 6), "wide": (6, 20), "convolution": (8, 3, 2, 2), "bias": (12,)}
 MATRICES = ["square", "tall", "wide", "convolution"]
@@ -365,9 +365,11 @@ def test_at_full_rank_a_run_is_the_plain_run(tmp_path: Path, stage: int) -> None
 
 def full_rank_steps(world: World, folder: Path, changes: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     """`engine_steps` with all matrices compressed at full rank, where a run would send them whole."""
-    import training.reduction
+    import training.engine.reduction
 
-    training.reduction.compressed_names = lambda model, rank: [n for n, p in model.named_parameters() if p.ndim > 1]
+    training.engine.reduction.compressed_names = lambda model, rank: [
+        n for n, p in model.named_parameters() if p.ndim > 1
+    ]
     return engine_steps(world, folder, {**changes, "powersgd_rank": 64}, first, last)
 
 

@@ -11,30 +11,30 @@ import tiny
 import torch
 from PIL import Image
 
-import training.cli
-import training.demo
-import training.machine
-import training.programs
+import training.cli.main
+import training.demo.demo
+import training.plan.machine
 import training.recipes
+import training.stages.programs
 from dalle.candidates import SamplingDefaults
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dvae import DVAE, DVAEConfig
-from dvae.directory import directory_hash
 from rerank import CLIP
-from training.checkpoints import latest_tag
+from storage.model_directory import directory_hash
 from training.config import TrainConfig
-from training.data import ShardData
-from training.demo import run_demo
-from training.evaluate import distinct_captions, evaluate
-from training.fit import Interrupted
+from training.data.reader import ShardData
+from training.data.wrong_captions import EXCHANGES
+from training.demo.demo import run_demo
+from training.engine.checkpoints import latest_tag
 from training.metrics import MetricLog, read_metrics
-from training.plan import flops_per_sample, plan, state_bytes
-from training.programs import Inputs, train_all, train_clip, train_dvae
+from training.plan.plan import flops_per_sample, plan, state_bytes
+from training.ranks.stop import Interrupted
+from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
-from training.world import join_world
-from training.wrong_captions import EXCHANGES
+from training.stages.evaluate import distinct_captions, evaluate
+from training.stages.programs import Inputs, train_all, train_clip, train_dvae
 
 NAMES = list(RECIPES)
 
@@ -56,13 +56,13 @@ def bundle_copy(bundle: Path, tmp_path: Path) -> Path:
 @pytest.fixture(autouse=True)
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, of this process alone, which keeps its process group: DeepSpeed cannot join a second."""
-    monkeypatch.setattr(training.machine, "usable_cores", lambda: 1)
+    monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
 
 
 def run(*arguments: object) -> int:
-    return training.cli.main([str(argument) for argument in arguments])
+    return training.cli.main.main([str(argument) for argument in arguments])
 
 
 # ------------------------------------------------------------------------------------------------- end to end
@@ -237,7 +237,7 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Recipe] = []
-    monkeypatch.setattr(training.cli, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
+    monkeypatch.setattr(training.cli.main, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
     for steps in (50, 400):
         assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
         before, after = recipe("demo").dvae, given[-1].dvae
@@ -278,7 +278,7 @@ def test_an_interrupted_training_ends_with_0_because_the_same_command_goes_on(
     def interrupted(*_: object, **__: object) -> None:
         raise Interrupted("stopped at step 3: the same command goes on from there")
 
-    monkeypatch.setattr(training.cli, "train_clip", interrupted)
+    monkeypatch.setattr(training.cli.main, "train_clip", interrupted)
     assert run("clip", "tiny", "--data", shards, "--out", tmp_path) == 0
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -301,7 +301,7 @@ def test_a_named_tokenizer_and_dvae_become_part_of_the_bundle(
 def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(training.demo, "N_VALIDATION", 4)
+    monkeypatch.setattr(training.demo.demo, "N_VALIDATION", 4)
     trained: list[str] = []
 
     def record(stage: str) -> Callable[..., None]:
@@ -315,11 +315,11 @@ def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
         return train
 
     for stage in ("dvae", "clip", "transformer"):
-        monkeypatch.setattr(training.demo, f"train_{stage}", record(stage))
-    monkeypatch.setattr(training.demo, "_finish", lambda *_: None)
+        monkeypatch.setattr(training.demo.demo, f"train_{stage}", record(stage))
+    monkeypatch.setattr(training.demo.demo, "_finish", lambda *_: None)
     all_stages = ["dvae", "clip", "transformer"]
     for n, fresh, expected in ((8, False, all_stages), (8, False, []), (9, False, None), (9, True, all_stages)):
-        monkeypatch.setattr(training.demo, "N_TRAIN", n)
+        monkeypatch.setattr(training.demo.demo, "N_TRAIN", n)
         trained.clear()
         tokenizer = tmp_path / "tokenizer.json"
         before = tokenizer.stat().st_mtime_ns if tokenizer.exists() else None
@@ -353,7 +353,7 @@ def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.programs, "fit", interrupted)
+        patch.setattr(training.stages.programs, "fit", interrupted)
         assert run(*command, "--fresh") == 0
     assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") is None
     assert run(*command) == 0

@@ -19,18 +19,18 @@ import torch
 import torch.distributed as dist
 from test_engine import Objective, config, data
 
-import training.cli
+import training.cli.main
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
-from training.clip import CLIPObjective
-from training.encode import EncodeConfig, encode_shards
-from training.engine import Engine
-from training.fit import Interrupted
+from training.engine.engine import Engine
 from training.metrics import read_metrics
-from training.programs import Inputs, train_clip, train_tokenizer
+from training.ranks.stop import Interrupted
+from training.ranks.world import World, join_world, on_first_rank, require_same
 from training.recipes import recipe
-from training.world import World, join_world, on_first_rank, require_same
+from training.stages.clip import CLIPObjective
+from training.stages.encode import EncodeConfig, encode_shards
+from training.stages.programs import Inputs, train_clip, train_tokenizer
 
 pytestmark = pytest.mark.slow
 
@@ -41,7 +41,7 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "training.programs",
+    "training.stages.programs",
     "test_engine",
 ]
 
@@ -266,7 +266,7 @@ def test_an_error_of_the_first_rank_stops_the_other_one(tmp_path: Path) -> None:
 
 
 def fail_alone(world: World, shards: Path, out: Path) -> None:
-    from training.clip import CLIPStage
+    from training.stages.clip import CLIPStage
 
     def prepare(self: CLIPStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
         if step == 1 and world.rank == 1:
@@ -274,7 +274,7 @@ def fail_alone(world: World, shards: Path, out: Path) -> None:
         return dict(tensors)
 
     CLIPStage.prepare = prepare  # type: ignore[method-assign]
-    with training.cli._world():
+    with training.cli.main._world():
         train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
 
 
@@ -285,7 +285,7 @@ def test_an_error_of_one_rank_alone_does_not_leave_the_other_waiting(tmp_path: P
 
 
 def interrupted_rank(world: World, shards: Path, out: Path) -> None:
-    from training.clip import CLIPStage
+    from training.stages.clip import CLIPStage
 
     original = CLIPStage.prepare
 
@@ -337,8 +337,8 @@ def losses_of(bundle: Path) -> list[float]:
 def losses_of_one(untrained: Path) -> list[float]:
     bundle = shutil.copytree(untrained / "bundle", untrained / "one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.cli, "leave_world", lambda **_: None)
-        assert training.cli.main(transformer_command(untrained, bundle, 0)) == 0
+        patch.setattr(training.cli.main, "leave_world", lambda **_: None)
+        assert training.cli.main.main(transformer_command(untrained, bundle, 0)) == 0
     return losses_of(bundle)
 
 
@@ -397,4 +397,4 @@ def test_an_error_on_all_ranks_ends_the_launcher_without_a_traceback_of_ours(
     code, output = launch(launcher, port, transformer_command(untrained, bundle, 0))
     assert code != 0
     assert "error: " in output
-    assert "training/programs.py" not in output
+    assert "training/stages/programs.py" not in output

@@ -13,11 +13,11 @@ from PIL import Image
 from test_fit import Run as FitRun
 from test_status import NOW, RunFolder
 
-import training.cli
-from training.curves import Curve, chart, heat_map
-from training.report import MOST_SHEETS, page, write_report
-from training.runs import read_run
-from training.world import join_world
+import training.cli.main
+from training.ranks.world import join_world
+from training.report.curves import Curve, chart, heat_map
+from training.report.report import MOST_SHEETS, page, write_report
+from training.report.runs import read_run
 
 VOID = {"meta", "input", "img", "br"}
 ATTACK = '<script>alert(1)</script><img src="http://evil/x" onerror="alert(2)">"\'&'
@@ -174,10 +174,10 @@ def test_a_page_of_runs_that_have_hardly_begun_or_are_damaged(folder: Any) -> No
 def test_the_command_writes_the_page_where_it_is_told(folder: Any, capsys: pytest.CaptureFixture[str]) -> None:
     run = full(folder("bundle", "training", "transformer"))
     bundle = run.path.parents[1]
-    assert training.cli.main(["report", str(bundle)]) == 0
+    assert training.cli.main.main(["report", str(bundle)]) == 0
     assert capsys.readouterr().out.strip() == str(bundle / "report.html")
     out = bundle.parent / "pages" / "mine.html"
-    assert training.cli.main(["report", str(run.path), "--out", str(out)]) == 0
+    assert training.cli.main.main(["report", str(run.path), "--out", str(out)]) == 0
     Checker(out.read_text()).require_harmless()
     assert sorted(path.name for path in out.parent.iterdir()) == ["mine.html"]
 

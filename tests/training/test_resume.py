@@ -21,16 +21,16 @@ from test_fit import Run, send
 from test_modes import MODES, allow_every_precision
 from test_ranks import on_ranks
 
-import training.fit
-from training.batches import Batch
-from training.checkpoints import UNIVERSAL, read_note
+import training.loop.fit
 from training.config import OptimizerConfig, TrainConfig
-from training.engine import Engine
-from training.fit import Interrupted
+from training.data.batches import Batch
+from training.engine.checkpoints import UNIVERSAL, read_note
+from training.engine.engine import Engine
 from training.metrics import read_metrics
-from training.programs import Inputs, train_clip, train_dvae
+from training.ranks.stop import Interrupted
+from training.ranks.world import World, join_world
 from training.schedules import WarmupCosine
-from training.world import World, join_world
+from training.stages.programs import Inputs, train_clip, train_dvae
 
 pytestmark = pytest.mark.slow
 
@@ -62,14 +62,14 @@ def colours(**changes: Any) -> TrainConfig:
 def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfig, until: int = STEPS) -> Trained:
     """Train, or go on, until a step; returns what this rank saw."""
     seen: list[list[str]] = []
-    batches = training.fit.batches
+    batches = training.loop.fit.batches
 
     def recorded(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         for batch in batches(*args, **kwargs):
             seen.append(list(batch.keys))
             yield batch
 
-    training.fit.batches = recorded
+    training.loop.fit.batches = recorded
     if world.is_first:
         folder.mkdir(exist_ok=True, parents=True)
     run = Run(folder, tiny.open_world(shards), world)
@@ -78,7 +78,7 @@ def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfi
     except Interrupted:
         assert until < STEPS
     finally:
-        training.fit.batches = batches
+        training.loop.fit.batches = batches
     return Trained(run.losses, seen, run.said, float(torch.rand(1)))
 
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from PIL import Image, ImageDraw, ImageFilter
 
-from training.shape_checker import check, connected_pieces, read_scene
-from training.shapes import (
+from training.drawings.shape_checker import check, connected_pieces, read_scene
+from training.drawings.shapes import (
     BACKGROUNDS,
     COLOURS,
     HELD_OUT_PAIRS,

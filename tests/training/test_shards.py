@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 
 from dvae.images import open_image, to_tensor
-from training.batches import batches
-from training.data import ShardData
-from training.shards import RawSample, ShardFilter, ShardReport, make_shards, safe_key, write_shards
+from training.data.batches import batches
+from training.data.reader import ShardData
+from training.data.shards import RawSample, ShardFilter, ShardReport, make_shards, safe_key, write_shards
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:

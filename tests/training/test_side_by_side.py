@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 from test_faults import wait_for
 
-import training.side_by_side
-from training.fit import Interrupted
-from training.side_by_side import Job, TimeLeft, run_jobs
-from training.watchdog import PARENT, launchers
+import training.ranks.side_by_side
+from training.ranks.side_by_side import Job, TimeLeft, run_jobs
+from training.ranks.stop import Interrupted
+from training.ranks.watchdog import PARENT, launchers
 
 FAKE = """
 import os, signal, sys, time
@@ -54,7 +54,7 @@ else:
 @pytest.fixture(autouse=True)
 def _program(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "fake.py").write_text(FAKE)
-    monkeypatch.setattr(training.side_by_side, "PROGRAM", (sys.executable, "-S", str(tmp_path / "fake.py")))
+    monkeypatch.setattr(training.ranks.side_by_side, "PROGRAM", (sys.executable, "-S", str(tmp_path / "fake.py")))
 
 
 @pytest.fixture
@@ -175,11 +175,11 @@ def test_what_runs_several_stages_is_watched_and_missed_if_it_is_gone_already(mo
 def test_no_child_is_left_when_the_process_that_started_them_is_killed(tmp_path: Path) -> None:
     script = tmp_path / "parent.py"
     script.write_text(
-        "from training.side_by_side import Job, TimeLeft, run_jobs\n"
-        "import training.side_by_side, sys\n"
-        "child = 'from training.watchdog import Watch; import os, time; watch = Watch(); watch.start(); '\n"
+        "from training.ranks.side_by_side import Job, TimeLeft, run_jobs\n"
+        "import training.ranks.side_by_side, sys\n"
+        "child = 'from training.ranks.watchdog import Watch; import os, time; watch = Watch(); watch.start(); '\n"
         "child += 'print(os.getpid(), flush=True); time.sleep(99)'\n"
-        "training.side_by_side.PROGRAM = (sys.executable, '-c', child)\n"
+        "training.ranks.side_by_side.PROGRAM = (sys.executable, '-c', child)\n"
         "jobs = [Job(stage=name, arguments=()) for name in ('dvae', 'clip')]\n"
         "run_jobs(jobs, TimeLeft([]), lambda line: print(line, flush=True))\n"
     )

@@ -8,21 +8,28 @@ import pytest
 import tiny
 import torch
 
-import training.transformer
+import training.stages.transformer
 from dalle import sampling
 from dalle.candidates import Samples, SamplingDefaults
-from dalle.gallery import MAX_CELL
 from dalle.model import DALLE
+from dalle.output.sheets import MAX_CELL
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from dvae.images import map_pixels, unmap_pixels
 from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
 from rerank.model import contrastive_loss
-from training.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.config import OptimizerConfig
-from training.data import Sample, ShardData
-from training.dvae import (
+from training.data.reader import Sample, ShardData
+from training.data.wrong_captions import FEW_KINDS, Source, wrong_scene
+from training.drawings.shapes import parse
+from training.loop.fit import RunPlan, fit
+from training.metrics import read_metrics
+from training.ranks.world import join_world
+from training.recipes import DVAERecipe, TransformerRecipe
+from training.schedules import Cosine, WarmupCosine
+from training.stages.clip import CLIPStage, CLIPWarmupStage, check_negatives
+from training.stages.dvae import (
     POSTERIOR_ENTROPY,
     AutoencoderObjective,
     DVAEObjective,
@@ -32,14 +39,7 @@ from training.dvae import (
     _rarity,
     initialise_codebook,
 )
-from training.fit import RunPlan, fit
-from training.metrics import read_metrics
-from training.recipes import DVAERecipe, TransformerRecipe
-from training.schedules import Cosine, WarmupCosine
-from training.shapes import parse
-from training.transformer import TransformerStage
-from training.world import join_world
-from training.wrong_captions import FEW_KINDS, Source, wrong_scene
+from training.stages.transformer import TransformerStage
 
 
 @pytest.fixture
@@ -312,7 +312,7 @@ def test_sample_sheets_are_sampled_as_the_recipe_says(
         told.append(options)
         return sampling.sample(*arguments, **options)
 
-    monkeypatch.setattr(training.transformer, "sample", watched)
+    monkeypatch.setattr(training.stages.transformer, "sample", watched)
     assert stage.picture(dict(stage.objective.model.named_parameters())) is not None
     assert told[0].items() >= {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}.items()
     large = dataclasses.replace(chosen, top_k=33)

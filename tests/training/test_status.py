@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-import training.cli
-from training import status
-from training.runs import find_runs, read_run
-from training.status import ASCII_BLOCKS, BLOCKS, ago, show_status, size, sparkline, summary
+import training.cli.main
+from training.report import status
+from training.report.runs import find_runs, read_run
+from training.report.status import ASCII_BLOCKS, BLOCKS, ago, show_status, size, sparkline, summary
 
 NOW = 1_800_000_000.0
 
@@ -200,7 +200,7 @@ def test_where_there_is_no_run_is_said_in_words(tmp_path: Path, capsys: pytest.C
     with pytest.raises(FileNotFoundError, match=r"there is no run in .*: expected a run's directory"):
         show_status(tmp_path)
     for arguments in (["status", str(tmp_path)], ["status", str(tmp_path / "gone")], ["report", str(tmp_path)]):
-        assert training.cli.main(arguments) == 1
+        assert training.cli.main.main(arguments) == 1
         assert capsys.readouterr().err.startswith("error: there is no")
     with pytest.raises(ValueError, match="--watch must be above 0"):
         show_status(tmp_path, watch_s=0)
@@ -209,7 +209,7 @@ def test_where_there_is_no_run_is_said_in_words(tmp_path: Path, capsys: pytest.C
 def test_the_command_prints_every_run(folder: NewFolder, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for stage in ("dvae", "transformer"):
         folder("bundle", "training", stage).config().lines(40, until=time.time())
-    assert training.cli.main(["status", str(tmp_path / "bundle")]) == 0
+    assert training.cli.main.main(["status", str(tmp_path / "bundle")]) == 0
     shown = capsys.readouterr().out
     assert shown.count("step 40 of 100") == 2
     assert "\x1b" not in shown, "a pipe gets plain text"
@@ -242,7 +242,8 @@ def test_ctrl_c_ends_watching_quietly(folder: NewFolder, monkeypatch: pytest.Mon
 def test_status_does_not_wait_for_torch(folder: NewFolder) -> None:
     run = folder("läuft").config().lines(40)
     program = (
-        "import sys; from training.start import main; code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+        "import sys; from training.cli.start import main\n"
+        "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

@@ -13,13 +13,13 @@ from test_fit import Run
 from test_ranks import on_ranks
 from torch import Tensor
 
-from training.batches import validation_batches
-from training.data import Sample, ShardData
-from training.fit import RunPlan, total_peak_flops
-from training.means import Means
+from training.data.batches import validation_batches
+from training.data.reader import Sample, ShardData
+from training.loop.fit import RunPlan, total_peak_flops
+from training.loop.means import Means
 from training.metrics import read_metrics
-from training.programs import Inputs, train_clip
-from training.world import World, join_world, max_over_ranks
+from training.ranks.world import World, join_world, max_over_ranks
+from training.stages.programs import Inputs, train_clip
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -138,7 +138,7 @@ def test_two_ranks_that_share_validation_out_measure_what_one_does(
 
 
 def validation_with_bad_samples_on_one_rank(world: World, shards: Path, out: Path, stage: int) -> None:
-    from training.clip import CLIPStage
+    from training.stages.clip import CLIPStage
 
     original = CLIPStage.transform_for_validation
 

@@ -11,17 +11,7 @@ import torch
 from torch import Tensor
 
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
-from training.exchanged_captions import drawn_pictures, exchanged_captions_table, is_of_the_world
-from training.shapes import (
-    Scene,
-    Split,
-    Thing,
-    captions,
-    held_out_reason,
-    parse,
-    random_scene,
-)
-from training.wrong_captions import (
+from training.data.wrong_captions import (
     EXCHANGES,
     KINDS,
     SOURCES,
@@ -32,6 +22,16 @@ from training.wrong_captions import (
     wrong_words_caption,
     wrong_world_caption,
 )
+from training.drawings.shapes import (
+    Scene,
+    Split,
+    Thing,
+    captions,
+    held_out_reason,
+    parse,
+    random_scene,
+)
+from training.stages.exchanged_captions import drawn_pictures, exchanged_captions_table, is_of_the_world
 
 BIG, SMALL = Thing("red", "circle", "large"), Thing("blue", "square", "small")
 SCENE = Scene((BIG, SMALL), "left of", "white")

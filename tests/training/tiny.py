@@ -10,11 +10,11 @@ from dalle.model import DALLEConfig
 from dvae import DVAEConfig
 from rerank import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
-from training.data import ShardData
+from training.data.reader import ShardData
+from training.data.shards import write_shards
+from training.drawings.shapes import world
 from training.recipes import CLIPRecipe, DVAERecipe, Recipe, TransformerRecipe
 from training.schedules import Cosine, WarmupCosine
-from training.shapes import world
-from training.shards import write_shards
 
 IMAGE_SIZE, N_SAMPLES = 16, 24
 

@@ -4,12 +4,12 @@ import sys
 
 import tiny
 
-import training.cli
+import training.cli.main
+import training.ranks.side_by_side
 import training.recipes
-import training.side_by_side
 
 training.recipes.RECIPES["tiny"] = tiny.recipe
-training.side_by_side.PROGRAM = (sys.executable, __file__)
+training.ranks.side_by_side.PROGRAM = (sys.executable, __file__)
 
 if __name__ == "__main__":
-    sys.exit(training.cli.main())
+    sys.exit(training.cli.main.main())

@@ -1,0 +1,1 @@
+"""Captioned pictures in shards and folders."""

@@ -1,0 +1,149 @@
+"""Finding the pictures that a user names: single files, folders and the shards of a data set.
+
+A single picture that cannot be read is an error; in a folder or shard it is skipped and its name kept, so
+that the caller can say how many there were.
+"""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path, PurePosixPath
+from tarfile import TarInfo
+from typing import BinaryIO, TypeVar
+
+from PIL import Image
+
+from dvae.images import PICTURE_EXTENSIONS, open_image
+from storage.tar import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
+
+Item = TypeVar("Item")
+
+
+def picture_files(folder: str | Path) -> list[Path]:
+    """All pictures in a folder and the folders in it, sorted; hidden files and folders are left out.
+
+    Raises:
+        FileNotFoundError: there is no such folder.
+        ValueError: it holds no picture, judged by the names.
+    """
+    if not Path(folder).is_dir():
+        raise FileNotFoundError(f"no folder {folder}: give a folder with pictures")
+    files = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        files += [Path(parent, name) for name in names if _is_picture(name)]
+    if not files:
+        raise ValueError(f"no pictures in the folder {folder}: expected files like a.png, b.jpg or c.webp")
+    return sorted(files)
+
+
+class Pictures:
+    """The pictures in files, folders and shards, read one at a time, in the order given.
+
+    Args:
+        sources: picture files, folders, and tar files with pictures in them.
+
+    Raises:
+        FileNotFoundError: a source does not exist.
+        ValueError: no sources, or a folder without pictures.
+    """
+
+    def __init__(self, sources: Sequence[str | Path]) -> None:
+        if not sources:
+            raise ValueError("no pictures: give picture files, folders or shards (.tar)")
+        self.skipped: list[str] = []
+        """Why each picture of a folder or shard that could not be read was left out."""
+        self._files: list[tuple[Path, bool]] = []
+        for source in map(Path, sources):
+            if source.is_dir():
+                self._files += [(path, False) for path in picture_files(source)]
+            elif source.is_file():
+                self._files.append((source, True))
+            else:
+                raise FileNotFoundError(f"no picture, folder or shard at {source}")
+
+    def __iter__(self) -> Iterator[tuple[str, Image.Image]]:
+        """Yield names and RGB pictures.
+
+        Raises:
+            ValueError: a picture that was named itself cannot be read, none of the others can, or a shard is
+                damaged, compressed or no tar file.
+        """
+        n_readable = 0
+        for name, image in self._readable():
+            n_readable += 1
+            yield name, image
+        if n_readable == 0:
+            raise ValueError(f"none of the {len(self.skipped)} pictures can be read; the first: {self.skipped[0]}")
+
+    def _readable(self) -> Iterator[tuple[str, Image.Image]]:
+        for path, is_named in self._files:
+            if path.suffix.lower() == ".tar":
+                yield from self._in_shard(path)
+            elif is_named:
+                yield str(path), open_image(path)
+            else:
+                try:
+                    image = open_image(path)
+                except (ValueError, OSError) as error:
+                    self.skipped.append(str(error))
+                else:
+                    yield str(path), image
+
+    def _in_shard(self, shard: Path) -> Iterator[tuple[str, Image.Image]]:
+        members = [member for member in _shard_members(shard) if not member.isdir() and _is_picture(member.name)]
+        if not members:
+            raise ValueError(f"no pictures in the shard {shard}: expected members like 000.jpg or 000.png")
+        with shard.open("rb") as file:
+            for member in members:
+                name = f"{shard.name}/{member.name}"
+                try:
+                    image = open_image(_contents(file, member, name), name)
+                except ValueError as error:
+                    self.skipped.append(str(error))
+                else:
+                    yield name, image
+
+
+def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
+    """Yield lists of `size` items, the last one perhaps shorter."""
+    iterator = iter(items)
+    while batch := list(islice(iterator, size)):
+        yield batch
+
+
+def _is_picture(name: str) -> bool:
+    path = PurePosixPath(name)
+    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")
+
+
+def _shard_members(shard: Path) -> list[TarInfo]:
+    """The members of a tar file.
+
+    Raises:
+        ValueError: it is damaged, which would lose pictures silently, compressed, or no tar file.
+    """
+    try:
+        members, damage = whole_members(shard)
+    except DamagedTarError as error:
+        raise ValueError(f"{error}; copy or make it again") from error
+    if damage is not None:
+        raise ValueError(f"{shard} {damage}: {len(members):,} whole members before it; copy or make it again")
+    return members
+
+
+def _contents(file: BinaryIO, member: TarInfo, name: str) -> bytes:
+    """The bytes of a member.
+
+    Raises:
+        ValueError: it is too large, or is no plain file.
+    """
+    if not place_is_safe(member):
+        raise ValueError(f"{name} is a link, a sparse file, or leads out of a folder: expected a plain file")
+    if member.size > LARGEST_PICTURE_BYTES:
+        raise ValueError(
+            f"{name} is too large ({member.size:,} bytes): expected at most {LARGEST_PICTURE_BYTES:,}; "
+            "make it smaller first"
+        )
+    file.seek(member.offset_data)
+    return file.read(member.size)

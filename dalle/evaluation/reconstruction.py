@@ -1,0 +1,94 @@
+"""How much of a picture its tokens keep: the reconstruction by a dVAE and the measures of it.
+
+Letters: B batch  H, W pixels
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass
+
+import torch
+from PIL import Image
+
+from dalle.data.pictures import in_batches
+from dvae import DVAE
+from dvae.images import resize_and_crop, to_image, to_tensor
+from dvae.metrics import bits_per_pixel, ms_ssim, psnr, ssim
+
+BATCH_SIZE = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measures:
+    """Of one picture, or the means of several."""
+
+    psnr: float
+    """Peak signal-to-noise ratio in dB; higher is closer."""
+    ssim: float
+    """Structural similarity, at most 1."""
+    ms_ssim: float | None
+    """The same at several scales; None for pictures too small for it."""
+    bits_per_pixel: float
+    """Of the tokens, each counted as log2 of the vocabulary."""
+    codes_used: float
+    """Different tokens in the picture."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruction:
+    """A picture, what its tokens give back, and how close that is."""
+
+    name: str
+    original: Image.Image
+    """Resized and cropped to the size at which it was encoded."""
+    image: Image.Image
+    """Decoded from the tokens of the original."""
+    measures: Measures
+
+
+def reconstructions(dvae: DVAE, pictures: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[Reconstruction]:
+    """Encode and decode pictures, a few at a time.
+
+    Args:
+        dvae: the model; it computes on the device it is on.
+        pictures: names and pictures of any size.
+        size: pixels per side to resize and crop to, a multiple of the downsampling.
+
+    Raises:
+        ValueError: the size is not such a multiple.
+    """
+    if size < 1 or size % dvae.config.downsampling:
+        raise ValueError(
+            f"the size is {size}; it must be a multiple of {dvae.config.downsampling}, "
+            "the pixels per side that one token stands for"
+        )
+    resized = ((name, resize_and_crop(picture, size)) for name, picture in pictures)
+    for batch in in_batches(resized, BATCH_SIZE):
+        yield from _reconstruct(dvae, batch)
+
+
+def mean(measures: Iterable[Measures]) -> Measures:
+    """The mean of each measure; there must be at least one picture."""
+    rows = [asdict(one) for one in measures]
+    # all are of the same size, so that a measure that one lacks all lack
+    means = {name: sum(row[name] for row in rows) / len(rows) for name, value in rows[0].items() if value is not None}
+    return Measures(**{"ms_ssim": None, **means})
+
+
+@torch.no_grad()
+def _reconstruct(dvae: DVAE, batch: list[tuple[str, Image.Image]]) -> Iterator[Reconstruction]:
+    device = next(dvae.parameters()).device
+    images_BCHW = torch.stack([to_tensor(image) for _, image in batch]).to(device)
+    tokens_BYX = dvae.encode(images_BCHW)
+    decoded_BCHW = dvae.decode(tokens_BYX)
+    bits = bits_per_pixel(tokens_BYX[0].numel(), dvae.config.vocab_size, images_BCHW[0, 0].numel())
+    psnr_B, ssim_B = psnr(images_BCHW, decoded_BCHW), ssim(images_BCHW, decoded_BCHW)
+    ms_ssim_B = ms_ssim(images_BCHW, decoded_BCHW)
+    for i, (name, original) in enumerate(batch):
+        measures = Measures(
+            psnr=float(psnr_B[i]),
+            ssim=float(ssim_B[i]),
+            ms_ssim=None if ms_ssim_B is None else float(ms_ssim_B[i]),
+            bits_per_pixel=bits,
+            codes_used=torch.unique(tokens_BYX[i]).numel(),
+        )
+        yield Reconstruction(name=name, original=original, image=to_image(decoded_BCHW[i]), measures=measures)

@@ -1,0 +1,1 @@
+"""Captioned pictures: from sources to shards, and from shards to batches."""

@@ -1,0 +1,402 @@
+"""The batches of a run: an endless, seeded, exactly resumable sequence of micro-batches, and every sample once.
+
+1. `Batch` is what comes out, `Transform` what makes tensors of a sample.
+2. `BadSamples` counts samples that cannot be used, and stops a run that has too many.
+3. Reading processes that outlive Ctrl-C, because the training process wants to save first.
+4. `batches` for training, `validation_batches` and `parts_in_order` for every sample once.
+
+The sample at a position of the sequence is a function of (seed, position) alone, and its randomness one of (seed,
+epoch, key): neither the number of workers nor that of ranks changes what is seen.
+"""
+
+import itertools
+import logging
+import math
+import os
+import signal
+import threading
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from training.data.reader import Sample, ShardData, sample_rng
+
+logger = logging.getLogger(__name__)
+
+_REPLACEMENTS = 100  # samples tried in place of an unusable one
+_NAMED_IN_LOG = 20  # unusable samples that are logged by name
+_FEWEST_BAD = 10  # fewer unusable samples say nothing about those not read yet
+
+Transform = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Batch:
+    """A micro-batch of B samples."""
+
+    tensors: dict[str, Tensor]
+    """What the transform made of the samples, stacked: (B, …) each; empty where none was usable."""
+    numbers: list[int]
+    """The B samples, in order, as `ShardData` numbers them."""
+    keys: list[str]
+    """Their keys."""
+    n_bad: int
+    """How many samples that belong here were unusable; in training the next usable one replaces each."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Read:
+    """What a worker hands over: the tensors and numbers of a batch, and the (number, reason) of each unusable sample.
+
+    No tensors: too many samples in a row were unusable.
+    """
+
+    tensors: dict[str, Tensor] | None
+    numbers: list[int]
+    bad: list[tuple[int, str]]
+
+
+def _stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]} if samples else {}
+
+
+class _Positions(Dataset[_Read]):
+    """Reads the micro-batch at a range of positions of the endless sequence."""
+
+    def __init__(self, data: ShardData, transform: Transform, seed: int) -> None:
+        self._data = data
+        self._transform = transform
+        self._seed = seed
+        self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
+
+    def _order(self, epoch: int) -> NDArray[np.int64]:
+        if epoch not in self._orders:
+            self._orders[epoch] = self._data.order(self._seed, epoch)
+            if len(self._orders) > 2:  # a micro-batch may reach over the end of an epoch
+                self._orders.popitem(last=False)
+        return self._orders[epoch]
+
+    def __getitem__(self, positions: range) -> _Read:
+        tensors: list[dict[str, Tensor]] = []
+        used: list[int] = []
+        bad: list[tuple[int, str]] = []
+        n = len(self._data)
+        for position in positions:
+            epoch, place = divmod(position, n)
+            order = self._order(epoch)
+            for attempt in range(min(n, 1 + _REPLACEMENTS)):
+                i = int(order[(place + attempt) % n])
+                try:
+                    sample = self._data.read(i)
+                    tensors.append(self._transform(sample, sample_rng(self._seed, epoch, sample.key, "training")))
+                except (ValueError, OSError) as error:
+                    if attempt == 0:  # the others are counted at their own positions
+                        bad.append((i, str(error)))
+                    continue
+                used.append(i)
+                break
+            else:
+                return _Read(tensors=None, numbers=used, bad=bad)
+        return _Read(tensors=_stack(tensors), numbers=used, bad=bad)
+
+
+class _Parts(Dataset[_Read]):
+    """Reads the usable ones of a range of samples, none replaced, with the same randomness each time."""
+
+    def __init__(self, data: ShardData, transform: Transform) -> None:
+        self._data = data
+        self._transform = transform
+
+    def __getitem__(self, numbers: Sequence[int]) -> _Read:
+        tensors: list[dict[str, Tensor]] = []
+        used: list[int] = []
+        bad: list[tuple[int, str]] = []
+        for i in numbers:
+            try:
+                sample = self._data.read(i)
+                tensors.append(self._transform(sample, sample_rng(0, 0, sample.key, "validation")))
+                used.append(i)
+            except (ValueError, OSError) as error:
+                bad.append((i, str(error)))
+        return _Read(tensors=_stack(tensors), numbers=used, bad=bad)
+
+
+class BadSamples:
+    """Counts unusable samples, logs each once, and raises when there are too many.
+
+    Too many are, first, more different ones than the fraction of all samples: certain, whatever part of which
+    epoch this process has read, and prompt for small data. Before that, for large data, at least ten, and
+    more among the samples read than chance explains (four standard deviations): an unlucky start stops
+    nothing. Samples that a manifest knows and the shards have lost count from the start, on every rank alike.
+
+    Raises:
+        ValueError: more samples are lost than the fraction of all.
+    """
+
+    def __init__(self, data: ShardData, max_fraction: float) -> None:
+        self._data = data
+        self._max_fraction = max_fraction
+        self._n_seen = 0
+        self._n_bad = 0
+        self._reasons = {int(i): "the sample is lost" for i in np.flatnonzero(data.is_lost)}
+        n_lost = data.report.n_lost
+        if n_lost > max_fraction * len(data):
+            shards = data.report.damaged_shards
+            listed = "; ".join(shards[:_NAMED_IN_LOG]) + ("; …" if len(shards) > _NAMED_IN_LOG else "")
+            raise ValueError(
+                f"{n_lost:,} of the {len(data):,} samples that the manifest knows are lost, more than "
+                f"--max-bad-fraction {max_fraction:g} allows: {listed}; restore these shards, or raise "
+                "--max-bad-fraction; for a new run, a new manifest will do (`dalle-train check-data`)"
+            )
+
+    def name(self, bad: Sequence[tuple[int, str]]) -> None:
+        """Take note of the (number, reason) of unusable samples."""
+        self._n_bad += len(bad)
+        for i, reason in bad:
+            if i in self._reasons:
+                continue
+            self._reasons[i] = reason
+            if len(self._reasons) <= _NAMED_IN_LOG:
+                logger.warning("unusable sample %s (%s): %s", self._data.keys[i], self._data.shard_of(i), reason)
+            elif len(self._reasons) == _NAMED_IN_LOG + 1:
+                logger.warning("further unusable samples are counted, not named")
+
+    def add(self, bad: Sequence[tuple[int, str]], n_seen: int) -> None:
+        """Take note of `n_seen` more samples, and of the (number, reason) of each that is unusable.
+
+        Raises:
+            ValueError: there are too many.
+        """
+        self._n_seen += n_seen
+        self.name(bad)
+        limit = self._max_fraction * self._n_seen
+        is_certain = len(self._reasons) > self._max_fraction * len(self._data)
+        is_likely = self._n_bad >= _FEWEST_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
+        # The first condition spares long runs that add up rare failures of the disk or the network.
+        if self._n_bad > limit and (is_certain or is_likely):
+            n_read = min(self._n_seen, len(self._data))
+            raise self.error(f"{len(self._reasons):,} unusable samples after reading {n_read:,} of {len(self._data):,}")
+
+    def error(self, what: str) -> ValueError:
+        """Return the error that says what is wrong, where most unusable samples are, and what to do."""
+        per_shard = Counter(str(self._data.shard_of(i)) for i in self._reasons)
+        worst = ", ".join(f"{shard} ({count:,})" for shard, count in per_shard.most_common(3))
+        first = next(iter(self._reasons.values()), "")
+        return ValueError(
+            f"{what}, more than --max-bad-fraction {self._max_fraction:g} allows; most are in {worst}; "
+            f"the first: {first}; repair the shards, or raise --max-bad-fraction"
+        )
+
+
+def _positions(
+    first_step: int, last_step: int | None, micro_batch: int, accumulation: int, rank: int, world_size: int
+) -> Iterator[range]:
+    """Yield the positions of each micro-batch of a rank: its contiguous part of every global batch."""
+    per_rank = micro_batch * accumulation
+    for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
+        start = (step * world_size + rank) * per_rank
+        for first in range(start, start + per_rank, micro_batch):
+            yield range(first, first + micro_batch)
+
+
+_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
+
+
+@contextmanager
+def _interrupts_held_back() -> Iterator[None]:
+    """Block SIGINT and SIGTERM in this thread: a process forked meanwhile begins with them blocked."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _obey_the_parent_alone(parent: int, worker: int) -> None:
+    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint.
+
+    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it, or its end.
+
+    Args:
+        parent: the training process.
+        worker: the number of the worker, from 0.
+    """
+    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
+        return
+
+    def wait() -> None:
+        while os.getppid() == parent:  # a process killed with -9 tells its children nothing
+            heard = signal.sigtimedwait(_INTERRUPTS, 1.0)
+            if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
+                break
+        os._exit(0)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int) -> Iterator[_Read]:
+    """Return what `reader` makes of each part, in order, read ahead by forked processes if there are workers."""
+    if workers == 0:
+        return map(reader.__getitem__, parts)
+    loader = DataLoader(
+        reader,
+        batch_size=None,  # an item is a micro-batch
+        sampler=parts,
+        num_workers=workers,  # DataLoader gives each worker one torch thread
+        prefetch_factor=4,
+        multiprocessing_context="fork",  # shares the index; transforms need not be picklable
+        worker_init_fn=partial(_obey_the_parent_alone, os.getpid()),
+        generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
+    )
+    with _interrupts_held_back():
+        return iter(loader)  # forks the workers
+
+
+def _deliver(reads: Iterator[_Read], data: ShardData, bad_samples: BadSamples) -> Iterator[Batch]:
+    for read in reads:
+        if read.tensors is None:
+            bad_samples.name(read.bad)
+            raise bad_samples.error(f"{min(len(data), 1 + _REPLACEMENTS)} samples in a row are unusable")
+        bad_samples.add(read.bad, n_seen=len(read.numbers))
+        yield _batch(read, read.tensors, data)
+
+
+def _batch(read: _Read, tensors: dict[str, Tensor], data: ShardData) -> Batch:
+    keys = [data.keys[i] for i in read.numbers]
+    return Batch(tensors=tensors, numbers=read.numbers, keys=keys, n_bad=len(read.bad))
+
+
+def batches(
+    data: ShardData,
+    transform: Transform,
+    *,
+    seed: int,
+    micro_batch: int,
+    accumulation: int = 1,
+    rank: int = 0,
+    world_size: int = 1,
+    start_step: int = 0,
+    workers: int = 0,
+    max_bad_fraction: float = 0.01,
+    max_steps: int | None = None,
+) -> Iterator[Batch]:
+    """Return the micro-batches of a training run, for ever.
+
+    Optimizer step s takes the positions s·G to (s + 1)·G of the endless sequence (`ShardData.order`), where G
+    is micro_batch × accumulation × world_size; rank r takes the r-th of world_size equal parts, in
+    micro-batches. So what a step sees depends on (seed, step, G) alone: not on the number of workers or
+    ranks, nor on where it was resumed.
+
+    A sample whose reading or transform raises ValueError or OSError is replaced by the next usable one of its
+    epoch's order.
+
+    Args:
+        data: the samples.
+        transform: makes tensors of a sample; its only randomness is the generator it is given, a function of
+            (seed, epoch, key).
+        seed: ≥ 0.
+        micro_batch: samples per batch that is returned.
+        accumulation: micro-batches per optimizer step.
+        rank: of this process, 0 ≤ rank < world_size.
+        world_size: number of processes.
+        start_step: optimizer step to begin with: the number of steps already done.
+        workers: forked processes that read ahead; 0 reads in this one.
+        max_bad_fraction: of all samples that may be unusable, in [0, 1].
+        max_steps: the step before which to end, counted from step 0 of the run; None: never end.
+
+    Raises:
+        ValueError: an argument is out of range (at once); too many samples are unusable (while iterating).
+    """
+    for name, value, least in (
+        ("micro_batch", micro_batch, 1),
+        ("accumulation", accumulation, 1),
+        ("seed", seed, 0),
+    ):
+        if value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+    if not 0 <= rank < world_size:
+        raise ValueError(f"rank must be at least 0 and below world_size ({world_size}), got {rank}")
+    if start_step < 0 or workers < 0 or not 0 <= max_bad_fraction <= 1:
+        raise ValueError(
+            f"start_step ({start_step}) and workers ({workers}) must be at least 0, "
+            f"max_bad_fraction ({max_bad_fraction}) in [0, 1]"
+        )
+    positions = _positions(start_step, max_steps, micro_batch, accumulation, rank, world_size)
+    reads = _reads(_Positions(data, transform, seed), positions, workers)
+    return _deliver(reads, data, BadSamples(data, max_bad_fraction))
+
+
+def parts_in_order(
+    data: ShardData, transform: Transform, parts: Iterable[Sequence[int]], bad_samples: BadSamples, *, workers: int = 0
+) -> Iterator[Batch]:
+    """Yield the usable samples of each part, as numbers of samples, in order: one batch a part, empty if it has none.
+
+    Args:
+        data: the samples.
+        transform: as in `batches`; its generator depends on the key alone.
+        parts: which samples belong together.
+        bad_samples: counts the unusable ones.
+        workers: as in `batches`.
+
+    Raises:
+        ValueError: too many samples are unusable.
+    """
+    for read in _reads(_Parts(data, transform), parts, workers):
+        assert read.tensors is not None
+        bad_samples.add(read.bad, n_seen=len(read.numbers) + len(read.bad))
+        yield _batch(read, read.tensors, data)
+
+
+def validation_batches(
+    data: ShardData,
+    transform: Transform,
+    batch_size: int,
+    *,
+    max_bad_fraction: float = 0.01,
+    samples: int | None = None,
+    rank: int = 0,
+    world_size: int = 1,
+) -> Iterator[Batch]:
+    """Yield every sample once, or some, always the same ones, in the order of the shards, with the same randomness.
+
+    Args:
+        data: the samples.
+        transform: as in `batches`; its generator depends on the key alone.
+        batch_size: samples per batch; fewer in the last one, and where unusable samples are left out, even none.
+        max_bad_fraction: of the samples that may be unusable, in [0, 1].
+        samples: how many, chosen by chance from all shards, but always the same; None: all.
+        rank: whose batches: every `world_size`-th one.
+        world_size: ranks that share the batches out.
+
+    Raises:
+        ValueError: batch_size is below 1; too many samples are unusable, or all where they are not shared out.
+    """
+    if batch_size < 1:
+        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    bad_samples = BadSamples(data, max_bad_fraction)
+    chosen = _chosen(data, samples)
+    parts = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    n_usable = 0
+    for batch in parts_in_order(data, transform, parts[rank::world_size], bad_samples):
+        n_usable += len(batch.numbers)
+        yield batch
+    if n_usable == 0 and world_size == 1:
+        raise bad_samples.error(f"all {len(chosen):,} samples are unusable")
+
+
+def _chosen(data: ShardData, count: int | None) -> Sequence[int]:
+    """Return the numbers of all samples, or of some of them, in the order of the shards."""
+    if count is None or count >= len(data):
+        return range(len(data))
+    chosen: list[int] = sorted(data.order(0, 0)[:count].tolist())
+    return chosen

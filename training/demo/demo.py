@@ -1,0 +1,201 @@
+"""The demonstration: the whole system trained on the built-in world, sampled, reranked and checked, in minutes.
+
+Every part goes through the code of the large runs: shards, tokenizer, dVAE, CLIP, transformer, pipeline. What is
+special is only that the pictures are drawn (`shapes.py`), so that a checker can say whether a sample is right,
+also for combinations never trained.
+"""
+
+import dataclasses
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from dalle.output.progress import duration
+from dalle.output.sheets import save_png
+from dalle.pipeline import Pipeline
+from training.data.reader import ShardData
+from training.data.shard_index import expand_shards
+from training.data.shards import write_shards
+from training.demo.samples import (
+    CAPTIONS_PER_SPLIT,
+    SPLITS,
+    check_samples,
+    different_captions,
+    draw_curves,
+    samples_sheet,
+    summary,
+    table_of,
+)
+from training.drawings.drawing import DrawnSample, draw_world
+from training.drawings.shapes import WORLD_VERSION
+from training.engine.checkpoints import replace_text
+from training.metrics import Report
+from training.plan.machine import MachinePlan, seconds_alone, usable_cores
+from training.ranks.side_by_side import TimeLeft
+from training.ranks.world import World
+from training.recipes import Recipe
+from training.stages.evaluate import evaluate
+from training.stages.exchanged_captions import exchanged_captions_table
+from training.stages.programs import (
+    Inputs,
+    forget_runs,
+    run_phases,
+    time_of,
+    train_clip,
+    train_dvae,
+    train_tokenizer,
+    train_transformer,
+)
+
+N_TRAIN, N_VALIDATION = 16_000, 256
+WORLD_S, SAMPLES_S = 18.0, 60.0
+"""Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
+SHARE_OF_THREE = 0.0
+"""Three things in a row would be a tenth of the pictures, too few to learn in these minutes."""
+
+
+def run_demo(
+    recipe: Recipe,
+    out: Path,
+    place: World,
+    report: Report,
+    *,
+    fresh: bool = False,
+    plan: MachinePlan | None = None,
+) -> None:
+    """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there is reused.
+
+    Args:
+        recipe: of all stages.
+        out: the bundle's directory.
+        place: of this process, the only one.
+        report: told how far it is.
+        fresh: make everything anew.
+        plan: which stages are trained side by side, in child processes; None, or one without phases, for one at a
+            time, in this process.
+
+    Raises:
+        ValueError: there is more than one rank.
+        Interrupted, OSError: as `run_jobs`, or as the stages.
+    """
+    if place.size > 1:
+        raise ValueError(
+            f"the demonstration runs in one process, and a launcher started it in {place.size}: start it without one"
+        )
+    plan = plan or MachinePlan(seconds=seconds_alone(recipe))
+    if plan.reason:
+        report(plan.reason)
+    time_left = TimeLeft([[{"world": WORLD_S}], *time_of(plan), [{"samples": SAMPLES_S}]])
+
+    def begin(part: str, what: str) -> None:
+        report(f"\n{what} ({time_left})")
+        time_left.begin(part)
+
+    begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
+    train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, report=report)
+    time_left.end("world")
+    inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
+    if plan.phases:
+        run_phases(recipe, inputs, plan, time_left, report, options=("--seed", str(recipe.transformer.train.seed)))
+    else:
+        _train_here(recipe, inputs, place, report, time_left, begin)
+    begin("samples", "sampling, reranking and checking")
+    _finish(out, validation, report)
+    took = duration(time_left.elapsed_s())
+    report(f"\nthe demonstration took {took} (this time; finished parts are reused)")
+
+
+def _train_here(
+    recipe: Recipe,
+    inputs: Inputs,
+    place: World,
+    report: Report,
+    time_left: TimeLeft,
+    begin: Callable[[str, str], None],
+) -> None:
+    """Train one stage after the other in this process."""
+
+    def heard(line: str) -> None:
+        time_left.hear(line)
+        report(line)
+
+    begin("tokenizer", "training the tokenizer")
+    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+        train_tokenizer(recipe, inputs, heard)
+    time_left.end("tokenizer")
+    begin("dvae", "training the dVAE: pictures to tokens and back")
+    train_dvae(recipe, inputs, place, heard)
+    time_left.end("dvae")
+    begin("clip", "training CLIP, which will rank the samples")
+    train_clip(recipe, inputs, place, heard)
+    time_left.end("clip")
+    begin("transformer", "training the transformer on captions and image tokens")
+    train_transformer(recipe, inputs, place, heard)
+    time_left.end("transformer")
+
+
+def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
+    """Draw the world into shards, unless they are there. Drawn afresh, all that was trained on them is forgotten.
+
+    It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it.
+
+    Raises:
+        ValueError: another world is there, as of an earlier version of this program, or runs without a world, which
+            are not the demonstration's.
+    """
+    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
+    note = folder / "world.json"
+    if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
+        report(f"the world is in {folder}")
+        return folder / "train", folder / "validation"
+    if note.is_file() and not fresh:
+        raise ValueError(
+            f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
+            f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
+        )
+    if not note.is_file() and any((folder.parent / "training").glob("*/checkpoints")):
+        raise ValueError(f"{folder.parent} holds runs that are not a demonstration's: give another --out")
+    if fresh:
+        forget_runs(folder.parent)
+        (folder.parent / "tokenizer.json").unlink(missing_ok=True)
+        note.unlink(missing_ok=True)
+    for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
+        write_shards(_drawings(count, seed, size, report), folder / name, "world", 4_000, overwrite=True)
+    replace_text(note, json.dumps(made_of))
+    report(f"drew the world into {folder}")
+    return folder / "train", folder / "validation"
+
+
+def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[DrawnSample]:
+    drawn = draw_world(count, seed, size=size, share_of_three=SHARE_OF_THREE, processes=usable_cores())
+    for number, sample in enumerate(drawn, 1):
+        yield sample
+        if number % 4_000 == 0:
+            report(f"drew {number:,}/{count:,}")
+
+
+def _finish(out: Path, validation: Path, report: Report) -> None:
+    """Measure the bundle, check its samples, and write the sheet, the curves and the tables."""
+    pipe = Pipeline.load(out)
+    evaluation = evaluate(pipe, ShardData.open(expand_shards([validation]), captions=True))
+    samples, sections = [], []
+    for split in SPLITS:
+        captions = different_captions(split, CAPTIONS_PER_SPLIT, share_of_three=SHARE_OF_THREE)
+        checked, shown = check_samples(pipe, split, captions, report)
+        samples.append(checked)
+        sections += shown
+    save_png(samples_sheet(sections, pipe), out / "sheet.png")
+    draw_curves(samples, out / "curves.png")
+    exchanged = exchanged_captions_table(pipe.clip)
+    table = f"{table_of(samples)}\n\n{exchanged.table()}\n\nmeasured on {evaluation.samples} pictures not trained on:\n"
+    table += evaluation.table()
+    replace_text(out / "table.txt", table + "\n")
+    numbers = {
+        "sampling": str(pipe.defaults),
+        "samples": summary(samples),
+        "exchanged_captions": dataclasses.asdict(exchanged),
+        "evaluation": dataclasses.asdict(evaluation),
+    }
+    replace_text(out / "table.json", json.dumps(numbers, indent=2))
+    report(f"\n{table}\n")
+    report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")

@@ -1,0 +1,506 @@
+"""The one engine of all neural stages: DeepSpeed, on one CPU process as on many GPUs.
+
+DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
+"""
+
+import contextlib
+import io
+import logging
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.config import OptimizerConfig, TrainConfig
+from training.engine import resharding
+from training.engine.adamw import VarianceClippedAdamW
+from training.engine.checkpoints import (
+    READ_ERRORS,
+    UNIVERSAL,
+    WRITE_ERRORS,
+    Mark,
+    candidates,
+    checkpoint_tag,
+    drop,
+    first_good,
+    from_all_ranks,
+    go_on_from,
+    latest_tag,
+    make_place,
+    mark_of,
+    plain_path,
+    publish,
+    read_note,
+    tensors_only,
+    writes_recorded,
+)
+from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
+from training.engine.ema import EMA
+from training.engine.muon import MuonAdamW, block_matrices
+from training.engine.random_states import random_states, restore_random_states
+from training.engine.reduction import Reduction
+from training.metrics import Report
+from training.ranks.world import World, agree, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+Metrics = dict[str, Tensor]
+
+
+def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
+    """Split the parameters for weight decay: matrices and convolutions decay; gains, biases and embeddings do not.
+
+    The paper does not say which parameters are exempt; it lists "gains, biases, embeddings, and unembeddings" as the
+    special ones (D). Matrices that are for Muon are left out.
+    """
+    muon = {id(matrix) for matrix in block_matrices(model)} if optimizer.kind == "muon" else set()
+    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
+    decayed: list[nn.Parameter] = []
+    exempt: list[nn.Parameter] = []
+    for name, parameter in model.named_parameters():
+        if id(parameter) in muon:
+            continue
+        is_exempt = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
+        (exempt if is_exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+def build_optimizer(
+    model: nn.Module, optimizer: OptimizerConfig, learning_rate: float, world: World
+) -> torch.optim.AdamW | MuonAdamW:
+    """Return the optimizer of a model's parameters. It runs on any device and is never compiled.
+
+    Raises:
+        ValueError: the model has no matrices for Muon.
+    """
+    adamw = _build_adamw(model, optimizer, learning_rate)
+    if optimizer.kind == "adamw":
+        return adamw
+    return MuonAdamW(
+        adamw,
+        block_matrices(model),
+        momentum=optimizer.momentum,
+        learning_rate=learning_rate,
+        weight_decay=optimizer.weight_decay,
+        world=world,
+    )
+
+
+def _build_adamw(model: nn.Module, optimizer: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
+    groups = decay_groups(model, optimizer)
+    settings: dict[str, Any] = {"lr": learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
+    if optimizer.variance_clip is not None:
+        return VarianceClippedAdamW(groups, variance_clip=optimizer.variance_clip, **settings)
+    return torch.optim.AdamW(groups, **settings, fused=True)
+
+
+def _not_finite_throughout(loss: Tensor) -> Tensor:
+    """Return the loss; where it is not finite, its gradient is not, either.
+
+    So all ranks hear of it through the gradients that they exchange anyway, and nothing is read from the device.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
+
+
+class Engine:
+    """A model in training: its weights, optimizer and averaged weights, over all ranks.
+
+    Args:
+        objective: `objective.model` is what is trained; `objective(**tensors)` returns the loss and its metrics,
+            0-d or 1-d tensors.
+        config: the run.
+        world: this process's place.
+
+    Raises:
+        ValueError: the user's DeepSpeed JSON is refused, or the model has no matrices for Muon.
+    """
+
+    def __init__(self, objective: nn.Module, config: TrainConfig, world: World) -> None:
+        self.deepspeed_config = deepspeed_config(config, world.size)
+        # 0.19.8 makes room for a whole bucket, at stage 3 for good, however small the model is.
+        n_weights = sum(weight.numel() for weight in objective.parameters())
+        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, n_weights))
+        self.config, self.changes = with_files(config)
+        self.world = world
+        self.micro_batch, self.accumulation = config.batch_of(world.size)
+        self.model = cast(nn.Module, objective.model)
+        optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0), world)
+        self._reduction = Reduction(self.model, self.config, world)
+        self._engine = _initialize(objective, optimizer, self.deepspeed_config, config.deepspeed_config)
+        self._reduction.attach(self._engine)
+        self.stage = self.config.zero_stage
+        if isinstance(optimizer, MuonAdamW) and self.stage > 0:
+            optimizer.place(self._engine.optimizer)
+        if self.stage == 0:
+            self._norm = torch.zeros(())
+            optimizer.register_step_pre_hook(self._clip)
+            self._engine.clip_fp32_gradients = lambda: None  # 0.19.8 would measure the norm once more, and not tell it
+        self.taken: int | Tensor = 1
+        """Whether the last step was taken: 1 or 0, as a 0-d tensor where only the GPU knows."""
+        self.was_overflow = False
+        """Whether the last step was left out because float16's loss scale, which has room to fall, was too large."""
+        self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
+        weights = self._gather()
+        self._ema = EMA(weights, config.ema_decay) if world.is_first else None
+
+    @property
+    def batch(self) -> str:
+        """How the global batch is made up, in one line."""
+        unit = "GPU" if self.world.device.type == "cuda" else "process"
+        units = unit if self.world.size == 1 else {"GPU": "GPUs", "process": "processes"}[unit]
+        return (
+            f"global batch {self.config.global_batch} = {self.micro_batch} per {unit} × {self.world.size} {units} × "
+            f"{self.accumulation} accumulated"
+        )
+
+    def train(self) -> None:
+        """Put the model in training mode."""
+        self._engine.train()
+
+    def forward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
+        """Return the loss and the metrics of one micro-batch, without a gradient."""
+        with torch.no_grad():
+            return cast(tuple[Tensor, Metrics], self._engine(**tensors))
+
+    def step(self, micro_batches: Iterable[Mapping[str, Tensor]], learning_rate: float, step: int) -> Metrics:
+        """Take optimizer step number `step` (from 0) on this rank's `accumulation` micro-batches.
+
+        Where the loss of any rank, or the gradient, is not finite, all ranks leave it out: weights, moments, their
+        count and the averaged weights stay as they are. Afterwards `taken` says whether it was taken.
+
+        Returns:
+            The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm before
+            clipping; with float16, the loss scale.
+        """
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        sums: Metrics = {}
+        scale = self._loss_scale
+        for tensors in micro_batches:
+            loss, metrics = self._engine(**tensors)
+            self._engine.backward(_not_finite_throughout(loss))
+            # After the last backward pass the step's gradients are here, averaged over micro-batches and ranks; ZeRO 2
+            # and 3 have shared them out by now. The next call clips and applies them.
+            self._engine.step()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums[name] + value if name in sums else value
+        means = {name: value / self.accumulation for name, value in sums.items()} | self._reduction.metrics()
+        means["grad_norm"] = self._conclude()
+        self.was_overflow = self._reduction.was_overflow
+        if scale is not None:
+            means["loss_scale"] = torch.tensor(scale)
+            self.was_overflow = not self.taken and scale > self._engine.optimizer.loss_scaler.min_scale
+        if (step + 1) % self.config.ema_every == 0 and (self.stage == 0 or self.taken):
+            weights = self._gather()
+            if self._ema is not None:
+                self._ema.update(weights, self.taken)
+        return means
+
+    def _conclude(self) -> Tensor:
+        """Note whether the step was taken; returns the gradient norm.
+
+        At ZeRO 0 the device alone knows, and a GPU is not asked: that would be a wait for it in every step. At 1 to 3
+        DeepSpeed itself reads the norm in every step, and decides.
+        """
+        if self.stage == 0:
+            is_finite = self._norm.isfinite()
+            self.taken = is_finite.float() if is_finite.is_cuda else int(is_finite)
+            return self._norm
+        self.taken = int(self._engine.was_step_applied())
+        if not self.taken and self.stage < 3 and self.config.offload != "none":
+            # 0.19.8 forgets these buffers only after a step that was taken: the next one would add to what is in them
+            optimizer = self._engine.optimizer
+            optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
+            optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)
+        return torch.as_tensor(self._engine.get_global_grad_norm())
+
+    def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
+        """Clip the gradients, and let the optimizer leave out a step whose gradient is not finite.
+
+        Called by the optimizer at ZeRO 0, where DeepSpeed looks at no gradient. Ranks agree: they have the same sums.
+        """
+        weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
+        self._norm = nn.utils.get_total_norm([weight.grad for weight in weights])
+        if self.deepspeed_config["gradient_clipping"] > 0:
+            nn.utils.clip_grads_with_norm_(weights, self.deepspeed_config["gradient_clipping"], self._norm)
+        optimizer.found_inf = (~self._norm.isfinite()).float()  # type: ignore[attr-defined]  # read by AdamW's step
+
+    @property
+    def _loss_scale(self) -> float | None:
+        """The dynamic loss scale; None where there is none."""
+        scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
+        return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
+
+    def weights_are_finite(self) -> bool:
+        """Return whether all weights that the optimizer holds, on all ranks, are finite. Collective."""
+        if self.stage == 3:
+            from deepspeed.utils import safe_get_local_fp32_param
+
+            weights = [safe_get_local_fp32_param(parameter) for parameter in self.model.parameters()]
+        else:
+            weights = [weight for group in self._engine.optimizer.param_groups for weight in group["params"]]
+        are_finite = [weight.isfinite().all() for weight in weights]
+        return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.world)
+
+    def _gather(self) -> dict[str, Tensor]:
+        """Return the model's weights in float32, whole. Collective.
+
+        Where they must be gathered, only the first rank gets them, on the CPU, and so is their average: a GPU that
+        holds a part of them has no room for all.
+        """
+        if not self._must_gather:
+            return dict(self.model.named_parameters())
+        from deepspeed.utils import safe_get_full_fp32_param
+
+        gathered = {}
+        for name, parameter in self.model.named_parameters():
+            whole = safe_get_full_fp32_param(parameter)
+            if self.world.is_first:
+                gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
+        return gathered
+
+    def averaged_weights(self) -> dict[str, Tensor]:
+        """Return the averaged weights, on the first rank; other ranks get an empty dictionary. No communication."""
+        return self._ema.average if self._ema is not None else {}
+
+    def save(self, directory: Path, step: int, state: Mapping[str, Any]) -> None:
+        """Save a checkpoint to resume from, complete and read back before `latest` names it; then drop old ones.
+
+        Collective.
+
+        Args:
+            directory: where checkpoints of the run are kept; the same folder for all ranks.
+            step: optimizer steps taken so far; names the checkpoint.
+            state: plain numbers, strings and lists that `load` returns.
+
+        Raises:
+            OSError: it could not be written; the previous checkpoint stays good.
+        """
+        tag = checkpoint_tag(step)
+        marks: dict[str, Mark] = {}
+        problem = ""
+        try:
+            on_first_rank(lambda: make_place(directory / tag), self.world)
+            marks = self._write(directory, tag)
+        except (*WRITE_ERRORS, SafetensorError) as error:
+            problem = _first_line(error)
+        parts = from_all_ranks((marks, problem), self.world)
+        problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
+        if not problem:
+            files = {name: mark for part, _ in parts for name, mark in part.items()}
+            note = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
+            note |= {"optimizer": self.config.optimizer.kind, "files": files}
+            keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
+            try:
+                on_first_rank(lambda: publish(directory, tag, note, **keep), self.world)
+                return
+            except OSError as error:
+                problem = _first_line(error)
+        on_first_rank(lambda: drop(directory / tag), self.world)
+        kept = latest_tag(directory)
+        raise OSError(
+            f"could not save the checkpoint {directory / tag} ({problem}): free some space and start again; "
+            + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
+        )
+
+    def _write(self, directory: Path, tag: str) -> dict[str, Mark]:
+        """Write this rank's files of a checkpoint, and return the size and digest of each by its name.
+
+        Raises:
+            OSError, RuntimeError, SafetensorError: one could not be written.
+        """
+        folder = directory / tag
+        written: list[Path] = []
+        errors: list[Exception] = []
+        with writes_recorded(written, errors):
+            self._engine.save_checkpoint(str(directory), tag=tag, client_state={}, save_latest=False)
+        if errors:
+            raise errors[0]
+        written += self._reduction.save(folder)
+        written.append(folder / _random_file(self.world.rank))
+        save_file(random_states(self.world.device), written[-1])
+        if self._ema is not None:
+            written.append(folder / "ema.safetensors")
+            save_file({name: tensor.contiguous() for name, tensor in self._ema.average.items()}, written[-1])
+        return {path.name: mark_of(path) for path in written}
+
+    def load(self, directory: Path, tag: str | None = None, report: Report = logger.info) -> dict[str, Any]:
+        """Resume from a checkpoint of `directory`; returns the state given to `save`. Collective.
+
+        One whose files are not what was written is passed over for the newest good one before it. The one that is
+        loaded becomes what `latest` names. Random states are restored where as many ranks saved them.
+
+        Args:
+            directory: where checkpoints of the run are kept.
+            tag: the one to go back to, and no other; None for the newest.
+            report: told of a conversion for another number of ranks, which takes time.
+
+        Raises:
+            FileNotFoundError: there is no checkpoint.
+            ValueError: none is good, or it is of another model, another optimizer, or of a ZeRO stage that this one
+                cannot go on from.
+        """
+        tags = from_all_ranks(candidates(directory) if tag is None else [tag], self.world)[0]
+        if not tags:
+            raise FileNotFoundError(f"no checkpoint in {directory}")
+        good, wrong = first_good(directory, tags, self.world)
+        if good is None:
+            raise ValueError(
+                f"the checkpoint {', '.join(str(directory / bad) for bad in tags)} cannot be loaded "
+                f"({'; '.join(wrong)}): put back a good one and name it in {directory / 'latest'}, or start afresh "
+                "with --fresh"
+            )
+        if wrong and self.world.is_first:
+            logger.warning("%s: going back to %s, the newest good checkpoint", "; ".join(wrong), directory / good)
+        note = read_note(directory / good)
+        self._load_from(directory, good, note, report)
+        on_first_rank(lambda: go_on_from(directory, good), self.world)
+        return dict(note["state"])
+
+    def _load_from(self, directory: Path, tag: str, note: Mapping[str, Any], report: Report) -> None:
+        """Load a checkpoint whose files are good; raises ValueError if it does not fit."""
+        folder = directory / tag
+        saved_by, optimizer = note.get("optimizer", "adamw"), self.config.optimizer.kind  # once there was only AdamW
+        if saved_by != optimizer:
+            raise ValueError(
+                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered "
+                f"of the gradients is no use to the other. Go on with `dalle-train STAGE … --optimizer {saved_by}`, or "
+                "start afresh with --fresh"
+            )
+        saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
+        is_other = resharding.must_reshard(folder, saved, now)
+        if is_other:
+            report(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
+            on_first_rank(lambda: resharding.convert(directory, tag), self.world)
+        error: Exception | None = None
+        settings = self._settings()
+        try:
+            # 0.19.8 prints while it loads what was saved at stage 1 in bf16
+            with tensors_only(), plain_path(directory) as plain, contextlib.redirect_stdout(io.StringIO()):
+                if is_other:
+                    path = resharding.load_universal(self._engine, plain / UNIVERSAL, tag)
+                else:
+                    path, _ = self._engine.load_checkpoint(str(plain), tag=tag)
+            if path is None:
+                raise FileNotFoundError("files are missing")
+            self._keep_settings(settings)
+            if self._ema is not None:
+                self._ema.load(load_file(folder / "ema.safetensors"))
+            if saved[0] == now[0]:
+                restore_random_states(load_file(folder / _random_file(self.world.rank)), self.world.device)
+            self._reduction.load(folder, saved[0])
+        except (*READ_ERRORS, SafetensorError) as caught:
+            error = caught
+        has_failed = agree(error is not None, self.world)  # and now every rank has read what it needs
+        if is_other and self.world.is_first:
+            shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
+        if has_failed:
+            reason = _first_line(error) if error else "by another rank"
+            raise ValueError(
+                f"the checkpoint {folder} cannot be loaded ({reason}): its files are as they were written, so it is "
+                f"of another model, precision or program. Name another one in {directory / 'latest'}, or start afresh "
+                "with --fresh"
+            ) from error
+
+    def _settings(self) -> list[dict[str, Any]]:
+        """Return the optimizer's settings of this run, for each group of parameters."""
+        groups = self._engine.optimizer.param_groups
+        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
+
+    def _keep_settings(self, settings: Iterable[Mapping[str, Any]]) -> None:
+        """Take back what a checkpoint put in place of this run's settings: it is gone on with what this run says."""
+        optimizer = self._engine.optimizer
+        for group, own in zip(optimizer.param_groups, settings, strict=True):
+            group.update(own)
+        if hasattr(optimizer, "clip_grad"):
+            optimizer.clip_grad = self.deepspeed_config["gradient_clipping"]
+        for parameter, state in getattr(optimizer, "optimizer", optimizer).state.items():
+            if isinstance(state.get("step"), Tensor):  # torch leaves it on the CPU where the file's group was not fused
+                state["step"] = state["step"].to(parameter.device)
+
+
+def _random_file(rank: int) -> str:
+    """Return the name of the file with a rank's random states."""
+    return f"random_{rank:05d}.safetensors"
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _initialize(
+    objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], user_path: Path | None
+) -> Any:
+    """Return DeepSpeed's engine, with no operator compiled at start-up and its chatter kept to warnings."""
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
+    from deepspeed.utils import logger as deepspeed_logger
+
+    deepspeed_logger.setLevel(logging.ERROR)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 0.19.8 prints, whatever the level of its log
+    _require_arithmetic(config)
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        # 0.19.8 would compile a shared-memory all-reduce here, which takes 27 s, hangs for ever on a stale lock, and
+        # only serves inference.
+        deepspeed.ops.__compatible_ops__ = {}
+    try:
+        with _any_shape_broadcast():
+            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
+    except Exception as error:
+        if user_path is None:
+            raise
+        reason = " ".join(str(error).split())[:300] or type(error).__name__
+        raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
+    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
+    if getattr(scaler, "dynamic", False):
+        scaler.raise_error_at_min_scale = False  # `fit` stops, and says where to go back to
+    return engine
+
+
+def _require_arithmetic(config: Mapping[str, Any]) -> None:
+    """Raise ValueError where the device lacks the arithmetic of half precision that is asked for."""
+    from deepspeed import get_accelerator
+
+    device = get_accelerator()
+    for name, is_there in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
+        if config.get(name, {}).get("enabled") and not is_there():
+            others = "fp32 or autocast" if name == "bf16" else "bf16, autocast or fp32"
+            raise ValueError(f"this {device.device_name()} does not compute in {name}: use precision {others}")
+
+
+@contextmanager
+def _any_shape_broadcast() -> Iterator[None]:
+    """While it lasts, DeepSpeed gives all ranks the first one's weights whatever their shape and memory layout.
+
+    0.19.8 views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    def broadcast(engine: Any) -> None:
+        for parameter in engine.module.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+    def partition(init: Any, parameter: Any) -> None:  # of stage 3
+        init._convert_to_deepspeed_param(parameter)
+        parameter.data = parameter.data.contiguous()
+        dist.broadcast(parameter.data, src=0)
+        parameter.partition()
+
+    originals = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, partition
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = originals

@@ -1,0 +1,184 @@
+"""What happens to gradients between the last backward pass and the optimizer: the paper's recipe, if asked for.
+
+Per-resblock scales are divided out (gradient_scaling.py), then the mean over ranks is taken by PowerSGD
+(powersgd.py) or, as always without it, by DeepSpeed. At ZeRO stages 0 and 1 only: above, gradients leave a
+rank while the backward pass still runs. DeepSpeed 0.19.8 is pinned: this replaces two of its methods.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from training.config import TrainConfig
+from training.engine.gradient_scaling import ResblockScaling, require_transformer, run_in_float16
+from training.engine.powersgd import PowerSGD, compressed_names
+from training.ranks.world import World
+
+SCALES_FILE = "gradient_scales.json"
+
+Change = Callable[[Mapping[str, Tensor]], None]
+"""Changes gradients, by the names of their parameters, in place."""
+
+
+class Reduction:
+    """The gradients' way from the backward pass to the optimizer, and what of it a checkpoint holds.
+
+    Args:
+        model: what is trained; under precision autocast-fp16 its residual branches run in float16 from now on.
+        config: the run.
+        world: the ranks.
+
+    Raises:
+        ValueError: the model has no residual branches to run in float16.
+    """
+
+    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
+        self._model, self._world, self._precision = model, world, config.precision
+        self._scaling: ResblockScaling | None = None
+        self._powersgd: PowerSGD | None = None
+        if config.gradient_scaling == "per-resblock":
+            self._scaling = ResblockScaling(require_transformer(model), world)
+        elif config.precision == "autocast-fp16":
+            run_in_float16(model)
+        if config.powersgd_rank:
+            parameters = dict(model.named_parameters())
+            names = compressed_names(model, config.powersgd_rank)
+            self._powersgd = PowerSGD(parameters, names, rank=config.powersgd_rank, seed=config.seed, world=world)
+
+    def attach(self, engine: Any) -> None:
+        """Let DeepSpeed's engine hand over the gradients.
+
+        Raises:
+            ValueError: its configuration, which may be the user's, does not allow for it.
+        """
+        others = [engine.torch_autocast_enabled(), engine.bfloat16_enabled(), engine.fp16_enabled()]
+        if self._precision == "autocast-fp16" and any(others):
+            raise ValueError("precision autocast-fp16 cannot go with another one in the DeepSpeed JSON: remove that")
+        if self._scaling is None and self._powersgd is None:
+            return
+        option = "--powersgd-rank" if self._powersgd is not None else "--gradient-scaling"
+        stage, optimizer = engine.zero_optimization_stage(), engine.optimizer
+        if stage > 1:
+            raise ValueError(f"{option} needs ZeRO stage 0 or 1, this run's is {stage}")
+        if engine.fp16_enabled():
+            raise ValueError(
+                f"{option} cannot go with DeepSpeed's fp16, whose one loss scale is in the gradients: use "
+                "autocast-fp16, autocast or bf16"
+            )
+        is_reduction = self._powersgd is not None
+        if not hasattr(optimizer, "reduce_gradients"):
+            _around_all_reduce(engine, self._model, self._change, is_reduction=is_reduction)
+        elif is_reduction and (optimizer.reduce_scatter or optimizer.overlap_comm):
+            raise ValueError(f"{option} needs zero_optimization.reduce_scatter and overlap_comm to be false")
+        else:
+            _around_partitioning(optimizer, self._model, self._change, is_reduction=is_reduction)
+
+    def _change(self, gradients: Mapping[str, Tensor]) -> None:
+        if self._scaling is not None:
+            self._scaling.unscale_(gradients)
+        if self._powersgd is not None:
+            self._powersgd.reduce_(gradients)
+
+    @property
+    def was_overflow(self) -> bool:
+        """Whether the last step is left out because a resblock's scale, which has room to fall, was too large."""
+        return self._scaling is not None and self._scaling.was_overflow
+
+    def metrics(self) -> dict[str, Tensor]:
+        """Return what the last step did: bytes sent by each rank and their share, the lowest and highest scale."""
+        values: dict[str, float] = {}
+        if self._scaling is not None:
+            scales = self._scaling.rules.values
+            values |= {"scale_min": min(scales), "scale_max": max(scales)}
+        if self._powersgd is not None:
+            sent, full = self._powersgd.bytes_sent, self._powersgd.bytes_full
+            values |= {"bytes_sent": sent, "bytes_full": full, "bytes_ratio": sent / full}
+        return {name: torch.tensor(value) for name, value in values.items()}
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's part into the folder of a checkpoint, and return the files.
+
+        Raises:
+            OSError, SafetensorError: it could not be written.
+        """
+        written = []
+        if self._scaling is not None and self._world.is_first:
+            written.append(folder / SCALES_FILE)
+            written[-1].write_text(json.dumps(self._scaling.rules.state()))
+        if self._powersgd is not None:
+            written.append(_errors_file(folder, self._world.rank))
+            save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, written[-1])
+        return written
+
+    def load(self, folder: Path, n_ranks: int) -> None:
+        """Go on from the folder of a checkpoint that `n_ranks` saved. A checkpoint without such a part changes nothing.
+
+        Raises:
+            OSError, ValueError, SafetensorError: it is damaged, or of another model.
+        """
+        scales = folder / SCALES_FILE
+        if self._scaling is not None and scales.is_file():
+            self._scaling.load_state(json.loads(scales.read_text()))
+        if self._powersgd is not None and any(_errors_file(folder, rank).is_file() for rank in range(n_ranks)):
+            own = [self._world.rank] if n_ranks == self._world.size else range(n_ranks)
+            self._powersgd.load_state(load_file(_errors_file(folder, rank)) for rank in own)
+
+
+def _errors_file(folder: Path, rank: int) -> Path:
+    return folder / f"powersgd_rank{rank:05d}.safetensors"
+
+
+def _around_all_reduce(engine: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
+
+    So it is at stage 0, and at stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
+    """
+    reduce = engine.buffered_allreduce_fallback
+    keeps_float32 = engine.zero_optimization_stage() == 1
+
+    def gradient(parameter: Any) -> Tensor | None:
+        if keeps_float32 and parameter._hp_grad is not None:
+            return cast(Tensor, parameter._hp_grad.view_as(parameter))
+        return cast(Tensor | None, parameter.grad)
+
+    def changed(grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
+        change(_gradients(model, gradient))
+        if not is_reduction:
+            reduce(grads=grads, elements_per_buffer=elements_per_buffer)
+
+    engine.buffered_allreduce_fallback = changed
+
+
+def _around_partitioning(optimizer: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed gives each rank its part of their mean, or as the mean.
+
+    So it is at stage 1.
+    """
+    reduce = optimizer.reduce_gradients
+
+    def changed(pipeline_parallel: bool = False) -> None:
+        change(_gradients(model, optimizer.get_gradient_for_reduction))
+        reduce(pipeline_parallel=pipeline_parallel)
+
+    def as_it_is(tensor: Tensor, *_: object) -> Tensor:
+        return tensor
+
+    optimizer.reduce_gradients = changed
+    if is_reduction:
+        optimizer.gradient_reduction_w_predivide = as_it_is
+
+
+def _gradients(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+    """Return the gradients by name; zeros where a parameter had no part in the loss, so that ranks have the same."""
+    gradients = {}
+    for name, parameter in model.named_parameters():
+        gradient = of(parameter)
+        if gradient is None:
+            gradient = parameter.grad = torch.zeros_like(parameter)
+        gradients[name] = gradient
+    return gradients

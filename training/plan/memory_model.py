@@ -1,0 +1,476 @@
+"""Bytes that one GPU, and its host, hold at the peak of the transformer's training, for every way to share the state.
+
+Who holds which part of the state follows Rajbhandari et al. 2020, section 3. What DeepSpeed 0.19.8 adds was read in its
+source, in runtime/zero: buckets of gradients and their flattened copies, a float32 copy of the weights that an
+optimizer owns, partitions of gradients that are flattened once more, and the layers that stage 3 has gathered.
+
+The peak is the largest of five moments, each a `Memory` of its own: not everything is held at once.
+
+Measured against processes on a CPU by benchmarks/plan.py. Figures for CUDA are derived, not measured.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, fields
+from functools import lru_cache
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from dalle.model import DALLE, DALLEConfig
+from training.config import Offload, OptimizerKind, Precision, TrainConfig
+from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config
+from training.engine.muon import DTYPES, block_matrices
+from training.plan.activations import FLOAT, Activations, Device, activations, block_bytes, widths
+
+LIVE = 1_000_000_000
+"""Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
+PREFETCH = 50_000_000
+"""Parameters that stage 3 gathers at a time (`stage3_prefetch_bucket_size`, its default), unless a tensor has more."""
+SUB_GROUP = 1_000_000_000
+"""Parameters that stage 3 updates at a time (`sub_group_size`, its default)."""
+PERSISTENT = 100_000
+"""Tensors of fewer numbers are whole on every GPU at stage 3 (`stage3_param_persistence_threshold`, its default)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mode:
+    """A way to share the state among GPUs."""
+
+    zero_stage: int
+    """0 to 3: nothing is shared, the optimizer, the gradients too, the weights too."""
+    precision: Precision
+    """Of the run."""
+    offload: Offload = "none"
+    """What lies in the host's memory."""
+
+    def __post_init__(self) -> None:
+        if self.is_half and self.zero_stage == 0:
+            raise ValueError(f"precision {self.precision} is not trained at ZeRO stage 0")
+        if self.offload == "optimizer" and self.zero_stage < 2:
+            raise ValueError(f"offloading the optimizer is planned for ZeRO stages 2 and 3, not {self.zero_stage}")
+        if self.offload == "parameters" and self.zero_stage < 3:
+            raise ValueError(f"offloading weights needs ZeRO stage 3, not {self.zero_stage}")
+
+    @property
+    def is_half(self) -> bool:
+        """Whether the weights are of half precision."""
+        return widths(self.precision).weight < FLOAT
+
+    @property
+    def accumulated(self) -> int:
+        """Bytes of an accumulated gradient, as a run would configure it."""
+        return FLOAT if _accumulates_in_float32(self.precision, self.zero_stage) else widths(self.precision).weight
+
+    @property
+    def has_whole_gradients(self) -> bool:
+        """Whether DeepSpeed keeps a float32 gradient of all weights beside the half-precision one, at all times.
+
+        It does so at stage 1 with float32 accumulation: in its BF16_Optimizer, or as an attribute of the parameters.
+        """
+        return self.zero_stage == 1 and self.is_half and self.accumulated == FLOAT
+
+
+@lru_cache
+def _accumulates_in_float32(precision: Precision, zero_stage: int) -> bool:
+    config = TrainConfig(steps=1, global_batch=1, precision=precision, zero_stage=zero_stage)
+    return bool(deepspeed_config(config, 1).get("data_types", {}).get("grad_accum_dtype") == "fp32")
+
+
+class _WithoutDrawing(TorchFunctionMode):
+    """Leaves out the drawing of random weights."""
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def shapes_only() -> Iterator[None]:
+    """While it lasts, models are constructed without values: on the meta device, and in no time.
+
+    Drawing weights there gives none either, but would first load torch's compiler, which takes seconds.
+    """
+    with torch.device("meta"), _WithoutDrawing():
+        yield
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """Numbers of parameters of a model."""
+
+    total: int
+    """All."""
+    largest: int
+    """Of the largest tensor."""
+    persistent: int
+    """Of tensors too small for stage 3 to share."""
+    matrices: int
+    """Of the layers' matrices, which Muon can update."""
+    largest_matrix: int
+    """Of the largest of these."""
+
+    @classmethod
+    def of(cls, model: DALLE) -> "Sizes":
+        """Count them."""
+        counts = [parameter.numel() for parameter in model.parameters()]
+        matrices = [matrix.numel() for matrix in block_matrices(model)]
+        return cls(
+            total=sum(counts),
+            largest=max(counts),
+            persistent=sum(n for n in counts if n < PERSISTENT),
+            matrices=sum(matrices),
+            largest_matrix=max(matrices),
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StateBytes:
+    """Bytes that one GPU holds for the model's state."""
+
+    weights: float
+    """Parameters in the precision they compute in."""
+    gradients: float
+    """Gradients, in the precision they are accumulated in."""
+    optimizer: float
+    """AdamW's two moments, or Muon's one, and the float32 weights that the optimizer keeps beside the model's."""
+
+    @property
+    def total(self) -> float:
+        """Sum of the three."""
+        return self.weights + self.gradients + self.optimizer
+
+
+def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int, *, by_muon: int = 0) -> StateBytes:
+    """Return what one of `gpus` GPUs holds at a ZeRO stage.
+
+    Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 and 2 keep a
+    float32 copy of the weights that a GPU updates, also where the weights are float32; stage 3 only of half-precision
+    ones. Gradients that are shared are float32.
+
+    Args:
+        n_parameters: of the model.
+        precision: of the run.
+        zero_stage: 0 to 3.
+        gpus: that share what the stage shares.
+        by_muon: of the parameters, those that Muon updates, which have one moment.
+
+    Raises:
+        ValueError: bf16 at stage 0, which training refuses, or fewer than one GPU.
+    """
+    if gpus < 1:
+        raise ValueError(f"--gpus must be at least 1, got {gpus}")
+    mode = Mode(zero_stage=zero_stage, precision=precision)
+    has_copy = zero_stage in (1, 2) or mode.is_half
+    gradient = FLOAT if zero_stage >= 2 else widths(precision).weight
+    return StateBytes(
+        weights=n_parameters * widths(precision).weight / (gpus if zero_stage >= 3 else 1),
+        gradients=n_parameters * gradient / (gpus if zero_stage >= 2 else 1),
+        optimizer=(n_parameters * (8 + (FLOAT if has_copy else 0)) - FLOAT * by_muon)
+        / (gpus if zero_stage >= 1 else 1),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Memory:
+    """Bytes at one moment, on the device of one rank (the first, which has the most), and in its host's memory."""
+
+    weights: float = 0.0
+    """The transformer's parameters, and the frozen dVAE's, which encodes the pictures."""
+    gradients: float = 0.0
+    """Of all micro-batches so far."""
+    optimizer: float = 0.0
+    """Moments, and the float32 weights beside the model's."""
+    averages: float = 0.0
+    """The averaged weights that are exported; on the first rank only."""
+    activations: float = 0.0
+    """Kept for the backward pass."""
+    logits: float = 0.0
+    """Those that exist at a time."""
+    working: float = 0.0
+    """What a layer, the loss or the dVAE works in."""
+    deepspeed: float = 0.0
+    """Buckets of gradients, flattened copies, gathered weights."""
+    host: float = 0.0
+    """Not on the device, but in the memory of its host."""
+
+    @property
+    def total(self) -> float:
+        """On the device."""
+        return sum(float(getattr(self, field.name)) for field in fields(self) if field.name != "host")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What the memory of a rank depends on."""
+
+    config: DALLEConfig
+    """The transformer."""
+    sizes: Sizes
+    """Its parameters."""
+    mode: Mode
+    """How the state is shared."""
+    gpus: int
+    """Data-parallel ranks."""
+    micro_batch: int
+    """Samples per rank and forward pass."""
+    accumulation: int
+    """Micro-batches per optimizer step."""
+    checkpointing: bool
+    """Whether the backward pass recomputes each layer."""
+    device: Device = "cuda"
+    """Where it trains. On a CPU, device and host are one."""
+    optimizer: OptimizerKind = "adamw"
+    """Of the layers' matrices."""
+    dvae_weights: float = 0.0
+    """Bytes of the dVAE beside it; 0 where the pictures were encoded before."""
+    dvae_working: float = 0.0
+    """Bytes that it works in to encode one picture."""
+
+    @property
+    def by_muon(self) -> int:
+        """Parameters that Muon updates."""
+        return self.sizes.matrices if self.optimizer == "muon" else 0
+
+
+def peak(run: Run) -> tuple[str, Memory]:
+    """Return the moment at which a rank holds the most, and what it holds then."""
+    return _largest(moments(run))
+
+
+def training_peak(run: Run) -> tuple[str, Memory]:
+    """Return the same of the moments of a step, the start left out."""
+    return _largest({name: memory for name, memory in moments(run).items() if name != "start"})
+
+
+def _largest(found: Mapping[str, Memory]) -> tuple[str, Memory]:
+    name = max(found, key=lambda key: found[key].total)
+    return name, found[name]
+
+
+def host_peak(run: Run) -> float:
+    """Return the most that a rank holds in its host's memory."""
+    return max(memory.host for memory in moments(run).values())
+
+
+def moments(run: Run) -> dict[str, Memory]:
+    """Return what a rank holds at each of the moments that can be the peak.
+
+    "start": DeepSpeed takes over the model. "encoding": the dVAE encodes a micro-batch. "loss": the end of the forward
+    pass. "backward": the pass through the last layer, or the first. "reduction": gradients are summed over the
+    ranks. "update": the optimizer's step, and the averaging of weights.
+    """
+    acts = activations(
+        run.config, run.mode.precision, run.micro_batch, checkpointing=run.checkpointing, device=run.device
+    )
+    moving = {
+        "encoding": [_encoding(run)],
+        "loss": [_loss(run, acts)],
+        "backward": [_backward_begins(run, acts), _backward_ends(run, acts)],
+        "reduction": [_reduction(run, acts)],
+        "update": [_update(run)],
+    }
+    fixed = _fixed(run)
+    found = {"start": _on_one_machine(run, _start(run))}
+    for name, parts in moving.items():
+        whole = [_on_one_machine(run, _sum([fixed, part])) for part in parts]
+        found[name] = max(whole, key=lambda memory: memory.total)
+    return found
+
+
+def _sum(parts: Iterable[Memory]) -> Memory:
+    parts = list(parts)
+    return Memory(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(Memory)})
+
+
+def _on_one_machine(run: Run, memory: Memory) -> Memory:
+    """Return it with the host's bytes counted as the optimizer's on the device, if the device is the host."""
+    if run.device != "cpu":
+        return memory
+    values = {field.name: getattr(memory, field.name) for field in fields(Memory)}
+    return Memory(**values | {"optimizer": memory.optimizer + memory.host, "host": 0.0})
+
+
+# ------------------------------------------------------------------------------------------ always there
+
+
+def _fixed(run: Run) -> Memory:
+    """Return what is held at every moment of a step: weights, optimizer, averages."""
+    n, mode, stage = run.sizes.total, run.mode, run.mode.zero_stage
+    state = state_bytes(n, mode.precision, stage, run.gpus, by_muon=run.by_muon)
+    weights = state.weights
+    host = 0.0
+    if stage == 3:
+        weights += run.sizes.persistent * widths(mode.precision).weight
+    if mode.offload == "parameters":
+        weights, host = weights - state.weights, state.weights
+    averages = float(FLOAT * n)
+    if mode.offload != "none":
+        host += _offloaded(run, state)
+    averages_on_host = stage == 3 or mode.is_half
+    if averages_on_host:
+        host += averages
+    return Memory(
+        weights=weights + run.dvae_weights,
+        optimizer=0.0 if mode.offload != "none" else state.optimizer,
+        averages=0.0 if averages_on_host else averages,
+        deepspeed=_gathered(run) + (_bucket(run) if stage == 3 else 0.0),
+        host=host,
+    )
+
+
+def _offloaded(run: Run, state: StateBytes) -> float:
+    """Return the host's bytes of an offloaded optimizer: moments, float32 weights and gradients, and buffers."""
+    n, width = run.sizes.total / run.gpus, widths(run.mode.precision).weight
+    moments_and_copies = n * (8 + FLOAT + FLOAT) - FLOAT * run.by_muon / run.gpus
+    if run.mode.zero_stage == 3:
+        return moments_and_copies + state.gradients
+    accumulated = n * FLOAT if run.accumulation > 1 and not run.mode.is_half else 0.0
+    return moments_and_copies + n * width + run.sizes.largest * width + accumulated
+
+
+def _gathered(run: Run) -> float:
+    """Return the bytes of whole layers at stage 3: those in use, and those that it expects to need again soon."""
+    if run.mode.zero_stage < 3:
+        return 0.0
+    return float(min(run.sizes.total, LIVE) * widths(run.mode.precision).weight)
+
+
+def _fetched(run: Run) -> float:
+    """Return the bytes of a message of gathered weights at stage 3, which they are copied out of."""
+    if run.mode.zero_stage < 3:
+        return 0.0
+    n = min(run.sizes.total, max(PREFETCH, run.sizes.largest))
+    return float(n * widths(run.mode.precision).weight)
+
+
+def _bucket(run: Run) -> float:
+    """Return the bytes of the buffer of gradients."""
+    if run.mode.zero_stage == 0 or run.mode.has_whole_gradients:
+        return 0.0
+    n = min(LARGEST_BUCKET, run.sizes.total)
+    return float(n * widths(run.mode.precision).weight)
+
+
+def _carried(run: Run) -> float:
+    """Return the bytes of gradients of earlier micro-batches."""
+    if run.mode.has_whole_gradients:
+        return _whole_gradients(run)
+    if run.mode.zero_stage == 3:
+        return _own_gradients(run)
+    if run.accumulation == 1:
+        return 0.0
+    return _whole_gradients(run) if run.mode.zero_stage < 2 else _own_gradients(run)
+
+
+def _whole_gradients(run: Run) -> float:
+    """Return the bytes of the gradients of all weights, before they are shared."""
+    width = widths(run.mode.precision).weight
+    return float(run.sizes.total * (width + FLOAT if run.mode.has_whole_gradients else width))
+
+
+def _own_gradients(run: Run) -> float:
+    """Return the bytes of the gradients that a rank accumulates for its own part of the weights."""
+    if run.mode.offload != "none" and (run.mode.zero_stage == 3 or not run.mode.is_half):
+        return 0.0  # in the host's memory
+    return run.sizes.total * run.mode.accumulated / run.gpus
+
+
+# ------------------------------------------------------------------------------------------ moments
+
+
+def _start(run: Run) -> Memory:
+    """Every rank builds the whole model in float32 on its host; stages 1 and 2 flatten it, stage 3 parts it."""
+    n, width, stage = run.sizes.total, widths(run.mode.precision).weight, run.mode.zero_stage
+    whole = float(FLOAT * n)
+    flat = {0: 0.0, 1: width * n + FLOAT * n / run.gpus, 2: width * n + FLOAT * n / run.gpus, 3: width * n / run.gpus}
+    return Memory(
+        weights=max(whole, width * n + flat[stage]) + run.dvae_weights,
+        host=0.0 if run.device == "cpu" else whole,
+    )
+
+
+def _encoding(run: Run) -> Memory:
+    return Memory(gradients=_carried(run), working=run.dvae_working * run.micro_batch)
+
+
+def _loss(run: Run, acts: Activations) -> Memory:
+    casts = acts.casts if run.checkpointing else 0.0
+    return Memory(
+        gradients=_carried(run),
+        activations=acts.kept + casts,
+        logits=acts.logits,
+        working=acts.in_loss,
+    )
+
+
+def _backward_begins(run: Run, acts: Activations) -> Memory:
+    in_bucket = _bucket(run) if run.device == "cuda" and run.mode.zero_stage in (1, 2) else 0.0
+    return Memory(
+        gradients=_carried(run), activations=acts.kept, working=acts.layer, deepspeed=in_bucket + _fetched(run)
+    )
+
+
+def _backward_ends(run: Run, acts: Activations) -> Memory:
+    """Return the moment of the first layer's backward pass, when the gradients of all others are there."""
+    kind = run.config.kinds[0]
+    layer = block_bytes(run.config, kind, run.mode.precision, run.micro_batch, run.device)
+    stage = run.mode.zero_stage
+    bucket = _bucket(run) if stage == 2 or (stage == 1 and run.device == "cuda") else 0.0
+    return Memory(
+        gradients=_whole_gradients(run) if stage < 2 else _own_gradients(run),
+        activations=0.0 if run.checkpointing else layer,
+        working=acts.layer,
+        deepspeed=bucket + _fetched(run),
+    )
+
+
+def _reduction(run: Run, acts: Activations) -> Memory:
+    """Return the moment when a bucket of gradients is flattened, and summed.
+
+    With more parameters than a bucket holds, stages 2 and 3 do so the first time while activations are still there.
+    """
+    n, stage, width = run.sizes.total, run.mode.zero_stage, widths(run.mode.precision).weight
+    flat = float(min(n, LARGEST_BUCKET) * width)
+    if stage == 0:
+        return Memory(gradients=_whole_gradients(run), deepspeed=flat)
+    if run.mode.has_whole_gradients:
+        return Memory(gradients=_whole_gradients(run), deepspeed=float(FLOAT * n) if n <= LARGEST_BUCKET else 0.0)
+    own = _own_gradients(run)
+    if stage == 1:
+        return Memory(gradients=max(0, n - LARGEST_BUCKET) * width + own, deepspeed=_bucket(run) + flat)
+    left = max(0.0, 1 - LARGEST_BUCKET / n)
+    scattered = FLOAT * min(n, LARGEST_BUCKET) / run.gpus if stage == 3 else 0.0
+    return Memory(
+        gradients=own,
+        activations=acts.kept * left,
+        working=acts.layer if left else 0.0,
+        deepspeed=(_bucket(run) if stage == 2 else 0.0) + flat + scattered,
+    )
+
+
+def _update(run: Run) -> Memory:
+    """Return the moment of the optimizer's step: a partition of gradients is flattened, in float32.
+
+    Muon puts one matrix together at a time, of float32 gradients and momentum, and then iterates: two products of its
+    size and one as small, beside it. At stage 0 it copies the gradient first, to leave out a step that is not finite.
+    """
+    n, stage = run.sizes.total, run.mode.zero_stage
+    gathers_on_host = float(FLOAT * n) if stage == 3 or run.mode.is_half else 0.0
+    whole = DTYPES[run.device].itemsize
+    bytes_each = max(whole + (2 * FLOAT if stage == 0 else FLOAT), 3.75 * whole)
+    working = bytes_each * run.sizes.largest_matrix if run.optimizer == "muon" else 0.0
+    if stage == 0 or run.mode.has_whole_gradients:
+        return Memory(gradients=_whole_gradients(run), working=working, host=gathers_on_host)
+    own = _own_gradients(run)
+    flat = 0.0
+    if run.mode.offload == "none":
+        flat = FLOAT * (n / run.gpus if stage < 3 else min(n / run.gpus, SUB_GROUP))
+    return Memory(
+        gradients=own, working=working, deepspeed=max(flat, 2.0 * FLOAT * run.sizes.largest), host=gathers_on_host
+    )

@@ -1,0 +1,1 @@
+"""Processes: joining, agreeing, watching, restarting."""

@@ -1,0 +1,1 @@
+"""What each stage trains: its loss and its pictures."""

@@ -1,0 +1,395 @@
+"""Encoding pictures once: shards of captioned pictures in, shards of image tokens and the same captions out.
+
+1. Of every picture the centre crop and some random crops are taken, the latter as training takes them (Listing 2):
+   crop k is a function of (seed, key, k).
+2. The dVAE encodes them, and each shard of pictures becomes one of tokens, of the same name and with the same keys.
+3. A shard is written under a hidden name and renamed when it is complete, so that the same command goes on after an
+   interruption: the shards that are there are skipped.
+
+What a shard of tokens looks like is in `image_tokens.py`. Each says itself which dVAE, crops and seed it was
+made with: shards can be moved, named by a pattern and refused one by one, and there is no second file to lose.
+
+Several ranks share the shards out. They do not wait for one another before the end.
+
+Legend: N views of a few pictures  V views of one  C,H,W channels, height, width  Y,X grid of tokens
+"""
+
+import errno
+import io
+import itertools
+import logging
+import os
+import tarfile
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dvae import DVAE
+from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
+from training.data.batches import BadSamples, Batch, parts_in_order
+from training.data.image_tokens import (
+    DESCRIPTION_MEMBER,
+    TOKENS_FIELD,
+    Description,
+    Encoding,
+    pack,
+    read_description,
+)
+from training.data.manifest import Manifest
+from training.data.reader import Sample, ShardData, sample_rng
+from training.data.shard_index import expand_shards
+from training.ranks.stop import Interrupted, StopSignals
+from training.ranks.world import LONGEST_WAIT, World, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+_PARTIAL = ".tar.part"
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig:
+    """What is encoded, and how."""
+
+    crops: int = 4
+    """Random crops of each picture, besides the centre crop; 0 makes shards that only validation can use."""
+    seed: int = 0
+    """Of the random crops."""
+    batch_size: int = 16
+    """Crops that the dVAE encodes at once."""
+    workers: int = 1
+    """Processes that read and crop, per rank."""
+    max_bad_fraction: float = 0.01
+    """Encoding stops when more than this fraction of the pictures is unusable."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("crops", 0), ("seed", 0), ("batch_size", 1), ("workers", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.max_bad_fraction <= 1:
+            raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeReport:
+    """What has been encoded; counts are of this call, over all ranks."""
+
+    encoding: Encoding
+    """How."""
+    shards: tuple[Path, ...]
+    """The shards of image tokens that the shards of pictures have become, in their order."""
+    n_written: int
+    """How many of them were written."""
+    n_samples: int
+    """Pictures in those."""
+    n_skipped: int
+    """Pictures that could not be used."""
+
+    def __str__(self) -> str:
+        there = len(self.shards) - self.n_written
+        what = f"{self.n_samples:,} pictures, {self.encoding.crops} random crops and the centre crop of each"
+        notes = [f"encoded {what}, into {self.n_written:,} shards of image tokens"]
+        notes += [f"{there:,} shards were there already"] if there else []
+        notes += [f"{self.n_skipped:,} pictures were skipped"] if self.n_skipped else []
+        return "; ".join(notes)
+
+
+def views(sample: Sample, encoding: Encoding) -> Tensor:
+    """Return the centre crop and the random crops of a picture: (V,3,H,W) float32 in [0, 1].
+
+    Raises:
+        ValueError, OSError: the picture cannot be used.
+    """
+    picture = open_image(sample.image_bytes, sample.source)
+    images = [resize_and_crop(picture, encoding.image_size)]
+    for crop in range(1, 1 + encoding.crops):
+        rng = sample_rng(encoding.seed, crop, sample.key, "encoding")
+        images.append(transformer_augmentation(picture, encoding.image_size, rng))
+    return torch.stack([to_tensor(image) for image in images])
+
+
+def encode_shards(
+    shards: Sequence[str | Path],
+    out: Path,
+    dvae: DVAE,
+    dvae_hash: str,
+    config: EncodeConfig,
+    world: World,
+    *,
+    fresh: bool = False,
+    skip_damaged: bool = False,
+    manifest: Manifest | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> EncodeReport:
+    """Make shards of image tokens of shards of captioned pictures; those that are there already are kept.
+
+    Args:
+        shards: of pictures with captions; what `expand_shards` takes.
+        out: folder for the shards of tokens, made if it is missing; those in it must be of the same encoding.
+        dvae: encodes, on the device that it is on.
+        dvae_hash: `directory_hash` of its directory.
+        config: what to encode.
+        world: this process's place; every rank encodes its part of the shards, and returns when all are done.
+        fresh: encode anew over shards of tokens that are there.
+        skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
+        manifest: of the shards of pictures: samples that they have lost are unusable, bytes that changed are noticed.
+        progress: called with (pictures done, pictures) of this rank.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; complete shards are kept.
+        FileNotFoundError: a shard or folder is missing.
+        ValueError: two shards have one name, one cannot be used or has changed since it was encoded, `out` holds
+            something else, or too many pictures are unusable.
+        OSError: something could not be written; complete shards are kept.
+    """
+    targets = token_shards(expand_shards(shards), out)
+    if manifest is not None:
+        _require_all(manifest, list(targets))
+    encoding = Encoding(
+        dvae_hash=dvae_hash,
+        image_size=dvae.config.image_size,
+        grid=dvae.config.grid,
+        vocab_size=dvae.config.vocab_size,
+        crops=config.crops,
+        seed=config.seed,
+    )
+    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=fresh), world)
+    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if world.size > 1 else None
+    counts = [0, 0, 0, 0]
+    if mine := list(targets)[world.rank :: world.size]:
+        known = None if manifest is None else manifest.part(mine)
+        data = ShardData.open(mine, captions=True, skip_damaged=skip_damaged, manifest=known)
+        with StopSignals() as stop:
+            encoder = _Encoder(data, dvae, encoding, config, stop, progress)
+            encoder.run(targets)
+        counts = [encoder.n_written, encoder.n_samples, encoder.n_skipped, int(stop.raised)]
+    n_written, n_samples, n_skipped, n_stopped = _sum_over_ranks(counts, group)
+    there = tuple(target for target in targets.values() if target.exists())
+    if n_stopped:
+        command = "the same command without --fresh" if fresh else "the same command"
+        raise Interrupted(
+            f"stopped: {len(there):,} of {len(targets):,} shards are encoded in {out}, {command} goes on from there"
+        )
+    return EncodeReport(encoding=encoding, shards=there, n_written=n_written, n_samples=n_samples, n_skipped=n_skipped)
+
+
+def token_shards(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
+    """Return the shard of tokens that each shard of pictures becomes.
+
+    Raises:
+        ValueError: two would become the same.
+    """
+    sources: dict[Path, Path] = {}
+    for path in paths:
+        target = out / f"{path.stem}.tar"
+        if target in sources:
+            raise ValueError(
+                f"{sources[target]} and {path} would both become {target}: rename one, or encode them into two folders"
+            )
+        sources[target] = path
+    return {path: target for target, path in sources.items()}
+
+
+def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) -> None:
+    """Make the folder, or check that the shards in it are of the same encoding; with `fresh`, delete the targets.
+
+    Raises:
+        ValueError: they are not, or no shards of image tokens.
+    """
+    there = sorted(out.glob("*.tar"))
+    for shard in there:
+        description = read_description(shard)
+        if description is None:
+            raise ValueError(f"{shard} is no shard of image tokens: give --out a folder of its own")
+        differences = encoding.differences(description.encoding)
+        if differences and not (fresh and shard in targets):
+            what_to_do = "or --fresh to encode anew over it" if shard in targets else "or delete it"
+            raise ValueError(
+                f"{shard} holds image tokens that were made differently ({differences}): give another --out, the dVAE, "
+                f"crops and seed that the folder was made with, {what_to_do}"
+            )
+    out.mkdir(parents=True, exist_ok=True)
+    for left_over in [*(shard for shard in there if fresh and shard in targets), *out.glob(f".*{_PARTIAL}")]:
+        left_over.unlink()
+    n_others = len(set(there).difference(targets))
+    if n_others:
+        logger.warning("%s holds %d shards of other pictures too: --data %s would read them all", out, n_others, out)
+
+
+def _require_all(manifest: Manifest, paths: Sequence[Path]) -> None:
+    """Check that the shards are those of a manifest: an encoded set with a shard too few would look whole.
+
+    Raises:
+        ValueError: one is missing, or the manifest does not know one.
+    """
+    matches, unknown = manifest.match(paths)
+    missing = [entry.name for entry, path in matches if path is None]
+    if missing or unknown:
+        what = f"{missing[0]} is missing" if missing else f"{unknown[0]} is not in it"
+        more = f", and {len(missing) + len(unknown) - 1:,} more differ" if len(missing) + len(unknown) > 1 else ""
+        raise ValueError(
+            f"the shards are not those of the manifest {manifest.folder}: {what}{more}; give --data all of its shards, "
+            "or make a manifest of these with `dalle-train check-data`"
+        )
+
+
+class _Encoder:
+    """Encodes the shards of one rank.
+
+    Args:
+        data: the rank's shards of pictures.
+        dvae: encodes.
+        encoding: what is written down about that.
+        config: what to encode.
+        stop: says when to stop.
+        progress: called with (pictures done, pictures).
+    """
+
+    def __init__(
+        self,
+        data: ShardData,
+        dvae: DVAE,
+        encoding: Encoding,
+        config: EncodeConfig,
+        stop: StopSignals,
+        progress: Callable[[int, int], None] | None,
+    ) -> None:
+        self._data, self._dvae, self._encoding, self._config = data, dvae, encoding, config
+        self._stop, self._progress = stop, progress
+        self.n_written = self.n_samples = self.n_skipped = 0
+
+    def run(self, targets: Mapping[Path, Path]) -> None:
+        """Write the shards of tokens that are missing, one after the other, until a signal comes.
+
+        Args:
+            targets: where the tokens of each shard of pictures go.
+
+        Raises:
+            ValueError: a shard that is there was made of other pictures, or too many are unusable.
+            OSError: something could not be written.
+        """
+        missing = [n for n, path in enumerate(self._data.shards) if not self._is_there(n, targets[path])]
+        n_pictures = sum(len(self._data.samples_of(number)) for number in missing)
+        parts = {number: self._parts(number) for number in missing}
+        bad_samples = BadSamples(self._data, self._config.max_bad_fraction)
+        batches = parts_in_order(
+            self._data,
+            lambda sample, _: {"views": views(sample, self._encoding)},
+            itertools.chain.from_iterable(parts.values()),
+            bad_samples,
+            workers=self._config.workers,
+        )
+        for number in missing:
+            n_before = self.n_samples
+            target = targets[self._data.shards[number]]
+            try:
+                _write_shard(target, self._members(number, itertools.islice(batches, len(parts[number])), n_pictures))
+            except _StoppedError:
+                return
+            if self.n_samples > n_before:
+                self.n_written += 1
+            else:
+                logger.warning("%s has no usable picture: it is left out", self._data.shards[number])
+                target.unlink()
+        if self.n_samples == 0 and len(missing) == len(self._data.shards):
+            raise bad_samples.error(f"all {n_pictures:,} pictures are unusable")
+
+    def _is_there(self, number: int, target: Path) -> bool:
+        """Return whether the tokens of a shard are there.
+
+        Raises:
+            ValueError: they are of another shard.
+        """
+        description = read_description(target) if target.exists() else None
+        if description is not None and description.source_fingerprint != self._data.fingerprint(number):
+            raise ValueError(
+                f"{target} was made of another shard than {self._data.shards[number]}, or that has changed since: "
+                "give another --out, or --fresh to encode anew"
+            )
+        return description is not None
+
+    def _parts(self, number: int) -> list[range]:
+        """Return a shard's samples in groups whose views make about one batch."""
+        samples = self._data.samples_of(number)
+        size = max(1, self._config.batch_size // (1 + self._encoding.crops))
+        return [samples[first : first + size] for first in range(0, len(samples), size)]
+
+    def _members(self, number: int, batches: Iterable[Batch], n_pictures: int) -> Iterator[tuple[str, bytes]]:
+        """Yield the names and bytes of the members of a shard of tokens, in order.
+
+        Raises:
+            _StoppedError: a signal came.
+        """
+        name, fingerprint = self._data.shards[number].name, self._data.fingerprint(number)
+        description = Description(encoding=self._encoding, source=name, source_fingerprint=fingerprint)
+        yield DESCRIPTION_MEMBER, description.to_json()
+        for batch in batches:
+            if self._stop.raised:
+                raise _StoppedError
+            if batch.numbers:
+                tokens_BVYX = self._tokens(batch.tensors["views"])
+                for i, key, tokens_VYX in zip(batch.numbers, batch.keys, tokens_BVYX, strict=True):
+                    for field, data in self._data.caption_members(i).items():
+                        yield f"{key}.{field}", data
+                    yield f"{key}.{TOKENS_FIELD}", pack(tokens_VYX, self._encoding)
+            self.n_samples += len(batch.numbers)
+            self.n_skipped += batch.n_bad
+            if self._progress is not None:
+                self._progress(self.n_samples + self.n_skipped, n_pictures)
+
+    def _tokens(self, views_BVCHW: Tensor) -> NDArray[np.integer[Any]]:
+        """Return the (B,V,Y,X) tokens of some pictures' views."""
+        device = next(self._dvae.parameters()).device
+        tokens = [
+            self._dvae.encode(views_NCHW.to(device).contiguous(memory_format=torch.channels_last)).cpu()
+            for views_NCHW in torch.split(views_BVCHW.flatten(0, 1), self._config.batch_size)
+        ]
+        tokens_BVYX: NDArray[np.integer[Any]] = torch.cat(tokens).numpy().reshape(-1, *self._encoding.shape)
+        return tokens_BVYX
+
+
+class _StoppedError(Exception):
+    """A signal came while a shard was written."""
+
+
+def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write a tar file whole or not at all: byte for byte the same for the same members.
+
+    Raises:
+        OSError: it could not be written.
+    """
+    partial = path.with_name(f".{path.stem}{_PARTIAL}")
+    try:
+        with partial.open("wb") as file:
+            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
+                for name, data in members:
+                    member = tarfile.TarInfo(name)
+                    member.size = len(data)
+                    tar.addfile(member, io.BytesIO(data))
+            file.flush()
+            os.fsync(file.fileno())
+        partial.replace(path)
+    except OSError as error:
+        code = error.errno or errno.EIO
+        raise OSError(
+            code,
+            f"cannot make {path}: {os.strerror(code)}; the shards before it are kept: free some space, and the same "
+            "command goes on from there",
+        ) from error
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:
+    """Return the sums over all ranks, which wait here until the last one is done."""
+    if group is None:
+        return list(counts)
+    sums = torch.tensor(counts)
+    dist.all_reduce(sums, group=group)
+    return [int(count) for count in sums.tolist()]

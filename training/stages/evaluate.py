@@ -1,0 +1,257 @@
+"""Measuring a bundle on captioned pictures it was not trained on.
+
+Reconstruction, token statistics, likelihood, retrieval, samples. The image loss is put beside the entropy of the
+evaluated tokens themselves: a model that only knew how frequent each token is could do no better than that, so the
+difference is what the transformer has learned about captions and neighbourhoods.
+
+Legend: B batch  N pictures  C,H,W channels, height, width  Y,X grid of tokens  I = Y·X  T text positions  E features
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.loss import stream_loss
+from dalle.output.sheets import contact_sheet
+from dalle.pipeline import Pipeline
+from dvae.images import open_image, resize_and_crop, to_image, to_tensor
+from dvae.metrics import code_usage, psnr, ssim
+from rerank import CLIP
+from rerank.score import embed_captions, embed_images
+from training.data.reader import ShardData
+from training.metrics import Report
+from training.stages.exchanged_captions import exchanged_captions_table, is_of_the_world
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Evaluation:
+    """What was measured; losses and entropies in nats per token."""
+
+    samples: int
+    """Captioned pictures measured."""
+    psnr: float
+    """Mean PSNR of the reconstructions from argmax tokens, in dB."""
+    ssim: float
+    """Mean structural similarity of the same."""
+    codes_used: int
+    """Different codes in all the pictures' tokens."""
+    codes: int
+    """Codes there are."""
+    perplexity: float
+    """Of the codes' frequencies."""
+    image_unigram: float
+    """Entropy of the image tokens' own frequencies."""
+    image_loss: float
+    """The transformer's loss per image token."""
+    image_gain: float
+    """image_unigram − image_loss."""
+    text_unigram: float
+    """Entropy of the text tokens' own frequencies."""
+    text_loss: float
+    """The transformer's loss per text token."""
+    captions_cut: int
+    """Captions longer than the stream's text part."""
+    retrieval: float
+    """How often CLIP puts the right one of `retrieval_size` captions first."""
+    retrieval_size: int
+    """Captions to choose from."""
+    is_of_the_world: bool
+    """Whether all captions are of the built-in world."""
+
+    def table(self) -> str:
+        """Return the measurements as aligned lines."""
+        rows = [
+            ("pictures", f"{self.samples}"),
+            ("reconstruction PSNR", f"{self.psnr:.2f} dB"),
+            ("reconstruction SSIM", f"{self.ssim:.3f}"),
+            ("codes used", f"{self.codes_used} of {self.codes}, perplexity {self.perplexity:.0f}"),
+            (
+                "image loss",
+                f"{self.image_loss:.3f} nats per token; unigram {self.image_unigram:.3f}, {self.image_gain:.3f} better",
+            ),
+            ("text loss", f"{self.text_loss:.3f} nats per token; unigram {self.text_unigram:.3f}"),
+            ("captions cut", f"{self.captions_cut}"),
+            (
+                "CLIP retrieval",
+                f"{self.retrieval:.1%} right of {self.retrieval_size} captions (chance {1 / self.retrieval_size:.1%})",
+            ),
+        ]
+        return "\n".join(f"  {name:<20} {value}" for name, value in rows)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measured:
+    """What is kept of a batch of B pictures, on the CPU."""
+
+    captions: list[str]
+    psnr: Tensor
+    """(B,) in dB."""
+    ssim: Tensor
+    """(B,)"""
+    image_tokens: Tensor
+    """(B,I)"""
+    text_tokens: Tensor
+    """The captions' BPE ids, one after the other."""
+    image_loss_sum: float
+    """In nats, over all image tokens."""
+    text_loss_sum: float
+    """In nats, over all text tokens."""
+    n_cut: int
+    features: Tensor
+    """(B,E) of CLIP, of the pictures."""
+
+
+def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evaluation:
+    """Measure a bundle on captioned pictures (the first caption of each, centre crops).
+
+    Raises:
+        ValueError: no picture could be read.
+    """
+    parts = []
+    for first in range(0, len(data), batch_size):
+        numbers = range(first, min(first + batch_size, len(data)))
+        images, captions = _read(data, numbers, pipe.dvae.config.image_size)
+        if captions:
+            parts.append(_measure(pipe, images.to(pipe.dalle.device), captions))
+    if not parts:
+        raise ValueError("none of the pictures could be read: nothing to evaluate")
+    captions = [caption for part in parts for caption in part.captions]
+    image_tokens = torch.cat([part.image_tokens for part in parts])
+    text_tokens = torch.cat([part.text_tokens for part in parts])
+    usage = code_usage(image_tokens, pipe.dvae.config.vocab_size)
+    image_loss = sum(part.image_loss_sum for part in parts) / image_tokens.numel()
+    retrieval, retrieval_size = _retrieval(pipe.clip, captions, torch.cat([part.features for part in parts]))
+    return Evaluation(
+        samples=len(captions),
+        psnr=float(torch.cat([part.psnr for part in parts]).mean()),
+        ssim=float(torch.cat([part.ssim for part in parts]).mean()),
+        codes_used=usage.used,
+        codes=pipe.dvae.config.vocab_size,
+        perplexity=usage.perplexity,
+        image_unigram=usage.entropy,
+        image_loss=image_loss,
+        image_gain=usage.entropy - image_loss,
+        text_unigram=code_usage(text_tokens, pipe.dalle.config.text_vocab).entropy,
+        text_loss=sum(part.text_loss_sum for part in parts) / text_tokens.numel(),
+        captions_cut=sum(part.n_cut for part in parts),
+        retrieval=retrieval,
+        retrieval_size=retrieval_size,
+        is_of_the_world=is_of_the_world(captions),
+    )
+
+
+@torch.no_grad()
+def _measure(pipe: Pipeline, images_BCHW: Tensor, captions: list[str]) -> _Measured:
+    config = pipe.dalle.config
+    tokens_BYX = pipe.dvae.encode(images_BCHW)
+    decoded_BCHW = pipe.dvae.decode(tokens_BYX)
+    image_tokens_BI = tokens_BYX.flatten(1)
+    text_BT, n_cut = pipe.tokenizer.text(captions, config.text_len)
+    text_BT = text_BT.to(images_BCHW.device)
+    text_logits, image_logits = pipe.dalle(text_BT, image_tokens_BI)
+    loss = stream_loss(text_logits, image_logits, text_BT, image_tokens_BI, config)
+    text_tokens = text_BT[text_BT < config.text_vocab].cpu()
+    return _Measured(
+        captions=captions,
+        psnr=psnr(images_BCHW, decoded_BCHW).cpu(),
+        ssim=ssim(images_BCHW, decoded_BCHW).cpu(),
+        image_tokens=image_tokens_BI.cpu(),
+        text_tokens=text_tokens,
+        image_loss_sum=loss.image.item() * image_tokens_BI.numel(),
+        text_loss_sum=loss.text.item() * text_tokens.numel(),
+        n_cut=n_cut,
+        features=embed_images(pipe.clip, images_BCHW).cpu(),
+    )
+
+
+def _read(data: ShardData, indices: Sequence[int], size: int) -> tuple[Tensor, list[str]]:
+    """Return the readable pictures of some samples and their first captions."""
+    images, captions = [], []
+    for index in indices:
+        try:
+            sample = data.read(index)
+            images.append(to_tensor(resize_and_crop(open_image(sample.image_bytes, sample.source), size)))
+        except ValueError as error:
+            logger.warning("a picture is left out of the evaluation: %s", error)
+            continue
+        captions.append(sample.captions[0])
+    return (torch.stack(images) if images else torch.empty(0)), captions
+
+
+def _retrieval(clip: CLIP, captions: Sequence[str], features_NE: Tensor, size: int = 32) -> tuple[float, int]:
+    """Return how often CLIP finds a picture's caption among `size` different ones, and `size`."""
+    distinct = {caption: index for index, caption in reversed(list(enumerate(captions)))}
+    chosen = sorted(distinct.values())
+    size = min(size, len(chosen))
+    own_B = torch.arange(size)
+    hits, total = 0, 0
+    for first in range(0, len(chosen) - size + 1, size):
+        group = chosen[first : first + size]
+        texts_BE = embed_captions(clip, [captions[index] for index in group]).cpu()
+        nearest_B = (features_NE[group] @ texts_BE.T).argmax(dim=1)
+        hits += int((nearest_B == own_B).sum())
+        total += size
+    return hits / total, size
+
+
+def sample_sheet(
+    pipe: Pipeline, captions: Sequence[str], path: Path, report: Report, *, n: int = 16, keep: int = 4
+) -> None:
+    """Write a contact sheet with the `keep` best of `n` samples for each caption, by the bundle's sampling defaults."""
+    sections = []
+    for number, caption in enumerate(captions, 1):
+        result = pipe.generate(caption, n=n, keep=keep)
+        numbers = zip(result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
+        labels = [f"{score:.3f}  {log_likelihood:.0f} nats" for score, log_likelihood in numbers]
+        sections.append((caption, [to_image(image) for image in result.images], labels))
+        report(f"sampled {number}/{len(captions)}: {caption}")
+    contact_sheet(sections).save(path)
+
+
+def distinct_captions(data: ShardData, count: int) -> list[str]:
+    """Return `count` different captions spread evenly over the data, fewer if there are no more."""
+    chosen: dict[str, None] = {}
+    for index in np.linspace(0, len(data) - 1, min(len(data), 8 * count)).astype(int).tolist():
+        with contextlib.suppress(ValueError, OSError):  # lost or damaged
+            chosen.setdefault(data.captions(index)[0])
+    spread = list(chosen)
+    step = max(1, math.floor(len(spread) / count))
+    return spread[::step][:count]
+
+
+def evaluate_bundle(
+    bundle: Path, data: ShardData, report: Report, *, n_captions: int = 5, device: str = "cpu"
+) -> Evaluation:
+    """Measure a bundle and write evaluation.json and samples.png into it.
+
+    Where all captions are of the built-in world, the table of exchanged captions is measured too.
+
+    Raises:
+        FileNotFoundError: a part of the bundle is missing.
+        ValueError: the parts do not fit one another, no picture could be read, or n_captions is below 1.
+    """
+    if n_captions < 1:
+        raise ValueError(f"--captions must be at least 1, got {n_captions}")
+    pipe = Pipeline.load(bundle, device=device)
+    evaluation = evaluate(pipe, data)
+    measured: dict[str, object] = dataclasses.asdict(evaluation)
+    report(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
+    if evaluation.is_of_the_world:
+        exchanged = exchanged_captions_table(pipe.clip)
+        measured["exchanged_captions"] = dataclasses.asdict(exchanged)
+        report(exchanged.table())
+    (bundle / "evaluation.json").write_text(json.dumps(measured, indent=2))
+    sample_sheet(pipe, distinct_captions(data, n_captions), bundle / "samples.png", report)
+    report(f"wrote {bundle / 'evaluation.json'} and {bundle / 'samples.png'}")
+    return evaluation
