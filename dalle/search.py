@@ -18,10 +18,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle.data.pictures import picture_files
-from dalle.output.sheets import replace_file
 from dvae.images import open_image
 from rerank import CLIP
 from rerank.score import clip_view, embed_images
+from storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 

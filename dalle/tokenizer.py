@@ -11,8 +11,6 @@ is wanted.
 
 import hashlib
 import json
-import os
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -24,6 +22,7 @@ from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dalle.stream import text_rows
+from storage.atomic import replace_text
 
 N_BYTES = 256
 MAX_MERGE_LENGTH = 64
@@ -106,17 +105,7 @@ class Tokenizer:
         """Write the tokenizer to a file, atomically: a reader sees the old file or all of the new one."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=f".{file.name}.")
-        try:
-            with os.fdopen(handle, "w", encoding="utf-8") as stream:
-                stream.write(self._backend.to_str(pretty=True))
-                stream.flush()
-                os.fsync(stream.fileno())
-            Path(temporary).chmod(0o644)  # mkstemp's 0600 would keep the file from everybody else
-            Path(temporary).replace(file)
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        replace_text(file, self._backend.to_str(pretty=True))
 
     @property
     def vocab_size(self) -> int:

@@ -9,7 +9,6 @@ never mistaken for text although their id 0 is also an ordinary BPE id.
 
 import json
 import logging
-import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
@@ -17,6 +16,8 @@ from typing import Self
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
+
+from storage.atomic import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -124,13 +125,7 @@ class CLIPTokenizer:
 
     def save(self, path: str | Path) -> None:
         """Write the tokenizer to a JSON file, replacing it whole or not at all."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        try:
-            partial.write_text(self.to_json(), encoding="utf-8")
-            os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        replace_text(path, self.to_json())
 
     def encode(self, caption: str) -> list[int]:
         """The BPE ids of a caption, without start, end or pads.

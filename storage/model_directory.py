@@ -21,6 +21,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from storage.atomic import flush, write_public
+
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
@@ -70,10 +72,11 @@ def save_directory(
         temporary.mkdir(parents=True)
         for name, data in (files or {}).items():
             (temporary / name).write_bytes(data)
-        save_file(_storable(state), temporary / WEIGHTS_FILE)
+        write_public(temporary / WEIGHTS_FILE, lambda path: save_file(_storable(state), path))
         description = _description(kind, config, metadata, _sha256(temporary / WEIGHTS_FILE))
         (temporary / CONFIG_FILE).write_text(description, encoding="utf-8")
-        _flush(temporary)
+        for file in temporary.iterdir():
+            flush(file)
         _swap(temporary, path)
     except (OSError, SafetensorError) as error:
         code = _errno(error)
@@ -237,13 +240,6 @@ def _swap(new: Path, path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-def _flush(directory: Path) -> None:
-    """Wait until the files are on the disk: a rename may otherwise reach it before what they hold."""
-    for file in directory.iterdir():
-        with file.open("rb") as opened:
-            os.fsync(opened.fileno())
 
 
 def _errno(error: OSError | SafetensorError) -> int:

@@ -8,7 +8,6 @@ and neither of the two imports torch.
 import json
 import logging
 import math
-import os
 import secrets
 import socket
 import sys
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from dalle.output.progress import printable
+from storage.atomic import replace_text
 
 logger = logging.getLogger(__name__)
 
@@ -155,9 +155,7 @@ class MetricLog:
         self.path, self._run = run / "metrics.jsonl", run
         lines = read_metrics(self.path)
         kept = [line for line in lines if line["step"] <= step]
-        temporary = self.path.with_name("metrics.jsonl.tmp")
-        temporary.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        os.replace(temporary, self.path)
+        replace_text(self.path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = self.path.open("a")
         self._sinks: list[Sink] = []
         self._open("TensorBoard", lambda: TensorBoard(run, step))
@@ -214,10 +212,8 @@ def write_state(run: Path, state: RunState, reason: str = "") -> None:
     """
     said = {"state": state, "reason": reason, "time": round(time.time(), 3), "host": socket.gethostname()}
     path = run / "state.json"
-    temporary = path.with_name("state.json.tmp")
     try:
-        temporary.write_text(json.dumps(said))
-        os.replace(temporary, path)
+        replace_text(path, json.dumps(said))
     except OSError as error:
         logger.warning("%s cannot be written (%s)", path, error)
 

@@ -25,7 +25,7 @@ from dalle.data.pictures import Pictures, in_batches
 from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.output.progress import Progress, duration
 from dalle.output.results import ResultWriter
-from dalle.output.sheets import MAX_CELL, Section, contact_sheet, replace_file, save_png, side_by_side, slug
+from dalle.output.sheets import MAX_CELL, Section, contact_sheet, save_png, side_by_side, slug
 from dalle.pipeline import Pipeline, Precision, bundle_part
 from dalle.search import EMBEDDING_BATCH, folder_features
 from dvae import DVAE
@@ -33,6 +33,7 @@ from dvae.images import open_image, to_image
 from dvae.openai import import_openai
 from rerank import CLIP
 from rerank.score import clip_view, embed_captions, embed_images
+from storage.atomic import replace_text
 from storage.model_directory import directory_hash
 
 logger = logging.getLogger(__name__)
@@ -342,7 +343,7 @@ class Reconstruct:
             "skipped": pictures.skipped,
         }
         text = json.dumps(report, indent=2)
-        replace_file(self.out / "metrics.json", lambda partial: partial.write_text(text, encoding="utf-8"))
+        replace_text(self.out / "metrics.json", text)
         print(f"{len(measures)} pictures measured: see reconstructions.png and metrics.json in {self.out}")
 
 

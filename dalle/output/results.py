@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from dalle.candidates import Result
-from dalle.output.sheets import replace_file, save_png, slug
+from dalle.output.sheets import save_png, slug
 from dvae.images import to_image
+from storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)
 

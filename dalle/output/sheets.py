@@ -7,15 +7,16 @@ so that captions must be kept in the metadata of their pictures as well.
 
 import hashlib
 import math
-import os
 import re
 import unicodedata
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
+
+from storage.atomic import replace_file
 
 MIN_CELL, MAX_CELL = 128, 256
 """Pixels per side of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
@@ -110,21 +111,6 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str] |
         else:
             chunks.add_itxt(keyword, text)
     replace_file(path, lambda partial: image.save(partial, format="PNG", pnginfo=chunks))
-
-
-def replace_file(path: str | Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file beside `path`, then put it in its place: readers never see half a file.
-
-    Raises:
-        OSError: what `write` or the renaming raises; the older file is then still there.
-    """
-    path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        write(partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def slug(text: str, max_length: int = 60) -> str:

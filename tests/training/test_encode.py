@@ -221,7 +221,7 @@ def test_what_a_killed_encoding_left_is_cleared_away_and_never_read(
 ) -> None:
     out = tmp_path / "tokens"
     out.mkdir()
-    (out / ".world-000001.tar.part").write_bytes(b"half")
+    (out / ".world-000001.tar.77.partial").write_bytes(b"half")
     with pytest.raises(FileNotFoundError, match="no shards in the folder"):
         ShardData.open([out], captions=True, encoded=True)
     encode(shards, out, dvae)
@@ -234,7 +234,7 @@ def test_a_full_disk_is_said_in_words_and_complete_shards_are_kept(
     synced = itertools.count()
 
     def fsync(_: int) -> None:
-        if next(synced) == 1:
+        if next(synced) == 2:  # after the first shard and its folder
             raise OSError(errno.ENOSPC, "full")
 
     out = tmp_path / "tokens"

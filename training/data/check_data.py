@@ -26,9 +26,10 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.output.sheets import replace_file, slug
+from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
 from dvae.images import open_image
+from storage.atomic import replace_text
 from storage.tar import LARGEST_PICTURE_BYTES
 from training.data.image_tokens import Description, unpack
 from training.data.manifest import (
@@ -321,7 +322,7 @@ def check_data(
 
 
 def _write_text(path: Path, text: str) -> None:
-    replace_file(path, lambda partial: partial.write_text(text, encoding="utf-8"))
+    replace_text(path, text)
 
 
 def _record_name(path: Path) -> str:

@@ -30,7 +30,7 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.output.sheets import replace_file
+from storage.atomic import replace_file
 from training.data.image_tokens import Description
 from training.data.shard_index import ShardIndex, index_shard
 
@@ -414,7 +414,5 @@ def write_lines(path: Path, lines: Iterable[str]) -> None:
     def write(partial: Path) -> None:
         with partial.open("w", encoding="utf-8") as file:
             file.writelines(itertools.chain([first], iterator))
-            file.flush()
-            os.fsync(file.fileno())
 
     replace_file(path, write)

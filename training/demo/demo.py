@@ -13,6 +13,7 @@ from pathlib import Path
 from dalle.output.progress import duration
 from dalle.output.sheets import save_png
 from dalle.pipeline import Pipeline
+from storage.atomic import replace_text
 from training.data.reader import ShardData
 from training.data.shard_index import expand_shards
 from training.data.shards import write_shards
@@ -28,7 +29,6 @@ from training.demo.samples import (
 )
 from training.drawings.drawing import DrawnSample, draw_world
 from training.drawings.shapes import WORLD_VERSION
-from training.engine.checkpoints import replace_text
 from training.metrics import Report
 from training.plan.machine import MachinePlan, seconds_alone, usable_cores
 from training.ranks.side_by_side import TimeLeft

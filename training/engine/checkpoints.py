@@ -22,6 +22,7 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
+from storage.atomic import flush_names, replace_text
 from training.ranks.world import World
 
 logger = logging.getLogger(__name__)
@@ -264,27 +265,6 @@ def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[No
         TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = originals
 
 
-def replace_text(path: Path, text: str) -> None:
-    """Write a text file whole or not at all."""
-    temporary = path.with_name(path.name + ".tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(temporary, path)
-    _sync_folder(path.parent)
-
-
-def _sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where its file system can."""
-    with suppress(OSError):
-        number = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(number)
-        finally:
-            os.close(number)
-
-
 def make_place(folder: Path) -> None:
     """Make an empty folder for a checkpoint, in place of one that is there."""
     drop(folder)
@@ -319,7 +299,7 @@ def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: in
         raise OSError(f"{problems[0]}: the folder must be the same on all machines")
     earlier = [other for other in candidates(directory) if other != tag and (directory / other / NOTE).is_file()]
     write_note(folder, note)
-    _sync_folder(directory)
+    flush_names(directory)
     replace_text(directory / "latest", tag)
     earlier = [other for other in earlier if step_of(other) < step_of(tag)]
     kept = {tag, *earlier[: keep_last - 1]}

@@ -19,6 +19,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from storage.atomic import write_public
 from training.config import OptimizerConfig, TrainConfig
 from training.engine import resharding
 from training.engine.adamw import VarianceClippedAdamW
@@ -327,10 +328,11 @@ class Engine:
             raise errors[0]
         written += self._reduction.save(folder)
         written.append(folder / _random_file(self.world.rank))
-        save_file(random_states(self.world.device), written[-1])
+        write_public(written[-1], lambda path: save_file(random_states(self.world.device), path))
         if self._ema is not None:
             written.append(folder / "ema.safetensors")
-            save_file({name: tensor.contiguous() for name, tensor in self._ema.average.items()}, written[-1])
+            average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
+            write_public(written[-1], lambda path: save_file(average, path))
         return {path.name: mark_of(path) for path in written}
 
     def load(self, directory: Path, tag: str | None = None, report: Report = logger.info) -> dict[str, Any]:

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from storage.atomic import write_public
 from training.config import TrainConfig
 from training.engine.gradient_scaling import ResblockScaling, require_transformer, run_in_float16
 from training.engine.powersgd import PowerSGD, compressed_names
@@ -112,7 +113,8 @@ class Reduction:
             written[-1].write_text(json.dumps(self._scaling.rules.state()))
         if self._powersgd is not None:
             written.append(_errors_file(folder, self._world.rank))
-            save_file({name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}, written[-1])
+            errors = {name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}
+            write_public(written[-1], lambda path: save_file(errors, path))
         return written
 
     def load(self, folder: Path, n_ranks: int) -> None:

@@ -27,6 +27,7 @@ from torch import Tensor, nn
 
 from dalle.output.progress import duration
 from dalle.output.sheets import save_png
+from storage.atomic import replace_text
 from training.config import TrainConfig
 from training.data.batches import Batch, batches
 from training.data.reader import Sample, ShardData
@@ -35,7 +36,6 @@ from training.engine.checkpoints import (
     checkpoint_tag,
     from_all_ranks,
     latest_tag,
-    replace_text,
     require_tag,
     step_of,
 )

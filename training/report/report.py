@@ -16,7 +16,7 @@ from typing import Any
 
 from PIL import Image
 
-from dalle.output.sheets import replace_file
+from storage.atomic import replace_text
 from training.report.curves import Curve, chart, heat_map
 from training.report.runs import Run, find_runs, read_run
 from training.report.status import ago, size, state_line, summary
@@ -109,7 +109,7 @@ def write_report(path: Path, out: Path | None = None) -> Path:
     target = out if out is not None else path / "report.html"
     html = page(runs, path.name or str(path.absolute()), time.time())
     target.parent.mkdir(parents=True, exist_ok=True)
-    replace_file(target, lambda partial: partial.write_text(html, encoding="utf-8"))
+    replace_text(target, html)
     return target
 
 

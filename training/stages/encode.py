@@ -33,6 +33,7 @@ from torch import Tensor
 
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
+from storage.atomic import replace_file
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.image_tokens import (
     DESCRIPTION_MEMBER,
@@ -50,7 +51,7 @@ from training.ranks.world import LONGEST_WAIT, World, on_first_rank
 
 logger = logging.getLogger(__name__)
 
-_PARTIAL = ".tar.part"
+_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -364,17 +365,16 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
     Raises:
         OSError: it could not be written.
     """
-    partial = path.with_name(f".{path.stem}{_PARTIAL}")
+
+    def write(partial: Path) -> None:
+        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
+            for name, data in members:
+                member = tarfile.TarInfo(name)
+                member.size = len(data)
+                tar.addfile(member, io.BytesIO(data))
+
     try:
-        with partial.open("wb") as file:
-            with tarfile.open(fileobj=file, mode="w", format=tarfile.PAX_FORMAT) as tar:
-                for name, data in members:
-                    member = tarfile.TarInfo(name)
-                    member.size = len(data)
-                    tar.addfile(member, io.BytesIO(data))
-            file.flush()
-            os.fsync(file.fileno())
-        partial.replace(path)
+        replace_file(path, write)
     except OSError as error:
         code = error.errno or errno.EIO
         raise OSError(
@@ -382,8 +382,6 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
             f"cannot make {path}: {os.strerror(code)}; the shards before it are kept: free some space, and the same "
             "command goes on from there",
         ) from error
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _sum_over_ranks(counts: Sequence[int], group: dist.ProcessGroup | None) -> list[int]:

@@ -20,11 +20,11 @@ import torch
 
 from dalle.model import DALLE
 from dalle.output.progress import Progress
-from dalle.output.sheets import replace_file
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from rerank.model import CLIP
 from rerank.tokenizer import CLIPTokenizer
+from storage.atomic import copy_folder, replace_text
 from storage.model_directory import directory_hash
 from training.config import TrainConfig
 from training.data.manifest import Manifest
@@ -330,19 +330,8 @@ def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> No
         DVAE.load(dvae)  # whole, before it is copied
         target = out / "dvae"
         if not target.exists():
-            _copy_directory(dvae, target)
+            copy_folder(dvae, target)
         _require_equal(directory_hash(target), target, directory_hash(dvae), dvae, option="--dvae")
-
-
-def _copy_directory(source: Path, target: Path) -> None:
-    """Copy a model's directory whole or not at all."""
-    temporary = target.with_name(f".{target.name}.copy")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
-        shutil.copytree(source, temporary)
-        temporary.rename(target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _require_equal(held: str, target: Path, wanted: str, named: Path, *, option: str) -> None:
@@ -418,7 +407,7 @@ def _note_data(plan: RunPlan, data: ShardData, world: World) -> None:
         if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
             _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
         plan.directory.mkdir(parents=True, exist_ok=True)
-        replace_file(path, lambda partial: partial.write_text(json.dumps(now, indent=1) + "\n", encoding="utf-8"))
+        replace_text(path, json.dumps(now, indent=1) + "\n")
 
     on_first_rank(note, world)
 

@@ -1,6 +1,8 @@
 import dataclasses
 import errno
 import json
+import os
+import stat
 from pathlib import Path
 
 import pytest
@@ -70,7 +72,7 @@ def test_saving_again_replaces_the_whole_directory_and_leaves_nothing_beside_it(
         save(tmp_path / "n", files={"extra.json": b"{}"})  # the caller's own
 
 
-@pytest.mark.parametrize("step", ["save_file", "_flush", "_swap"])
+@pytest.mark.parametrize("step", ["save_file", "flush", "_swap"])
 def test_a_full_disk_leaves_the_old_directory_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
@@ -251,3 +253,12 @@ def test_weights_that_do_not_fit_a_module_are_named() -> None:
     load_weights(module, good, "m")
     assert torch.equal(module(torch.ones(1, 4)), torch.full((1, 3), 4.0))
     assert module.weight.requires_grad
+
+
+def test_weights_can_be_read_by_those_whom_the_umask_lets(tmp_path: Path) -> None:
+    before = os.umask(0o022)
+    try:
+        save(tmp_path / "model")
+    finally:
+        os.umask(before)
+    assert {stat.S_IMODE(file.stat().st_mode) for file in (tmp_path / "model").iterdir()} == {0o644}
