@@ -17,7 +17,7 @@ test: $(STAMP)
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
 
-# Kills, signals, hangs, full disks and damaged shards, injected into real runs on two ranks; see docs/training.md.
+# Kills, signals, hangs, full disks and damaged shards, injected into real runs on two ranks; see docs/faults.md.
 faults: $(STAMP)
 	$(BIN)/python tests/faults
 

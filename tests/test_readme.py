@@ -1,4 +1,4 @@
-"""What README.md promises: its commands parse, its Python runs, and its file tree is the repository's."""
+"""What README.md and the pages promise: commands parse, Python runs, links lead somewhere, the file tree is true."""
 
 import ast
 import re
@@ -17,20 +17,29 @@ from training.drawings.shapes import parse as parse_caption
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {"README.md": README} | {
+    f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("sample", "train", "cluster", "data", "faults", "results")
+}
 PROGRAMS: dict[str, Any] = {"dalle": dalle.cli.main.Commands, "dalle-train": training.cli.main.Command}
 LAUNCHERS = ("deepspeed", "torchrun")
 
 
-def code_blocks(language: str) -> list[str]:
-    return re.findall(rf"^```{language}\n(.*?)^```", README, re.M | re.S)
+def code_blocks(language: str, page: str = README) -> list[str]:
+    return re.findall(rf"^```{language}\n(.*?)^```", page, re.M | re.S)
 
 
 def command_lines() -> Iterator[list[str]]:
-    """The words of every command in the README's shell blocks; continued lines joined, comments left out."""
-    for block in code_blocks("sh"):
-        for line in block.replace("\\\n", " ").splitlines():
-            if words := shlex.split(line, comments=True):
-                yield words
+    """The words of every command in the shell blocks of all pages; continued lines joined, comments left out.
+
+    Where "…" stands for options, it is left out.
+    """
+    for page in PAGES.values():
+        for block in code_blocks("sh", page):
+            for line in block.replace("\\\n", " ").splitlines():
+                words = shlex.split(line, comments=True)
+                if words and words[-1] != "…":
+                    yield words
 
 
 def our_commands() -> list[list[str]]:
@@ -49,7 +58,7 @@ def parse(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("words", our_commands(), ids=" ".join)
-def test_a_command_of_the_readme_parses(words: list[str]) -> None:
+def test_a_command_of_the_pages_parses(words: list[str]) -> None:
     parse(words)
 
 
@@ -60,16 +69,17 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
         parse(["dalle-train", "dvae", "demo", "--data", "shards", "--out", "runs/x", "--no-such-option", "1"])
 
 
-def test_the_readme_shows_every_command() -> None:
+def test_the_pages_show_every_command() -> None:
     shown = {(words[0], words[1]) for words in our_commands()}
     verbs = {("dalle", verb) for verb in ("generate", "rank", "search", "reconstruct", "import-dvae")}
-    stages = ("shards", "plan", "all", "tokenizer", "dvae", "clip", "encode", "transformer", "evaluate")
+    stages = ("shards", "plan", "all", "tokenizer", "dvae", "clip", "encode", "transformer", "evaluate", "status")
     assert verbs | {("dalle-train", stage) for stage in stages} <= shown
     assert ["make", "demo"] in command_lines()  # which is `dalle-train demo`
 
 
 def test_captions_that_the_readme_gives_the_demonstration_are_of_its_world() -> None:
-    captions = [caption for words in our_commands() if words[1] == "generate" for caption in parse(words).captions]
+    commands = [parse(words) for words in our_commands() if words[1] == "generate" and "--bundle" not in words]
+    captions = [caption for command in commands for caption in command.captions]
     assert len(captions) >= 3
     for caption in captions:
         parse_caption(caption)  # raises ValueError for others
@@ -118,11 +128,17 @@ def test_the_file_tree_of_the_design_is_the_repository() -> None:
     assert not modules - listed, f"the file tree of docs/design.md lacks {', '.join(sorted(modules - listed))}"
 
 
-def test_files_that_the_readme_links_or_names_exist() -> None:
-    links = [link for link in re.findall(r"(?<!!)\[[^\]]*\]\(([^)]+)\)", README) if "://" not in link]
-    named = re.findall(r"`((?:storage|dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", README)
-    missing = [name for name in links + named if not (ROOT / name).exists()]
-    assert not missing, f"README.md names what is not there: {', '.join(missing)}"
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_a_page_links_or_names_exist(page: str) -> None:
+    links = [link for link in re.findall(r"\[[^\]]*\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
+    named = re.findall(r"`((?:storage|dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", PAGES[page])
+    missing = [link for link in links if not (ROOT / page).parent.joinpath(link.partition("#")[0]).exists()]
+    missing += [name for name in named if not (ROOT / name).exists()]
+    assert not missing, f"{page} names what is not there: {', '.join(missing)}"
+
+
+def test_the_readme_is_one_page() -> None:
+    assert len(README.splitlines()) <= 130
 
 
 def test_the_python_of_the_readme_is_three_lines() -> None:

@@ -44,6 +44,8 @@ from training.stages.transformer import TransformerObjective
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
 HALF = {"bf16", "fp16"}
+PRECISION_KEYS = {"autocast": "torch_autocast", "bf16": "bf16", "fp16": "fp16"}
+"""What DeepSpeed calls the precisions."""
 
 MODES = [
     ("fp32", 0, "none"),
@@ -237,6 +239,28 @@ def test_a_json_may_change_what_the_recipe_says_and_a_line_tells_each_change(tmp
     merged = deepspeed_config(recipe, 1)
     assert "torch_autocast" not in merged
     assert {key: merged[key] for key in content} == content
+
+
+@pytest.mark.parametrize("preset", [name for name in NAMES if "fp16" not in name])
+def test_engine_log_and_config_json_have_the_precision_and_stage_of_a_preset(
+    preset: str, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks: list[str] = []
+    monkeypatch.setattr(training.loop.fit, "peak_flops", lambda device, precision, peak: peaks.append(precision))
+    monkeypatch.setattr(training.loop.fit, "has_bfloat16_arithmetic", lambda device: True)
+    engines: list[Engine] = []
+    monkeypatch.setattr(training.loop.fit, "Engine", lambda *given: engines.append(Engine(*given)) or engines[-1])
+    recipe = tiny.recipe(precision="autocast", preset=preset, steps=1)
+    train_tokenizer(recipe, Inputs(data=[shards], out=tmp_path), print)
+    DVAE(recipe.dvae.model).save(tmp_path / "dvae", metadata={})
+    train_transformer(recipe, Inputs(data=[shards], out=tmp_path), join_world(), lambda line: None)
+    (engine,) = engines
+    written = json.loads((tmp_path / "training" / "transformer" / "config.json").read_text())["training"]
+    assert (written["precision"], written["preset"]) == (engine.config.precision, preset)
+    assert (written["zero_stage"], written["offload"]) == (engine.stage, engine.config.offload)
+    assert peaks == [engine.config.precision]
+    is_enabled = {name: engine.deepspeed_config.get(key, {}).get("enabled") for name, key in PRECISION_KEYS.items()}
+    assert [name for name, on in is_enabled.items() if on] == [engine.config.precision] * (preset != "fp32")
 
 
 def test_what_a_preset_makes_possible_is_not_refused_for_the_recipe_that_it_replaces() -> None:

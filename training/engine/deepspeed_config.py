@@ -243,9 +243,10 @@ def names_precision(config: TrainConfig) -> bool:
 
 
 def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Return a run with what its preset and its DeepSpeed JSON say, and a line for everything that they change.
+    """Resolve a run: return it with what its preset and its DeepSpeed JSON say, and a line for everything they change.
 
-    They change what the recipe says, not what the user said in options: see `TrainConfig.said`.
+    They change what the recipe says, not what the user said in options: see `TrainConfig.said`. Resolved again, a run
+    stays as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -284,13 +285,14 @@ def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
             "takes a wrong Adam step: set zero_optimization.stage, or --zero-stage, to 1 or more"
         )
     optimizer = dataclasses.replace(config.optimizer, gradient_clipping=values.pop("gradient_clipping"))
+    # without files, so that what does not go together is refused
     changed = dataclasses.replace(config, **values, optimizer=optimizer, preset=None, deepspeed_config=None)
     derived = _leaves(_derived(changed))
     for file in files:
         for key, value in _leaves(file.content).items():
             if derived.get(key, value) != value:
                 changes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
-    return changed, changes
+    return dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config), changes
 
 
 def _derived(config: TrainConfig) -> dict[str, Any]:

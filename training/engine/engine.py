@@ -130,7 +130,7 @@ class Engine:
         # 0.19.8 makes room for a whole bucket, at stage 3 for good, however small the model is.
         n_weights = sum(weight.numel() for weight in objective.parameters())
         self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, n_weights))
-        self.config, self.changes = with_files(config)
+        self.config, _ = with_files(config)  # as `fit` has it already
         self.world = world
         self.micro_batch, self.accumulation = config.batch_of(world.size)
         self.model = cast(nn.Module, objective.model)

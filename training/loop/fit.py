@@ -39,7 +39,7 @@ from training.engine.checkpoints import (
     require_tag,
     step_of,
 )
-from training.engine.deepspeed_config import names_precision
+from training.engine.deepspeed_config import names_precision, with_files
 from training.engine.engine import Engine
 from training.loop.means import Means
 from training.loop.skipped_steps import SkippedSteps
@@ -171,7 +171,7 @@ def fit(
     checkpoints = plan.directory / "checkpoints"
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, plan), "data": data}, world)
-    config = _in_native_precision(stage.name, config, world, report)
+    config = _resolved(stage.name, config, world, report)
     tag = plan.tag()
     if config.wandb is not None:
         on_first_rank(require_wandb, world)
@@ -191,9 +191,17 @@ def fit(
         world.watch.rest()
 
 
-def _in_native_precision(name: str, config: TrainConfig, world: World, report: Report) -> TrainConfig:
-    """Return the run in float32 where its recipe alone says autocast and a rank only emulates bfloat16. Collective."""
-    is_open = config.precision == "autocast" and "precision" not in config.said and not names_precision(config)
+def _resolved(name: str, config: TrainConfig, world: World, report: Report) -> TrainConfig:
+    """Return the run as it is trained: engine, log, config.json and status all have it from here. Collective.
+
+    It has what its preset and its DeepSpeed JSON say; and it is in float32 where its recipe alone says autocast and a
+    rank only emulates bfloat16.
+    """
+    names_its_precision = "precision" in config.said or names_precision(config)
+    config, changes = with_files(config)
+    for line in changes:
+        report(f"{name}: {line}")
+    is_open = config.precision == "autocast" and not names_its_precision
     if not is_open or not agree(not has_bfloat16_arithmetic(world.device), world):
         return config
     report(
@@ -216,8 +224,7 @@ def _train(
 ) -> None:
     """Build the engine, load the checkpoint `tag` if there is one, and train to the end, or until `stop`."""
     engine = Engine(stage.objective, config, world)
-    for line in (engine.batch, *engine.changes):
-        report(f"{stage.name}: {line}")
+    report(f"{stage.name}: {engine.batch}")
     state: dict[str, Any] = {}
     if tag is not None:
         state = engine.load(plan.directory / "checkpoints", plan.resume_from, report)
