@@ -320,6 +320,17 @@ def test_there_is_no_utils() -> None:
     assert not found, f"{', '.join(found)}: name a module for what it holds"
 
 
+def test_tests_import_no_tests() -> None:
+    tests = sorted((ROOT / "tests").rglob("*.py"))
+    wrong = [
+        found.place
+        for path in tests
+        for found in imports_of(parsed(path), path.stem, relative(path))
+        if found.target.startswith("test_")
+    ]
+    assert not wrong, f"what tests share is in a folder support/: {', '.join(wrong)}"
+
+
 def calls(path: Path) -> Iterator[tuple[ast.Call, str, str]]:
     """The calls of a file: the node, the name as written ("torch.load", "eval"), and file:line."""
     for node in ast.walk(parsed(path)):

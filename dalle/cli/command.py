@@ -13,7 +13,7 @@ import tyro
 
 from dalle.output.progress import CLEAR_LINE, printable
 
-OUR_PACKAGES = ("dalle", "dvae", "rerank", "training")
+OUR_PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
 
 
 def run_program(

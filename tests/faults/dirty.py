@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import tiny
 from jobs import Injection, Job, copy_of, wait_for
 from PIL import Image
 from runs import STEPS, Course, Fault, last_step, latest, metrics, require, require_equal
+from support import tiny
 
 from training.data.manifest import Manifest
 from training.data.reader import ShardData

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import tiny
 import torch
 from jobs import Injection, Job, copy_of
+from support import tiny
 
 from dvae import DVAE
 from training.recipes import recipe

@@ -2,7 +2,7 @@ import os
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, also by the processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")

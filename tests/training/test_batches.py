@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from tiny import samples_of, write_tar
+from support.tiny import samples_of, write_tar
 from torch import Tensor
 
 from training.data.batches import Batch, batches, validation_batches

@@ -12,11 +12,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from safetensors.torch import save_file
-from test_engine import Bomb, Objective, config, data, train
-from test_fit import NewRun, Run, send
+from support import tiny
+from support.checkpoints import Killed, forge_digests, kill_at
+from support.engines import Bomb, Objective, config, data, train
+from support.runs import NewRun, Run, send
 
 import training.cli.main
 from training.config import OptimizerConfig
@@ -26,8 +26,6 @@ from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
 from training.stages.dvae import WarmupStage
 from training.stages.programs import Inputs, train_dvae
-
-Act = Callable[..., Any]
 
 TAGS = ["step00000001", "step00000002", "step00000003"]
 
@@ -69,12 +67,6 @@ def flip_a_byte(path: Path) -> None:
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     path.write_bytes(content)
-
-
-def forge_digests(folder: Path) -> None:
-    """Let checkpoint.json say that the files are as they should be."""
-    note = read_note(folder)
-    write_note(folder, {**note, "files": {name: mark_of(folder / name) for name in note["files"]}})
 
 
 # ------------------------------------------------------------------------------------------------- what is kept
@@ -395,29 +387,6 @@ def test_no_reader_that_asks_for_free_unpickling_gets_it_while_deepspeed_reads(t
 
 
 # ------------------------------------------------------------------------------------- killed while it is saving
-
-
-class Killed(BaseException):
-    """The process ends here."""
-
-
-def kill_at(patch: pytest.MonkeyPatch, moment: int) -> None:
-    """Let the process end before the `moment`th thing that it would do to the disk."""
-    counter = itertools.count()
-
-    def ending(original: Act) -> Act:
-        def act(*args: Any, **kwargs: Any) -> Any:
-            if next(counter) >= moment:
-                raise Killed
-            return original(*args, **kwargs)
-
-        return act
-
-    for name in ("fsync", "replace", "unlink", "mkdir", "rmdir"):
-        patch.setattr(os, name, ending(getattr(os, name)))
-    patch.setattr(torch, "save", ending(torch.save))
-    patch.setattr(Path, "open", ending(Path.open))
-    patch.setattr("training.engine.engine.save_file", ending(save_file))
 
 
 @pytest.mark.slow

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import samples_of, write_tar
+from support.tiny import samples_of, write_tar
 
 from training.data.reader import Sample, ShardData, expand_shards, index_shard, sample_rng
 

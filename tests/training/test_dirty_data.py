@@ -12,12 +12,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from corrupt import CORRUPT, UNUSUAL, corrupt_pictures, encoded, noise, png_of_size
 from PIL import Image
-from test_ranks import on_ranks
-from tiny import write_tar
+from support import tiny
+from support.corrupt import CORRUPT, UNUSUAL, corrupt_pictures, encoded, noise, png_of_size
+from support.ranks import on_ranks
+from support.tiny import write_tar
 from torch import Tensor
 
 import training.cli.main

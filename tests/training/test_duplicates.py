@@ -3,11 +3,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from corrupt import encoded
 from PIL import Image, ImageEnhance
-from tiny import write_tar
+from support import tiny
+from support.corrupt import encoded
+from support.tiny import write_tar
 from torch import Tensor
 
 import training.cli.main

@@ -16,10 +16,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from tiny import write_tar
+from support import tiny
+from support.tiny import write_tar
 
 import training.cli.main
 import training.recipes

@@ -1,45 +1,23 @@
 import errno
-import json
 import math
-import os
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-import tiny
 import torch
 from safetensors.torch import load_file
+from support import tiny
+from support.engines import Bomb, Objective, config, data, train, user_json
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dalle.model import DALLE
 from dvae import DVAE
 from rerank import CLIP
-from training.config import OptimizerConfig, TrainConfig
+from training.config import OptimizerConfig
 from training.engine.checkpoints import latest_tag, read_checkpoint
 from training.engine.deepspeed_config import deepspeed_config
 from training.engine.engine import Engine, decay_groups
 from training.ranks.world import World, join_world
-
-
-class Objective(nn.Module):
-    def __init__(self, seed: int = 0, width: int = 8) -> None:
-        super().__init__()
-        torch.manual_seed(seed)
-        self.model = nn.Sequential(nn.Linear(4, width), nn.LayerNorm(width), nn.Tanh(), nn.Linear(width, 2))
-
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        loss = F.mse_loss(self.model(x).float(), y)
-        return loss, {"half": loss.detach() / 2}
-
-
-def data(step: int, n: int = 4) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(step)
-    return {
-        "x": torch.randn(n, 4, generator=generator),
-        "y": 9 * torch.randn(n, 2, generator=generator),
-    }
 
 
 def halves(step: int) -> list[dict[str, Tensor]]:
@@ -49,15 +27,6 @@ def halves(step: int) -> list[dict[str, Tensor]]:
 @pytest.fixture
 def world() -> World:
     return join_world()
-
-
-def config(**changes: Any) -> TrainConfig:
-    return tiny.train_config(**{"optimizer": OptimizerConfig(gradient_clipping=1.0), **changes})
-
-
-def train(engine: Engine, steps: range) -> list[float]:
-    engine.train()
-    return [engine.step([data(step)], 1e-2, step)["loss"].item() for step in steps]
 
 
 # ------------------------------------------------------------------------------------------------ weight decay
@@ -124,12 +93,6 @@ def test_gains_biases_and_embeddings_are_exempt_from_weight_decay(
 
 
 # --------------------------------------------------------------------------------------- DeepSpeed's configuration
-
-
-def user_json(folder: Path, content: object) -> Path:
-    path = folder / "ds.json"
-    path.write_text(content if isinstance(content, str) else json.dumps(content))
-    return path
 
 
 def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
@@ -311,14 +274,6 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> N
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002", "step00000010"]
     assert latest_tag(tmp_path) == "step00000010"
     assert read_checkpoint(tmp_path)["step"] == 10
-
-
-class Bomb:
-    def __init__(self, path: Path) -> None:
-        self.path = path
-
-    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, ...]]:
-        return os.mkdir, (str(self.path),)
 
 
 @pytest.mark.parametrize("stage", [0, 2])

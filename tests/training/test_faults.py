@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch.distributed as dist
-from test_fit import MeanColours, Run, send
+from support import tiny
+from support.runs import MeanColours, Run, send
+from support.waiting import PATIENCE_S, wait_for
 
 import training.ranks.supervisor
 import training.ranks.watchdog
@@ -48,16 +49,6 @@ import stops
 from hangs import FAULTS as HANGS
 from kills import Moment, Tally, kill_once
 from runs import Course, inject, last_step, latest, require_equal
-
-PATIENCE_S = 60.0
-
-
-def wait_for(condition: Callable[[], object]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-
 
 # ---------------------------------------------------------------------------------------------------- processes
 

@@ -1,8 +1,8 @@
 from pathlib import Path
 
 import pytest
-from corrupt import encoded
 from PIL import Image
+from support.corrupt import encoded
 
 import training.cli.main
 from training.data.filters import ShardFilter, is_boilerplate

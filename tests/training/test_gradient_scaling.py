@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_engine import Objective
-from test_ranks import on_ranks
+from support import tiny
+from support.engines import Objective
+from support.ranks import on_ranks
 from torch import Tensor
 
 from dalle.model import DALLE

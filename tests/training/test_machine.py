@@ -137,7 +137,7 @@ def test_the_shards_of_the_world_are_the_same_bytes_by_one_and_two_processes(
 
 def start_all(shards: Path, out: Path, *options: str, n_cores: int) -> "subprocess.Popen[str]":
     environment = {**os.environ, "OMP_NUM_THREADS": str(n_cores)}
-    program = [sys.executable, str(Path(__file__).with_name("tiny_cli.py"))]
+    program = [sys.executable, str(Path(__file__).parent / "support" / "tiny_cli.py")]
     command = [*program, "all", "tiny", "--data", str(shards), "--out", str(out), *options]
     return subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True)
 

@@ -12,10 +12,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny
 import torch
-from corrupt import encoded, noise
-from tiny import samples_of, write_tar
+from support import tiny
+from support.corrupt import encoded, noise
+from support.tiny import samples_of, write_tar
 from torch import Tensor
 
 import training.cli.main

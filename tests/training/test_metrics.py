@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 from PIL import Image
+from support import tiny
+from support.runs import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from test_fit import Run
 
 from training.data.reader import ShardData
 from training.loop import throughput

@@ -14,12 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_engine import Objective, config, data, user_json
-from test_ranks import on_ranks
+from support import tiny
+from support.engines import Objective, config, data, user_json
+from support.modes import MODES, allow_every_precision
+from support.ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -46,27 +47,6 @@ NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
 HALF = {"bf16", "fp16"}
 PRECISION_KEYS = {"autocast": "torch_autocast", "bf16": "bf16", "fp16": "fp16"}
 """What DeepSpeed calls the precisions."""
-
-MODES = [
-    ("fp32", 0, "none"),
-    ("fp32", 1, "none"),
-    ("fp32", 2, "none"),
-    ("fp32", 3, "none"),
-    ("fp32", 1, "optimizer"),
-    ("fp32", 2, "optimizer"),
-    ("fp32", 3, "optimizer"),
-    ("fp32", 3, "parameters"),
-    ("autocast", 0, "none"),
-    ("autocast", 1, "none"),
-    ("autocast", 2, "none"),
-    ("autocast", 3, "none"),
-    ("bf16", 1, "none"),
-    ("bf16", 2, "none"),
-    ("bf16", 3, "none"),
-    ("bf16", 1, "optimizer"),
-    ("bf16", 2, "optimizer"),
-    ("bf16", 3, "parameters"),
-]
 
 
 @pytest.fixture
@@ -642,14 +622,6 @@ def test_without_variances_above_the_bound_it_is_torchs_adamw(world: World) -> N
 
 
 # --------------------------------------------------------------------------------------------------- two ranks
-
-
-def allow_every_precision() -> None:
-    """Compute in fp16 and bf16 on any CPU, also one that only emulates them."""
-    from deepspeed import get_accelerator
-
-    get_accelerator().is_fp16_supported = lambda: True
-    training.loop.fit.has_bfloat16_arithmetic = lambda device: True
 
 
 Mode = tuple[str, int, str]

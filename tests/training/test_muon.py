@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
-from test_modes import allow_every_precision
-from test_ranks import on_ranks
+from support import tiny
+from support.modes import allow_every_precision
+from support.ranks import on_ranks
 from torch import Tensor, nn
 from torch.optim import _muon
 

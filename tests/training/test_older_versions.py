@@ -1,14 +1,14 @@
 """What version 0.1 (commit 25307f4) wrote loads, and goes on as it would have gone on there.
 
-tests/fixtures/v0.1 was made by that version with the recipe of tests/training/tiny.py: a bundle, the transformer's
-checkpoint after 4 steps with a manifest, and the encoded tokens of the same shard.
+tests/fixtures/v0.1 was made by that version with the recipe of support/tiny.py: a bundle, the transformer's checkpoint
+after 4 steps with a manifest, and the encoded tokens of the same shard.
 """
 
 import shutil
 from pathlib import Path
 
 import pytest
-import tiny
+from support import tiny
 
 import training.cli.main
 import training.plan.machine

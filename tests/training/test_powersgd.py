@@ -8,12 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from PIL import Image
-from test_engine import Objective, config, data
-from test_ranks import on_ranks
+from support import tiny
+from support.engines import Objective, config, data
+from support.ranks import on_ranks
 from torch import Tensor, nn
 
 from dalle.model import DALLE

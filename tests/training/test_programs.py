@@ -7,9 +7,9 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import pytest
-import tiny
 import torch
 from PIL import Image
+from support import tiny
 
 import training.cli.main
 import training.demo.demo

@@ -1,28 +1,25 @@
 """Several ranks: two processes forked with everything imported, and the two launchers."""
 
-import contextlib
 import dataclasses
 import json
-import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
-from test_engine import Objective, config, data
+from support import tiny
+from support.engines import Objective, config, data
+from support.ranks import launch, losses_of, on_ranks, transformer_command
 
 import training.cli.main
 from dalle.pipeline import Pipeline
 from dvae import DVAE
-from rerank import CLIP, CLIPTokenizer
+from rerank import CLIP
 from training.engine.engine import Engine
 from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
@@ -30,58 +27,9 @@ from training.ranks.world import World, join_world, on_first_rank, require_same
 from training.recipes import recipe
 from training.stages.clip import CLIPObjective
 from training.stages.encode import EncodeConfig, encode_shards
-from training.stages.programs import Inputs, train_clip, train_tokenizer
+from training.stages.programs import Inputs, train_clip
 
 pytestmark = pytest.mark.slow
-
-N_RANKS = 2
-PATIENCE_S = 300
-PRELOADED = [
-    "torch",
-    "torch.utils.tensorboard",
-    "deepspeed",
-    "deepspeed.runtime.zero.muon.muon_optimizer",
-    "training.stages.programs",
-    "test_engine",
-]
-
-
-def _rank(
-    function: Callable[..., object], rank: int, n_ranks: int, store: str, arguments: tuple[Any, ...], answers: Any
-) -> None:
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(n_ranks), LOCAL_SIZE=str(n_ranks))
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
-    try:
-        answers.put((rank, function(join_world(), *arguments)))
-    except BaseException as error:
-        answers.put((rank, f"{type(error).__name__}: {error}"))
-    if dist.is_initialized():
-        dist.barrier()
-        dist.destroy_process_group()
-
-
-def on_ranks(folder: Path, function: Callable[..., object], *arguments: Any, n_ranks: int = N_RANKS) -> list[Any]:
-    """Call `function(world, *arguments)` on some ranks; returns what each returns, or "NameOfError: message"."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(PRELOADED)
-    answers = context.Queue()
-    folder.mkdir(exist_ok=True, parents=True)
-    store = folder / "store"
-    store.unlink(missing_ok=True)
-    processes = [
-        context.Process(target=_rank, args=(function, rank, n_ranks, str(store), arguments, answers))
-        for rank in range(n_ranks)
-    ]
-    for process in processes:
-        process.start()
-    try:
-        found = dict(answers.get(timeout=PATIENCE_S) for _ in processes)
-    finally:
-        for process in processes:
-            process.join(10)
-            process.kill()
-    return [found[rank] for rank in range(n_ranks)]
 
 
 # ----------------------------------------------------------------------------------------------------- two ranks
@@ -307,67 +255,12 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, sha
 
 
 @pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world, and a bundle of the demo's sizes without a transformer."""
-    folder = tmp_path_factory.mktemp("launch")
-    tiny.write_world(folder / "world", size=64)
-    chosen, out = recipe("demo"), folder / "bundle"
-    train_tokenizer(chosen, Inputs(data=[folder / "world"], out=out), lambda line: None)
-    torch.manual_seed(0)
-    DVAE(chosen.dvae.model).save(out / "dvae")
-    tokenizer = CLIPTokenizer.train(["a small red circle"], 300)
-    config = dataclasses.replace(chosen.clip.model, vocab_size=tokenizer.vocab_size)
-    CLIP(config, tokenizer).save(out / "clip")
-    return folder
-
-
-def transformer_command(folder: Path, bundle: Path, stage: int) -> list[str]:
-    command = ["transformer", "demo", "--data", str(folder / "world"), "--out", str(bundle), "--steps", "3"]
-    # at a high rate, AdamW's first steps would turn rounding in a gradient near 0 into a visible difference
-    command += ["--learning-rate", "1e-5", "--precision", "fp32"]
-    return [*command, "--global-batch", "4", "--log-every", "1", "--zero-stage", str(stage), "--workers", "0"]
-
-
-def losses_of(bundle: Path) -> list[float]:
-    lines = read_metrics(bundle / "training" / "transformer" / "metrics.jsonl")
-    return [line["loss"] for line in lines if line["split"] == "train"]
-
-
-@pytest.fixture(scope="module")
 def losses_of_one(untrained: Path) -> list[float]:
     bundle = shutil.copytree(untrained / "bundle", untrained / "one")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.cli.main, "leave_world", lambda **_: None)
         assert training.cli.main.main(transformer_command(untrained, bundle, 0)) == 0
     return losses_of(bundle)
-
-
-LAUNCHERS = {
-    "deepspeed": ["deepspeed", "--num_gpus", "2", "--no_python", "--no_local_rank", "--master_port"],
-    "torchrun": ["torchrun", "--nproc_per_node", "2", "--no-python", "--master_port"],
-}
-
-
-def launch(launcher: str, port: int, command: list[str]) -> tuple[int, str]:
-    """Run `dalle-train` under a launcher, in a session of its own, of which nothing is left afterwards."""
-    scripts = Path(sys.executable).parent
-    environment = {**os.environ, "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
-    environment["PATH"] = f"{scripts}{os.pathsep}{environment['PATH']}"
-    program, *options = LAUNCHERS[launcher]
-    process = subprocess.Popen(
-        [str(scripts / program), *options, str(port), str(scripts / "dalle-train"), *command],
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        start_new_session=True,
-    )
-    try:
-        output, _ = process.communicate(timeout=PATIENCE_S)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    return process.returncode, output
 
 
 @pytest.mark.parametrize(

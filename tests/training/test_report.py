@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from PIL import Image
-from test_fit import Run as FitRun
-from test_status import NOW, RunFolder
+from support import tiny
+from support.runs import Run as FitRun
+from support.status import NOW, RunFolder
 
 import training.cli.main
 from training.ranks.world import join_world

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
-import tiny
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
-from test_checkpoints import Killed, forge_digests, kill_at
-from test_engine import Bomb, Objective, config, data
-from test_fit import Run, send
-from test_modes import MODES, allow_every_precision
-from test_ranks import on_ranks
+from support import tiny
+from support.checkpoints import Killed, forge_digests, kill_at
+from support.engines import Bomb, Objective, config, data
+from support.modes import MODES, allow_every_precision
+from support.ranks import on_ranks
+from support.runs import Run, send
 
 import training.loop.fit
 from training.config import OptimizerConfig, TrainConfig

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from test_faults import wait_for
+from support.waiting import wait_for
 
 import training.ranks.side_by_side
 from training.ranks.side_by_side import Job, TimeLeft, run_jobs

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny
 
 import training.stages.transformer
 from dalle import sampling

@@ -6,11 +6,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 import torch
 from PIL import Image
-from test_fit import Run
-from test_ranks import on_ranks
+from support import tiny
+from support.ranks import on_ranks
+from support.runs import Run
 from torch import Tensor
 
 from training.data.batches import validation_batches

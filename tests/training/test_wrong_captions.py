@@ -6,8 +6,8 @@ from itertools import product
 
 import numpy as np
 import pytest
-import tiny
 import torch
+from support import tiny
 from torch import Tensor
 
 from rerank import CLIP, CLIPConfig, CLIPTokenizer

@@ -1,0 +1,123 @@
+"""A stage so small that a run takes no time, and `fit` in a folder of its own."""
+
+import os
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from dvae.images import open_image, to_tensor
+from training.config import TrainConfig
+from training.data.reader import Sample, ShardData
+from training.loop.fit import RunPlan, fit
+from training.metrics import read_metrics
+from training.ranks.world import World
+
+Prepare = Callable[[int], None]
+
+
+class Objective(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.model = nn.Linear(3, 1)
+
+    def forward(self, x: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
+        error = self.model(x + noise).squeeze(1) - x.sum(dim=1)
+        return scale * error.square().mean(), {"brightness": x.mean()}
+
+
+class MeanColours:
+    """A stage that learns the sum of a picture's mean colours."""
+
+    name, unit, units_per_sample = "colours", "images", 1
+
+    def __init__(self, directory: Path, at_step: Prepare | None = None, scale: float = 1.0) -> None:
+        self.directory, self.objective = directory, Objective()
+        self.at_step, self.scale = at_step, scale
+        self.exported: list[int] = []
+
+    def transform(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        x = to_tensor(open_image(sample.image_bytes, sample.source)).mean(dim=(1, 2))
+        return {"x": x + 0.01 * torch.from_numpy(rng.normal(size=3)).float()}
+
+    def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        return {"x": to_tensor(open_image(sample.image_bytes, sample.source)).mean(dim=(1, 2))}
+
+    def prepare(self, tensors: dict[str, Tensor], step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+        if self.at_step is not None:
+            self.at_step(step)
+        generator = torch.Generator().manual_seed(noise_seed)
+        noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
+        return {"x": tensors["x"], "noise": noise, "scale": self.scale}
+
+    def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
+        return Image.new("RGB", (4, 4)) if weights else None
+
+    def export(self, weights: Mapping[str, Tensor], step: int) -> None:
+        self.exported.append(step)
+        self.directory.mkdir(exist_ok=True)
+        save_file(dict(weights), self.directory / "model.safetensors")
+        (self.directory / "config.json").write_text("{}")
+
+
+class Run:
+    """`fit` in a folder of its own."""
+
+    def __init__(self, folder: Path, data: ShardData, world: World) -> None:
+        self.folder, self.data, self.world = folder, data, world
+        self.said: list[str] = []
+        self.stage = MeanColours(folder / "model")
+
+    def __call__(
+        self,
+        config: TrainConfig,
+        *,
+        at_step: Prepare | None = None,
+        scale: float = 1.0,
+        fresh: bool = False,
+        resume: bool = False,
+        resume_from: str | None = None,
+        recipe: str = "tiny",
+        validation: ShardData | None = None,
+        directory: Path | None = None,
+    ) -> None:
+        self.stage = MeanColours(directory or self.folder / "model", at_step, scale)
+        description = {"stage": "colours", "recipe": recipe, "model": {"width": 3}}
+        directory = self.folder / "run"
+        plan = RunPlan(
+            directory=directory, description=description, fresh=fresh, resume=resume, resume_from=resume_from
+        )
+        fit(self.stage, config, self.world, self.data, validation, plan, self.said.append)
+
+    @property
+    def losses(self) -> dict[int, float]:
+        lines = [line for line in read_metrics(self.folder / "run" / "metrics.jsonl") if line["split"] == "train"]
+        assert len({line["step"] for line in lines}) == len(lines), "each step has one line"
+        return {line["step"]: line["loss"] for line in lines}
+
+    @property
+    def weights(self) -> dict[str, list[float]]:
+        saved = load_file(self.folder / "model" / "model.safetensors")
+        return {name: tensor.flatten().tolist() for name, tensor in saved.items()}
+
+
+NewRun = Callable[[str], Run]
+
+
+def send(number: int, at: int) -> Prepare:
+    """Send this process a signal while step `at` is prepared."""
+
+    sent: list[int] = []
+
+    def prepare(step: int) -> None:
+        if step == at and not sent:
+            sent.append(number)
+            os.kill(os.getpid(), number)
+
+    return prepare
