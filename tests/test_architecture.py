@@ -30,7 +30,14 @@ PIPELINE = {"dalle.pipeline", "dalle.search"}
 
 _CORE = {"storage", "leaf", "dalle"}
 _MODELS = {"dvae", "rerank"}
-_TRAINING = {"training.schedules", "training.config", "training.metrics", "training.ranks", "training.drawings"}
+_TRAINING = {
+    "training.patches",
+    "training.schedules",
+    "training.config",
+    "training.metrics",
+    "training.ranks",
+    "training.drawings",
+}
 ROOMS: dict[str, set[str]] = {
     "storage": set(),
     "leaf": set(),
@@ -42,11 +49,12 @@ ROOMS: dict[str, set[str]] = {
     "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data", "dalle.output"},
     "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
     "dalle.cli": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline", "dalle.evaluation"},
+    "training.patches": set(),
     "training.schedules": set(),
     "training.config": {"training.schedules"},
     "training.metrics": {"storage", "dalle.output"},
     "training.drawings": set(),
-    "training.ranks": {"dalle.output", "training.metrics"},
+    "training.ranks": {"dalle.output", "training.metrics", "training.patches"},
     "training.report": {"storage", "dalle.output", "training.metrics"},
     "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
     "training.engine": {"storage", "dalle", *_TRAINING},
@@ -63,7 +71,7 @@ FACADE = "dalle"
 """dalle/__init__.py names the public classes for type checkers and imports them on first use."""
 
 LIBRARY_HOMES = {
-    "deepspeed": {"training/engine/checkpoints.py", "training/engine/engine.py", "training/engine/resharding.py"},
+    "deepspeed": {"training/engine/engine.py", "training/engine/resharding.py", "training/patches.py"},
     "webdataset": {"training/data/shards.py"},
     "tyro": {"dalle/cli/main.py", "dalle/cli/command.py", "training/cli/main.py", "training/cli/look.py"},
     "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
@@ -314,6 +322,33 @@ def test_each_library_is_imported_in_its_one_place() -> None:
     assert not wrong, "\n".join(wrong)
 
 
+def replaced_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
+    """The attributes of imported libraries that a file assigns, and the lines."""
+    libraries = ("deepspeed", "torch")
+    names = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            names |= {
+                alias.asname or alias.name.split(".")[0] for alias in node.names if alias.name.startswith(libraries)
+            }
+        elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith(libraries):
+            names |= {alias.asname or alias.name for alias in node.names}
+    for node in ast.walk(tree):
+        targets = node.targets if isinstance(node, ast.Assign) else []
+        for target in targets:
+            for part in target.elts if isinstance(target, ast.Tuple) else [target]:
+                name = ast.unparse(part)
+                if isinstance(part, ast.Attribute) and name.split(".")[0] in names and ".config." not in name:
+                    yield name, node.lineno
+
+
+def test_attributes_of_libraries_are_replaced_in_one_file() -> None:
+    found = {relative(path): list(replaced_attributes(parsed(path))) for path in sources()}
+    assert found.pop("training/patches.py")
+    wrong = [f"{file}:{line}: {name}" for file, assigned in found.items() for name, line in assigned]
+    assert not wrong, "\n".join(wrong)
+
+
 def test_there_is_no_utils() -> None:
     names = {"utils", "util", "helpers", "misc", "common"}
     found = [relative(path) for path in sources() if path.stem in names or path.parent.name in names]
@@ -349,8 +384,8 @@ def unsafe(call: ast.Call, name: str, file: str) -> str | None:
     last = name.rpartition(".")[2]
     if name == "torch.load":
         # DeepSpeed's checkpoints for resuming are torch files; everything for use is safetensors
-        is_home = file == "training/engine/checkpoints.py" and keyword(call, "weights_only") is True
-        return None if is_home else "torch.load is for training/engine/checkpoints.py alone, with weights_only=True"
+        is_home = file == "training/patches.py" and keyword(call, "weights_only") is True
+        return None if is_home else "torch.load is for training/patches.py alone, with weights_only=True"
     if name in {"eval", "exec", "compile", "__import__", "input"}:
         return f"{name} hides what a program does"
     if name in {"pickle.load", "pickle.loads", "pickle.dump", "pickle.dumps", "marshal.loads", "os.system", "os.popen"}:

@@ -19,7 +19,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
-import torch
 import torch.distributed as dist
 
 from storage.atomic import flush_names, replace_text
@@ -27,8 +26,6 @@ from training.ranks.world import World
 
 logger = logging.getLogger(__name__)
 
-WRITE_ERRORS = (OSError, RuntimeError)
-"""torch's zip writer raises RuntimeError when the disk is full."""
 READ_ERRORS = (
     OSError,
     RuntimeError,
@@ -236,35 +233,6 @@ def from_all_ranks(value: _Value, world: World) -> list[_Value]:
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-@contextmanager
-def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[None]:
-    """While it lasts, the files that DeepSpeed writes are listed in `written`.
-
-    Failing writes end up in `errors`, and no rank leaves the others in a barrier. The scripts that DeepSpeed would lay
-    beside its files are left out: they unpickle freely.
-    """
-    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
-    from deepspeed.runtime.engine import DeepSpeedEngine
-
-    originals = TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script
-
-    def save(engine: object, state_dict: Any, path: str) -> None:
-        try:
-            originals[0](engine, state_dict, path)
-            written.append(Path(path))
-        except WRITE_ERRORS as error:
-            errors.append(error)
-
-    def no_script(_engine: object, _path: str) -> None:
-        pass
-
-    TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = save, no_script
-    try:
-        yield
-    finally:
-        TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = originals
-
-
 def make_place(folder: Path) -> None:
     """Make an empty folder for a checkpoint, in place of one that is there."""
     drop(folder)
@@ -327,37 +295,9 @@ def go_on_from(directory: Path, tag: str) -> None:
 
 
 @contextmanager
-def tensors_only() -> Iterator[None]:
-    """While it lasts, torch.load reads tensors and plain containers, and DeepSpeed executes nothing of checkpoints.
-
-    0.19.8 asks for free unpickling wherever it reads a checkpoint, converts one or loads what was converted.
-    """
-    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
-    from deepspeed.runtime.zero.config import ZeroStageEnum
-    from deepspeed.utils.tensor_fragment import fragment_address
-
-    original = torch.load
-
-    def load(file: Any, map_location: Any = None, **_: Any) -> Any:
-        return original(file, map_location=map_location, weights_only=True)
-
-    torch.load = load  # type: ignore[assignment]  # narrower than what it replaces
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]):
-            yield
-    finally:
-        torch.load = original
-
-
-@contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
     """Give a folder a path without special characters, for a while: 0.19.8 takes paths for patterns."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "checkpoints"
         link.symlink_to(directory.resolve(), target_is_directory=True)
         yield link
-
-
-def read_tensors(path: Path) -> Any:
-    """Return the tensors and plain containers in a file of DeepSpeed's, on the CPU."""
-    return torch.load(path, map_location="cpu", weights_only=True)

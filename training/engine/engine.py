@@ -8,13 +8,11 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
@@ -26,7 +24,6 @@ from training.engine.adamw import VarianceClippedAdamW
 from training.engine.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
-    WRITE_ERRORS,
     Mark,
     candidates,
     checkpoint_tag,
@@ -40,8 +37,6 @@ from training.engine.checkpoints import (
     plain_path,
     publish,
     read_note,
-    tensors_only,
-    writes_recorded,
 )
 from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
 from training.engine.ema import EMA
@@ -49,6 +44,14 @@ from training.engine.muon import MuonAdamW, block_matrices
 from training.engine.random_states import random_states, restore_random_states
 from training.engine.reduction import Reduction
 from training.metrics import Report
+from training.patches import (
+    WRITE_ERRORS,
+    any_shape_broadcast,
+    leave_gradients_whole,
+    quiet_start,
+    tensors_only,
+    writes_recorded,
+)
 from training.ranks.world import World, agree, on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -144,7 +147,7 @@ class Engine:
         if self.stage == 0:
             self._norm = torch.zeros(())
             optimizer.register_step_pre_hook(self._clip)
-            self._engine.clip_fp32_gradients = lambda: None  # 0.19.8 would measure the norm once more, and not tell it
+            leave_gradients_whole(self._engine)
         self.taken: int | Tensor = 1
         """Whether the last step was taken: 1 or 0, as a 0-d tensor where only the GPU knows."""
         self.was_overflow = False
@@ -445,19 +448,13 @@ def _initialize(
     """Return DeepSpeed's engine, with no operator compiled at start-up and its chatter kept to warnings."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
-    import deepspeed.ops
-    from deepspeed.runtime import bf16_optimizer
     from deepspeed.utils import logger as deepspeed_logger
 
     deepspeed_logger.setLevel(logging.ERROR)
-    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # 0.19.8 prints, whatever the level of its log
+    quiet_start()
     _require_arithmetic(config)
-    if deepspeed.get_accelerator().device_name() == "cpu":
-        # 0.19.8 would compile a shared-memory all-reduce here, which takes 27 s, hangs for ever on a stale lock, and
-        # only serves inference.
-        deepspeed.ops.__compatible_ops__ = {}
     try:
-        with _any_shape_broadcast():
+        with any_shape_broadcast():
             engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
     except Exception as error:
         if user_path is None:
@@ -479,30 +476,3 @@ def _require_arithmetic(config: Mapping[str, Any]) -> None:
         if config.get(name, {}).get("enabled") and not is_there():
             others = "fp32 or autocast" if name == "bf16" else "bf16, autocast or fp32"
             raise ValueError(f"this {device.device_name()} does not compute in {name}: use precision {others}")
-
-
-@contextmanager
-def _any_shape_broadcast() -> Iterator[None]:
-    """While it lasts, DeepSpeed gives all ranks the first one's weights whatever their shape and memory layout.
-
-    0.19.8 views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
-    """
-    from deepspeed.runtime.engine import DeepSpeedEngine
-    from deepspeed.runtime.zero.partition_parameters import Init
-
-    def broadcast(engine: Any) -> None:
-        for parameter in engine.module.parameters():
-            dist.broadcast(parameter.data, src=0)
-
-    def partition(init: Any, parameter: Any) -> None:  # of stage 3
-        init._convert_to_deepspeed_param(parameter)
-        parameter.data = parameter.data.contiguous()
-        dist.broadcast(parameter.data, src=0)
-        parameter.partition()
-
-    originals = DeepSpeedEngine._broadcast_model, Init._zero_init_param
-    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, partition
-    try:
-        yield
-    finally:
-        DeepSpeedEngine._broadcast_model, Init._zero_init_param = originals

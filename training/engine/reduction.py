@@ -6,9 +6,8 @@ rank while the backward pass still runs. DeepSpeed 0.19.8 is pinned: this replac
 """
 
 import json
-from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -18,12 +17,10 @@ from storage.atomic import write_public
 from training.config import TrainConfig
 from training.engine.gradient_scaling import ResblockScaling, require_transformer, run_in_float16
 from training.engine.powersgd import PowerSGD, compressed_names
+from training.patches import GradientOf, around_all_reduce, around_partitioning
 from training.ranks.world import World
 
 SCALES_FILE = "gradient_scales.json"
-
-Change = Callable[[Mapping[str, Tensor]], None]
-"""Changes gradients, by the names of their parameters, in place."""
 
 
 class Reduction:
@@ -73,13 +70,14 @@ class Reduction:
             )
         is_reduction = self._powersgd is not None
         if not hasattr(optimizer, "reduce_gradients"):
-            _around_all_reduce(engine, self._model, self._change, is_reduction=is_reduction)
+            around_all_reduce(engine, self._change, is_reduction=is_reduction)
         elif is_reduction and (optimizer.reduce_scatter or optimizer.overlap_comm):
             raise ValueError(f"{option} needs zero_optimization.reduce_scatter and overlap_comm to be false")
         else:
-            _around_partitioning(optimizer, self._model, self._change, is_reduction=is_reduction)
+            around_partitioning(optimizer, self._change, is_reduction=is_reduction)
 
-    def _change(self, gradients: Mapping[str, Tensor]) -> None:
+    def _change(self, gradient_of: GradientOf) -> None:
+        gradients = _gradients(self._model, gradient_of)
         if self._scaling is not None:
             self._scaling.unscale_(gradients)
         if self._powersgd is not None:
@@ -135,47 +133,7 @@ def _errors_file(folder: Path, rank: int) -> Path:
     return folder / f"powersgd_rank{rank:05d}.safetensors"
 
 
-def _around_all_reduce(engine: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
-
-    So it is at stage 0, and at stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
-    """
-    reduce = engine.buffered_allreduce_fallback
-    keeps_float32 = engine.zero_optimization_stage() == 1
-
-    def gradient(parameter: Any) -> Tensor | None:
-        if keeps_float32 and parameter._hp_grad is not None:
-            return cast(Tensor, parameter._hp_grad.view_as(parameter))
-        return cast(Tensor | None, parameter.grad)
-
-    def changed(grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
-        change(_gradients(model, gradient))
-        if not is_reduction:
-            reduce(grads=grads, elements_per_buffer=elements_per_buffer)
-
-    engine.buffered_allreduce_fallback = changed
-
-
-def _around_partitioning(optimizer: Any, model: nn.Module, change: Change, *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed gives each rank its part of their mean, or as the mean.
-
-    So it is at stage 1.
-    """
-    reduce = optimizer.reduce_gradients
-
-    def changed(pipeline_parallel: bool = False) -> None:
-        change(_gradients(model, optimizer.get_gradient_for_reduction))
-        reduce(pipeline_parallel=pipeline_parallel)
-
-    def as_it_is(tensor: Tensor, *_: object) -> Tensor:
-        return tensor
-
-    optimizer.reduce_gradients = changed
-    if is_reduction:
-        optimizer.gradient_reduction_w_predivide = as_it_is
-
-
-def _gradients(model: nn.Module, of: Callable[[nn.Parameter], Tensor | None]) -> dict[str, Tensor]:
+def _gradients(model: nn.Module, of: GradientOf) -> dict[str, Tensor]:
     """Return the gradients by name; zeros where a parameter had no part in the loss, so that ranks have the same."""
     gradients = {}
     for name, parameter in model.named_parameters():

@@ -8,19 +8,16 @@ The comments marked "0.19.8" say what that version gets wrong, and is made good.
 
 import contextlib
 import io
-import os
 import shutil
 from argparse import Namespace
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from training.engine.checkpoints import READ_ERRORS, UNIVERSAL, plain_path, read_tensors, tensors_only
+from training.engine.checkpoints import READ_ERRORS, UNIVERSAL, plain_path
 from training.engine.muon import MuonAdamW
+from training.patches import loading_universal, scalars_of_one_dimension, tensors_only, two_moments
 
 
 def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int]) -> bool:
@@ -67,7 +64,7 @@ def convert(directory: Path, tag: str) -> None:
                 strict=True,
                 inject_missing_state=True,
             )
-            with contextlib.redirect_stderr(io.StringIO()), _scalars_of_one_dimension(), _two_moments():
+            with contextlib.redirect_stderr(io.StringIO()), scalars_of_one_dimension(), two_moments():
                 ds_to_universal.main(arguments)
     except OSError:
         shutil.rmtree(folder, ignore_errors=True)
@@ -81,43 +78,6 @@ def convert(directory: Path, tag: str) -> None:
         ) from error
 
 
-@contextmanager
-def _two_moments() -> Iterator[None]:
-    """While it lasts, all parameters seem to have AdamW's two moments (0.19.8 converts nothing else)."""
-    original = torch.load
-
-    def load(*arguments: Any, **options: Any) -> Any:
-        loaded = original(*arguments, **options)
-        optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
-        for name in ("base_optimizer_state", "optimizer_state_dict"):  # of stages 1 and 2, of stage 3
-            for state in (optimizer or {}).get(name, {}).get("state", {}).values():
-                state.setdefault("exp_avg_sq", state["exp_avg"])
-        return loaded
-
-    torch.load = load
-    try:
-        yield
-    finally:
-        torch.load = original
-
-
-@contextmanager
-def _scalars_of_one_dimension() -> Iterator[None]:
-    """While it lasts, scalars such as CLIP's logit scale are put together, too (0.19.8 cannot concatenate them)."""
-    from deepspeed.checkpoint import ds_to_universal
-
-    original = ds_to_universal._group_per_tp_shapes
-
-    def shapes(*arguments: Any) -> dict[str, list[torch.Size]]:
-        return {name: [shape or torch.Size([1]) for shape in each] for name, each in original(*arguments).items()}
-
-    ds_to_universal._group_per_tp_shapes = shapes
-    try:
-        yield
-    finally:
-        ds_to_universal._group_per_tp_shapes = original
-
-
 def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     """Load this rank's share of a converted checkpoint; returns the path, or None if files are missing.
 
@@ -125,12 +85,8 @@ def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     groups: 0.19.8 gives all groups of stage 3 the first one's, such as its weight decay.
     """
     optimizer = engine.optimizer.optimizer
-    engine._config.load_universal_checkpoint = True
-    try:
-        with _empty_shares():
-            path, _ = engine.load_checkpoint(str(folder), tag=tag)
-    finally:
-        engine._config.load_universal_checkpoint = False
+    with loading_universal(engine):
+        path, _ = engine.load_checkpoint(str(folder), tag=tag)
     # 0.19.8 gives all parameters of stage 3 one and the same step counter, which each of them then advances
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
@@ -138,37 +94,3 @@ def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     if isinstance(optimizer, MuonAdamW):
         optimizer.forget_variances()
     return None if path is None else str(path)
-
-
-@contextmanager
-def _empty_shares() -> Iterator[None]:
-    """While it lasts, a rank whose share of a group is nothing but padding has nothing to load (0.19.8: IndexError)."""
-    from deepspeed.runtime.base_optimizer import ZeROOptimizer
-    from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
-
-    def load_shares(zero: Any, groups_name: str, folder: str) -> None:
-        common = read_tensors(Path(folder) / "zero" / "optimizer_state.pt")
-        zero._load_global_state(common)
-        for group, parameters in zip(zero.optimizer.param_groups, getattr(zero, groups_name), strict=True):
-            own = [parameter for parameter in parameters if parameter._hp_mapping is not None]
-            if not own:
-                continue
-            names = [os.path.join(folder, "zero", zero.param_names[parameter]) for parameter in own]
-            steps = [parameter.load_hp_checkpoint_state(name, 0, 1) for parameter, name in zip(own, names, strict=True)]
-            if any(step != steps[0] for step in steps):
-                raise ValueError(f"the parameters were trained for different numbers of steps: {steps}")
-            if "momentum" in group:  # Muon's: what stood for the second moment
-                for parameter in own:
-                    del parameter._hp_mapping.optim_fragment["exp_avg_sq"]
-            keys = {key for parameter in own for key in parameter._hp_mapping.get_optim_state_keys()}
-            flat = group["params"][0]
-            map_to_flat_opt_states(flat, parameters, zero.optimizer.state, keys)
-            if steps[0] is not None:
-                zero.optimizer.state[flat]["step"] = steps[0]
-
-    original = ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir
-    ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_shares
-    try:
-        yield
-    finally:
-        ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = original

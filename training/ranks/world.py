@@ -13,8 +13,9 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.distributed import PrefixStore, Store, TCPStore, distributed_c10d  # type: ignore[attr-defined]  # as below
+from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # as below
 
+from training.patches import set_group_timeout
 from training.ranks.watchdog import (
     ATTEMPT,
     FIRST_STEP_FACTOR,
@@ -118,9 +119,7 @@ def _meet(backend: str, timeout_s: float) -> Watch:
     # A rank that is gone breaks the connection, and a run that hangs is for the watch, which leaves stacks. What is no
     # run, such as training the tokenizer on the first rank, may take as long as it likes.
     group_timeout = max(LONGEST_WAIT, timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s))
-    # DeepSpeed makes groups of its own, which would have these defaults: 30 minutes, 10 with NCCL
-    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
-        setattr(distributed_c10d, name, group_timeout)
+    set_group_timeout(group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=group_timeout)
     return watch
 

@@ -1,0 +1,260 @@
+"""What DeepSpeed 0.19.8 and torch 2.13 have replaced in them, each with its reason; nothing else is replaced anywhere.
+
+tests/training/test_patches.py shows the defects, and fails when another version mends one. Most of these are context
+managers: outside of them the libraries are as they were.
+"""
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed import distributed_c10d
+
+WRITE_ERRORS = (OSError, RuntimeError)
+"""What torch raises for a file that cannot be written: its zip writer a RuntimeError when the disk is full."""
+
+# ---- starting -----------------------------------------------------------------------------------------------
+
+
+def set_group_timeout(timeout: timedelta) -> None:
+    """Let process groups that DeepSpeed makes have this timeout: their defaults are 30 minutes, 10 with NCCL."""
+    for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
+        setattr(distributed_c10d, name, timeout)
+
+
+def quiet_start() -> None:
+    """Let DeepSpeed start without printing memory, which it does at any level of its log, and without a compiler.
+
+    On a CPU it would compile a shared-memory all-reduce, which takes 27 s, hangs for ever on a stale lock, and only
+    serves inference.
+    """
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.runtime import bf16_optimizer
+
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None
+    if deepspeed.get_accelerator().device_name() == "cpu":
+        deepspeed.ops.__compatible_ops__ = {}
+
+
+@contextmanager
+def any_shape_broadcast() -> Iterator[None]:
+    """Let DeepSpeed give all ranks the first one's weights whatever their shape and memory layout.
+
+    It views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
+    """
+    from deepspeed.runtime.engine import DeepSpeedEngine
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    def broadcast(engine: Any) -> None:
+        for parameter in engine.module.parameters():
+            dist.broadcast(parameter.data, src=0)
+
+    def partition(init: Any, parameter: Any) -> None:  # of stage 3
+        init._convert_to_deepspeed_param(parameter)
+        parameter.data = parameter.data.contiguous()
+        dist.broadcast(parameter.data, src=0)
+        parameter.partition()
+
+    originals = DeepSpeedEngine._broadcast_model, Init._zero_init_param
+    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, partition
+    try:
+        yield
+    finally:
+        DeepSpeedEngine._broadcast_model, Init._zero_init_param = originals
+
+
+def leave_gradients_whole(engine: Any) -> None:
+    """Let an engine at stage 0 not clip by itself: it would measure the norm once more, and not tell it."""
+    engine.clip_fp32_gradients = lambda: None
+
+
+# ---- gradients ----------------------------------------------------------------------------------------------
+
+GradientOf = Callable[[Any], Tensor | None]
+"""Where the gradient of a parameter is."""
+
+
+def around_all_reduce(engine: Any, change: Callable[[GradientOf], None], *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
+
+    So it is at stage 0, and at stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
+    """
+    reduce = engine.buffered_allreduce_fallback
+    keeps_float32 = engine.zero_optimization_stage() == 1
+
+    def gradient(parameter: Any) -> Tensor | None:
+        if keeps_float32 and parameter._hp_grad is not None:
+            return cast(Tensor, parameter._hp_grad.view_as(parameter))
+        return cast(Tensor | None, parameter.grad)
+
+    def changed(grads: Any = None, elements_per_buffer: int = 500_000_000) -> None:
+        change(gradient)
+        if not is_reduction:
+            reduce(grads=grads, elements_per_buffer=elements_per_buffer)
+
+    engine.buffered_allreduce_fallback = changed
+
+
+def around_partitioning(optimizer: Any, change: Callable[[GradientOf], None], *, is_reduction: bool) -> None:
+    """Let `change` have the gradients before DeepSpeed gives each rank its part of their mean, or as the mean.
+
+    So it is at stage 1.
+    """
+    reduce = optimizer.reduce_gradients
+
+    def changed(pipeline_parallel: bool = False) -> None:
+        change(optimizer.get_gradient_for_reduction)
+        reduce(pipeline_parallel=pipeline_parallel)
+
+    def as_it_is(tensor: Tensor, *_: object) -> Tensor:
+        return tensor
+
+    optimizer.reduce_gradients = changed
+    if is_reduction:
+        optimizer.gradient_reduction_w_predivide = as_it_is
+
+
+# ---- checkpoints --------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[None]:
+    """List the files that DeepSpeed writes in `written`.
+
+    Failing writes end up in `errors`, and no rank leaves the others in a barrier. The scripts that DeepSpeed would lay
+    beside its files are left out: they unpickle freely.
+    """
+    from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
+    from deepspeed.runtime.engine import DeepSpeedEngine
+
+    originals = TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script
+
+    def save(engine: object, state_dict: Any, path: str) -> None:
+        try:
+            originals[0](engine, state_dict, path)
+            written.append(Path(path))
+        except WRITE_ERRORS as error:
+            errors.append(error)
+
+    def no_script(_engine: object, _path: str) -> None:
+        pass
+
+    TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = save, no_script
+    try:
+        yield
+    finally:
+        TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = originals
+
+
+@contextmanager
+def tensors_only() -> Iterator[None]:
+    """Let torch.load read tensors and plain containers, so that DeepSpeed executes nothing of checkpoints.
+
+    It asks for free unpickling wherever it reads a checkpoint, converts one or loads what was converted.
+    """
+    from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
+    from deepspeed.runtime.zero.config import ZeroStageEnum
+    from deepspeed.utils.tensor_fragment import fragment_address
+
+    original = torch.load
+
+    def load(file: Any, map_location: Any = None, **_: Any) -> Any:
+        return original(file, map_location=map_location, weights_only=True)
+
+    torch.load = load  # type: ignore[assignment]  # narrower than what it replaces
+    try:
+        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]):
+            yield
+    finally:
+        torch.load = original
+
+
+def read_tensors(path: Path) -> Any:
+    """Return the tensors and plain containers in a file of DeepSpeed's, on the CPU."""
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+# ---- another number of ranks --------------------------------------------------------------------------------
+
+
+@contextmanager
+def two_moments() -> Iterator[None]:
+    """Let all parameters seem to have AdamW's two moments: DeepSpeed converts nothing else, and Muon has one."""
+    original = torch.load
+
+    def load(*arguments: Any, **options: Any) -> Any:
+        loaded = original(*arguments, **options)
+        optimizer = loaded.get("optimizer_state_dict") if isinstance(loaded, dict) else None
+        for name in ("base_optimizer_state", "optimizer_state_dict"):  # of stages 1 and 2, of stage 3
+            for state in (optimizer or {}).get(name, {}).get("state", {}).values():
+                state.setdefault("exp_avg_sq", state["exp_avg"])
+        return loaded
+
+    torch.load = load
+    try:
+        yield
+    finally:
+        torch.load = original
+
+
+@contextmanager
+def scalars_of_one_dimension() -> Iterator[None]:
+    """Let scalars such as CLIP's logit scale be put together, too: DeepSpeed cannot concatenate them."""
+    from deepspeed.checkpoint import ds_to_universal
+
+    original = ds_to_universal._group_per_tp_shapes
+
+    def shapes(*arguments: Any) -> dict[str, list[torch.Size]]:
+        return {name: [shape or torch.Size([1]) for shape in each] for name, each in original(*arguments).items()}
+
+    ds_to_universal._group_per_tp_shapes = shapes
+    try:
+        yield
+    finally:
+        ds_to_universal._group_per_tp_shapes = original
+
+
+@contextmanager
+def loading_universal(engine: Any) -> Iterator[None]:
+    """Let an engine load what was converted.
+
+    A rank whose share of a group is nothing but padding then has nothing to load, where DeepSpeed raises an IndexError.
+    """
+    from deepspeed.runtime.base_optimizer import ZeROOptimizer
+    from deepspeed.utils.tensor_fragment import map_to_flat_opt_states
+
+    def load_shares(zero: Any, groups_name: str, folder: str) -> None:
+        common = read_tensors(Path(folder) / "zero" / "optimizer_state.pt")
+        zero._load_global_state(common)
+        for group, parameters in zip(zero.optimizer.param_groups, getattr(zero, groups_name), strict=True):
+            own = [parameter for parameter in parameters if parameter._hp_mapping is not None]
+            if not own:
+                continue
+            names = [os.path.join(folder, "zero", zero.param_names[parameter]) for parameter in own]
+            steps = [parameter.load_hp_checkpoint_state(name, 0, 1) for parameter, name in zip(own, names, strict=True)]
+            if any(step != steps[0] for step in steps):
+                raise ValueError(f"the parameters were trained for different numbers of steps: {steps}")
+            if "momentum" in group:  # Muon's: what stood for the second moment
+                for parameter in own:
+                    del parameter._hp_mapping.optim_fragment["exp_avg_sq"]
+            keys = {key for parameter in own for key in parameter._hp_mapping.get_optim_state_keys()}
+            flat = group["params"][0]
+            map_to_flat_opt_states(flat, parameters, zero.optimizer.state, keys)
+            if steps[0] is not None:
+                zero.optimizer.state[flat]["step"] = steps[0]
+
+    original = ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir
+    ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_shares
+    engine._config.load_universal_checkpoint = True
+    try:
+        yield
+    finally:
+        engine._config.load_universal_checkpoint = False
+        ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = original
