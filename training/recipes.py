@@ -248,7 +248,7 @@ def _cpu_clip(image_size: int, patch_size: int, context_length: int, steps: int)
 
 def _demo_clip() -> CLIPRecipe:
     """Return a CLIP that is shown wrong captions of the built-in world, so that it has to hear order."""
-    base = _cpu_clip(48, 6, 26, steps=220)
+    base = _cpu_clip(48, 6, 26, steps=300)
     rate = WarmupCosine(peak=2e-3, warmup=50, steps=200, final=5e-4)
     warmup = dataclasses.replace(
         base.train, steps=200, global_batch=32, learning_rate=rate, validate_every=_four_times(200)
@@ -266,11 +266,11 @@ def _demo_clip() -> CLIPRecipe:
 
 def _demo_dvae() -> DVAERecipe:
     """Return a dVAE whose tokens tell of their own pixels alone, and of no grain: a small transformer learns them."""
-    base = _cpu_dvae(48, 1024, warmup_steps=1000, steps=100)
+    base = _cpu_dvae(48, 1024, warmup_steps=1200, steps=100)
     return dataclasses.replace(
         base,
         model=dataclasses.replace(base.model, encoder_kernel=1),
-        warmup_noise=Cosine(start=0.0, end=0.15, steps=1000),
+        warmup_noise=Cosine(start=0.0, end=0.15, steps=1200),
     )
 
 
@@ -286,7 +286,7 @@ def demo() -> Recipe:
         dvae=_demo_dvae(),
         transformer=_cpu_transformer(
             model,
-            steps=950,
+            steps=1100,
             batch=16,
             peak=3e-3,
             bpe_dropout=0.0,

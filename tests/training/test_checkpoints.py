@@ -20,8 +20,9 @@ from support.runs import NewRun, Run, send
 
 import training.cli.main
 from training.config import OptimizerConfig
-from training.engine.checkpoints import candidates, latest_tag, mark_of, read_note, tensors_only, write_note
+from training.engine.checkpoints import candidates, latest_tag, mark_of, read_note, write_note
 from training.engine.engine import Engine
+from training.patches import tensors_only
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
 from training.stages.dvae import WarmupStage

@@ -370,8 +370,8 @@ def test_the_transformer_preview_has_a_sample_for_each_caption(tmp_path: Path, d
 
 
 def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data: ShardData) -> None:
-    recipe = tiny.recipe(steps=120, global_batch=12, log_every=30).clip
-    train = dataclasses.replace(recipe.train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=120))
+    recipe = tiny.recipe(steps=200, global_batch=12, log_every=30).clip
+    train = dataclasses.replace(recipe.train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=200))
     captions = [caption for index in range(len(data)) for caption in data.captions(index)]
     tokenizer = CLIPTokenizer.train(captions, 300)
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size, context_length=64)
