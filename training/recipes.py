@@ -56,6 +56,12 @@ class TransformerRecipe:
     """Fraction of captions replaced by the empty one, which guidance needs; off in the paper."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
+    first_captions: int = 0
+    """In the first `first_share` of the steps, read only so many of a picture's captions, the first ones; 0 for all, as
+    in the paper. In the built-in world those name the left or upper thing first: which words belong to which thing is
+    learnt from these sooner."""
+    first_share: float = 0.4
+    """Share of the steps, in [0, 1]."""
     init_scale: float = 1.0
     """Factor of the first weights' standard deviations; 1 as in the Sparse Transformer. See `DALLE.initialise`."""
     init_from_codebook: bool = False
@@ -64,6 +70,11 @@ class TransformerRecipe:
     def __post_init__(self) -> None:
         if not 0 < self.init_scale < math.inf:
             raise ValueError(f"init_scale must be a number above 0, got {self.init_scale}")
+        if self.first_captions < 0 or not 0 <= self.first_share <= 1:
+            raise ValueError(
+                "first_captions must be at least 0 and first_share in [0, 1], "
+                f"got {self.first_captions} and {self.first_share}"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -141,6 +152,9 @@ DVAE_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient
 """A.2 of the paper, which clips nothing."""
 
 
+FROM_ONE_END = 5
+"""Captions of the built-in world that are told from the left or from above: the first ones of each picture."""
+
 # ---- minutes on a CPU -------------------------------------------------------------------------------------
 
 
@@ -189,6 +203,7 @@ def _cpu_transformer(
     peak: float,
     bpe_dropout: float = 0.1,
     sampling: SamplingDefaults | None = None,
+    first_captions: int = 0,
 ) -> TransformerRecipe:
     """Return a transformer run short enough for a CPU: a cosine, no plateaus, and an average over fewer steps.
 
@@ -213,6 +228,7 @@ def _cpu_transformer(
         bpe_dropout=bpe_dropout,
         init_scale=8.0,
         init_from_codebook=True,
+        first_captions=first_captions,
         sampling=sampling or SamplingDefaults(),
     )
 
@@ -256,7 +272,7 @@ def _demo_clip() -> CLIPRecipe:
     return dataclasses.replace(
         base,
         warmup=warmup,
-        warmup_captions=5,  # those from the left or from above
+        warmup_captions=FROM_ONE_END,
         hard_negatives=2,
         wrong_captions="world",
         paraphrases=True,
@@ -291,6 +307,7 @@ def demo() -> Recipe:
             peak=3e-3,
             bpe_dropout=0.0,
             sampling=SamplingDefaults(temperature=0.3),
+            first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
     )

@@ -369,6 +369,26 @@ def test_the_transformer_preview_has_a_sample_for_each_caption(tmp_path: Path, d
 # --------------------------------------------------------------------------------------------------------- CLIP
 
 
+def test_in_its_first_steps_the_transformer_may_read_the_first_captions_only(data: ShardData) -> None:
+    made = tiny.recipe(steps=10, global_batch=4).transformer
+    recipe = dataclasses.replace(made, first_captions=5, first_share=0.5, bpe_dropout=0.0)
+    captions = [caption for index in range(len(data)) for caption in data.captions(index)]
+    tokenizer = Tokenizer.train(captions, vocab_size=400)
+    dvae = DVAE(tiny.recipe().dvae.model)
+    model = DALLE(dataclasses.replace(recipe.model, text_vocab=tokenizer.vocab_size, text_len=64))
+    stage = TransformerStage(recipe, model, tokenizer, dvae, Path("unused"), [], {})
+    sample = data.read(0)
+
+    def read(position: int) -> set[int]:
+        placed = dataclasses.replace(sample, position=position)
+        texts = [stage.transform(placed, np.random.default_rng(seed))["text"] for seed in range(80)]
+        all_texts = tokenizer.text(sample.captions, 64)[0]
+        return {k for text in texts for k in range(10) if torch.equal(text, all_texts[k])}
+
+    assert read(0) == read(19) == {0, 1, 2, 3, 4}
+    assert read(20) == set(range(10))
+
+
 def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data: ShardData) -> None:
     recipe = tiny.recipe(steps=200, global_batch=12, log_every=30).clip
     train = dataclasses.replace(recipe.train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=200))

@@ -9,6 +9,7 @@ The sample at a position of the sequence is a function of (seed, position) alone
 epoch, key): neither the number of workers nor that of ranks changes what is seen.
 """
 
+import dataclasses
 import itertools
 import logging
 import math
@@ -95,7 +96,7 @@ class _Positions(Dataset[_Read]):
             for attempt in range(min(n, 1 + _REPLACEMENTS)):
                 i = int(order[(place + attempt) % n])
                 try:
-                    sample = self._data.read(i)
+                    sample = dataclasses.replace(self._data.read(i), position=position)
                     tensors.append(self._transform(sample, sample_rng(self._seed, epoch, sample.key, "training")))
                 except (ValueError, OSError) as error:
                     if attempt == 0:  # the others are counted at their own positions

@@ -54,6 +54,8 @@ class Sample:
     """"SHARD: MEMBER", to name the picture in messages."""
     image_tokens: NDArray[np.integer[Any]] | None = None
     """(V,Y,X) tokens of the picture's views, the centre crop first; None where there is a picture."""
+    position: int = 0
+    """Its place in the endless sequence of training, the same for any number of ranks and workers."""
 
 
 @dataclass(frozen=True, kw_only=True)

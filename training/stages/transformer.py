@@ -101,6 +101,7 @@ class TransformerStage:
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the augmented picture (Listing 2) and the ids of one caption, or by chance of the empty one.
 
+        In the first steps it may be one of the first captions only: see `TransformerRecipe.first_captions`.
         The ids are those of BPE dropout. In place of the picture, a sample that was encoded has the tokens of one of
         its random crops.
         """
@@ -109,7 +110,10 @@ class TransformerStage:
             image = {"images": to_tensor(transformer_augmentation(picture, self._dvae.config.image_size, rng))}
         else:
             image = _one_view(sample.image_tokens, int(rng.integers(1, len(sample.image_tokens))))
-        caption = sample.captions[rng.integers(len(sample.captions))]
+        captions, train = sample.captions, self.recipe.train
+        if self.recipe.first_captions and sample.position < self.recipe.first_share * train.steps * train.global_batch:
+            captions = captions[: self.recipe.first_captions]
+        caption = captions[rng.integers(len(captions))]
         is_null = rng.random() < self.recipe.null_caption_probability
         text, n_cut = self._tokenizer.text(
             ["" if is_null else caption], self._config.text_len, dropout=self.recipe.bpe_dropout, rngs=[rng]
