@@ -13,9 +13,7 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher.runner import fetch_hostfile
-from support.ranks import LAUNCHERS, launch, losses_of, transformer_command, untrained
-
-__all__ = ["untrained"]  # a fixture
+from support.ranks import LAUNCHERS, launch, losses_of, transformer_command
 
 pytestmark = pytest.mark.slow
 

@@ -1,7 +1,6 @@
 """Functions on several ranks, and programs under every launcher."""
 
 import contextlib
-import dataclasses
 import multiprocessing
 import os
 import signal
@@ -11,17 +10,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 import torch.distributed as dist
 
-from dvae import DVAE
-from rerank import CLIP, CLIPTokenizer
-from support import tiny
 from training.metrics import read_metrics
 from training.ranks.world import join_world
-from training.recipes import recipe
-from training.stages.programs import Inputs, train_tokenizer
 
 N_RANKS = 2
 PATIENCE_S = 300
@@ -71,21 +64,6 @@ def on_ranks(folder: Path, function: Callable[..., object], *arguments: Any, n_r
             process.join(10)
             process.kill()
     return [found[rank] for rank in range(n_ranks)]
-
-
-@pytest.fixture(scope="module")
-def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A world, and a bundle of the demo's sizes without a transformer."""
-    folder = tmp_path_factory.mktemp("launch")
-    tiny.write_world(folder / "world", size=64)
-    chosen, out = recipe("demo"), folder / "bundle"
-    train_tokenizer(chosen, Inputs(data=[folder / "world"], out=out), lambda line: None)
-    torch.manual_seed(0)
-    DVAE(chosen.dvae.model).save(out / "dvae")
-    tokenizer = CLIPTokenizer.train(["a small red circle"], 300)
-    config = dataclasses.replace(chosen.clip.model, vocab_size=tokenizer.vocab_size)
-    CLIP(config, tokenizer).save(out / "clip")
-    return folder
 
 
 def transformer_command(folder: Path, bundle: Path, stage: int) -> list[str]:
