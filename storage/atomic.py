@@ -11,6 +11,9 @@ from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
+PARTIAL = ".partial"
+"""How the names of hidden files and folders end that are being written."""
+
 
 def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
     """Let `write` make a file beside `path`, then put it in its place.
@@ -23,7 +26,7 @@ def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
         OSError: what `write` or the renaming raises; the older file is then still there.
     """
     path = Path(path)
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
     try:
         write_public(partial, write)
         flush(partial)
@@ -49,7 +52,7 @@ def copy_folder(source: Path, target: Path) -> None:
     Raises:
         OSError: it cannot be copied; `target` is then not there.
     """
-    partial = target.with_name(f".{target.name}.{os.getpid()}.partial")
+    partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
     try:
         shutil.copytree(source, partial)
         partial.rename(target)

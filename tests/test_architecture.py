@@ -59,7 +59,14 @@ ROOMS: dict[str, set[str]] = {
     "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
     "training.engine": {"storage", "dalle", *_TRAINING},
     "training.loop": {"storage", "dalle.output", "training.data", "training.engine", *_TRAINING},
-    "training.recipes": {"dalle", *_MODELS, "training.config", "training.data", "training.schedules"},
+    "training.recipes": {
+        "dalle",
+        *_MODELS,
+        "training.config",
+        "training.data",
+        "training.drawings",
+        "training.schedules",
+    },
     "training.plan": {"dalle", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
 }
 ROOMS["training.stages"] = {*ROOMS} - {"dalle.cli", "training.report"}

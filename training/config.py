@@ -116,7 +116,7 @@ class TrainConfig:
     wandb: str | None = None
     """Project of Weights & Biases to log to as well, if that is installed."""
     said: tuple[str, ...] = ()
-    """Names of the fields that the user gave: a preset or a DeepSpeed JSON may change only what the recipe said."""
+    """Names of the fields that the user gave, in options, a preset or a DeepSpeed JSON; the recipe said all others."""
 
     def __post_init__(self) -> None:
         for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):

@@ -19,6 +19,20 @@ from torch.distributed import distributed_c10d
 WRITE_ERRORS = (OSError, RuntimeError)
 """What torch raises for a file that cannot be written: its zip writer a RuntimeError when the disk is full."""
 
+
+@contextmanager
+def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
+    """Give owners other attributes, (owner, name, value) each, while it lasts."""
+    originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
+    for owner, name, value in replacements:
+        setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        for owner, name, value in originals:
+            setattr(owner, name, value)
+
+
 # ---- starting -----------------------------------------------------------------------------------------------
 
 
@@ -62,12 +76,8 @@ def any_shape_broadcast() -> Iterator[None]:
         dist.broadcast(parameter.data, src=0)
         parameter.partition()
 
-    originals = DeepSpeedEngine._broadcast_model, Init._zero_init_param
-    DeepSpeedEngine._broadcast_model, Init._zero_init_param = broadcast, partition
-    try:
+    with _replaced((DeepSpeedEngine, "_broadcast_model", broadcast), (Init, "_zero_init_param", partition)):
         yield
-    finally:
-        DeepSpeedEngine._broadcast_model, Init._zero_init_param = originals
 
 
 def leave_gradients_whole(engine: Any) -> None:
@@ -134,11 +144,11 @@ def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[No
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.engine import DeepSpeedEngine
 
-    originals = TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script
+    original = TorchCheckpointEngine.save
 
     def save(engine: object, state_dict: Any, path: str) -> None:
         try:
-            originals[0](engine, state_dict, path)
+            original(engine, state_dict, path)
             written.append(Path(path))
         except WRITE_ERRORS as error:
             errors.append(error)
@@ -146,11 +156,8 @@ def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[No
     def no_script(_engine: object, _path: str) -> None:
         pass
 
-    TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = save, no_script
-    try:
+    with _replaced((TorchCheckpointEngine, "save", save), (DeepSpeedEngine, "_copy_recovery_script", no_script)):
         yield
-    finally:
-        TorchCheckpointEngine.save, DeepSpeedEngine._copy_recovery_script = originals
 
 
 @contextmanager
@@ -168,12 +175,9 @@ def tensors_only() -> Iterator[None]:
     def load(file: Any, map_location: Any = None, **_: Any) -> Any:
         return original(file, map_location=map_location, weights_only=True)
 
-    torch.load = load  # type: ignore[assignment]  # narrower than what it replaces
-    try:
-        with torch.serialization.safe_globals([ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]):
-            yield
-    finally:
-        torch.load = original
+    known = [ZeroStageEnum, fragment_address, LossScaler, DynamicLossScaler]
+    with _replaced((torch, "load", load)), torch.serialization.safe_globals(known):
+        yield
 
 
 def read_tensors(path: Path) -> Any:
@@ -197,11 +201,8 @@ def two_moments() -> Iterator[None]:
                 state.setdefault("exp_avg_sq", state["exp_avg"])
         return loaded
 
-    torch.load = load
-    try:
+    with _replaced((torch, "load", load)):
         yield
-    finally:
-        torch.load = original
 
 
 @contextmanager
@@ -214,11 +215,8 @@ def scalars_of_one_dimension() -> Iterator[None]:
     def shapes(*arguments: Any) -> dict[str, list[torch.Size]]:
         return {name: [shape or torch.Size([1]) for shape in each] for name, each in original(*arguments).items()}
 
-    ds_to_universal._group_per_tp_shapes = shapes
-    try:
+    with _replaced((ds_to_universal, "_group_per_tp_shapes", shapes)):
         yield
-    finally:
-        ds_to_universal._group_per_tp_shapes = original
 
 
 @contextmanager
@@ -250,11 +248,6 @@ def loading_universal(engine: Any) -> Iterator[None]:
             if steps[0] is not None:
                 zero.optimizer.state[flat]["step"] = steps[0]
 
-    original = ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir
-    ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = load_shares
-    engine._config.load_universal_checkpoint = True
-    try:
+    loader = ZeROOptimizer, "load_hp_checkpoint_state_from_checkpoint_dir", load_shares
+    with _replaced(loader, (engine._config, "load_universal_checkpoint", True)):
         yield
-    finally:
-        engine._config.load_universal_checkpoint = False
-        ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir = original

@@ -18,6 +18,7 @@ from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
 from training.data.wrong_captions import SOURCES, Source
+from training.drawings.shapes import FROM_ONE_END
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
 
 
@@ -151,9 +152,6 @@ CLIP_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, 
 DVAE_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.999), weight_decay=1e-4, gradient_clipping=0.0)
 """A.2 of the paper, which clips nothing."""
 
-
-FROM_ONE_END = 5
-"""Captions of the built-in world that are told from the left or from above: the first ones of each picture."""
 
 # ---- minutes on a CPU -------------------------------------------------------------------------------------
 

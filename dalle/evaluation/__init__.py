@@ -1,1 +1,1 @@
-"""Measuring a bundle."""
+"""What models are worth, measured."""

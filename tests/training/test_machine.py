@@ -195,7 +195,7 @@ def test_stages_side_by_side_train_what_one_after_the_other_does(
     beside, alone = tmp_path / "beside", tmp_path / "alone"
     output = train_all(shards, beside, *encoding, n_cores=2)
     assert "clip by 1 process, beside" in output or "beside clip by 1 process" in output
-    assert "transformer by " in output
+    assert "transformer by 1 process of 2 threads" in output
     assert "left in all" in output
     train_all(shards, alone, *encoding, "--one-at-a-time", n_cores=1)
     hashes = [Pipeline.load(bundle).hashes for bundle in (beside, alone)]

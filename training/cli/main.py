@@ -761,7 +761,3 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except _Ended as ended:
         return ended.code
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -307,7 +307,7 @@ def check_data(
         _refuse_to_lose(out, records, changed, excluded)
     (out / RECORDS).mkdir(parents=True, exist_ok=True)
     for n_done, (path, record) in enumerate(_checked(missing, workers, bpe), start=1):
-        _write_text(out / RECORDS / records[path], record.to_json())
+        replace_text(out / RECORDS / records[path], record.to_json())
         if progress is not None:
             progress(len(paths) - len(missing) + n_done, len(paths))
     files = [records[path] for path in paths]
@@ -317,12 +317,8 @@ def check_data(
     listed = [dict(zip(("name", "path", "record", "n_samples"), row, strict=True)) for row in rows]
     made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
     text = json.dumps({"format": FORMAT_VERSION, "made": made, "found": vars(summary), "shards": listed}, indent=1)
-    _write_text(out / SUMMARY, text + "\n")
+    replace_text(out / SUMMARY, text + "\n")
     return summary
-
-
-def _write_text(path: Path, text: str) -> None:
-    replace_text(path, text)
 
 
 def _record_name(path: Path) -> str:

@@ -1,7 +1,7 @@
 """The demonstration: the whole system trained on the built-in world, sampled, reranked and checked, in minutes.
 
 Every part goes through the code of the large runs: shards, tokenizer, dVAE, CLIP, transformer, pipeline. What is
-special is only that the pictures are drawn (`shapes.py`), so that a checker can say whether a sample is right,
+special is only that the pictures are drawn (`drawings/shapes.py`), so that a checker can say whether a sample is right,
 also for combinations never trained.
 """
 

@@ -149,6 +149,8 @@ _PHRASINGS = (
     "a picture of {things} on a {background} background",
     "{things} on a {background} background",
 )
+FROM_ONE_END = len(_PHRASINGS)
+"""How many of a scene's `captions`, the first ones, are told from the left or from above."""
 
 
 def captions(scene: Scene) -> tuple[str, ...]:

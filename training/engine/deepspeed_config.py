@@ -233,20 +233,11 @@ def _files(config: TrainConfig) -> list[_File]:
     return files
 
 
-def names_precision(config: TrainConfig) -> bool:
-    """Return whether the run's preset or DeepSpeed JSON says in which precision to compute.
-
-    Raises:
-        FileNotFoundError, ValueError: as `with_files`.
-    """
-    return any(file.precision(config.precision) is not None for file in _files(config))
-
-
 def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
     """Resolve a run: return it with what its preset and its DeepSpeed JSON say, and a line for everything they change.
 
-    They change what the recipe says, not what the user said in options: see `TrainConfig.said`. Resolved again, a run
-    stays as it is.
+    They change what the recipe says, not what the user said in options; `TrainConfig.said` then names what either of
+    them says. Resolved again, a run stays as it is.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -292,7 +283,9 @@ def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
         for key, value in _leaves(file.content).items():
             if derived.get(key, value) != value:
                 changes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
-    return dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config), changes
+    said = tuple(sorted({*config.said, *said_by}))
+    resolved = dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config, said=said)
+    return resolved, changes
 
 
 def _derived(config: TrainConfig) -> dict[str, Any]:

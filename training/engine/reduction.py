@@ -2,7 +2,7 @@
 
 Per-resblock scales are divided out (gradient_scaling.py), then the mean over ranks is taken by PowerSGD
 (powersgd.py) or, as always without it, by DeepSpeed. At ZeRO stages 0 and 1 only: above, gradients leave a
-rank while the backward pass still runs. DeepSpeed 0.19.8 is pinned: this replaces two of its methods.
+rank while the backward pass still runs. Two of DeepSpeed's methods are replaced for that: see training/patches.py.
 """
 
 import json

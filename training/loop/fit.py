@@ -39,7 +39,7 @@ from training.engine.checkpoints import (
     require_tag,
     step_of,
 )
-from training.engine.deepspeed_config import names_precision, with_files
+from training.engine.deepspeed_config import with_files
 from training.engine.engine import Engine
 from training.loop.means import Means
 from training.loop.skipped_steps import SkippedSteps
@@ -197,11 +197,10 @@ def _resolved(name: str, config: TrainConfig, world: World, report: Report) -> T
     It has what its preset and its DeepSpeed JSON say; and it is in float32 where its recipe alone says autocast and a
     rank only emulates bfloat16.
     """
-    names_its_precision = "precision" in config.said or names_precision(config)
     config, changes = with_files(config)
     for line in changes:
         report(f"{name}: {line}")
-    is_open = config.precision == "autocast" and not names_its_precision
+    is_open = config.precision == "autocast" and "precision" not in config.said
     if not is_open or not agree(not has_bfloat16_arithmetic(world.device), world):
         return config
     report(

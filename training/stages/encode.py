@@ -6,7 +6,7 @@
 3. A shard is written under a hidden name and renamed when it is complete, so that the same command goes on after an
    interruption: the shards that are there are skipped.
 
-What a shard of tokens looks like is in `image_tokens.py`. Each says itself which dVAE, crops and seed it was
+What a shard of tokens looks like is in `data/image_tokens.py`. Each says itself which dVAE, crops and seed it was
 made with: shards can be moved, named by a pattern and refused one by one, and there is no second file to lose.
 
 Several ranks share the shards out. They do not wait for one another before the end.
@@ -33,7 +33,7 @@ from torch import Tensor
 
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
-from storage.atomic import replace_file
+from storage.atomic import PARTIAL, replace_file
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.image_tokens import (
     DESCRIPTION_MEMBER,
@@ -50,8 +50,6 @@ from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import LONGEST_WAIT, World, on_first_rank
 
 logger = logging.getLogger(__name__)
-
-_PARTIAL = ".partial"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -216,7 +214,7 @@ def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) ->
                 f"crops and seed that the folder was made with, {what_to_do}"
             )
     out.mkdir(parents=True, exist_ok=True)
-    for left_over in [*(shard for shard in there if fresh and shard in targets), *out.glob(f".*{_PARTIAL}")]:
+    for left_over in [*(shard for shard in there if fresh and shard in targets), *out.glob(f".*{PARTIAL}")]:
         left_over.unlink()
     n_others = len(set(there).difference(targets))
     if n_others:

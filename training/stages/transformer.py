@@ -1,6 +1,6 @@
 """The second stage: training the transformer on captions and image tokens (Ramesh et al. 2021, 2.2, B).
 
-The image tokens are encoded in every step, of pictures augmented anew, or were encoded once by `data/encode.py`.
+The image tokens are encoded in every step, of pictures augmented anew, or were encoded once by `encode.py`.
 """
 
 from collections.abc import Mapping, Sequence
