@@ -3,9 +3,10 @@
 python -m benchmarks.optimizers --bundle runs/icons --data tokens/train --validation tokens/validation
 
 The bundle gives the tokenizer and the dVAE; the shards are what `dalle-train encode` made with that dVAE. Each run is
-one of `dalle-train transformer`: recipe icons-cpu with another width, and the same batches for both optimizers. Seconds
-are those of the steps alone, without validation, samples and saving. The plot shows, for each optimizer and width, the
-learning rate with the lowest last loss.
+one of `dalle-train transformer`: recipe icons-cpu with another width and batch, and the same batches for both
+optimizers. Seconds are those of the steps alone, without validation, samples and saving. The plot shows, for each
+optimizer and width, the learning rate with the lowest last loss. Runs of other widths that OUT holds stay, and are
+drawn too: give each width the steps and the batch that its machine has time for.
 """
 
 import argparse
@@ -40,6 +41,7 @@ class Trial:
 
     optimizer: OptimizerKind
     width: int
+    global_batch: int
     learning_rate: float
     """The highest."""
     seed: int
@@ -52,6 +54,7 @@ class Trial:
         train = dataclasses.replace(
             train,
             steps=steps,
+            global_batch=self.global_batch,
             seed=self.seed,
             optimizer=dataclasses.replace(PAPER, kind=self.optimizer),
             learning_rate=train.learning_rate.stretched(steps / train.steps).with_peak(self.learning_rate),
@@ -121,7 +124,8 @@ def draw(runs: Sequence[dict[str, Any]], path: Path) -> None:
                 label = f"{optimizer}, {rate:g}" if number == 0 else None
                 left.plot(run["steps"], run["losses"], color=colour, label=label)
                 right.plot(run["seconds"], run["losses"], color=colour)
-        left.set_ylabel(f"validation loss, width {width}")
+        batch = next(run["global_batch"] for run in runs if run["width"] == width)
+        left.set_ylabel(f"validation loss, width {width}, batch {batch}")
         left.legend(frameon=False)
         for axes, name in ((left, "steps"), (right, "seconds of training")):
             axes.set_xlabel(name)
@@ -138,6 +142,7 @@ def main() -> None:
     parser.add_argument("--data", nargs="+", required=True, help="shards of image tokens to train on")
     parser.add_argument("--validation", nargs="+", required=True, help="shards of image tokens to validate on")
     parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--global-batch", type=int, default=16)
     parser.add_argument("--widths", type=int, nargs="+", default=[128, 512])
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1])
     parser.add_argument("--learning-rates", type=float, nargs="+", default=[1e-3, 3e-3])
@@ -148,10 +153,15 @@ def main() -> None:
     if wrong := [width for width in arguments.widths if width < D_HEAD or width % D_HEAD]:
         parser.error(f"--widths must be multiples of {D_HEAD}, the width of a head, got {wrong}")
     runs: list[dict[str, Any]] = []
+    if arguments.out.exists():
+        before = json.loads(arguments.out.read_text(encoding="utf-8"))["runs"]
+        runs = [run for run in before if run["width"] not in arguments.widths]
     record = {"machine": machine(), "versions": versions(), "commit": commit(), "init_scale": arguments.init_scale}
     every = itertools.product(arguments.widths, arguments.learning_rates, arguments.seeds, get_args(OptimizerKind))
     for width, rate, seed, optimizer in every:
-        trial = Trial(optimizer=optimizer, width=width, learning_rate=rate, seed=seed)
+        trial = Trial(
+            optimizer=optimizer, width=width, global_batch=arguments.global_batch, learning_rate=rate, seed=seed
+        )
         say(f"optimizers: {trial}")
         runs.append(dataclasses.asdict(trial) | measured(trial, arguments))
         arguments.out.write_text(json.dumps(record | {"runs": runs}, indent=1) + "\n", encoding="utf-8")
