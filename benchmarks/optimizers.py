@@ -27,7 +27,8 @@ from training.config import OptimizerConfig, OptimizerKind
 from training.metrics import read_metrics
 from training.ranks.world import join_world
 from training.recipes import Recipe, recipe
-from training.stages.programs import Inputs, train_transformer
+from training.stages.inputs import Inputs
+from training.stages.transformer import train_transformer
 
 COLOURS = {"adamw": "#8a8a8a", "muon": "#c0392b"}
 D_HEAD = 64

@@ -24,7 +24,8 @@ from training.drawings.drawing import draw_world
 from training.metrics import read_metrics
 from training.ranks.side_by_side import Job, start_job
 from training.recipes import recipe
-from training.stages.programs import Inputs, train_tokenizer
+from training.stages.inputs import Inputs
+from training.stages.tokenizer import train_tokenizer
 
 N_PICTURES = 2_000
 PATIENCE_S = 300.0

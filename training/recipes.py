@@ -35,7 +35,7 @@ class DVAERecipe:
     temperature: Cosine = field(default_factory=lambda: Cosine(start=1.0, end=1 / 16, steps=150_000))
     """τ of the Gumbel-softmax."""
     warmup: TrainConfig | None = None
-    """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in stages/dvae.py. None
+    """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in stages/codebook.py. None
     starts from random weights, as the paper does."""
     warmup_noise: Cosine = field(default_factory=lambda: Cosine(start=0.0, end=0.0, steps=1))
     """Noise on the warm-up's bottleneck, in units of the bottleneck's RMS: see `AutoencoderObjective`."""

@@ -18,7 +18,8 @@ from support import tiny
 
 from dvae import DVAE
 from training.recipes import recipe
-from training.stages.programs import Inputs, train_tokenizer
+from training.stages.inputs import Inputs
+from training.stages.tokenizer import train_tokenizer
 
 STEPS, CHECKPOINT_EVERY = 18, 4
 LAST_SAVED = (STEPS - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY

@@ -9,7 +9,8 @@ from support import tiny
 from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
 from training.recipes import recipe
-from training.stages.programs import Inputs, train_tokenizer
+from training.stages.inputs import Inputs
+from training.stages.tokenizer import train_tokenizer
 
 os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, also by the processes that tests start
 os.environ.setdefault("OMP_NUM_THREADS", "1")

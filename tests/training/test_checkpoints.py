@@ -25,8 +25,8 @@ from training.engine.engine import Engine
 from training.patches import tensors_only
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
-from training.stages.dvae import WarmupStage
-from training.stages.programs import Inputs, train_dvae
+from training.stages.dvae import WarmupStage, train_dvae
+from training.stages.inputs import Inputs
 
 TAGS = ["step00000001", "step00000002", "step00000003"]
 

@@ -34,8 +34,9 @@ from training.data.shards import make_shards
 from training.drawings.shapes import world
 from training.metrics import read_metrics
 from training.ranks.world import World, join_world
+from training.stages.clip import train_clip
 from training.stages.encode import EncodeConfig, encode_shards
-from training.stages.programs import Inputs, train_clip
+from training.stages.inputs import Inputs
 
 N_CORRUPT = 200
 

@@ -23,8 +23,8 @@ from support.tiny import write_tar
 
 import training.cli.main
 import training.recipes
+import training.stages.all
 import training.stages.encode
-import training.stages.programs
 import training.stages.transformer
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
@@ -38,10 +38,10 @@ from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import Recipe
-from training.stages.dvae import initialise_codebook
+from training.stages.codebook import initialise_codebook
 from training.stages.encode import EncodeConfig, EncodeReport, encode_shards
-from training.stages.programs import Inputs, train_transformer
-from training.stages.transformer import TransformerStage
+from training.stages.inputs import Inputs
+from training.stages.transformer import TransformerStage, train_transformer
 
 CROPS, SEED = 3, 5
 
@@ -686,13 +686,13 @@ def test_all_stages_train_with_pictures_encoded_once(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     trained: list[Inputs] = []
-    original = training.stages.programs.train_transformer
+    original = training.stages.all.train_transformer
 
     def record(recipe: Recipe, inputs: Inputs, *rest: Any) -> Path:
         trained.append(inputs)
         return original(recipe, inputs, *rest)
 
-    monkeypatch.setattr(training.stages.programs, "train_transformer", record)
+    monkeypatch.setattr(training.stages.all, "train_transformer", record)
     command = ["all", "tiny", "--data", shards, "--validation", shards, "--out", tmp_path]
     command += ["--one-at-a-time", "--encode-crops"]
     assert run(*command, 0) == 1
@@ -712,7 +712,7 @@ def test_all_stages_train_with_pictures_encoded_once(
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.stages.programs, "train_clip", interrupted)
+        patch.setattr(training.stages.all, "train_clip", interrupted)
         assert run(*command, 2, "--fresh") == 0
     assert not (tmp_path / "encoded").exists(), "the tokens are of the dVAE of before"
     assert run(*command, 2, "--fresh") == 0

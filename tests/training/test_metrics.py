@@ -24,7 +24,8 @@ from training.plan.plan import flops_per_sample
 from training.ranks.stop import Interrupted
 from training.ranks.watchdog import RankLostError, Watch
 from training.ranks.world import join_world
-from training.stages.programs import Inputs, train_all
+from training.stages.all import train_all
+from training.stages.inputs import Inputs
 
 
 class FakeWandb(types.ModuleType):

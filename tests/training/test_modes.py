@@ -39,8 +39,9 @@ from training.engine.ema import EMA
 from training.engine.engine import Engine, build_optimizer
 from training.loop.skipped_steps import SkippedSteps
 from training.ranks.world import World, join_world
-from training.stages.programs import Inputs, train_tokenizer, train_transformer
-from training.stages.transformer import TransformerObjective
+from training.stages.inputs import Inputs
+from training.stages.tokenizer import train_tokenizer
+from training.stages.transformer import TransformerObjective, train_transformer
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))

@@ -15,7 +15,7 @@ import training.cli.main
 import training.demo.demo
 import training.plan.machine
 import training.recipes
-import training.stages.programs
+import training.stages.dvae
 from dalle.candidates import SamplingDefaults
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
@@ -33,8 +33,11 @@ from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
+from training.stages.all import train_all
+from training.stages.clip import train_clip
+from training.stages.dvae import train_dvae
 from training.stages.evaluate import distinct_captions, evaluate
-from training.stages.programs import Inputs, train_all, train_clip, train_dvae
+from training.stages.inputs import Inputs
 
 NAMES = list(RECIPES)
 
@@ -353,7 +356,7 @@ def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.stages.programs, "fit", interrupted)
+        patch.setattr(training.stages.dvae, "fit", interrupted)
         assert run(*command, "--fresh") == 0
     assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") is None
     assert run(*command) == 0

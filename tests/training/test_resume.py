@@ -30,7 +30,9 @@ from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
 from training.schedules import WarmupCosine
-from training.stages.programs import Inputs, train_clip, train_dvae
+from training.stages.clip import train_clip
+from training.stages.dvae import train_dvae
+from training.stages.inputs import Inputs
 
 pytestmark = pytest.mark.slow
 

@@ -29,16 +29,8 @@ from training.ranks.world import join_world
 from training.recipes import DVAERecipe, TransformerRecipe
 from training.schedules import Cosine, WarmupCosine
 from training.stages.clip import CLIPStage, CLIPWarmupStage, check_negatives
-from training.stages.dvae import (
-    POSTERIOR_ENTROPY,
-    AutoencoderObjective,
-    DVAEObjective,
-    DVAEStage,
-    WarmupStage,
-    _kmeans,
-    _rarity,
-    initialise_codebook,
-)
+from training.stages.codebook import POSTERIOR_ENTROPY, _kmeans, _rarity, initialise_codebook
+from training.stages.dvae import AutoencoderObjective, DVAEObjective, DVAEStage, WarmupStage
 from training.stages.transformer import TransformerStage
 
 

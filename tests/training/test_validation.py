@@ -19,7 +19,8 @@ from training.loop.fit import RunPlan, total_peak_flops
 from training.loop.means import Means
 from training.metrics import read_metrics
 from training.ranks.world import World, join_world, max_over_ranks
-from training.stages.programs import Inputs, train_clip
+from training.stages.clip import train_clip
+from training.stages.inputs import Inputs
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:

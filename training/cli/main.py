@@ -38,18 +38,15 @@ from training.ranks.supervisor import is_supervised, supervise
 from training.ranks.watchdog import TIMEOUT_S, tell_supervisor
 from training.ranks.world import World, join_world, leave_world
 from training.recipes import DVAERecipe, Recipe, recipe
+from training.stages.all import train_all, train_all_side_by_side
+from training.stages.clip import train_clip
+from training.stages.dvae import train_dvae
 from training.stages.encode import EncodeConfig
+from training.stages.encoded import encode_data
 from training.stages.evaluate import evaluate_bundle
-from training.stages.programs import (
-    Inputs,
-    encode_data,
-    train_all,
-    train_all_side_by_side,
-    train_clip,
-    train_dvae,
-    train_tokenizer,
-    train_transformer,
-)
+from training.stages.inputs import Inputs
+from training.stages.tokenizer import train_tokenizer
+from training.stages.transformer import train_transformer
 
 logger = logging.getLogger(__name__)
 

@@ -34,18 +34,14 @@ from training.plan.machine import MachinePlan, seconds_alone, usable_cores
 from training.ranks.side_by_side import TimeLeft
 from training.ranks.world import World
 from training.recipes import Recipe
+from training.stages.all import run_phases, time_of
+from training.stages.clip import train_clip
+from training.stages.dvae import train_dvae
 from training.stages.evaluate import evaluate
 from training.stages.exchanged_captions import exchanged_captions_table
-from training.stages.programs import (
-    Inputs,
-    forget_runs,
-    run_phases,
-    time_of,
-    train_clip,
-    train_dvae,
-    train_tokenizer,
-    train_transformer,
-)
+from training.stages.inputs import Inputs, forget_runs
+from training.stages.tokenizer import train_tokenizer
+from training.stages.transformer import train_transformer
 
 N_TRAIN, N_VALIDATION = 16_000, 256
 WORLD_S, SAMPLES_S = 18.0, 60.0

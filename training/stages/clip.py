@@ -3,6 +3,8 @@
 The negatives of a pair are all others of the global batch, across ranks, and by choice wrong captions made of its own.
 """
 
+import dataclasses
+import hashlib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,10 +19,14 @@ from dvae.images import open_image, square_crop, to_tensor
 from rerank.model import CLIP, contrastive_loss
 from rerank.score import clip_view
 from rerank.tokenizer import CLIPTokenizer
-from training.data.reader import Sample
+from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import SOURCES
-from training.loop.fit import Tensors
-from training.recipes import CLIPRecipe
+from training.engine.checkpoints import latest_tag
+from training.loop.fit import Tensors, fit
+from training.metrics import Report
+from training.ranks.world import World, on_first_rank
+from training.recipes import CLIPRecipe, Recipe
+from training.stages.inputs import Inputs, all_captions, note_data, will_resume
 
 
 class CLIPObjective(nn.Module):
@@ -245,3 +251,52 @@ def check_negatives(accumulation: int) -> None:
             f"CLIP's negatives are the whole batch, but it would be split into {accumulation} micro-batches per rank: "
             "lower --global-batch, raise --micro-batch, or use more ranks"
         )
+
+
+def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> Path:
+    """Train CLIP, with a BPE of its own; returns its directory."""
+    stage_recipe = recipe.clip
+    check_negatives(stage_recipe.train.batch_of(world.size)[1])
+    data, validation = inputs.open(captions=True)
+    tokenizer = _clip_tokenizer(inputs, data, stage_recipe.model.vocab_size, world)
+    config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
+    torch.manual_seed(stage_recipe.train.seed)
+    model = CLIP(config, tokenizer)
+    if stage_recipe.embedding_scale != 1:
+        model.initialise(embedding_scale=stage_recipe.embedding_scale)
+    metadata = {"recipe": recipe.name}
+    description = {
+        "recipe": recipe.name,
+        "model": dataclasses.asdict(config),
+        "tokenizer_hash": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16],
+    }
+    if stage_recipe.warmup is not None and not will_resume("clip", inputs, world):
+        directory = inputs.run_directory("clip-warmup") / "model"
+        warmup = CLIPWarmupStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
+        plan = inputs.run_plan("clip-warmup", {"stage": "clip-warmup", **description})
+        fit(warmup, stage_recipe.warmup, world, data, validation, plan, report)
+        model = CLIP.load(directory)
+        inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
+    directory = inputs.out / "clip"
+    stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
+    plan = inputs.run_plan("clip", {"stage": "clip", **description})
+    note_data(plan, data, world)
+    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    return directory
+
+
+def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: World) -> CLIPTokenizer:
+    """Return a tokenizer trained on the captions; the run's own if it goes on and captions have been lost since."""
+    run = inputs.run_directory("clip")
+    path = run / "tokenizer.json"
+    unreadable = np.flatnonzero(data.is_lost).tolist()
+    tokenizer = CLIPTokenizer.train(all_captions(data, unreadable), vocab_size=vocab_size)
+    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / "checkpoints") is not None:
+        return CLIPTokenizer.load(path)
+
+    def save() -> None:
+        run.mkdir(parents=True, exist_ok=True)
+        tokenizer.save(path)
+
+    on_first_rank(save, world)
+    return tokenizer

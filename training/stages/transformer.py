@@ -3,6 +3,8 @@
 The image tokens are encoded in every step, of pictures augmented anew, or were encoded once by `encode.py`.
 """
 
+import contextlib
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +23,16 @@ from dalle.sampling import candidate_seed, sample
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
-from training.data.reader import Sample
-from training.loop.fit import Tensors
-from training.recipes import TransformerRecipe
+from storage.atomic import copy_folder
+from storage.model_directory import directory_hash
+from training.data.reader import Sample, ShardData
+from training.loop.fit import Tensors, fit, refuse_another_run
+from training.metrics import Report
+from training.plan.plan import flops_per_sample
+from training.ranks.world import World, on_first_rank
+from training.recipes import Recipe, TransformerRecipe
+from training.stages.dvae import channels_last
+from training.stages.inputs import Inputs, note_data
 
 
 class TransformerObjective(nn.Module):
@@ -176,3 +185,134 @@ class TransformerStage:
             {name: weight.detach().cpu() for name, weight in weights.items()}, strict=True, assign=True
         )
         return model.eval()
+
+
+def train_transformer(
+    recipe: Recipe,
+    inputs: Inputs,
+    world: World,
+    report: Report,
+    *,
+    tokenizer: Path | None = None,
+    dvae: Path | None = None,
+) -> Path:
+    """Train the transformer, on the bundle's tokenizer and dVAE; returns its directory.
+
+    A tokenizer file and a dVAE's directory that are named are copied into the bundle, which cannot be loaded without.
+    The data may be shards of image tokens of this dVAE.
+
+    Raises:
+        FileNotFoundError: the tokenizer or the dVAE is missing.
+        ValueError: the bundle holds another tokenizer or dVAE than the one named; the image tokens are of another dVAE;
+            or as `fit`.
+    """
+    stage_recipe = recipe.transformer
+    text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
+    dvae_directory = dvae or inputs.out / "dvae"
+    image_coder = channels_last(DVAE.load(dvae_directory))
+    data, validation = inputs.open(captions=True, encoded=True)
+    _require_tokens_of(image_coder, dvae_directory, data, validation)
+    if data.encoding is None:  # else only the sample sheets need it, on the first rank
+        image_coder = image_coder.to(world.device)
+    config = dataclasses.replace(
+        stage_recipe.model,
+        text_vocab=text_bpe.vocab_size,
+        image_vocab=image_coder.config.vocab_size,
+        grid=image_coder.config.grid,
+    )
+    torch.manual_seed(stage_recipe.train.seed)
+    model = DALLE(config)
+    if stage_recipe.init_scale != 1:
+        model.initialise(scale=stage_recipe.init_scale)
+    if stage_recipe.init_from_codebook:
+        model.initialise_from_codebook(image_coder.decoder.codebook.cpu())
+    model = model.to(world.device)
+    model.activation_checkpointing = stage_recipe.train.activation_checkpointing
+    if stage_recipe.train.compile:
+        model.compile_layers()
+    hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
+    metadata = {
+        "recipe": recipe.name,
+        "null_caption_probability": stage_recipe.null_caption_probability,
+        "sampling": dataclasses.asdict(stage_recipe.sampling),
+        **hashes,
+    }
+    captions = _first_captions(validation or data, 8)
+    directory = inputs.out / "dalle"
+    stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
+    description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
+    sizes = model.n_parameters()
+    flops = flops_per_sample(config, sizes["attention"] + sizes["mlp"])
+    plan = inputs.run_plan("transformer", description, flops_per_sample=flops)
+    refuse_another_run(plan)  # before the bundle is given parts
+    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
+    note_data(plan, data, world)
+    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    return directory
+
+
+def _first_captions(data: ShardData, count: int) -> list[str]:
+    """Return a caption of each of the first samples whose captions can be read."""
+    found: list[str] = []
+    for i in range(len(data)):
+        if len(found) == count:
+            break
+        with contextlib.suppress(ValueError, OSError):
+            found.append(data.captions(i)[0])
+    return found
+
+
+def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation: ShardData | None) -> None:
+    """Check that image tokens in place of pictures are those of a dVAE, and that there are random crops to train on.
+
+    Raises:
+        ValueError: they are stale, or there are none.
+    """
+    for data in (train, validation):
+        if data is None or data.encoding is None:
+            continue
+        expected = dataclasses.replace(
+            data.encoding,
+            dvae_hash=directory_hash(directory),
+            image_size=dvae.config.image_size,
+            grid=dvae.config.grid,
+            vocab_size=dvae.config.vocab_size,
+        )
+        differences = data.encoding.differences(expected)
+        if differences:
+            raise ValueError(
+                f"{data.shards[0]} holds image tokens of another dVAE than {directory} ({differences}): encode the "
+                f"pictures again with `dalle-train encode --dvae {directory}`, or give --dvae the one they are of"
+            )
+    if train.encoding is not None and train.encoding.crops == 0:
+        raise ValueError(
+            f"{train.shards[0]} holds the tokens of centre crops only, which are for validation: encode the pictures "
+            "with --crops 1 or more"
+        )
+
+
+def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> None:
+    """Copy the tokenizer and the dVAE that were named into a bundle that has none.
+
+    Raises:
+        ValueError: it has others.
+    """
+    if tokenizer is not None:
+        named, target = Tokenizer.load(tokenizer), out / "tokenizer.json"
+        if not target.exists():
+            named.save(target)
+        _require_equal(Tokenizer.load(target).hash, target, named.hash, tokenizer, option="--tokenizer")
+    if dvae is not None:
+        DVAE.load(dvae)  # whole, before it is copied
+        target = out / "dvae"
+        if not target.exists():
+            copy_folder(dvae, target)
+        _require_equal(directory_hash(target), target, directory_hash(dvae), dvae, option="--dvae")
+
+
+def _require_equal(held: str, target: Path, wanted: str, named: Path, *, option: str) -> None:
+    if held != wanted:
+        raise ValueError(
+            f"{target} is another than {option} {named} ({held} and {wanted}): a bundle has one of each; give another "
+            f"--out, leave out {option}, or delete {target}"
+        )

@@ -23,7 +23,7 @@ PRELOADED = [
     "torch.utils.tensorboard",
     "deepspeed",
     "deepspeed.runtime.zero.muon.muon_optimizer",
-    "training.stages.programs",
+    "training.stages.all",
     "support.engines",
 ]
 

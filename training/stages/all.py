@@ -1,0 +1,164 @@
+"""All stages of a bundle: one after the other, or several at once, in child processes.
+
+A bundle is one directory: tokenizer.json, dvae/, dalle/ and clip/ for use, and `training/<stage>/` with the runs behind
+them.
+"""
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from training.metrics import Report
+from training.plan.machine import MachinePlan, Share
+from training.ranks.side_by_side import Job, TimeLeft, run_jobs
+from training.ranks.world import World, on_first_rank
+from training.recipes import Recipe
+from training.stages.clip import train_clip
+from training.stages.dvae import train_dvae
+from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
+from training.stages.evaluate import evaluate_bundle
+from training.stages.inputs import Inputs, forget_runs
+from training.stages.tokenizer import train_tokenizer
+from training.stages.transformer import train_transformer
+
+
+def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, encode_crops: int | None = None) -> None:
+    """Train everything, one part after the other, and evaluate the bundle on the validation data.
+
+    Args:
+        recipe: of all stages.
+        inputs: shards of captioned pictures.
+        world: this process's place.
+        report: told how far it is.
+        encode_crops: random crops of each picture to encode once, for the transformer; None encodes in every step.
+
+    Raises:
+        ValueError: encode_crops is below 1; and as the stages.
+    """
+    _require_crops(encode_crops)
+    if inputs.fresh:
+        on_first_rank(lambda: forget_runs(inputs.out), world)
+    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+        on_first_rank(lambda: train_tokenizer(recipe, inputs, report), world)
+    train_dvae(recipe, inputs, world, report)
+    train_clip(recipe, inputs, world, report)
+    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, world, report)
+    train_transformer(recipe, images, world, report)
+    if inputs.validation:
+        validation = inputs.open_validation(captions=True)
+        on_first_rank(lambda: evaluate_bundle(inputs.out, validation, report, device=str(world.device)), world)
+
+
+def _require_crops(encode_crops: int | None) -> None:
+    if encode_crops is not None and encode_crops < 1:
+        raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
+
+
+# ------------------------------------------------------------------------------------------------ side by side
+
+
+def train_all_side_by_side(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MachinePlan,
+    report: Report,
+    *,
+    encode_crops: int | None = None,
+    options: Sequence[str] = (),
+) -> None:
+    """Do what `train_all` does, in child processes as the plan says; the results are the same but for rounding.
+
+    Args:
+        recipe: one that has a name.
+        inputs: shards of captioned pictures.
+        plan: has phases.
+        report: told how far it is.
+        encode_crops: as for `train_all`.
+        options: of the commands of the neural stages, besides what `inputs` says.
+
+    Raises:
+        ValueError: encode_crops is below 1.
+        Interrupted, OSError: as `run_jobs`.
+    """
+    _require_crops(encode_crops)
+    if inputs.fresh:
+        forget_runs(inputs.out)
+    time_left = TimeLeft(time_of(plan))
+    run_phases(recipe, inputs, plan, time_left, report, encode_crops=encode_crops, options=options)
+    if inputs.validation:
+        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), report, device="cpu")
+
+
+def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:
+    """Return the seconds of all parts of a plan, by phase and lane; the warm-up is a part of the dVAE's lane.
+
+    Without phases, one stage comes after the other.
+    """
+
+    def lane(stage: str) -> dict[str, float]:
+        return {part: plan.seconds[part] for part in (f"{stage}-warmup", stage) if part in plan.seconds}
+
+    one_at_a_time = [["tokenizer"], ["dvae"], ["clip"], ["transformer"]]
+    phases = [[share.stage for share in shares] for shares in plan.phases] or one_at_a_time
+    return [[lane(stage) for stage in stages] for stages in phases]
+
+
+def run_phases(
+    recipe: Recipe,
+    inputs: Inputs,
+    plan: MachinePlan,
+    time_left: TimeLeft,
+    report: Report,
+    *,
+    encode_crops: int | None = None,
+    options: Sequence[str] = (),
+) -> None:
+    """Train all stages in child processes; arguments and errors as those of `train_all_side_by_side`."""
+    for shares in plan.phases:
+        beside = ", beside ".join(str(share) for share in shares)
+        report(f"\n{beside} ({time_left})")
+        jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options)]
+        run_jobs(jobs, time_left, report)
+        for share in shares:
+            time_left.end(share.stage)  # also of what was there
+
+
+def _jobs(
+    recipe: Recipe, inputs: Inputs, share: Share, encode_crops: int | None, options: Sequence[str]
+) -> Iterator[Job]:
+    """Yield the commands of a stage; none for a tokenizer that is there."""
+
+    def job(name: str, *arguments: object, ranks: int = share.ranks) -> Job:
+        return Job(stage=name, arguments=tuple(map(str, arguments)), ranks=ranks, threads=share.threads)
+
+    match share.stage:
+        case "tokenizer":
+            if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+                yield job("tokenizer", "tokenizer", recipe.name, *_arguments(inputs, inputs.out, validates=False))
+        case "encode":
+            assert encode_crops is not None, "the plan encodes what nobody asked for"
+            train = recipe.transformer.train
+            same: list[object] = ["--dvae", inputs.out / "dvae", "--seed", train.seed, "--workers", train.workers]
+            same += ["--max-bad-fraction", train.max_bad_fraction]
+            for name, crops, of in shards_to_encode(inputs, encode_crops):
+                target = inputs.out / "encoded" / name
+                arguments = ["encode", *_arguments(of, target, validates=False), *same, "--crops", crops]
+                # few beside the pictures to train on, at the same time
+                yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)
+        case stage:
+            images = encoded_inputs(inputs) if stage == "transformer" and encode_crops is not None else inputs
+            yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options)
+
+
+def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator[object]:
+    """Yield the options that say the same as inputs; `validates`: whether the command takes validation data."""
+    yield from ("--data", *inputs.data, "--out", out)
+    if inputs.manifest is not None:
+        yield from ("--manifest", inputs.manifest)
+    if validates and inputs.validation:
+        yield from ("--validation", *inputs.validation)
+        if inputs.validation_manifest is not None:
+            yield from ("--validation-manifest", inputs.validation_manifest)
+    if inputs.fresh:
+        yield "--fresh"
+    if inputs.skip_damaged_shards:
+        yield "--skip-damaged-shards"

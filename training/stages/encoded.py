@@ -1,0 +1,99 @@
+"""Inputs with image tokens in place of pictures, which a dVAE has encoded once."""
+
+import dataclasses
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+from dalle.output.progress import Progress
+from dvae import DVAE
+from storage.model_directory import directory_hash
+from training.data.manifest import Manifest
+from training.data.shard_index import expand_shards
+from training.metrics import Report
+from training.ranks.world import World
+from training.recipes import Recipe
+from training.stages.dvae import channels_last
+from training.stages.encode import EncodeConfig, EncodeReport, encode_shards, token_shards
+from training.stages.inputs import Inputs
+
+
+def encode_data(
+    data: Sequence[str | Path],
+    out: Path,
+    dvae: Path,
+    config: EncodeConfig,
+    world: World,
+    report: Report,
+    *,
+    fresh: bool = False,
+    skip_damaged_shards: bool = False,
+    manifest: Path | None = None,
+) -> EncodeReport:
+    """Make shards of image tokens of shards of captioned pictures, with the dVAE in a directory; see `encode_shards`.
+
+    Raises:
+        FileNotFoundError: the dVAE is missing; and as `encode_shards`.
+    """
+    coder = channels_last(DVAE.load(dvae, world.device))
+    with Progress("pictures") as progress:
+        made = encode_shards(
+            data,
+            out,
+            coder,
+            directory_hash(dvae),
+            config,
+            world,
+            fresh=fresh,
+            skip_damaged=skip_damaged_shards,
+            manifest=None if manifest is None else Manifest.open(manifest),
+            progress=progress.update if world.is_first else None,
+        )
+    report(f"{made}: {out}")
+    return made
+
+
+def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: Report) -> Inputs:
+    """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
+    train = recipe.transformer.train
+    config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
+    shards = {
+        name: encode_data(
+            of.data,
+            inputs.out / "encoded" / name,
+            inputs.out / "dvae",
+            dataclasses.replace(config, crops=its_crops),
+            world,
+            report,
+            fresh=inputs.fresh,
+            skip_damaged_shards=inputs.skip_damaged_shards,
+            manifest=of.manifest,
+        ).shards
+        for name, its_crops, of in shards_to_encode(inputs, crops)
+    }
+    return _with_tokens(inputs, shards)
+
+
+def shards_to_encode(inputs: Inputs, crops: int) -> Iterator[tuple[str, int, Inputs]]:
+    """Yield what is encoded: its name, the random crops of each picture, and the shards."""
+    yield "train", crops, inputs
+    if inputs.validation:
+        yield "validation", 0, dataclasses.replace(inputs, data=inputs.validation, manifest=inputs.validation_manifest)
+
+
+def _with_tokens(inputs: Inputs, shards: Mapping[str, Sequence[Path]]) -> Inputs:
+    """Return the inputs with shards of image tokens, by the names of `shards_to_encode`, in place of those of pictures.
+
+    The manifests are of the shards of pictures; image tokens have checksums of their own.
+    """
+    return dataclasses.replace(
+        inputs, data=shards["train"], validation=shards.get("validation", ()), manifest=None, validation_manifest=None
+    )
+
+
+def encoded_inputs(inputs: Inputs) -> Inputs:
+    """Return the inputs with the image tokens that were made of their shards, as `encode_inputs` does."""
+    shards: dict[str, list[Path]] = {}
+    for name, _, of in shards_to_encode(inputs, 1):
+        targets = token_shards(expand_shards(of.data), inputs.out / "encoded" / name)
+        shards[name] = [target for target in targets.values() if target.exists()]
+    return _with_tokens(inputs, shards)

@@ -1,0 +1,171 @@
+"""The data and the folders that every stage is given, and which samples a run was trained on."""
+
+import json
+import logging
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from storage.atomic import replace_text
+from training.data.manifest import Manifest
+from training.data.reader import ShardData
+from training.engine.checkpoints import latest_tag
+from training.loop.fit import RunPlan, refuse_another_run
+from training.ranks.world import World, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs:
+    """What every stage is given."""
+
+    data: Sequence[str | Path]
+    """Shards to train on: files, folders, globs or brace ranges."""
+    validation: Sequence[str | Path] = ()
+    """Shards to validate on."""
+    out: Path
+    """The bundle's directory."""
+    fresh: bool = False
+    """Start anew although there is a checkpoint."""
+    resume: bool = False
+    """Go on from a checkpoint: there must be one."""
+    resume_from: str | None = None
+    """The checkpoint to go back to, such as step00000500; None for the newest."""
+    skip_damaged_shards: bool = False
+    """Use the whole samples of truncated shards instead of stopping."""
+    manifest: Path | None = None
+    """Folder that `dalle-train check-data` wrote about the shards to train on."""
+    validation_manifest: Path | None = None
+    """The same about the shards to validate on."""
+
+    def __post_init__(self) -> None:
+        if self.fresh and (self.resume or self.resume_from is not None):
+            raise ValueError("--fresh starts anew, --resume and --resume-from go on: give one of them")
+
+    def open(self, *, captions: bool, encoded: bool = False) -> tuple[ShardData, ShardData | None]:
+        """Return the training and the validation data.
+
+        Args:
+            captions: whether samples need captions.
+            encoded: whether image tokens will do in place of pictures.
+
+        Raises:
+            FileNotFoundError: there are no shards.
+            ValueError: a shard is damaged, has nothing usable in it, or has image tokens in place of pictures; a
+                manifest cannot be used.
+        """
+        train = self._open(self.data, self.manifest, captions=captions, encoded=encoded)
+        return train, self.open_validation(captions=captions, encoded=encoded) if self.validation else None
+
+    def open_validation(self, *, captions: bool, encoded: bool = False) -> ShardData:
+        """Return the validation data; arguments and errors as those of `open`."""
+        return self._open(self.validation, self.validation_manifest, captions=captions, encoded=encoded)
+
+    def _open(
+        self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
+    ) -> ShardData:
+        return ShardData.open(
+            patterns,
+            captions=captions,
+            encoded=encoded,
+            skip_damaged=self.skip_damaged_shards,
+            manifest=None if manifest is None else Manifest.open(manifest),
+        )
+
+    def run_directory(self, stage: str) -> Path:
+        """Return where a stage's run is kept."""
+        return self.out / "training" / stage
+
+    def run_plan(self, stage: str, description: dict[str, Any], *, flops_per_sample: float | None = None) -> RunPlan:
+        """Return where a stage's run reads and writes, and how it starts."""
+        return RunPlan(
+            directory=self.run_directory(stage),
+            description=description,
+            fresh=self.fresh,
+            resume=self.resume,
+            resume_from=self.resume_from,
+            flops_per_sample=flops_per_sample,
+        )
+
+
+def will_resume(stage: str, inputs: Inputs, world: World) -> bool:
+    """Return whether a stage goes on from a checkpoint, and so needs no warm-up; made afresh, it has none from now on.
+
+    Else a command interrupted in the warm-up would later go on from what was there before.
+    """
+    checkpoints = inputs.run_directory(stage) / "checkpoints"
+    if inputs.fresh:
+        on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), world)
+    return not inputs.fresh and latest_tag(checkpoints) is not None
+
+
+def forget_runs(out: Path) -> None:
+    """Delete the checkpoints of all stages and the image tokens: nothing goes on from what is to be made anew."""
+    for made in (*(out / "training").glob("*/checkpoints"), *out.glob("encoded")):
+        shutil.rmtree(made)
+
+
+def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
+    """Yield every caption; unreadable ones, which training will count as bad samples, are left out.
+
+    Their samples are added to `unreadable`.
+    """
+    for index in np.flatnonzero(~data.is_lost):
+        try:
+            yield from data.captions(int(index))
+        except (ValueError, OSError) as error:
+            logger.warning("a caption is left out of the vocabulary: %s", error)
+            if unreadable is not None:
+                unreadable.append(int(index))
+
+
+def note_data(plan: RunPlan, data: ShardData, world: World) -> None:
+    """Write down what samples a run is trained on; when it goes on with others, a warning says so.
+
+    The order of the samples depends on their number, and which they are on the order of the shards: neither must
+    change without a word. Shards may be moved.
+    """
+    refuse_another_run(plan)
+    path = plan.directory / "data.json"
+    counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
+    order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
+    now = {"samples": len(data), "shards": counts, "order": order}
+
+    def note() -> None:
+        if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
+            _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        replace_text(path, json.dumps(now, indent=1) + "\n")
+
+    on_first_rank(note, world)
+
+
+def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    if before["samples"] == now["samples"]:
+        shards = zip(before.get("order", now["order"]), now["order"], strict=False)  # runs of before have none
+        others = [(old[0], new[0]) for old, new in shards if old != new]
+        if others:
+            logger.warning(
+                "the run goes on with as many samples as it began with, and with other shards, or in another order "
+                "(where %s was is %s): from here on it may see other samples than it would have seen; give those it "
+                "began with, in their order",
+                *others[0],
+            )
+        return
+    changed = [
+        f"{shard}: {count:,} samples, now {now['shards'].get(shard, 0):,}"
+        for shard, count in before["shards"].items()
+        if count != now["shards"].get(shard, 0)
+    ]
+    logger.warning(
+        "the run began with %d samples, and goes on with %d (%s): from here on their order is another; with a manifest "
+        "of the shards as they were (--manifest), lost samples keep their places",
+        before["samples"],
+        now["samples"],
+        "; ".join(changed[:5]) or "there are more shards",
+    )

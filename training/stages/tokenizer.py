@@ -1,0 +1,28 @@
+"""The transformer's tokenizer: a BPE trained on all captions."""
+
+from pathlib import Path
+
+from dalle.tokenizer import Tokenizer
+from training.metrics import Report
+from training.recipes import Recipe
+from training.stages.inputs import Inputs, all_captions
+
+
+def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
+    """Train the BPE on all captions of the shards; returns the file.
+
+    Raises:
+        ValueError: there is one, and `inputs.fresh` does not say to replace it.
+    """
+    path = inputs.out / "tokenizer.json"
+    if path.exists() and not inputs.fresh:
+        raise ValueError(
+            f"{path} is there, and a transformer may have been trained with it: give another --out, or --fresh to "
+            "replace it"
+        )
+    data, _ = inputs.open(captions=True, encoded=True)
+    tokenizer = Tokenizer.train(all_captions(data), vocab_size=recipe.text_vocab)
+    inputs.out.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(path)
+    report(f"tokenizer: {tokenizer.vocab_size} entries from the captions of {len(data)} samples, saved as {path}")
+    return path
