@@ -19,7 +19,7 @@ from benchmarks.flops import decoding_flops
 from benchmarks.measure import MIB, PRODUCTS_FLOPS, Options, Report
 from dalle.cache import Decoder, bytes_per_candidate
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import choose, uniforms
+from dalle.sampling import PAPER_SAMPLING, choose, uniforms
 from dalle.stream import start_id, start_of_image_id
 
 SHAPE = DALLEConfig(n_layers=8, d_model=512, n_heads=8)
@@ -67,7 +67,7 @@ def our_step(n: int, position: int, *, dtype: torch.dtype, compiled: bool) -> St
     def step() -> None:
         nonlocal tokens_N
         uniforms_N = uniforms_NI[:, decoder.position]
-        tokens_N = choose(decoder.step(tokens_N), uniforms_N, 1.0, None, None)
+        tokens_N = choose(decoder.step(tokens_N), uniforms_N, PAPER_SAMPLING)
 
     return step
 

@@ -15,7 +15,7 @@ from benchmarks.measure import Options, Report
 from dalle.attention import KINDS, Kind, mask, masked_attention
 from dalle.cache import Decoder
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import choose, uniforms
+from dalle.sampling import PAPER_SAMPLING, choose, uniforms
 from dalle.sparse_attention import sparse_attention
 from dalle.stream import start_id, start_of_image_id
 from dvae.fast.model import optimised
@@ -196,7 +196,7 @@ def sampled(model: DALLE, n: int) -> torch.Tensor:
     uniforms_NI = uniforms(range(n), config.stream.n_image).cuda()
     tokens = [torch.full((n,), start_of_image_id(config.image_vocab), device="cuda")]
     for i in range(config.stream.n_image):
-        tokens.append(choose(decoder.step(tokens[-1]), uniforms_NI[:, i], 1.0, None, None))
+        tokens.append(choose(decoder.step(tokens[-1]), uniforms_NI[:, i], PAPER_SAMPLING))
     return torch.stack(tokens[1:], dim=1)
 
 

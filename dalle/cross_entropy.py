@@ -11,12 +11,36 @@ from collections.abc import Callable
 from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from dalle.stream import IGNORED
 
 CPU_CHUNK, GPU_CHUNK = 1 << 22, 1 << 27
 """Logits that exist at a time: small enough for a CPU's cache, large enough to fill a GPU."""
+
+
+class Head(nn.Linear):
+    """Residual stream to logits, without bias; in float32 whatever the weights or autocast are (B.2, D).
+
+    `Decoder` does not call it: see there for bfloat16.
+    """
+
+    def __init__(self, d_model: int, vocab: int) -> None:
+        super().__init__(d_model, vocab, bias=False)
+
+    def forward(  # type: ignore[override]  # two tensors, where Linear has one
+        self, h_BSD: Tensor, targets_BS: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits, float32 (B, S, V), or given targets their cross entropies: the sum, and each, (B, S).
+
+        The second holds only a part of the logits at a time: see `linear_cross_entropy`.
+        """
+        if targets_BS is not None:
+            total, losses_N = linear_cross_entropy(h_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
+            return total, losses_N.view(targets_BS.shape)
+        with torch.autocast(h_BSD.device.type, enabled=False):
+            return F.linear(h_BSD.float(), self.weight.float())
 
 
 def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:

@@ -31,9 +31,9 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, stored_mask
-from dalle.cross_entropy import linear_cross_entropy
+from dalle.cross_entropy import Head
 from dalle.sparse_attention import prepare_compilation, sparse_attention
-from dalle.stream import Stream, image_inputs, n_image_ids, n_text_ids
+from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids
 from dvae.compilation import can_compile
 from storage.model_directory import load_directory, save_directory
 
@@ -156,29 +156,6 @@ class Block(nn.Module):
         """Return the residual stream after this layer, (B, S, D)."""
         h_BSD = h_BSD + self.run_attention(lambda x_BSD: self.attention(self.attention_norm(x_BSD), attend), h_BSD)
         return h_BSD + self.run_mlp(lambda x_BSD: self.mlp(self.mlp_norm(x_BSD)), h_BSD)
-
-
-class Head(nn.Linear):
-    """Residual stream to logits, without bias; in float32 whatever the weights or autocast are (B.2, D).
-
-    `Decoder` does not call it: see there for bfloat16.
-    """
-
-    def __init__(self, d_model: int, vocab: int) -> None:
-        super().__init__(d_model, vocab, bias=False)
-
-    def forward(  # type: ignore[override]  # two tensors, where Linear has one
-        self, h_BSD: Tensor, targets_BS: Tensor | None = None
-    ) -> Tensor | tuple[Tensor, Tensor]:
-        """Return logits, float32 (B, S, V), or given targets their cross entropies: the sum, and each, (B, S).
-
-        The second holds only a part of the logits at a time: see `linear_cross_entropy`.
-        """
-        if targets_BS is not None:
-            total, losses_N = linear_cross_entropy(h_BSD.flatten(0, 1), self.weight, targets_BS.flatten())
-            return total, losses_N.view(targets_BS.shape)
-        with torch.autocast(h_BSD.device.type, enabled=False):
-            return F.linear(h_BSD.float(), self.weight.float())
 
 
 OWN_SHARE = 0.3
@@ -417,20 +394,6 @@ class DALLE(nn.Module):
             raise ValueError(f"the weights in {path} do not fit its config.json: {error}") from error
         model.metadata = dict(metadata)
         return model
-
-
-def check_ids(name: str, ids: Tensor, length: int, n_ids: int) -> None:
-    """Raise ValueError unless `ids` is int64 (B ≥ 1, length) and, on the CPU, within 0 … n_ids-1."""
-    if ids.ndim != 2 or ids.shape[1] != length or len(ids) == 0:
-        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected (batch, {length}) with a batch of at least 1")
-    if ids.dtype != torch.int64:
-        raise ValueError(f"{name} is {ids.dtype}, expected torch.int64 ids")
-    # On a GPU looking at the values would wait for all queued work.
-    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_ids:
-        raise ValueError(
-            f"{name} has ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {n_ids - 1}: was it made with"
-            " another tokenizer, dVAE or configuration?"
-        )
 
 
 def _size(module: nn.Module) -> int:

@@ -2,13 +2,13 @@
 
 Ramesh et al. 2021 (§2.6, §3.3) sample at temperature 1 without truncation; those are the defaults.
 
-Randomness: a candidate has a seed (`candidate_seed` of the run's seed, the caption and the candidate's
-number). Its generator yields one uniform number per image position, all drawn beforehand, and position i's
-token is where the cumulative distribution passes the i-th of them. So a candidate does not depend on which
-others are sampled beside it or on the batch size, up to the rounding of matrix products.
+Randomness: a candidate has a seed (`candidate_seed` of the run's seed, the caption and the candidate's number). Its
+generator yields one uniform number per image position, all drawn beforehand; position i's token is where the
+cumulative distribution passes the i-th. So a candidate depends neither on the others in its batch nor on their
+number, up to the rounding of matrix products.
 
-Likelihood: beside its tokens a candidate has log p(tokens | caption) under the model itself, whatever it was sampled
-with: a step's logits serve both. Not in the paper, which ranks by CLIP alone.
+Likelihood: each candidate comes with log p(tokens | caption) under the unmodified model, from the logits that sampling
+computes anyway. Not in the paper, which ranks by CLIP alone.
 
 Guidance: logits = unconditional + scale · (conditional - unconditional), Ho & Salimans 2021 applied to token
 logits. The unconditional half is the same model given the empty caption, which it must have met in training.
@@ -17,8 +17,11 @@ Not in the paper.
 Legend: P prompts  n candidates per prompt  B = P·n  I image positions  m known image positions  V image vocabulary
 """
 
+import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
+from typing import Any, Literal, Self, get_args
 
 import numpy as np
 import torch
@@ -26,12 +29,150 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.cache import Decoder
-from dalle.candidates import Samples, Sampling, check_top_k
-from dalle.model import DALLE, check_ids
-from dalle.stream import n_text_ids, null_caption, start_of_image_id
+from dalle.model import DALLE
+from dalle.stream import check_ids, n_text_ids, null_caption, start_of_image_id
 
 DRAW_BLOCK = 128
 """Tokens whose probabilities are summed at a time when one is drawn."""
+
+OnStep = Callable[[Tensor], Tensor | None]
+"""Called after each sampled position with the tokens so far, int64 (B, J); returns the rows to continue with, int64 in
+ascending order, or None for all."""
+
+Ranking = Literal["clip", "likelihood", "both"]
+"""Best first by CLIP's cosine of caption and picture, by the transformer's log p(tokens | caption), or by the mean of
+the two places."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """The settings that a candidate's tokens depend on."""
+
+    seed: int = 0
+    """Same seed, same candidates, however many are sampled."""
+    temperature: float = 1.0
+    """Logits are divided by it; below 1 is less varied, and 0 takes the likeliest token."""
+    top_k: int | None = None
+    """Sample from the k likeliest tokens only; None, or the size of the vocabulary, for all."""
+    top_p: float | None = None
+    """Sample from the likeliest tokens that together have this probability only; None or 1 for all."""
+    guidance: float = 1.0
+    """How far to go from "no caption" towards the caption; 1 is plain sampling. Anything else takes a second pass, and
+    a model that saw empty captions in training."""
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.temperature < math.inf:
+            raise ValueError(f"temperature ({self.temperature}) must be at least 0 (0: the likeliest token) and finite")
+        if self.top_k is not None and self.top_k < 1:
+            raise ValueError(f"top_k ({self.top_k}) must be at least 1; leave it out for all tokens")
+        if self.top_p is not None and not 0 < self.top_p <= 1:
+            raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1; leave it out for all tokens")
+        if not 0 <= self.guidance < math.inf:
+            raise ValueError(f"guidance ({self.guidance}) must be at least 0 (1: none) and finite")
+
+    @property
+    def is_guided(self) -> bool:
+        """Whether each candidate is computed twice: with its caption and without."""
+        return self.guidance != 1
+
+
+PAPER_SAMPLING = Sampling()
+"""As the paper samples (§2.6, §3.3): temperature 1, all tokens."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingDefaults:
+    """How a bundle is sampled and ranked unless told otherwise; the defaults are the paper's.
+
+    A recipe has them, a bundle keeps them in the metadata of its transformer.
+    """
+
+    temperature: float = 1.0
+    """See `Sampling`, also for the next three."""
+    top_k: int | None = None
+    top_p: float | None = None
+    guidance: float = 1.0
+    rank: Ranking = "clip"
+    """What is best."""
+
+    def __post_init__(self) -> None:
+        self.sampling()  # checks the ranges
+        check_ranking(self.rank)
+
+    def sampling(self, seed: int = 0) -> Sampling:
+        """Return the sampling settings of a run with this seed."""
+        return Sampling(
+            seed=seed, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p, guidance=self.guidance
+        )
+
+    def updated(
+        self,
+        *,
+        temperature: float | None = None,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        guidance: float | None = None,
+        rank: Ranking | None = None,
+    ) -> Self:
+        """Replace the settings that are given; None keeps this one's.
+
+        Raises:
+            ValueError: a setting is out of range.
+        """
+        options: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "guidance": guidance}
+        options["rank"] = rank
+        return replace(self, **{name: value for name, value in options.items() if value is not None})
+
+    @classmethod
+    def from_json(cls, values: object) -> Self:
+        """Read the JSON of `dataclasses.asdict`; missing settings are the paper's.
+
+        Raises:
+            ValueError: an unknown setting, a value of another type, or one out of range.
+        """
+        known = [field.name for field in fields(cls)]
+        if not isinstance(values, dict):
+            raise ValueError(f"expected an object with {', '.join(known)}, got {values!r}")
+        if unknown := [name for name in values if name not in known]:
+            raise ValueError(f"unknown {', '.join(map(repr, unknown))}: expected {', '.join(known)}")
+        kinds: dict[str, tuple[type, ...]] = {"top_k": (int, type(None)), "top_p": (int, float, type(None))}
+        for name, value in values.items():
+            expected = (str,) if name == "rank" else kinds.get(name, (int, float))
+            if type(value) not in expected:
+                wanted = {"rank": "a string", "top_k": "a whole number"}.get(name, "a number")
+                raise ValueError(f"{name} is {value!r}, expected {wanted}")
+        return cls(**values)
+
+    def __str__(self) -> str:
+        parts = [f"temperature {self.temperature:g}"]
+        parts += [f"top-k {self.top_k}"] if self.top_k is not None else []
+        parts += [f"top-p {self.top_p:g}"] if self.top_p is not None else []
+        parts += [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
+        ranked_by = {"clip": "CLIP", "likelihood": "likelihood", "both": "CLIP and likelihood"}[self.rank]
+        return f"{', '.join(parts)}, ranked by {ranked_by}"
+
+
+def check_ranking(rank: str) -> None:
+    """Raise ValueError for an unknown ranking."""
+    if rank not in get_args(Ranking):
+        raise ValueError(f"unknown ranking {rank!r}: give {' or '.join(get_args(Ranking))}")
+
+
+def check_top_k(top_k: int | None, vocab: int) -> None:
+    """Raise ValueError if top_k is above the number of image tokens."""
+    if top_k is not None and top_k > vocab:
+        raise ValueError(f"top_k ({top_k}) must be at most the image vocabulary, {vocab}; give {vocab} for all tokens")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """The candidates of P captions, n of each."""
+
+    tokens: Tensor
+    """int64 (P, n, I), raster order."""
+    log_likelihoods: Tensor
+    """float32 (P, n), nats: log p(tokens | caption), summed over the sampled tokens, under the transformer at
+    temperature 1, over all tokens and without guidance, whatever they were sampled with."""
 
 
 def candidate_seed(seed: int, caption: str, k: int) -> int:
@@ -99,13 +240,13 @@ def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
     return tokens_B1[:, 0]
 
 
-def choose(logits: Tensor, uniforms_B: Tensor, temperature: float, top_k: int | None, top_p: float | None) -> Tensor:
-    """Return one token per row, int64 (B,): the likeliest at temperature 0, else drawn."""
-    if temperature == 0:
+def choose(logits: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
+    """Return one token per row of logits (B, V), int64 (B,): the likeliest at temperature 0, else a drawn one."""
+    if sampling.temperature == 0:
         return logits.argmax(-1)
-    if temperature != 1:
-        logits = logits / temperature
-    return draw(filter_logits(logits, top_k, top_p), uniforms_B)
+    if sampling.temperature != 1:
+        logits = logits / sampling.temperature
+    return draw(filter_logits(logits, sampling.top_k, sampling.top_p), uniforms_B)
 
 
 def guide(logits: Tensor, guidance: float) -> Tensor:
@@ -117,83 +258,70 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
 def sample(
     model: DALLE,
     text: Tensor,
-    *,
     seeds: Sequence[int],
-    n: int,
-    temperature: float = 1.0,
-    top_k: int | None = None,
-    top_p: float | None = None,
-    guidance: float = 1.0,
+    sampling: Sampling = PAPER_SAMPLING,
+    *,
     prefix: Tensor | None = None,
-    on_step: Callable[[int, int], None] | None = None,
-    abandon: Callable[[Tensor], Tensor] | None = None,
+    on_step: OnStep | None = None,
     compile: bool = False,
 ) -> Samples:
-    """Sample n candidates of each prompt, all as one batch; the caller decides how many fit.
+    """Sample the same number of candidates for each prompt, all as one batch; the caller decides how many fit.
 
     Args:
         model: the transformer; sampling happens on its device and in its dtype.
         text: int64 (P, T), text ids of the prompts.
-        seeds: P·n seeds, prompt by prompt; see `candidate_seed`.
-        n: candidates per prompt.
-        temperature: divides the logits; 0 takes the likeliest token and ignores the seeds.
-        top_k: see `filter_logits`.
-        top_p: see `filter_logits`.
-        guidance: 1 is none and costs nothing; above 1 follows the caption more closely, at twice the
-            computation.
+        seeds: of the candidates, n for each prompt, prompt by prompt: see `candidate_seed`.
+        sampling: the settings; their `seed` is not read, the candidates have their own.
         prefix: int64 (m,), (1, m) or (P, m): the first m image tokens, kept verbatim. The paper completes pictures
             from 480.
-        on_step: called with (step, total) after each of the `total` sampled positions, from step 1.
-        abandon: for one prompt only: called once, when the first half of the grid's rows is sampled, with their tokens
-            int64 (n, I/2); returns the int64 numbers, ascending, of the candidates to go on with. Not called if the
-            prefix is as long. What is left is no longer a sample of the model's distribution.
+        on_step: watches, and may drop candidates of a single prompt. Survivors of a choice are no sample of the
+            model's distribution.
         compile: see `Decoder`.
 
     Returns:
-        The image tokens and log-likelihoods of P times n candidates, those that were not abandoned, on the model's
-        device. A log-likelihood is that of the sampled tokens: those of the prefix are given, and do not count.
+        The image tokens and log-likelihoods of the candidates that were not dropped, on the model's device. A
+        log-likelihood counts the sampled tokens, not those of the prefix.
 
     Raises:
         ValueError: for an argument out of range.
     """
     config = model.config
     check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
-    _check_options(model, len(text), n, seeds, temperature, top_k, top_p, guidance)
+    n = _candidates_of_each(len(text), seeds)
+    check_top_k(sampling.top_k, config.image_vocab)
     text = text.to(model.device)
     n_image = config.stream.n_image
     known = torch.empty(0, dtype=torch.int64) if prefix is None else prefix
     known = known[None] if known.ndim == 1 else known
     _check_prefix(model, known, len(text))
     known = known.to(model.device)
-    guided = guidance != 1.0
-    if abandon is not None and len(text) != 1:
-        raise ValueError(f"abandon is for one prompt, got {len(text)}")
     m = known.shape[1]
-    halfway = config.grid // 2 * config.grid
     with torch.inference_mode():
         uniforms_BI = uniforms(seeds, n_image).to(model.device)
-        tokens_BI = torch.zeros((len(text) * n, n_image), dtype=torch.int64, device=model.device)
+        tokens_BI = torch.zeros((len(seeds), n_image), dtype=torch.int64, device=model.device)
         tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)
-        log_likelihoods_B = torch.zeros(len(tokens_BI), dtype=torch.float64, device=model.device)
-        decoder = _decoder(model, text, n, known, guided=guided, compile=compile)
-        inputs_B = torch.full_like(tokens_BI[:, 0], start_of_image_id(config.image_vocab))
+        log_likelihoods_B = torch.zeros(len(seeds), dtype=torch.float64, device=model.device)
+        decoder = _decoder(model, text, n, known, guided=sampling.is_guided, compile=compile)
         for position in range(m, n_image):
-            if abandon is not None and position == halfway > m:
-                kept_B = abandon(tokens_BI[:, :halfway].clone()).to(model.device)
-                decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if guided else kept_B)
-                tokens_BI, uniforms_BI = tokens_BI[kept_B], uniforms_BI[kept_B]
-                log_likelihoods_B = log_likelihoods_B[kept_B]
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
-            logits_BV = decoder.step(inputs_B.repeat(2) if guided else inputs_B)
+            else:
+                inputs_B = torch.full_like(tokens_BI[:, 0], start_of_image_id(config.image_vocab))
+            logits_BV = decoder.step(inputs_B.repeat(2) if sampling.is_guided else inputs_B)
             conditional_BV = logits_BV[: len(tokens_BI)]
-            if guided:
-                logits_BV = guide(logits_BV, guidance)
-            tokens_B = choose(logits_BV, uniforms_BI[:, position], temperature, top_k, top_p)
+            if sampling.is_guided:
+                logits_BV = guide(logits_BV, sampling.guidance)
+            tokens_B = choose(logits_BV, uniforms_BI[:, position], sampling)
             tokens_BI[:, position] = tokens_B
             log_likelihoods_B -= F.cross_entropy(conditional_BV, tokens_B, reduction="none")
-            if on_step is not None:
-                on_step(position - m + 1, n_image - m)
+            kept_B = None if on_step is None else on_step(tokens_BI[:, : position + 1])
+            if kept_B is not None:
+                if len(text) != 1:
+                    raise ValueError(f"on_step may drop candidates of one prompt only, got {len(text)} prompts")
+                kept_B = kept_B.to(model.device)
+                decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if sampling.is_guided else kept_B)
+                tokens_BI, uniforms_BI = tokens_BI[kept_B], uniforms_BI[kept_B]
+                log_likelihoods_B = log_likelihoods_B[kept_B]
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
     tokens_PNI = tokens_BI.clone().reshape(len(text), -1, n_image)
     return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_B.float().reshape(len(text), -1))
@@ -215,26 +343,18 @@ def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, *, guided: b
     return Decoder(model, text_PT, counts, prefix_Pm, compile=compile)
 
 
-def _check_options(
-    model: DALLE,
-    n_prompts: int,
-    n: int,
-    seeds: Sequence[int],
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
-    guidance: float,
-) -> None:
-    if n < 1:
-        raise ValueError(f"n ({n}) must be at least 1: the number of candidates per caption")
-    if len(seeds) != n_prompts * n:
-        raise ValueError(
-            f"{len(seeds)} seeds for {n_prompts} prompts with {n} candidates each: expected {n_prompts * n}"
-        )
+def _candidates_of_each(n_prompts: int, seeds: Sequence[int]) -> int:
+    """Return n, the candidates of each prompt.
+
+    Raises:
+        ValueError: no seeds, not as many for each prompt, or a negative one.
+    """
+    n, missing = divmod(len(seeds), n_prompts)
+    if n < 1 or missing:
+        raise ValueError(f"{len(seeds)} seeds for {n_prompts} prompts: expected equally many for each, at least 1")
     if min(seeds) < 0:
         raise ValueError(f"seeds must not be negative, got {min(seeds)}")
-    Sampling(temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance)  # checks their ranges
-    check_top_k(top_k, model.config.image_vocab)
+    return n
 
 
 def _check_prefix(model: DALLE, prefix: Tensor, n_prompts: int) -> None:

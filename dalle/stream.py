@@ -87,6 +87,20 @@ def n_image_ids(image_vocab: int) -> int:
     return image_vocab + 1
 
 
+def check_ids(name: str, ids: Tensor, length: int, n_ids: int) -> None:
+    """Raise ValueError unless `ids` is int64 (B ≥ 1, length) and, on the CPU, within 0 … n_ids-1."""
+    if ids.ndim != 2 or ids.shape[1] != length or len(ids) == 0:
+        raise ValueError(f"{name} has shape {tuple(ids.shape)}, expected (batch, {length}) with a batch of at least 1")
+    if ids.dtype != torch.int64:
+        raise ValueError(f"{name} is {ids.dtype}, expected torch.int64 ids")
+    # On a GPU looking at the values would wait for all queued work.
+    if ids.device.type == "cpu" and ids.numel() and not 0 <= int(ids.min()) <= int(ids.max()) < n_ids:
+        raise ValueError(
+            f"{name} has ids from {int(ids.min())} to {int(ids.max())}, expected 0 to {n_ids - 1}: was it made with"
+            " another tokenizer, dVAE or configuration?"
+        )
+
+
 def text_row(ids: Sequence[int], text_vocab: int, text_len: int) -> list[int]:
     """Return the T text ids of a caption: start, its BPE ids (T-1 at most, the rest is cut), and pads."""
     used = [start_id(text_vocab), *ids[: text_len - 1]]

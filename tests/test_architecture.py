@@ -25,8 +25,8 @@ MODULES_IN_A_FOLDER = 12
 LEAVES = {"dvae.compilation", "dvae.images"}
 """They know no model, and everything may import them."""
 
-PIPELINE = {"dalle.pipeline", "dalle.search"}
-"""The modules of dalle's core folder that join the packages."""
+PIPELINE = {"dalle.best_of_n", "dalle.budget", "dalle.data.bundle", "dalle.pipeline", "dalle.search"}
+"""The modules of dalle that join the packages."""
 
 _CORE = {"storage", "leaf", "dalle"}
 _MODELS = {"dvae", "rerank"}
@@ -45,8 +45,8 @@ ROOMS: dict[str, set[str]] = {
     "rerank": {"storage", "leaf"},
     "dalle": {"storage", "leaf"},
     "dalle.data": {"storage", "leaf"},
-    "dalle.output": _CORE,
-    "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data", "dalle.output"},
+    "dalle.output": {*_CORE, "dalle.pipeline"},
+    "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data"},
     "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
     "dalle.cli": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline", "dalle.evaluation"},
     "training.patches": set(),
@@ -134,7 +134,7 @@ dalle:DALLE.save(path, metadata)
 dalle:DALLE.forward(text, image_tokens)
 dalle:Pipeline.load(bundle)
 dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, rank, prefix)
-dalle:Pipeline.best(caption, sampling, n, keep, rank, prefix)
+dalle:Pipeline.best(request, sampling, rank, prefix)
 dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)
 dalle:Pipeline.prefix(image, keep_rows)
@@ -142,9 +142,10 @@ dalle:Pipeline.rank(captions, images)
 dalle.attention:mask(kind, text_len, grid, kernel)
 dalle.attention:layer_kinds(n_layers)
 dalle.loss:stream_loss(text_logits, image_logits, text, image_tokens, config)
-dalle.candidates:rank_order(scores, log_likelihoods, rank)
-dalle.candidates:SamplingDefaults(temperature, top_k, top_p, guidance, rank)
-dalle.sampling:sample(model, text, seeds, n, temperature, top_k, top_p, guidance, prefix)
+dalle.best_of_n:rank_order(scores, log_likelihoods, rank)
+dalle.sampling:SamplingDefaults(temperature, top_k, top_p, guidance, rank)
+dalle.sampling:Sampling(seed, temperature, top_k, top_p, guidance)
+dalle.sampling:sample(model, text, seeds, sampling, prefix)
 dalle.cli.main:main(argv)
 rerank:CLIPConfig()
 rerank:CLIP(config, tokenizer)

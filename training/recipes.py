@@ -12,8 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
-from dalle.candidates import SamplingDefaults
 from dalle.model import DALLEConfig
+from dalle.sampling import SamplingDefaults
 from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig

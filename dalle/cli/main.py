@@ -19,14 +19,16 @@ import torch
 import tyro
 from PIL import Image
 
-from dalle.candidates import Ranking, Result, Sampling, SamplingDefaults, check_request
+from dalle.best_of_n import Request, Result, check_caption
 from dalle.cli.command import run_program
+from dalle.data.bundle import Precision, bundle_part
 from dalle.data.pictures import Pictures, in_batches
 from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.output.progress import Progress, duration
 from dalle.output.results import ResultWriter
 from dalle.output.sheets import MAX_CELL, Section, contact_sheet, save_png, side_by_side, slug
-from dalle.pipeline import Pipeline, Precision, bundle_part
+from dalle.pipeline import Pipeline
+from dalle.sampling import Ranking, Sampling, SamplingDefaults
 from dalle.search import EMBEDDING_BATCH, folder_features
 from dvae import DVAE
 from dvae.images import open_image, to_image
@@ -116,8 +118,10 @@ class Generate:
 
     def run(self) -> None:
         """Sample, rank and write the pictures, caption by caption."""
-        captions = self._all_captions()
-        check_request(captions, n=self.n, keep=self.keep, early_abandon=self.early_abandon)
+        requests = [
+            Request(caption=caption, n=self.n, keep=self.keep, early_abandon=self.early_abandon)
+            for caption in self._all_captions()
+        ]
         self._settings_of(SamplingDefaults())  # whether the options are right, before any model is loaded
         if self.keep_rows is not None and self.image is None:
             raise ValueError(f"--keep-rows is {self.keep_rows}, but no picture is given: add --image PICTURE")
@@ -138,28 +142,25 @@ class Generate:
         logger.info("sampling at %s", chosen)
         sections = []
         with Progress("candidates") as progress:
-            for i, caption in enumerate(captions):
+            for i, request in enumerate(requests):
                 result = pipe.best(
-                    caption,
+                    request,
                     sampling,
-                    n=self.n,
-                    keep=self.keep,
                     rank=chosen.rank,
                     prefix=prefix,
-                    early_abandon=self.early_abandon,
                     batch_size=batch_size,
-                    progress=progress.after(i * self.n, len(captions) * self.n),
+                    progress=progress.after(i * self.n, len(requests) * self.n),
                 )
                 writer.add(result, settings, pipe.hashes)
                 if i < SHEET_CAPTIONS:
                     sections.append(_section(result))
             elapsed_s = progress.elapsed_s()
-        if len(captions) > SHEET_CAPTIONS:
-            logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(captions))
+        if len(requests) > SHEET_CAPTIONS:
+            logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(requests))
         save_png(contact_sheet(sections, title=self._title(chosen)), self.out / "sheet.png")
         print(
-            f"{len(captions) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl "
-            f"({len(captions) * self.n} candidates in {duration(elapsed_s)})"
+            f"{len(requests) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl "
+            f"({len(requests) * self.n} candidates in {duration(elapsed_s)})"
         )
 
     def _settings_of(self, defaults: SamplingDefaults) -> SamplingDefaults:
@@ -233,7 +234,7 @@ class Rank:
 
     def run(self) -> None:
         """Print the pictures with their scores."""
-        check_request([self.caption], n=1, keep=1)
+        check_caption(self.caption)
         pictures = Pictures(self.pictures)
         if self.out is not None:
             check_writable(self.out)
@@ -276,7 +277,7 @@ class Search:
 
     def run(self) -> None:
         """Print the best pictures with their scores, and write the sheet."""
-        check_request([self.caption], n=1, keep=1)
+        check_caption(self.caption)
         if self.top < 1:
             raise ValueError(f"--top is {self.top}; it must be at least 1")
         check_writable(self.out)

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dalle.candidates import Result
+from dalle.best_of_n import Result
 from dalle.output.sheets import save_png, slug
 from dvae.images import to_image
 from storage.atomic import replace_file

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dalle import search
-from dalle.candidates import rank_order
+from dalle.best_of_n import rank_order
 from dalle.cli import main as cli
 from dalle.cli.command import run_command
 from dalle.cli.main import main, read_captions, resolve_device

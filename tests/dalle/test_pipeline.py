@@ -7,21 +7,24 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 
-from dalle import pipeline
-from dalle.cache import bytes_per_candidate
-from dalle.candidates import PAPER_SAMPLING, Sampling, SamplingDefaults, rank_order
+from dalle import best_of_n, budget, pipeline
+from dalle.best_of_n import Judge, Request, Result, rank_order
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
+from dalle.sampling import PAPER_SAMPLING, Sampling, SamplingDefaults
 from dalle.tokenizer import Tokenizer
 from dvae.images import resize_and_crop, to_image, to_tensor
-from rerank.score import embed_captions
 from storage.model_directory import directory_hash
 
 CAPTION = "a red cube on a blue cube"
 
 
-def same(a: pipeline.Result, b: pipeline.Result) -> bool:
+def same(a: Result, b: Result) -> bool:
     return a.candidates == b.candidates and torch.equal(a.tokens, b.tokens) and torch.equal(a.images, b.images)
+
+
+def request(n: int) -> Request:
+    return Request(caption=CAPTION, n=n, keep=2)
 
 
 def picture(seed: int = 0, size: tuple[int, int] = (40, 30)):
@@ -73,7 +76,7 @@ def test_the_batch_size_does_not_change_the_result(pipe, batch_size):
 
 def test_the_decoding_batch_size_does_not_change_the_result(pipe, monkeypatch):
     expected = pipe.generate(CAPTION, n=5, keep=3)
-    monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", 1)
+    monkeypatch.setattr(budget, "CPU_MEMORY_BUDGET", 1)
     result = pipe.generate(CAPTION, n=5, keep=3)
     assert result.candidates == expected.candidates
     assert torch.equal(result.tokens, expected.tokens)
@@ -83,7 +86,7 @@ def test_the_decoding_batch_size_does_not_change_the_result(pipe, monkeypatch):
 @pytest.mark.parametrize("keep", [1, 4, 11])
 @pytest.mark.parametrize("batch_size", [1, 2, 4, 11])
 def test_streaming_gives_what_scoring_all_candidates_at_once_gives(pipe, monkeypatch, batch_size, keep, rank):
-    monkeypatch.setattr(pipeline, "JUDGED_AT_ONCE", 3)
+    monkeypatch.setattr(budget, "MAX_PICTURES_AT_ONCE", 3)
     samples = pipe.sample_tokens([CAPTION], 11)
     tokens, log_likelihoods = samples.tokens[0], samples.log_likelihoods[0]
     images = pipe.decode(tokens)
@@ -116,8 +119,8 @@ def test_streaming_on_a_gpu_gives_what_its_candidates_give_all_at_once(bundle, e
 
 def test_the_caption_is_embedded_once(pipe, monkeypatch):
     calls = []
-    embed = pipeline.embed_captions
-    monkeypatch.setattr(pipeline, "embed_captions", lambda *arguments: calls.append(1) or embed(*arguments))
+    embed = best_of_n.embed_captions
+    monkeypatch.setattr(best_of_n, "embed_captions", lambda *arguments: calls.append(1) or embed(*arguments))
     pipe.generate(CAPTION, n=6, keep=2, batch_size=2)
     assert len(calls) == 1
 
@@ -202,13 +205,13 @@ def test_captions_sampled_together_are_as_if_sampled_alone(pipe):
 
 def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(pipe, monkeypatch):
     seen = []
-    score_tops = pipe._score_tops
+    score_tops = Judge.score_tops
 
-    def watched(tokens, caption):
-        seen.append((tokens, score_tops(tokens, caption)))
+    def watched(judge, tokens):
+        seen.append((tokens, score_tops(judge, tokens)))
         return seen[-1][1]
 
-    monkeypatch.setattr(pipe, "_score_tops", watched)
+    monkeypatch.setattr(Judge, "score_tops", watched)
     whole = pipe.sample_tokens([CAPTION], 10).tokens[0]
     result = pipe.generate(CAPTION, n=10, keep=5, early_abandon=True, batch_size=4)
     assert [len(tokens) for tokens, _ in seen] == [4, 4, 2]
@@ -224,18 +227,18 @@ def test_early_abandon_finishes_the_half_of_each_batch_whose_tops_score_better(p
 
 def test_a_top_is_scored_on_a_ground_of_its_own_mean_colour(pipe, monkeypatch):
     shown = []
-    embed = pipeline.embed_images
-    monkeypatch.setattr(pipeline, "embed_images", lambda clip, images: shown.append(images) or embed(clip, images))
+    embed = best_of_n.embed_images
+    monkeypatch.setattr(best_of_n, "embed_images", lambda clip, images: shown.append(images) or embed(clip, images))
     tokens = pipe.sample_tokens([CAPTION], 3).tokens[0]
-    caption_E = embed_captions(pipe.clip, [CAPTION])[0]
-    assert pipe._score_tops(tokens[:, :8], caption_E).shape == (3,)
+    judge = Judge(CAPTION, pipe.clip, pipe.decode, lambda n: n)
+    assert judge.score_tops(tokens[:, :8]).shape == (3,)
     assert shown[0].shape == (3, 3, 16, 16)
     top, ground = shown[0].split(8, dim=2)
     assert torch.equal(top, pipe.decode(tokens[:, :8]))
     torch.testing.assert_close(ground, top.mean((2, 3), keepdim=True).expand_as(top))
     # what is not known yet has no effect
     other = torch.cat([tokens[:, :8], tokens.flip(0)[:, 8:]], dim=1)
-    assert torch.equal(pipe._score_tops(other[:, :8], caption_E), pipe._score_tops(tokens[:, :8], caption_E))
+    assert torch.equal(judge.score_tops(other[:, :8]), judge.score_tops(tokens[:, :8]))
 
 
 def test_early_abandon_ends_its_progress_at_all_candidates(pipe):
@@ -300,7 +303,7 @@ def test_progress_counts_candidates_up_to_the_total(pipe):
 
 
 def test_progress_is_even_over_sampling_decoding_and_scoring(pipe, monkeypatch):
-    monkeypatch.setattr(pipeline, "JUDGED_AT_ONCE", 2)
+    monkeypatch.setattr(budget, "MAX_PICTURES_AT_ONCE", 2)
     dones: list[float] = []
     pipe.generate(CAPTION, n=12, keep=1, batch_size=6, progress=lambda done, _: dones.append(done))
     assert len(dones) == 2 * (16 + 3)
@@ -380,16 +383,16 @@ def with_defaults(bundle_copy) -> Callable[..., Pipeline]:
 
 def test_a_bundle_that_says_nothing_is_sampled_as_in_the_paper(pipe):
     assert pipe.defaults == SamplingDefaults()
-    assert same(pipe.generate(CAPTION, n=4, keep=2), pipe.best(CAPTION, PAPER_SAMPLING, n=4, keep=2, rank="clip"))
+    assert same(pipe.generate(CAPTION, n=4, keep=2), pipe.best(request(4), PAPER_SAMPLING, rank="clip"))
 
 
 def test_a_bundle_is_sampled_and_ranked_as_it_says(pipe, with_defaults):
     chosen = SamplingDefaults(temperature=0.5, top_k=20, top_p=0.9, rank="likelihood")
     own = with_defaults(dataclasses.asdict(chosen))
     assert own.defaults == chosen
-    expected = pipe.best(CAPTION, chosen.sampling(), n=6, keep=2, rank="likelihood")
+    expected = pipe.best(request(6), chosen.sampling(), rank="likelihood")
     assert not same(expected, pipe.generate(CAPTION, n=6, keep=2))
-    for result in (own.generate(CAPTION, n=6, keep=2), own.best(CAPTION, n=6, keep=2)):
+    for result in (own.generate(CAPTION, n=6, keep=2), own.best(request(6))):
         assert same(result, expected)
         assert result.rank == "likelihood"
     samples = own.sample_tokens([CAPTION], 6)
@@ -401,43 +404,15 @@ def test_what_is_given_goes_before_what_a_bundle_says(pipe, with_defaults):
     own = with_defaults({"temperature": 0.5, "top_k": 3, "top_p": 0.5, "rank": "both"})
     settings = {"temperature": 1.0, "top_k": 32, "top_p": 1.0, "rank": "clip"}
     assert same(own.generate(CAPTION, n=6, keep=2, **settings), pipe.generate(CAPTION, n=6, keep=2))
-    assert same(own.best(CAPTION, PAPER_SAMPLING, n=6, keep=2, rank="clip"), pipe.generate(CAPTION, n=6, keep=2))
+    assert same(own.best(request(6), PAPER_SAMPLING, rank="clip"), pipe.generate(CAPTION, n=6, keep=2))
     cold = own.generate(CAPTION, n=6, keep=2, temperature=0.0)
-    assert same(cold, pipe.best(CAPTION, Sampling(temperature=0.0), n=6, keep=2, rank="both"))
+    assert same(cold, pipe.best(request(6), Sampling(temperature=0.0), rank="both"))
 
 
 @pytest.mark.parametrize("values", [None, "hot", {"temperature": -1.0}, {"beams": 3}, {"top_k": 33}, {"rank": "best"}])
 def test_sampling_defaults_that_cannot_be_used_are_refused(with_defaults, values):
     with pytest.raises(ValueError, match=r'"sampling" in the metadata of its config\.json, cannot be used: .*correct'):
         with_defaults(values)
-
-
-def test_the_default_batch_size_fits_the_memory_in_equal_batches(pipe, monkeypatch):
-    assert pipe.default_batch_size(1_000) == 1_000  # no other limit: 2 GiB are plenty for these models
-    # the keys and values of a caption, and the fourfold width of one layer three times, are there once in each batch
-    caption = 2 * 3 * 24 * 32 * 4 + 3 * 4 * 32 * 24 * 4
-    each = bytes_per_candidate(pipe.dalle.config, torch.float32) + pipeline.DRAWING_BYTES * 32
-
-    def size(memory: int, n: int, **options) -> int:
-        monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", memory)
-        return pipe.default_batch_size(n, **options)
-
-    assert size(caption + 4 * each, 9) == 3
-    assert size(caption + 4 * each, 900) == 4
-    assert size(caption + 9 * each, 9) == 9
-    assert size(caption + 9 * each - 1, 9) == 3
-    assert size(2 * caption + 4 * each, 9, guided=True) == 2
-    assert size(2 * caption + 4 * each, 9, early_abandon=True) == 2
-    assert size(0, 9) == 1
-
-
-def test_captions_share_batches_as_far_as_memory_lasts(pipe, monkeypatch):
-    caption = 2 * 3 * 24 * 32 * 4 + 3 * 4 * 32 * 24 * 4
-    each = bytes_per_candidate(pipe.dalle.config, torch.float32) + pipeline.DRAWING_BYTES * 32
-    monkeypatch.setattr(pipeline, "CPU_MEMORY_BUDGET", 2 * (caption + 5 * each))
-    assert pipe.default_batch_size(5, n_captions=4) == 10
-    assert pipe.default_batch_size(5, n_captions=2) == 10
-    assert pipe.default_batch_size(5, n_captions=3, guided=True) == 5
 
 
 def test_the_memory_that_is_given_decides_the_batch_size(bundle):

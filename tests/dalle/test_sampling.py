@@ -1,4 +1,6 @@
 import copy
+import dataclasses
+import json
 
 import pytest
 import torch
@@ -8,7 +10,17 @@ from hypothesis import strategies as st
 import dalle.sampling
 from dalle.cache import Decoder
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import candidate_seed, choose, draw, filter_logits, guide, sample, uniforms
+from dalle.sampling import (
+    Sampling,
+    SamplingDefaults,
+    candidate_seed,
+    choose,
+    draw,
+    filter_logits,
+    guide,
+    sample,
+    uniforms,
+)
 from dalle.stream import null_caption, text_row
 
 CONFIG = DALLEConfig(
@@ -28,8 +40,8 @@ def model():
     return model
 
 
-def sampled(model, text, **options):
-    return sample(model, text, **options).tokens
+def sampled(model, text, seeds, *, prefix=None, on_step=None, compile=False, **settings):
+    return sample(model, text, seeds, Sampling(**settings), prefix=prefix, on_step=on_step, compile=compile).tokens
 
 
 def seeds(n, n_prompts=2, seed=0):
@@ -42,40 +54,40 @@ def test_candidate_seeds_differ_and_never_change():
 
 
 def test_the_same_seed_gives_the_same_tokens(model):
-    first = sampled(model, TEXT, seeds=seeds(4), n=4)
+    first = sampled(model, TEXT, seeds(4))
     assert first.shape == (2, 4, 16)
-    assert torch.equal(first, sampled(model, TEXT, seeds=seeds(4), n=4))
-    assert not torch.equal(first, sampled(model, TEXT, seeds=seeds(4, seed=1), n=4))
+    assert torch.equal(first, sampled(model, TEXT, seeds(4)))
+    assert not torch.equal(first, sampled(model, TEXT, seeds(4, seed=1)))
 
 
 def test_sixteen_candidates_do_not_share_their_first_token(model):
-    assert len(sampled(model, TEXT[:1], seeds=seeds(16, 1), n=16)[0, :, 0].unique()) > 1
+    assert len(sampled(model, TEXT[:1], seeds(16, 1))[0, :, 0].unique()) > 1
 
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_a_candidate_does_not_depend_on_the_batch_it_is_in(model, guidance):
-    together = sampled(model, TEXT, seeds=seeds(8), n=8, guidance=guidance)
+    together = sampled(model, TEXT, seeds(8), guidance=guidance)
     for p in range(2):
         for k in (0, 5):
             seed = candidate_seed(0, f"prompt {p}", k)
-            alone = sampled(model, TEXT[p : p + 1], seeds=[seed], n=1, guidance=guidance)
+            alone = sampled(model, TEXT[p : p + 1], [seed], guidance=guidance)
             assert torch.equal(alone[0, 0], together[p, k])
 
 
 def test_temperature_0_ignores_the_seed(model):
-    cold = sampled(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
-    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3, seed=9), n=3, temperature=0.0))
+    cold = sampled(model, TEXT, seeds(3), temperature=0.0)
+    assert torch.equal(cold, sampled(model, TEXT, seeds(3, seed=9), temperature=0.0))
     assert torch.equal(cold[:, 0], cold[:, 2])
 
 
 def test_top_1_is_argmax(model):
-    cold = sampled(model, TEXT, seeds=seeds(3), n=3, temperature=0.0)
-    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3), n=3, top_k=1))
-    assert torch.equal(cold, sampled(model, TEXT, seeds=seeds(3), n=3, top_p=1e-9))
+    cold = sampled(model, TEXT, seeds(3), temperature=0.0)
+    assert torch.equal(cold, sampled(model, TEXT, seeds(3), top_k=1))
+    assert torch.equal(cold, sampled(model, TEXT, seeds(3), top_p=1e-9))
 
 
 def test_temperature_0_takes_the_likeliest_token_of_the_uncached_model(model):
-    tokens = sampled(model, TEXT, seeds=seeds(1), n=1, temperature=0.0)[:, 0]
+    tokens = sampled(model, TEXT, seeds(1), temperature=0.0)[:, 0]
     with torch.no_grad():
         assert torch.equal(model(TEXT, tokens)[1].argmax(-1), tokens)
 
@@ -85,19 +97,19 @@ def test_temperature_0_takes_the_likeliest_token_of_the_uncached_model(model):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_a_prefix_is_kept_verbatim(model, n_rows, m, guidance):
     prefix = torch.randint(20, (n_rows, m), generator=torch.Generator().manual_seed(1))
-    tokens = sampled(model, TEXT, seeds=seeds(3), n=3, prefix=prefix, guidance=guidance)
+    tokens = sampled(model, TEXT, seeds(3), prefix=prefix, guidance=guidance)
     assert torch.equal(tokens[:, :, :m], prefix[:, None].expand(2, 3, m))
 
 
 def test_a_prefix_may_be_one_row_without_batch_dimension(model):
     prefix = torch.arange(5)
-    flat = sampled(model, TEXT, seeds=seeds(2), n=2, prefix=prefix)
-    assert torch.equal(flat, sampled(model, TEXT, seeds=seeds(2), n=2, prefix=prefix[None]))
+    flat = sampled(model, TEXT, seeds(2), prefix=prefix)
+    assert torch.equal(flat, sampled(model, TEXT, seeds(2), prefix=prefix[None]))
 
 
 def test_completing_a_sample_from_its_own_beginning_gives_it_again(model):
-    whole = sampled(model, TEXT, seeds=seeds(1), n=1, guidance=2.0)
-    again = sampled(model, TEXT, seeds=seeds(1), n=1, guidance=2.0, prefix=whole[:, 0, :6])
+    whole = sampled(model, TEXT, seeds(1), guidance=2.0)
+    again = sampled(model, TEXT, seeds(1), guidance=2.0, prefix=whole[:, 0, :6])
     assert torch.equal(again, whole)
 
 
@@ -110,17 +122,17 @@ def test_guidance_1_is_plain_sampling_and_decodes_nothing_more(model, monkeypatc
             return super().step(inputs_B)
 
     monkeypatch.setattr(dalle.sampling, "Decoder", Watched)
-    plain = sampled(model, TEXT, seeds=seeds(2), n=2)
-    assert torch.equal(plain, sampled(model, TEXT, seeds=seeds(2), n=2, guidance=1.0))
+    plain = sampled(model, TEXT, seeds(2))
+    assert torch.equal(plain, sampled(model, TEXT, seeds(2), guidance=1.0))
     assert set(batches) == {4}
-    assert not torch.equal(plain, sampled(model, TEXT, seeds=seeds(2), n=2, guidance=5.0))
+    assert not torch.equal(plain, sampled(model, TEXT, seeds(2), guidance=5.0))
     assert set(batches) == {4, 8}
 
 
 @pytest.mark.parametrize("m", [0, 5])
 def test_cached_guided_logits_equal_uncached_ones(model, m):
     n, guidance = 3, 2.5
-    image_tokens = sampled(model, TEXT, seeds=seeds(n), n=n, guidance=guidance).flatten(0, 1)
+    image_tokens = sampled(model, TEXT, seeds(n), guidance=guidance).flatten(0, 1)
     image_tokens[:, :m] = image_tokens[0, :m]
     null = null_caption(300, 6)
     with torch.no_grad():
@@ -136,27 +148,27 @@ def test_cached_guided_logits_equal_uncached_ones(model, m):
 
 def test_inputs_are_never_modified(model):
     text, prefix = TEXT.clone(), torch.arange(4)[None]
-    sampled(model, text, seeds=seeds(2), n=2, guidance=3.0, prefix=prefix, top_k=5, top_p=0.9)
+    sampled(model, text, seeds(2), guidance=3.0, prefix=prefix, top_k=5, top_p=0.9)
     assert torch.equal(text, TEXT)
     assert torch.equal(prefix, torch.arange(4)[None])
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     kept = logits.clone()
     filter_logits(logits, top_k=3, top_p=0.5)
-    choose(logits, torch.rand(3, dtype=torch.float64), 0.7, 3, 0.5)
+    choose(logits, torch.rand(3, dtype=torch.float64), Sampling(temperature=0.7, top_k=3, top_p=0.5))
     assert torch.equal(logits, kept)
 
 
 def test_steps_are_reported(model):
     steps = []
     sampled(
-        model, TEXT, seeds=seeds(1), n=1, prefix=torch.zeros(1, 13, dtype=torch.int64),
-        on_step=lambda step, total: steps.append((step, total)),
+        model, TEXT, seeds(1), prefix=torch.zeros(1, 13, dtype=torch.int64),
+        on_step=lambda tokens: steps.append(tuple(tokens.shape)),
     )  # fmt: skip
-    assert steps == [(1, 3), (2, 3), (3, 3)]
+    assert steps == [(2, 14), (2, 15), (2, 16)]
 
 
 def test_sampled_tokens_can_be_trained_on(model):
-    tokens = sampled(model, TEXT, seeds=seeds(1), n=1)
+    tokens = sampled(model, TEXT, seeds(1))
     model(TEXT, tokens[:, 0])[1].sum().backward()
     model.zero_grad()
 
@@ -193,8 +205,8 @@ def test_filters_keep_the_likeliest():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"n": 0, "seeds": []}, r"n \(0\) must be at least 1"),
-        ({"seeds": [1, 2, 3]}, "3 seeds for 2 prompts with 1 candidates each: expected 2"),
+        ({"seeds": []}, "0 seeds for 2 prompts"),
+        ({"seeds": [1, 2, 3]}, "3 seeds for 2 prompts: expected equally many for each"),
         ({"seeds": [1, -2]}, "must not be negative"),
         ({"temperature": -0.1}, "temperature"),
         ({"temperature": float("nan")}, "temperature"),
@@ -212,7 +224,7 @@ def test_filters_keep_the_likeliest():
 def test_options_out_of_range_are_named(model, options, message):
     text = options.pop("text", TEXT)
     with pytest.raises(ValueError, match=message):
-        sampled(model, text, **{"seeds": [1, 2], "n": 1, **options})
+        sampled(model, text, **{"seeds": [1, 2], **options})
 
 
 def test_tokens_are_those_of_the_whole_cumulative_distribution():
@@ -228,41 +240,34 @@ def test_tokens_are_those_of_the_whole_cumulative_distribution():
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 @pytest.mark.parametrize("m", [0, 5])
 def test_abandoned_candidates_leave_the_others_as_they_were(model, guidance, m):
-    options = {"seeds": seeds(6, 1), "n": 6, "guidance": guidance, "prefix": torch.arange(m)}
+    options = {"seeds": seeds(6, 1), "guidance": guidance, "prefix": torch.arange(m)}
+    half = model.config.stream.n_image // 2
     everything = sampled(model, TEXT[:1], **options)
     seen = []
 
     def better_half(tokens):
         seen.append(tokens)
-        return torch.tensor([1, 4, 5])
+        return torch.tensor([1, 4, 5]) if tokens.shape[1] == half else None
 
-    kept = sampled(model, TEXT[:1], **options, abandon=better_half)
-    half = model.config.stream.n_image // 2
+    kept = sampled(model, TEXT[:1], **options, on_step=better_half)
     assert torch.equal(kept[0], everything[0, [1, 4, 5]])
-    assert len(seen) == 1
-    assert torch.equal(seen[0], everything[0, :, :half])
-
-
-def test_nothing_is_abandoned_where_the_first_half_is_given(model):
-    prefix = torch.arange(model.config.stream.n_image // 2)
-    options = {"seeds": seeds(2, 1), "n": 2, "prefix": prefix}
-    kept = sampled(model, TEXT[:1], **options, abandon=lambda tokens: pytest.fail("it was asked"))
-    assert torch.equal(kept, sampled(model, TEXT[:1], **options))
+    assert [tokens.shape for tokens in seen] == [(6 if n <= half else 3, n) for n in range(m + 1, 2 * half + 1)]
+    assert torch.equal(seen[half - m - 1], everything[0, :, :half])
 
 
 @pytest.mark.slow
 def test_sampling_compiles_one_step_and_gives_the_same_tokens(model):
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
-    compiled = sampled(model, TEXT[:1], seeds=seeds(3, 1), n=3, compile=True)
+    compiled = sampled(model, TEXT[:1], seeds(3, 1), compile=True)
     # one for the trial whether anything can be compiled, unless an earlier test has made it
     assert torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 2
-    assert torch.equal(compiled, sampled(model, TEXT[:1], seeds=seeds(3, 1), n=3))
+    assert torch.equal(compiled, sampled(model, TEXT[:1], seeds(3, 1)))
 
 
-def test_abandoning_is_for_one_prompt(model):
-    with pytest.raises(ValueError, match="one prompt, got 2"):
-        sampled(model, TEXT, seeds=seeds(2), n=2, abandon=lambda tokens: torch.arange(1))
+def test_only_candidates_of_one_prompt_are_dropped(model):
+    with pytest.raises(ValueError, match="one prompt only, got 2"):
+        sampled(model, TEXT, seeds(2), on_step=lambda tokens: torch.arange(1))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -282,8 +287,10 @@ def test_abandoning_is_for_one_prompt(model):
     ],
 )
 def test_log_likelihoods_are_those_of_a_full_pass(model, n, options, dtype):
-    found = sample(model, TEXT, seeds=seeds(n), n=n, **options)
-    m = options["prefix"].shape[-1] if "prefix" in options else 0
+    prefix = options.get("prefix")
+    settings = {name: value for name, value in options.items() if name != "prefix"}
+    found = sample(model, TEXT, seeds(n), Sampling(**settings), prefix=prefix)
+    m = 0 if prefix is None else prefix.shape[-1]
     expected = full_pass(model, TEXT, found.tokens, dtype)[:, :, m:].sum(-1)
     assert found.log_likelihoods.dtype == torch.float32
     torch.testing.assert_close(found.log_likelihoods, expected.float(), atol=1e-4, rtol=0)
@@ -301,9 +308,13 @@ def full_pass(model, text, tokens, dtype):
 
 @pytest.mark.parametrize("guidance", [1.0, 3.0])
 def test_log_likelihoods_stay_with_those_who_are_not_abandoned(model, guidance):
-    options = {"seeds": seeds(6, 1), "n": 6, "guidance": guidance}
-    everything = sample(model, TEXT[:1], **options)
-    kept = sample(model, TEXT[:1], **options, abandon=lambda tokens: torch.tensor([0, 3, 4]))
+    settings = Sampling(guidance=guidance)
+
+    def drop_half(tokens):
+        return torch.tensor([0, 3, 4]) if tokens.shape[1] == 8 else None
+
+    everything = sample(model, TEXT[:1], seeds(6, 1), settings)
+    kept = sample(model, TEXT[:1], seeds(6, 1), settings, on_step=drop_half)
     assert everything.log_likelihoods.shape == (1, 6)
     torch.testing.assert_close(kept.log_likelihoods[0], everything.log_likelihoods[0, [0, 3, 4]], atol=1e-5, rtol=0)
 
@@ -314,7 +325,7 @@ def test_a_thousand_tokens_are_summed_without_loss():
     large = DALLE(config)
     torch.nn.init.normal_(large.image_head.weight)
     text = torch.tensor([text_row([1], 300, 4)])
-    found = sample(large, text, seeds=[3], n=1)
+    found = sample(large, text, [3])
     expected = full_pass(large, text, found.tokens, torch.float64).sum(-1)
     assert found.log_likelihoods.item() < -3_000
     torch.testing.assert_close(found.log_likelihoods, expected.float(), atol=5e-3, rtol=0)
@@ -323,5 +334,72 @@ def test_a_thousand_tokens_are_summed_without_loss():
 def test_filters_that_keep_everything_change_nothing(model):
     logits = torch.randn(3, 20, generator=torch.Generator().manual_seed(0))
     assert torch.equal(filter_logits(logits, top_k=20, top_p=1.0), logits)
-    plain = sampled(model, TEXT, seeds=seeds(3), n=3)
-    assert torch.equal(plain, sampled(model, TEXT, seeds=seeds(3), n=3, top_k=20, top_p=1.0))
+    plain = sampled(model, TEXT, seeds(3))
+    assert torch.equal(plain, sampled(model, TEXT, seeds(3), top_k=20, top_p=1.0))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"temperature": -0.1}, r"temperature \(-0.1\)"),
+        ({"temperature": float("nan")}, "temperature"),
+        ({"temperature": float("inf")}, "temperature"),
+        ({"top_k": 0}, r"top_k \(0\)"),
+        ({"top_p": 0.0}, r"top_p \(0.0\)"),
+        ({"top_p": 1.5}, "top_p"),
+        ({"guidance": -1.0}, "guidance"),
+        ({"guidance": float("inf")}, "guidance"),
+    ],
+)
+def test_sampling_is_valid_once_built(options, message):
+    with pytest.raises(ValueError, match=message):
+        Sampling(**options)
+
+
+def test_sampling_does_as_the_paper_unless_told():
+    assert dataclasses.asdict(Sampling()) == {
+        "seed": 0, "temperature": 1.0, "top_k": None, "top_p": None, "guidance": 1.0
+    }  # fmt: skip
+    assert not Sampling().is_guided
+    assert Sampling(guidance=0.0).is_guided
+
+
+def test_sampling_defaults_are_the_papers_and_come_back_from_json():
+    assert SamplingDefaults().sampling(3) == Sampling(seed=3)
+    assert SamplingDefaults().rank == "clip"
+    assert SamplingDefaults.from_json({}) == SamplingDefaults()
+    chosen = SamplingDefaults(temperature=0.5, top_k=7, top_p=0.9, guidance=2.0, rank="both")
+    for defaults in (SamplingDefaults(), chosen):
+        assert SamplingDefaults.from_json(json.loads(json.dumps(dataclasses.asdict(defaults)))) == defaults
+    assert chosen.sampling(3) == Sampling(seed=3, temperature=0.5, top_k=7, top_p=0.9, guidance=2.0)
+    assert str(chosen) == "temperature 0.5, top-k 7, top-p 0.9, guidance 2, ranked by CLIP and likelihood"
+
+
+def test_only_what_is_given_takes_the_place_of_a_default():
+    chosen = SamplingDefaults(temperature=0.5, top_p=0.9, rank="both")
+    assert chosen.updated() == chosen
+    assert chosen.updated(temperature=0.0, top_p=1.0) == SamplingDefaults(temperature=0.0, top_p=1.0, rank="both")
+    assert chosen.updated(rank="likelihood", top_k=3, guidance=1.0) == dataclasses.replace(
+        chosen, rank="likelihood", top_k=3
+    )
+    with pytest.raises(ValueError, match="unknown ranking 'best'"):
+        chosen.updated(rank="best")
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ([1.0], "expected an object with temperature, top_k, top_p, guidance, rank, got"),
+        ({"beam": 3}, "unknown 'beam': expected temperature"),
+        ({"temperature": "hot"}, "temperature is 'hot', expected a number"),
+        ({"temperature": None}, "temperature is None, expected a number"),
+        ({"temperature": True}, "temperature is True"),
+        ({"temperature": -1}, r"temperature \(-1\) must be"),
+        ({"top_k": 2.5}, r"top_k is 2\.5"),
+        ({"rank": 3}, "rank is 3, expected a string"),
+        ({"rank": "best"}, "unknown ranking 'best'"),
+    ],
+)
+def test_damaged_sampling_defaults_are_refused_in_words(values, message):
+    with pytest.raises(ValueError, match=message):
+        SamplingDefaults.from_json(values)

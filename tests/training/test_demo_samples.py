@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import training.demo.samples
-from dalle.candidates import Samples, SamplingDefaults
+from dalle.sampling import Samples, SamplingDefaults
 from dvae.images import to_tensor
 from training.demo.samples import (
     RANKINGS,

@@ -28,7 +28,7 @@ import training.cli.main
 import training.loop.fit
 import training.recipes
 from dalle.model import DALLE
-from dalle.sampling import sample
+from dalle.sampling import Sampling, sample
 from dalle.stream import text_row
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
@@ -740,7 +740,7 @@ def generated(bundle: Path) -> tuple[dict[str, Tensor], Tensor]:
     tokenizer = Tokenizer.load(bundle / "tokenizer.json")
     text, _ = tokenizer.text(["a small red circle", "a large blue square"], model.config.text_len)
     return load_file(bundle / "dalle" / "model.safetensors"), sample(
-        model, text, seeds=[0, 0], n=1, temperature=0.0
+        model, text, [0, 0], Sampling(temperature=0.0)
     ).tokens
 
 

@@ -16,9 +16,9 @@ import training.demo.demo
 import training.plan.machine
 import training.recipes
 import training.stages.dvae
-from dalle.candidates import SamplingDefaults
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
+from dalle.sampling import SamplingDefaults
 from dvae import DVAE, DVAEConfig
 from rerank import CLIP
 from storage.model_directory import directory_hash

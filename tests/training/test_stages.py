@@ -1,18 +1,18 @@
 import copy
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from support import tiny
+from torch import Tensor
 
 import training.stages.transformer
 from dalle import sampling
-from dalle.candidates import Samples, SamplingDefaults
 from dalle.model import DALLE
 from dalle.output.sheets import MAX_CELL
+from dalle.sampling import Samples, Sampling, SamplingDefaults
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from dvae.images import map_pixels, unmap_pixels
@@ -298,15 +298,15 @@ def test_sample_sheets_are_sampled_as_the_recipe_says(
 ) -> None:
     chosen = SamplingDefaults(temperature=0.5, top_k=3, top_p=0.9, guidance=2.0)
     stage = transformer_stage(tmp_path, data, dataclasses.replace(tiny.recipe().transformer, sampling=chosen))
-    told: list[dict[str, object]] = []
+    told: list[Sampling] = []
 
-    def watched(*arguments: Any, **options: Any) -> Samples:
-        told.append(options)
-        return sampling.sample(*arguments, **options)
+    def watched(model: DALLE, text: Tensor, seeds: list[int], settings: Sampling) -> Samples:
+        told.append(settings)
+        return sampling.sample(model, text, seeds, settings)
 
     monkeypatch.setattr(training.stages.transformer, "sample", watched)
     assert stage.picture(dict(stage.objective.model.named_parameters())) is not None
-    assert told[0].items() >= {"temperature": 0.5, "top_k": 3, "top_p": 0.9, "guidance": 2.0}.items()
+    assert told == [Sampling(temperature=0.5, top_k=3, top_p=0.9, guidance=2.0)]
     large = dataclasses.replace(chosen, top_k=33)
     with pytest.raises(ValueError, match=r"top_k \(33\) must be at most the image vocabulary, 32"):
         transformer_stage(tmp_path, data, dataclasses.replace(tiny.recipe().transformer, sampling=large))

@@ -15,9 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from dalle.candidates import Ranking, rank_order
+from dalle.best_of_n import rank_order
 from dalle.output.sheets import Section, contact_sheet
 from dalle.pipeline import Pipeline
+from dalle.sampling import Ranking
 from dvae.images import to_image
 from rerank import score
 from training.drawings.shape_checker import check

@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.model import Head
+from dalle.cross_entropy import Head
 from training.ranks.world import World
 
 EPSILON = 1e-6

@@ -15,11 +15,10 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
 
-from dalle.candidates import check_top_k
 from dalle.loss import training_loss
 from dalle.model import DALLE
 from dalle.output.sheets import contact_sheet
-from dalle.sampling import candidate_seed, sample
+from dalle.sampling import candidate_seed, check_top_k, sample
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
@@ -155,17 +154,7 @@ class TransformerStage:
         text, _ = self._tokenizer.text(self._captions, self._config.text_len)
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
         device = next(self.objective.parameters()).device
-        sampling = self.recipe.sampling
-        tokens = sample(
-            model.to(device),
-            text.to(device),
-            seeds=seeds,
-            n=1,
-            temperature=sampling.temperature,
-            top_k=sampling.top_k,
-            top_p=sampling.top_p,
-            guidance=sampling.guidance,
-        ).tokens[:, 0]
+        tokens = sample(model.to(device), text.to(device), seeds, self.recipe.sampling.sampling()).tokens[:, 0]
         images = self._dvae_on(device).decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
 

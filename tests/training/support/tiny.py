@@ -5,8 +5,8 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from dalle.candidates import SamplingDefaults
 from dalle.model import DALLEConfig
+from dalle.sampling import SamplingDefaults
 from dvae import DVAEConfig
 from rerank import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig

@@ -1,0 +1,119 @@
+"""A bundle: the directory of everything from captions to ranked pictures, and its models, checked to belong together.
+
+It holds tokenizer.json, dvae/, dalle/ and clip/. Its transformer remembers the tokenizer and the dVAE it was trained
+with; others, whose ids mean something else, are refused.
+"""
+
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import torch
+
+from dalle.model import DALLE
+from dalle.sampling import SamplingDefaults, check_top_k
+from dalle.tokenizer import Tokenizer
+from dvae import DVAE
+from rerank import CLIP
+from storage.model_directory import directory_hash
+
+HOW_TO_MAKE = {
+    "tokenizer.json": "`dalle-train tokenizer`",
+    "dvae": "`dalle-train dvae`, or `dalle import-dvae` for published weights",
+    "dalle": "`dalle-train transformer`",
+    "clip": "`dalle-train clip`",
+}
+"""The parts of a bundle, and what makes each."""
+
+Precision = Literal["fp32", "bf16"]
+DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Of sampling and decoding. In fp32 a candidate is the same at any batch size; CLIP is always fp32."""
+
+
+class Bundle(NamedTuple):
+    """The parts of a bundle."""
+
+    tokenizer: Tokenizer
+    dalle: DALLE
+    dvae: DVAE
+    clip: CLIP
+    hashes: dict[str, str]
+    """Part -> 16 hexadecimal digits."""
+
+
+def load_bundle(path: Path, device: str | torch.device, precision: Precision) -> Bundle:
+    """Load a bundle and check that its parts belong together.
+
+    Raises:
+        FileNotFoundError: the bundle, or a part of it, is missing.
+        ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or the precision is
+            unknown.
+    """
+    if precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
+    parts = {part: bundle_part(path, part) for part in HOW_TO_MAKE}
+    tokenizer = Tokenizer.load(parts["tokenizer.json"])
+    hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
+    dalle = DALLE.load(parts["dalle"])
+    for part, held in (("tokenizer", tokenizer.hash), ("dvae", hashes["dvae"])):
+        trained_with = dalle.metadata.get(f"{part}_hash")
+        if trained_with != held:
+            raise ValueError(
+                f"the transformer was trained with the {part} {trained_with or 'of an unknown hash'}, "
+                f"{path} holds {held}: its tokens would mean something else; put the {part} it "
+                "was trained with into the bundle, or train it again with `dalle-train transformer`"
+            )
+    return Bundle(
+        tokenizer=tokenizer,
+        dalle=dalle.to(device, DTYPES[precision]),
+        dvae=DVAE.load(parts["dvae"]).to(device),
+        clip=CLIP.load(parts["clip"]).to(device),
+        hashes={"tokenizer": tokenizer.hash, **hashes},
+    )
+
+
+def bundle_part(bundle: Path, part: str) -> Path:
+    """Return the path of a part of a bundle.
+
+    Raises:
+        FileNotFoundError: it is not there; the message says what makes it.
+    """
+    if not bundle.is_dir():
+        raise FileNotFoundError(
+            f"no bundle at {bundle}: expected a directory with {', '.join(HOW_TO_MAKE)}; "
+            "`make demo` makes one in runs/demo"
+        )
+    if not (bundle / part).exists():
+        raise FileNotFoundError(f"the bundle {bundle} has no {part}: make it with {HOW_TO_MAKE[part]}")
+    return bundle / part
+
+
+def check_sizes(tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE) -> None:
+    """Raise ValueError unless tokenizer, transformer and dVAE have the same vocabularies and grid."""
+    for what, of_transformer, of_part in (
+        ("text tokens", dalle.config.text_vocab, tokenizer.vocab_size),
+        ("image tokens", dalle.config.image_vocab, dvae.config.vocab_size),
+        ("rows of image tokens", dalle.config.grid, dvae.config.grid),
+    ):
+        if of_transformer != of_part:
+            part = "tokenizer" if what == "text tokens" else "dVAE"
+            raise ValueError(
+                f"the transformer has {of_transformer} {what}, the {part} has {of_part}: "
+                f"use the {part} that the transformer was trained with"
+            )
+
+
+def sampling_defaults(dalle: DALLE) -> SamplingDefaults:
+    """Return the sampling defaults in a transformer's metadata, or the paper's.
+
+    Raises:
+        ValueError: they are damaged, or do not fit the transformer.
+    """
+    try:
+        defaults = SamplingDefaults.from_json(dalle.metadata.get("sampling", {}))
+        check_top_k(defaults.top_k, dalle.config.image_vocab)
+    except ValueError as error:
+        raise ValueError(
+            f'the sampling defaults of the transformer, "sampling" in the metadata of its config.json, cannot be used: '
+            f"{error}; correct them, or take them out to sample as the paper does"
+        ) from error
+    return defaults
