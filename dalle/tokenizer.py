@@ -1,42 +1,33 @@
-"""Captions to text ids: byte-level BPE of lowercased text, seeded BPE dropout (Ramesh et al. 2021, §2.2, B.2).
+"""Captions to the transformer's text ids: byte-level BPE, seeded BPE dropout (Ramesh et al. 2021, §2.2, B.2).
 
-A caption is normalised (NFKC, lowercase, white space collapsed and stripped), split into words as GPT-2 does,
-each word spelled in bytes, and the bytes merged. Every text therefore has ids and decodes to its normalised
-self; there is no unknown.
-
-BPE dropout (Provilkov et al. 2020) leaves out candidate merges at random in training. The `tokenizers`
-library's own cannot be seeded and repeats itself in forked workers, so the merges are done here when dropout
-is wanted.
+BPE dropout (Provilkov et al. 2020) leaves out candidate merges at random in training. The `tokenizers` library's own
+cannot be seeded and repeats itself in forked workers, so with dropout the merges are done here.
 """
 
 import hashlib
-import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 import numpy as np
-from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, trainers
-from tokenizers import Tokenizer as Backend
 from torch import Tensor
 
 from dalle.stream import text_rows
 from storage.atomic import replace_text
+from storage.bpe import N_BYTES, BytePairs
 
-N_BYTES = 256
 MAX_MERGE_LENGTH = 64
-"""With dropout, longer words are merged in stretches of this many bytes: the cost grows with the square."""
+"""Bytes of a word that are merged together with dropout, whose cost grows with the square; longer words are cut."""
 
 
 class Tokenizer:
     """A byte-level BPE. Its ids are 0 … vocab_size-1; start and pads are stream.py's."""
 
-    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> None:
-        """Build from a vocabulary and its merges, best first; `train` and `load` call this."""
-        self._backend = _backend(vocab, merges)
-        self._vocab = vocab
-        self._ranks = {pair: rank for rank, pair in enumerate(merges)}
+    def __init__(self, pairs: BytePairs) -> None:
+        """Wrap a BPE; `train` and `load` call this."""
+        self._pairs = pairs
+        self._ranks = {pair: rank for rank, pair in enumerate(pairs.merges)}
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int = 16_384) -> Self:
@@ -52,30 +43,11 @@ class Tokenizer:
         """
         if vocab_size <= N_BYTES:
             raise ValueError(f"vocab_size ({vocab_size}) must be at least {N_BYTES + 1}: {N_BYTES} bytes and a merge")
-        n_captions = 0
-
-        def counted() -> Iterator[str]:
-            nonlocal n_captions
-            for caption in captions:
-                n_captions += 1
-                yield _encodable(caption)
-
-        backend = _backend({}, [])
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size,
-            min_frequency=2,
-            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
-            special_tokens=[],
-            show_progress=False,
-        )
-        backend.train_from_iterator(counted(), trainer=trainer)
-        if not n_captions:
-            raise ValueError("no captions to train a tokenizer from: expected at least one")
-        return cls(*_vocab_and_merges(backend.to_str()))
+        return cls(BytePairs.train(map(_encodable, captions), vocab_size, space_first=False))
 
     @classmethod
     def load(cls, file: Path | str) -> Self:
-        """Return the tokenizer saved in a file.
+        """Read a tokenizer from a file.
 
         Raises:
             FileNotFoundError: if there is no such file.
@@ -83,44 +55,33 @@ class Tokenizer:
         """
         file = Path(file)
         try:
-            text = file.read_text(encoding="utf-8")
+            return cls(BytePairs.from_json(file.read_text(encoding="utf-8"), space_first=False))
         except FileNotFoundError:
             raise FileNotFoundError(
                 f"no tokenizer at {file}: expected a tokenizer.json; train one with `dalle-train tokenizer`"
             ) from None
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file} is not a tokenizer.json: it is no text ({error})") from error
-        try:
-            backend = Backend.from_str(text)
-            tokenizer = cls(*_vocab_and_merges(text))
-        except Exception as error:  # the library raises bare Exceptions
-            raise ValueError(f"{file} is damaged or not a tokenizer.json of this package: {error}") from error
-        if tokenizer._backend.to_str() != backend.to_str():
-            raise ValueError(
-                f"{file} is another kind of tokenizer: expected a byte-level BPE, as `dalle-train tokenizer` trains"
-            )
-        return tokenizer
+        except ValueError as error:
+            raise ValueError(f"{file} is not a tokenizer.json of `dalle-train tokenizer`: {error}") from error
 
     def save(self, file: Path | str) -> None:
-        """Write the tokenizer to a file, atomically: a reader sees the old file or all of the new one."""
+        """Write the tokenizer to a file, whole or not at all."""
         file = Path(file)
         file.parent.mkdir(parents=True, exist_ok=True)
-        replace_text(file, self._backend.to_str(pretty=True))
+        replace_text(file, self._pairs.to_json(pretty=True))
 
     @property
     def vocab_size(self) -> int:
         """The number of BPE ids."""
-        return len(self._vocab)
+        return len(self._pairs.vocab)
 
     @property
     def hash(self) -> str:
         """16 hex digits that name this tokenizer: equal if and only if it gives the same ids."""
-        return hashlib.sha256(self._backend.to_str().encode()).hexdigest()[:16]
+        return hashlib.sha256(self._pairs.to_json().encode()).hexdigest()[:16]
 
     def normalise(self, caption: str) -> str:
         """Return the caption as the model sees it: NFKC, lowercase, single spaces, none at the ends."""
-        text: str = self._backend.normalizer.normalize_str(_encodable(caption))
-        return text
+        return self._pairs.normalise(_encodable(caption))
 
     def encode(self, caption: str, *, dropout: float = 0.0, rng: np.random.Generator | None = None) -> list[int]:
         """Return the BPE ids of a caption, 0 … vocab_size-1; none if nothing is left after normalising.
@@ -137,15 +98,14 @@ class Tokenizer:
         if not 0 <= dropout <= 1:
             raise ValueError(f"dropout ({dropout}) must be from 0 to 1")
         if dropout == 0:
-            whole: list[int] = self._backend.encode(_encodable(caption), add_special_tokens=False).ids
-            return whole
+            return self._pairs.encode(_encodable(caption))
         if rng is None:
             raise ValueError(f"dropout ({dropout}) needs an rng, such as numpy.random.default_rng(0)")
         ids: list[int] = []
-        for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(self.normalise(caption)):
+        for word in self._pairs.words(_encodable(caption)):
             for start in range(0, len(word), MAX_MERGE_LENGTH):
                 symbols = self._merged(word[start : start + MAX_MERGE_LENGTH], dropout, rng)
-                ids.extend(self._vocab[symbol] for symbol in symbols)
+                ids.extend(self._pairs.vocab[symbol] for symbol in symbols)
         return ids
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -159,8 +119,7 @@ class Tokenizer:
             raise ValueError(
                 f"ids {min(listed)} to {max(listed)} cannot be decoded: BPE ids are 0 to {self.vocab_size - 1}"
             )
-        text: str = self._backend.decode(listed, skip_special_tokens=False)
-        return text
+        return self._pairs.decode(listed)
 
     def text(
         self,
@@ -200,37 +159,6 @@ class Tokenizer:
                 return symbols
             _, i = min(kept)
             symbols[i : i + 2] = [symbols[i] + symbols[i + 1]]
-
-
-def _backend(vocab: dict[str, int], merges: Sequence[tuple[str, str]]) -> Any:
-    """Return the library's tokenizer: the only place that says how captions are normalised and split."""
-    backend = Backend(models.BPE(vocab=vocab, merges=list(merges)))
-    backend.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-        ]
-    )
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = decoders.ByteLevel()
-    return backend
-
-
-def _vocab_and_merges(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
-    """Return the vocabulary and merges of a tokenizer.json.
-
-    Raises:
-        ValueError: if the ids are not 0, 1, 2, … or a byte has none.
-    """
-    model = json.loads(text)["model"]
-    vocab: dict[str, int] = model["vocab"]
-    if sorted(vocab.values()) != list(range(len(vocab))):
-        raise ValueError("its ids are not 0, 1, 2, …")
-    if not set(pre_tokenizers.ByteLevel.alphabet()) <= vocab.keys():
-        raise ValueError("some of the 256 bytes have no id")
-    return vocab, [(left, right) for left, right in model["merges"]]
 
 
 def _encodable(caption: str) -> str:

@@ -1,31 +1,25 @@
-"""Captions as CLIP's text ids: a byte-level BPE between a start and an end token, padded with zeros.
+"""Captions to CLIP's text ids: a byte-level BPE between a start and an end token, padded with zeros.
 
-The text is normalised (NFKC, lower case, runs of white space become one space, ends stripped) and every
-byte has an id, so that any script and any emoji can be encoded. Start-of-text and end-of-text are the two ids
-above the BPE's own (49,406 and 49,407 in the published CLIP). They are not part of the BPE, so no caption can
-spell them. End-of-text is the highest id of all, hence `argmax` of a row finds it, and the pads behind it are
-never mistaken for text although their id 0 is also an ordinary BPE id.
+Start-of-text and end-of-text are the two ids above the BPE's own (49,406 and 49,407 in the published CLIP). They are
+no part of the BPE, so no caption can spell them. End-of-text is the highest id, so `argmax` of a row finds it, and the
+pads behind it are never mistaken for text although their id 0 is also an ordinary BPE id.
 """
 
-import json
 import logging
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Self
 
 import torch
-from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from torch import Tensor
 
 from storage.atomic import replace_text
+from storage.bpe import N_BYTES, BytePairs
 
 logger = logging.getLogger(__name__)
 
-N_BYTES = 256
 N_SPECIAL = 2
 PAD_ID = 0
-# A pair seen once would only memorise that one caption.
-MIN_PAIR_COUNT = 2
 
 
 class CLIPTokenizer:
@@ -34,13 +28,13 @@ class CLIPTokenizer:
     Ids: 0 … vocab_size-3 are BPE, vocab_size-2 is start-of-text, vocab_size-1 is end-of-text.
     """
 
-    def __init__(self, bpe: Tokenizer) -> None:
-        self._bpe = bpe
-        n_bpe: int = bpe.get_vocab_size()
+    def __init__(self, pairs: BytePairs) -> None:
+        self._pairs = pairs
+        n_bpe = len(pairs.vocab)
         self.vocab_size = n_bpe + N_SPECIAL
         """Number of ids, the two special ones included."""
         self.start_id = n_bpe
-        """The id every row begins with."""
+        """The first id of every row."""
         self.end_id = n_bpe + 1
         """The id that closes the text; the highest of all."""
 
@@ -54,56 +48,33 @@ class CLIPTokenizer:
                 captions the result is smaller (logged): use `.vocab_size` of the result for the model.
 
         Raises:
-            ValueError: vocab_size is too small for the 256 bytes, or there is no caption.
+            ValueError: vocab_size is too small for the 256 bytes, there is no caption, or one is not text.
         """
         if vocab_size < N_BYTES + N_SPECIAL:
             raise ValueError(
                 f"vocab_size is {vocab_size}; it must be at least {N_BYTES + N_SPECIAL}: "
                 f"{N_BYTES} bytes, start-of-text and end-of-text"
             )
-        n_captions = 0
-
-        def counted() -> Iterable[str]:
-            nonlocal n_captions
-            for caption in captions:
-                n_captions += 1
-                yield _checked(caption)
-
-        bpe = _untrained_bpe()
-        trainer = trainers.BpeTrainer(
-            vocab_size=vocab_size - N_SPECIAL,
-            min_frequency=MIN_PAIR_COUNT,
-            initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
-            special_tokens=[],
-            show_progress=False,
-        )
-        bpe.train_from_iterator(counted(), trainer=trainer)
-        if n_captions == 0:
-            raise ValueError("no captions to train CLIP's tokenizer from: give at least one")
-        tokenizer = cls(bpe)
+        tokenizer = cls(BytePairs.train(map(_checked, captions), vocab_size - N_SPECIAL, space_first=True))
         if tokenizer.vocab_size < vocab_size:
-            found = tokenizer.vocab_size
-            logger.info("%d captions gave a vocabulary of %d, not %d", n_captions, found, vocab_size)
+            logger.info("CLIP's captions gave a vocabulary of %d, not %d", tokenizer.vocab_size, vocab_size)
         return tokenizer
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """The tokenizer written by `to_json`.
+        """Read what `to_json` wrote.
 
         Raises:
             ValueError: the text is not such a tokenizer.
         """
         try:
-            bpe = Tokenizer.from_str(text)
-        except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"not a tokenizer's JSON ({error}); expected what `save` wrote") from error
-        _check_is_byte_level(bpe)
-        return cls(bpe)
+            return cls(BytePairs.from_json(text, space_first=True))
+        except ValueError as error:
+            raise ValueError(f"not CLIP's tokenizer: {error}") from error
 
     def to_json(self) -> str:
-        """The whole tokenizer as one JSON string."""
-        text: str = self._bpe.to_str()
-        return text
+        """Return the whole tokenizer as one JSON string."""
+        return self._pairs.to_json()
 
     @classmethod
     def load(cls, path: str | Path) -> Self:
@@ -124,32 +95,31 @@ class CLIPTokenizer:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | Path) -> None:
-        """Write the tokenizer to a JSON file, replacing it whole or not at all."""
+        """Write the tokenizer to a JSON file, whole or not at all."""
         replace_text(path, self.to_json())
 
     def encode(self, caption: str) -> list[int]:
-        """The BPE ids of a caption, without start, end or pads.
+        """Return the BPE ids of a caption, without start, end or pads.
 
         Raises:
             ValueError: not a string, or one with half of a surrogate pair, which is no Unicode text.
         """
-        ids: list[int] = self._bpe.encode(_checked(caption), add_special_tokens=False).ids
-        return ids
+        return self._pairs.encode(_checked(caption))
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The normalised caption of a row of `tokenize` or of a result of `encode`.
+        """Return the normalised caption of a row of `tokenize`, or of a result of `encode`.
 
         Reading stops at the first end-of-text; the start token is skipped.
         """
         ids = list(ids)
         if self.end_id in ids:
             ids = ids[: ids.index(self.end_id)]
-        text: str = self._bpe.decode([i for i in ids if i != self.start_id])
-        # the pre-tokenizer puts one space before the first word, so that a word has the same ids everywhere
+        text = self._pairs.decode([i for i in ids if i != self.start_id])
+        # the space before the first word, see `BytePairs`
         return text.removeprefix(" ")
 
     def tokenize(self, captions: Sequence[str], context_length: int) -> Tensor:
-        """Rows of ids for a batch of captions; how many were too long is logged as a warning.
+        """Return rows of ids for a batch of captions, and warn if some are cut.
 
         Args:
             captions: B captions; an empty one gives a row of only start and end.
@@ -167,7 +137,7 @@ class CLIPTokenizer:
         return ids
 
     def tokenize_counting(self, captions: Sequence[str], context_length: int) -> tuple[Tensor, int]:
-        """As `tokenize`, but returns the number of captions that were cut instead of logging it."""
+        """Do what `tokenize` does, but return the number of captions cut rather than log it."""
         if isinstance(captions, str):
             raise ValueError(f"captions is the single string {captions[:40]!r}: give a list of captions")
         if context_length < N_SPECIAL + 1:
@@ -182,22 +152,6 @@ class CLIPTokenizer:
         return ids_BL, n_cut
 
 
-def _untrained_bpe() -> Tokenizer:
-    """A byte-level BPE without merges, and the normalisation in front of it."""
-    bpe = Tokenizer(models.BPE())
-    bpe.normalizer = normalizers.Sequence(
-        [
-            normalizers.NFKC(),
-            normalizers.Lowercase(),
-            normalizers.Replace(Regex(r"\s+"), " "),
-            normalizers.Strip(),
-        ]
-    )
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True, use_regex=True)
-    bpe.decoder = decoders.ByteLevel()
-    return bpe
-
-
 def _checked(caption: str) -> str:
     if not isinstance(caption, str):
         raise ValueError(f"a caption must be a str, got {type(caption).__name__}")
@@ -206,20 +160,3 @@ def _checked(caption: str) -> str:
     except UnicodeEncodeError as error:
         raise ValueError(f"the caption {caption[:40]!r} is not Unicode text: {error.reason}") from error
     return caption
-
-
-def _check_is_byte_level(bpe: Tokenizer) -> None:
-    """ValueError unless ids are dense, every byte has one, and nothing in a caption is special."""
-    parts = json.loads(bpe.to_str())
-    kind = (parts["model"]["type"], (parts["pre_tokenizer"] or {}).get("type"))
-    if kind != ("BPE", "ByteLevel"):
-        raise ValueError(f"a tokenizer of kind {kind}; CLIP's is a BPE on bytes ('BPE', 'ByteLevel')")
-    if parts["added_tokens"]:
-        added = [token["content"] for token in parts["added_tokens"]]
-        raise ValueError(f"the tokenizer has added tokens, {added[:4]}, which a caption could spell")
-    vocabulary = bpe.get_vocab()
-    if sorted(vocabulary.values()) != list(range(len(vocabulary))):
-        raise ValueError(f"the {len(vocabulary)} ids of the tokenizer are not 0 … {len(vocabulary) - 1}")
-    missing = set(pre_tokenizers.ByteLevel.alphabet()) - set(vocabulary)
-    if missing:
-        raise ValueError(f"{len(missing)} of the 256 bytes have no id in the tokenizer")

@@ -1,1 +1,1 @@
-"""How files are written and read."""
+"""What the models share: how files are written and read, and how text is spelled."""

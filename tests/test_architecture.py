@@ -81,7 +81,7 @@ LIBRARY_HOMES = {
     "deepspeed": {"training/engine/engine.py", "training/engine/resharding.py", "training/patches.py"},
     "webdataset": {"training/data/shards.py"},
     "tyro": {"dalle/cli/main.py", "dalle/cli/command.py", "training/cli/main.py", "training/cli/look.py"},
-    "tokenizers": {"dalle/tokenizer.py", "rerank/tokenizer.py"},
+    "tokenizers": {"storage/bpe.py"},
     "torchmetrics": {"dvae/metrics.py"},
     "tensorboard": {"training/metrics.py"},
     "torch.utils.tensorboard": {"training/metrics.py"},

@@ -39,7 +39,7 @@ def test_a_row_is_start_ids_end_then_zeros(tokenizer):
 
 
 def test_no_id_means_two_things(tokenizer):
-    bpe_ids = set(tokenizer._bpe.get_vocab().values())
+    bpe_ids = set(tokenizer._pairs.vocab.values())
     assert bpe_ids == set(range(tokenizer.vocab_size - 2))
     assert tokenizer.start_id not in bpe_ids
     assert tokenizer.end_id == tokenizer.vocab_size - 1 == tokenizer.start_id + 1

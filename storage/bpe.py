@@ -1,0 +1,136 @@
+"""Byte-level BPE of lowercased text, under the transformer's and CLIP's tokenizers.
+
+A text is normalised (NFKC, lowercase, runs of white space become one space, ends stripped), split into words as GPT-2
+does, each word spelled in bytes, and the bytes merged. So every text has ids and decodes to its normalised self; there
+is no unknown.
+"""
+
+import json
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Self
+
+from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+
+N_BYTES = 256
+MIN_PAIR_COUNT = 2
+"""Occurrences of a pair before it is merged: a pair seen once would only memorise its caption."""
+
+
+class BytePairs:
+    """A vocabulary, and the merges that spell texts in it.
+
+    Args:
+        vocab: symbol -> id; the ids are 0 … len(vocab)-1, and each byte has one.
+        merges: pairs of symbols, best first.
+        space_first: put a space before the text, so that its first word has the same ids as later ones.
+
+    Raises:
+        ValueError: the ids are not 0, 1, 2, …, or a byte has none.
+    """
+
+    def __init__(self, vocab: dict[str, int], merges: Sequence[tuple[str, str]], *, space_first: bool) -> None:
+        if sorted(vocab.values()) != list(range(len(vocab))):
+            raise ValueError(f"its {len(vocab)} ids are not 0 … {len(vocab) - 1}")
+        if missing := set(pre_tokenizers.ByteLevel.alphabet()) - vocab.keys():
+            raise ValueError(f"{len(missing)} of the {N_BYTES} bytes have no id")
+        self.vocab = vocab
+        self.merges = merges
+        self._backend = _backend(models.BPE(vocab=vocab, merges=list(merges)), space_first)
+
+    @classmethod
+    def train(cls, captions: Iterable[str], n_ids: int, *, space_first: bool) -> Self:
+        """Learn the merges; the same captions in the same order give the same ones.
+
+        Args:
+            captions: read once; Unicode text.
+            n_ids: size of the vocabulary. It is smaller if the captions have no more pairs that occur twice.
+            space_first: see the class.
+
+        Raises:
+            ValueError: there is no caption.
+        """
+        n_captions = 0
+
+        def counted() -> Iterator[str]:
+            nonlocal n_captions
+            for caption in captions:
+                n_captions += 1
+                yield caption
+
+        backend = _backend(models.BPE(), space_first)
+        trainer = trainers.BpeTrainer(
+            vocab_size=n_ids,
+            min_frequency=MIN_PAIR_COUNT,
+            initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
+            special_tokens=[],
+            show_progress=False,
+        )
+        backend.train_from_iterator(counted(), trainer=trainer)
+        if not n_captions:
+            raise ValueError("no captions to train a tokenizer from: give at least one")
+        return cls(*_vocab_and_merges(backend.to_str()), space_first=space_first)
+
+    @classmethod
+    def from_json(cls, text: str, *, space_first: bool) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else, such as a tokenizer with another normalisation or with added tokens,
+                which a caption could spell.
+        """
+        try:
+            saved = Tokenizer.from_str(text).to_str()
+            added = [token["content"] for token in json.loads(saved)["added_tokens"]]
+            pairs = cls(*_vocab_and_merges(saved), space_first=space_first)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"damaged or no byte-level BPE: {error}") from error
+        if added:
+            raise ValueError(f"it has added tokens, {added[:4]}, which a caption could spell")
+        if pairs.to_json() != saved:
+            raise ValueError("another kind of tokenizer: expected a byte-level BPE as this package trains")
+        return pairs
+
+    def to_json(self, *, pretty: bool = False) -> str:
+        """Return all of it as JSON, in the format of the `tokenizers` library."""
+        text: str = self._backend.to_str(pretty=pretty)
+        return text
+
+    def normalise(self, text: str) -> str:
+        """Return a text as it is spelled: NFKC, lowercase, single spaces, none at the ends."""
+        normal: str = self._backend.normalizer.normalize_str(text)
+        return normal
+
+    def words(self, text: str) -> list[str]:
+        """Return the words of a text, normalised, each spelled in the symbols of its bytes."""
+        return [word for word, _ in self._backend.pre_tokenizer.pre_tokenize_str(self.normalise(text))]
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; none if nothing is left after normalising."""
+        ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids; bytes that are no UTF-8, as a cut text can end in, become U+FFFD."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text
+
+
+def _backend(model: models.BPE, space_first: bool) -> Tokenizer:
+    """Return the library's tokenizer: the only place that says how texts are normalised and split."""
+    backend = Tokenizer(model)
+    backend.normalizer = normalizers.Sequence(
+        [
+            normalizers.NFKC(),
+            normalizers.Lowercase(),
+            normalizers.Replace(Regex(r"\s+"), " "),
+            normalizers.Strip(),
+        ]
+    )
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=space_first)
+    backend.decoder = decoders.ByteLevel()
+    return backend
+
+
+def _vocab_and_merges(text: str) -> tuple[dict[str, int], list[tuple[str, str]]]:
+    model = json.loads(text)["model"]
+    return model["vocab"], [(left, right) for left, right in model["merges"]]
