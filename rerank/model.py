@@ -23,13 +23,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rerank.pixels import check_images, normalised_pixels
 from rerank.tokenizer import CLIPTokenizer
 from storage.model_directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 
 KIND = "clip"
 TOKENIZER_HASH = "tokenizer_sha256"
-PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
-PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
 INITIAL_TEMPERATURE = 0.07
 MAX_LOGIT_SCALE = 100.0
 
@@ -298,7 +297,7 @@ class CLIP(nn.Module):
         Raises:
             ValueError: images of another rank, number of channels, dtype or range.
         """
-        _check_images(images)
+        check_images(images)
         features_BE = self.vision(normalised_pixels(images, self.config.image_size))
         return F.normalize(features_BE.float(), dim=-1)
 
@@ -385,93 +384,6 @@ class CLIP(nn.Module):
             clip = cls(config, tokenizer)
         load_weights(clip, state, path)
         return clip.eval()
-
-
-def resized_pixels(images: Tensor, size: int) -> Tensor:
-    """CLIP's view of pictures: (B, 3, H, W) in [0, 1] to float32 (B, 3, size, size) in [0, 1].
-
-    The shorter side is resized to size (bicubic, antialiased) and the centre is cropped. Bicubic
-    interpolation overshoots at edges, so the result is clamped to [0, 1], as 8-bit pictures are. Pictures that
-    have the size already stay as they are.
-    """
-    pixels_BCHW = images.float()
-    height, width = images.shape[2:]
-    shorter = min(height, width)
-    if shorter != size:
-        resized = (size * height // shorter, size * width // shorter)
-        pixels_BCHW = F.interpolate(pixels_BCHW, resized, mode="bicubic", antialias=True).clamp(0, 1)
-    top = round((pixels_BCHW.shape[2] - size) / 2)
-    left = round((pixels_BCHW.shape[3] - size) / 2)
-    return pixels_BCHW[:, :, top : top + size, left : left + size]
-
-
-def normalised_pixels(images: Tensor, size: int) -> Tensor:
-    """What the image tower sees: `resized_pixels` with CLIP's mean and deviation, (B, 3, size, size)."""
-    pixels_BCHW = resized_pixels(images, size)
-    mean_C11 = pixels_BCHW.new_tensor(PIXEL_MEAN)[:, None, None]
-    std_C11 = pixels_BCHW.new_tensor(PIXEL_STD)[:, None, None]
-    return (pixels_BCHW - mean_C11) / std_C11
-
-
-def contrastive_loss(
-    image_features: Tensor,
-    text_features: Tensor,
-    logit_scale: Tensor,
-    wrong_cosines: Tensor | None = None,
-    is_wrong: Tensor | None = None,
-) -> Tensor:
-    """Symmetric cross-entropy over all pairs of a batch (figure 3 of Radford et al. 2021).
-
-    Row i of both belongs together; every other row is a negative. For the whole batch of several processes as
-    negatives, gather the features first (with gradients) and pass the gathered ones.
-
-    An image may have captions of its own that are wrong, hard negatives: each is one more caption to choose from for
-    this image (Yuksekgonul et al. 2023, arXiv 2210.01936, 4.1, where they are negatives for all images of the batch).
-
-    Args:
-        image_features: (B, E), unit length.
-        text_features: (B, E), unit length.
-        logit_scale: scalar factor of the cosines: the third result of `CLIP.forward`, not its logarithm.
-        wrong_cosines: (B, M), the cosines of each image with its own wrong captions; None for none.
-        is_wrong: (B, M) bool, False where an image has no such caption, and its cosine does not count.
-
-    Returns:
-        Scalar in nats: mean of choosing each image's caption, ln(B + M) at chance, and each caption's image, ln B.
-
-    Raises:
-        ValueError: the two shapes differ, or those of wrong_cosines and is_wrong do not fit.
-    """
-    if image_features.shape != text_features.shape:
-        raise ValueError(
-            f"image features {tuple(image_features.shape)} and text features {tuple(text_features.shape)} "
-            "must have the same shape: one caption per image"
-        )
-    logits_BB = logit_scale * image_features @ text_features.T
-    own_B = torch.arange(len(logits_BB), device=logits_BB.device)
-    to_texts_BN = logits_BB
-    if wrong_cosines is not None:
-        if is_wrong is None or is_wrong.shape != wrong_cosines.shape or len(is_wrong) != len(own_B):
-            raise ValueError(
-                f"wrong_cosines {tuple(wrong_cosines.shape)} need an is_wrong of the same shape, "
-                f"{len(own_B)} rows as there are images; got {None if is_wrong is None else tuple(is_wrong.shape)}"
-            )
-        wrong_BM = (logit_scale * wrong_cosines).masked_fill(~is_wrong, -torch.inf)
-        to_texts_BN = torch.cat([logits_BB, wrong_BM], dim=1)
-    return (F.cross_entropy(to_texts_BN, own_B) + F.cross_entropy(logits_BB.T, own_B)) / 2
-
-
-def _check_images(images: Tensor) -> None:
-    if images.ndim != 4 or images.shape[1] != 3 or images.numel() == 0 or not images.is_floating_point():
-        raise ValueError(
-            f"images are {images.dtype} of shape {tuple(images.shape)}; expected float (B, 3, H, W) in [0, 1]"
-        )
-    low, high = images.detach().aminmax()
-    # written so that NaN fails too
-    if not (low >= 0 and high <= 1):
-        raise ValueError(
-            f"images have values from {float(low):.3g} to {float(high):.3g}; expected [0, 1], neither "
-            "0 … 255 nor normalised: CLIP's mean and deviation are applied inside"
-        )
 
 
 def _check_ids(ids: Tensor, config: CLIPConfig) -> None:

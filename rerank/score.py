@@ -6,14 +6,9 @@ Letters: C captions  N images  E features
 from collections.abc import Sequence
 
 import torch
-from PIL import Image
 from torch import Tensor
 
-from dvae.images import to_tensor
-from rerank.model import CLIP, resized_pixels
-
-LARGEST_RESIZED_SIDE = 1024
-"""Pictures of twice this and more are reduced by a whole factor before CLIP's own resizing."""
+from rerank.model import CLIP
 
 
 def score(clip: CLIP, captions: Sequence[str], images: Tensor, *, batch_size: int = 64) -> Tensor:
@@ -64,22 +59,6 @@ def embed_images(clip: CLIP, images: Tensor, *, batch_size: int = 64) -> Tensor:
     _check_batch_size(batch_size)
     batches = torch.split(images, batch_size)
     return torch.cat([clip.encode_image(images_BCHW.to(clip.device)) for images_BCHW in batches])
-
-
-def clip_view(image: Image.Image, size: int) -> Tensor:
-    """The centre square of an RGB picture as a CLIP of this image size sees it, float32 (3, size, size) in [0, 1].
-
-    The one way of pictures into CLIP: a picture that was saved as a PNG is scored as its pixels were, up to
-    their rounding.
-    """
-    side = min(image.size)
-    left, top = ((length - side) // 2 for length in image.size)
-    square = image.crop((left, top, left + side, top + side))
-    # as float32 a picture takes four times its memory, so one far larger than what CLIP sees is reduced first
-    factor = side // max(LARGEST_RESIZED_SIDE, 2 * size)
-    if factor > 1:
-        square = square.reduce(factor)
-    return resized_pixels(to_tensor(square)[None], size)[0]
 
 
 def _check_batch_size(batch_size: int) -> None:

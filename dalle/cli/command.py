@@ -1,19 +1,20 @@
-"""What every command line here does: parse, show messages, end in one line for what a user can cause.
+"""How a command line is run: parsed, on a device, ending in one line if the user caused an error.
 
-It imports no torch, so that a command that needs none answers at once.
+Importing it does not import torch, so that commands without models answer at once.
 """
 
-import logging
 import sys
 import traceback
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import tyro
 
-from dalle.output.progress import CLEAR_LINE, printable
+from dalle.cli.terminal import error_line, is_out_of_memory, set_up_logging
+from dalle.output.progress import printable
 
-OUR_PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
+if TYPE_CHECKING:
+    import torch
 
 
 def run_program(
@@ -66,7 +67,7 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
     try:
         function()
     except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not _is_out_of_memory(error):
+        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
             raise
         if debug:
             traceback.print_exc()
@@ -75,36 +76,22 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
     return 0
 
 
-def error_line(error: BaseException) -> str:
-    """What went wrong, in one line."""
-    if isinstance(error, KeyboardInterrupt):
-        return "stopped"
-    if _is_out_of_memory(error):
-        return f"not enough memory on the device, use a smaller batch size ({error})".split(". ")[0]
-    if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+def resolve_device(name: str) -> "torch.device":
+    """Return the device of a name; "auto" is the GPU if there is one, else the CPU.
 
+    Raises:
+        ValueError: there is no such device.
+    """
+    import torch
 
-def _is_out_of_memory(error: BaseException) -> bool:
-    """Whether this is torch's error, which nothing can raise that has not imported torch."""
-    torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
-
-
-class _StderrHandler(logging.Handler):
-    """One line per message: "warning: …", or "note: …" for what is only good to know."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        prefix = "warning" if record.levelno >= logging.WARNING else "note"
-        clear = CLEAR_LINE if sys.stderr.isatty() else ""
-        print(f"{clear}{prefix}: {printable(' '.join(record.getMessage().split()))}", file=sys.stderr)
-
-
-def set_up_logging() -> None:
-    """Show warnings of all libraries, and notes of our own packages; calling it again changes nothing."""
-    root = logging.getLogger()
-    if not any(isinstance(handler, _StderrHandler) for handler in root.handlers):
-        root.addHandler(_StderrHandler(logging.INFO))
-    for name in OUR_PACKAGES:
-        logging.getLogger(name).setLevel(logging.INFO)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ValueError(f"there is no device {name!r}: give cpu, cuda, cuda:1 … or auto") from error
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise ValueError(
+            f"no device {name} here, there are {torch.cuda.device_count()} CUDA devices: give --device cpu"
+        )
+    return device

@@ -20,7 +20,8 @@ from torch import Tensor
 from dalle.data.pictures import picture_files
 from dvae.images import open_image
 from rerank import CLIP
-from rerank.score import clip_view, embed_images
+from rerank.pixels import clip_view
+from rerank.score import embed_images
 from storage.atomic import replace_file
 
 logger = logging.getLogger(__name__)

@@ -9,15 +9,16 @@ import pytest
 import torch
 from PIL import Image
 
-from dalle import search
 from dalle.best_of_n import rank_order
-from dalle.cli import main as cli
-from dalle.cli.command import run_command
-from dalle.cli.main import main, read_captions, resolve_device
+from dalle.cli import features, import_dvae
+from dalle.cli.command import resolve_device, run_command
+from dalle.cli.generate import n_bytes, read_captions
+from dalle.cli.main import main
 from dalle.data import pictures
 from dalle.model import DALLE
 from dalle.output.progress import Progress, duration, progress_line
 from dalle.output.sheets import slug
+from dalle.pipeline import Pipeline
 from dvae import DVAE
 from dvae.images import to_image
 from rerank import CLIP
@@ -199,9 +200,9 @@ def test_a_bundles_settings_are_used_unless_others_are_given(bundle, warm_bundle
 
 def test_candidates_are_sampled_in_batches_that_fit_the_memory(bundle, tmp_path, monkeypatch):
     sizes = []
-    best = cli.Pipeline.best
+    best = Pipeline.best
     monkeypatch.setattr(
-        cli.Pipeline,
+        Pipeline,
         "best",
         lambda *arguments, **options: sizes.append(options["batch_size"]) or best(*arguments, **options),
     )
@@ -214,10 +215,10 @@ def test_candidates_are_sampled_in_batches_that_fit_the_memory(bundle, tmp_path,
 
 def test_sizes_of_memory_have_units():
     sizes = {"4GB": 4 * 10**9, "1.5GiB": 3 << 29, "512 mib": 1 << 29, " 10kb ": 10_000, "1TB": 10**12, "7B": 7}
-    assert {size: cli.n_bytes(size) for size in sizes} == sizes
+    assert {size: n_bytes(size) for size in sizes} == sizes
     for wrong in ("", "4", "GB", "-1GB", "0GB", "0.1B", "1e3MB", "4 gigabytes", "nanGB", "9" * 400 + "GB"):
         with pytest.raises(ValueError, match="is not a number with a unit: give something like 4GB"):
-            cli.n_bytes(wrong)
+            n_bytes(wrong)
 
 
 def test_a_caption_is_never_a_path(bundle, tmp_path):
@@ -272,7 +273,7 @@ def test_wrong_bundles_end_in_one_line(bundle_copy, another_dvae, tmp_path, caps
 
 
 def test_a_place_that_cannot_be_written_to_is_found_before_sampling(bundle, tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(cli.Pipeline, "best", lambda *_, **__: pytest.fail("sampled"))
+    monkeypatch.setattr(Pipeline, "best", lambda *_, **__: pytest.fail("sampled"))
     file = tmp_path / "file"
     file.write_text("")
     assert_one_line_error(capsys, ["generate", CAPTION, "--bundle", bundle, "--out", file], "file")
@@ -386,7 +387,7 @@ def test_features_are_kept_per_clip_in_a_hidden_file(bundle, folder, tmp_path, c
 
 def test_damaged_features_are_computed_again(bundle, folder, tmp_path, capsys):
     first, _ = search_for(capsys, bundle, folder, tmp_path)
-    search.feature_file(folder, directory_hash(bundle / "clip")).write_bytes(b"damaged")
+    features.feature_file(folder, directory_hash(bundle / "clip")).write_bytes(b"damaged")
     again, messages = search_for(capsys, bundle, folder, tmp_path)
     assert again == first
     assert "warning:" in messages
@@ -395,7 +396,7 @@ def test_damaged_features_are_computed_again(bundle, folder, tmp_path, capsys):
 
 def test_features_of_another_view_are_embedded_again(bundle, folder, tmp_path, capsys, monkeypatch):
     with monkeypatch.context() as earlier:
-        earlier.setattr(search, "VIEW", "another")
+        earlier.setattr(features, "VIEW", "another")
         search_for(capsys, bundle, folder, tmp_path)
     for message in ("4 of them new or changed", "0 of them new or changed"):
         _, messages = search_for(capsys, bundle, folder, tmp_path)
@@ -406,22 +407,22 @@ def test_a_folder_that_cannot_be_written_to_is_searched_all_the_same(bundle, fol
     def read_only(path, write):
         raise PermissionError(13, "Permission denied", str(path))
 
-    monkeypatch.setattr(search, "replace_file", read_only)
+    monkeypatch.setattr(features, "replace_file", read_only)
     found, messages = search_for(capsys, bundle, folder, tmp_path)
     assert len(found) == 4
     assert "could not be kept" in messages
 
 
 def test_what_was_embedded_before_an_interruption_is_kept(bundle, folder, monkeypatch, pipe):
-    monkeypatch.setattr(search, "EMBEDDING_BATCH", 2)
+    monkeypatch.setattr(features, "EMBEDDING_BATCH", 2)
     clip_hash = directory_hash(bundle / "clip")
 
     def interrupt(done: float, total: int) -> None:
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        search.folder_features(pipe.clip, clip_hash, folder, progress=interrupt)
-    assert search.folder_features(pipe.clip, clip_hash, folder).n_embedded == 2
+        features.folder_features(pipe.clip, clip_hash, folder, progress=interrupt)
+    assert features.folder_features(pipe.clip, clip_hash, folder).n_embedded == 2
 
 
 def test_unreadable_pictures_in_a_folder_are_counted_and_named(bundle, folder, tmp_path, capsys):
@@ -540,7 +541,7 @@ def test_links_and_pictures_too_large_in_shards_are_skipped_in_words(folder, tmp
 
 
 def test_import_dvae_saves_what_was_read(tmp_path, monkeypatch, capsys, bundle):
-    monkeypatch.setattr(cli, "import_openai", lambda encoder, decoder: DVAE.load(bundle / "dvae"))
+    monkeypatch.setattr(import_dvae, "import_openai", lambda encoder, decoder: DVAE.load(bundle / "dvae"))
     assert main(["import-dvae", "encoder.pkl", "decoder.pkl", "--out", str(tmp_path / "dvae")]) == 0
     assert directory_hash(tmp_path / "dvae") == directory_hash(bundle / "dvae")
     assert directory_hash(tmp_path / "dvae") in capsys.readouterr().out

@@ -9,18 +9,9 @@ from PIL import Image
 from torch import nn
 
 from rerank import CLIP, CLIPConfig, CLIPTokenizer, score
-from rerank.model import (
-    MAX_LOGIT_SCALE,
-    PIXEL_MEAN,
-    PIXEL_STD,
-    Block,
-    LayerNorm,
-    contrastive_loss,
-    explicit_attention,
-    fused_attention,
-    normalised_pixels,
-    quick_gelu,
-)
+from rerank.loss import contrastive_loss
+from rerank.model import MAX_LOGIT_SCALE, Block, LayerNorm, explicit_attention, fused_attention, quick_gelu
+from rerank.pixels import PIXEL_MEAN, PIXEL_STD, normalised_pixels
 
 COLOURS = {
     "red": (1.0, 0.1, 0.1),

@@ -3,8 +3,8 @@ import torch
 
 from dvae.images import to_image, to_tensor
 from rerank import CLIP, CLIPConfig, CLIPTokenizer, score
-from rerank.model import resized_pixels
-from rerank.score import LARGEST_RESIZED_SIDE, clip_view, embed_captions, embed_images
+from rerank.pixels import MAX_RESIZED_SIDE, clip_view, resized_pixels
+from rerank.score import embed_captions, embed_images
 
 CAPTIONS = ["a cat", "two dogs on a sofa", "红色的猫", "", "a very long caption about nothing in particular"]
 
@@ -79,8 +79,8 @@ def test_the_view_is_the_centre_square_and_large_pictures_are_reduced_to_it():
     tall = torch.zeros(3, 60, 20)
     tall[:, 20:40] = 1
     assert clip_view(to_image(tall), 16).min() > 0.999
-    smooth = torch.linspace(0, 1, 4 * LARGEST_RESIZED_SIDE).expand(3, 8, -1)
-    large = to_image(smooth).resize((3 * LARGEST_RESIZED_SIDE + 1,) * 2)
+    smooth = torch.linspace(0, 1, 4 * MAX_RESIZED_SIDE).expand(3, 8, -1)
+    large = to_image(smooth).resize((3 * MAX_RESIZED_SIDE + 1,) * 2)
     expected = resized_pixels(to_tensor(large.resize((512, 512)))[None], 16)[0]
     torch.testing.assert_close(clip_view(large, 16), expected, atol=0.01, rtol=0)
 

@@ -22,7 +22,7 @@ from torch import Tensor
 
 import training.cli.main
 import training.recipes
-from dalle.cli.command import set_up_logging
+from dalle.cli.terminal import set_up_logging
 from dalle.output.progress import printable
 from dvae import DVAE
 from dvae.images import open_image

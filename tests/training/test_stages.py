@@ -18,7 +18,7 @@ from dvae import DVAE, DVAEConfig
 from dvae.images import map_pixels, unmap_pixels
 from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
-from rerank.model import contrastive_loss
+from rerank.loss import contrastive_loss
 from training.config import OptimizerConfig
 from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import FEW_KINDS, Source, wrong_scene

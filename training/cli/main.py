@@ -16,8 +16,7 @@ from typing import Annotated
 
 import tyro
 
-from dalle.cli.command import run_program
-from dalle.cli.main import resolve_device
+from dalle.cli.command import resolve_device, run_program
 from dalle.output.progress import Progress, printable
 from rerank import CLIP
 from training.cli.look import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read

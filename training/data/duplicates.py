@@ -27,7 +27,8 @@ from torch import Tensor
 from dalle.output.sheets import Section, contact_sheet, save_png
 from dvae.images import open_image
 from rerank import CLIP
-from rerank.score import clip_view, embed_images
+from rerank.pixels import clip_view
+from rerank.score import embed_images
 from training.data.batches import BadSamples, parts_in_order
 from training.data.manifest import listed_names, sample_line, write_lines
 from training.data.reader import Sample, ShardData

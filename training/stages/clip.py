@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor, nn
 
 from dvae.images import open_image, square_crop, to_tensor
-from rerank.model import CLIP, contrastive_loss
-from rerank.score import clip_view
+from rerank.loss import contrastive_loss
+from rerank.model import CLIP
+from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
 from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import SOURCES

@@ -1,0 +1,85 @@
+"""`dalle reconstruct`: shows pictures beside their reconstructions by a dVAE, and measures these."""
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dalle.cli.command import resolve_device
+from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, OwnDVAE, PictureSources, check_writable
+from dalle.cli.terminal import print_table, warn_of_skipped
+from dalle.data.bundle import bundle_part
+from dalle.data.pictures import Pictures
+from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
+from dalle.output.sheets import save_png, side_by_side
+from dvae import DVAE
+from storage.atomic import replace_text
+from storage.model_directory import directory_hash
+
+HEADS = ("PSNR dB", "SSIM", "MS-SSIM", "bits/pixel", "codes", "picture")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Reconstruct:
+    """Show pictures beside what a dVAE makes of their tokens, and measure how close it comes."""
+
+    pictures: PictureSources
+    bundle: Bundle = DEFAULT_BUNDLE
+    dvae: OwnDVAE = None
+    size: Annotated[int | None, tyro.conf.arg(metavar="PIXELS", help_behavior_hint="(default: the dVAE's)")] = None
+    """Side in pixels to resize and crop to."""
+    sheet_limit: int = 16
+    """Pictures on the side-by-side sheet at most; all are measured."""
+    out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/reconstructions")
+    """Folder for reconstructions.png and metrics.json."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Print the table, and write the sheet and the numbers."""
+        if self.sheet_limit < 1:
+            raise ValueError(f"--sheet-limit is {self.sheet_limit}; it must be at least 1")
+        pictures = Pictures(self.pictures)
+        check_writable(self.out)
+        path = self.dvae if self.dvae is not None else bundle_part(self.bundle, "dvae")
+        dvae = DVAE.load(path).to(resolve_device(self.device))
+        size = self.size if self.size is not None else dvae.config.image_size
+        measures: list[tuple[str, Measures]] = []
+        shown: list[Reconstruction] = []
+        for one in reconstructions(dvae, pictures, size):
+            measures.append((one.name, one.measures))
+            if len(shown) < self.sheet_limit:
+                shown.append(one)
+        warn_of_skipped(pictures.skipped)
+        means = mean([row for _, row in measures])
+        print_table(HEADS, [_measure_row(name, row) for name, row in [*measures, ("mean", means)]])
+        sheet = side_by_side(
+            [one.original for one in shown],
+            [one.image for one in shown],
+            [f"{Path(one.name).name}\n{one.measures.psnr:.2f} dB" for one in shown],
+        )
+        save_png(sheet, self.out / "reconstructions.png")
+        report = {
+            "dvae": directory_hash(path),
+            "size": size,
+            "mean": _finite(means),
+            "pictures": [{"name": name, **_finite(row)} for name, row in measures],
+            "skipped": pictures.skipped,
+        }
+        replace_text(self.out / "metrics.json", json.dumps(report, indent=2))
+        print(f"{len(measures)} pictures measured: see reconstructions.png and metrics.json in {self.out}")
+
+
+def _measure_row(name: str, measures: Measures) -> list[str]:
+    ms_ssim = "-" if measures.ms_ssim is None else f"{measures.ms_ssim:.4f}"
+    row = [f"{measures.psnr:.2f}", f"{measures.ssim:.4f}", ms_ssim, f"{measures.bits_per_pixel:.3f}"]
+    return [*row, f"{measures.codes_used:.4g}", name]
+
+
+def _finite(measures: Measures) -> dict[str, float | None]:
+    """Return the measures for JSON, which has no infinity, such as the PSNR of an exact copy."""
+    values = dataclasses.asdict(measures)
+    return {name: value if value is not None and math.isfinite(value) else None for name, value in values.items()}
