@@ -499,8 +499,8 @@ def test_wrong_shards_and_sizes_end_in_one_line(bundle, folder, tmp_path, capsys
     where = ["--bundle", bundle, "--out", tmp_path / "out"]
     data = (folder / "a.png").read_bytes()
     whole = make_shard(tmp_path / "whole.tar", {"0.png": data, "1.png": data}).read_bytes()
-    for n_bytes in (700, len(data), 512 + len(data) // 512 * 512 + 512, 2000):
-        (tmp_path / "cut.tar").write_bytes(whole[:n_bytes])
+    for length in (700, len(data), 512 + len(data) // 512 * 512 + 512, 2000):
+        (tmp_path / "cut.tar").write_bytes(whole[:length])
         assert_one_line_error(capsys, ["reconstruct", tmp_path / "cut.tar", *where], "cut.tar")
     (tmp_path / "text.tar").write_text("no tar")
     assert_one_line_error(capsys, ["reconstruct", tmp_path / "text.tar", *where], "text.tar", "tar file")

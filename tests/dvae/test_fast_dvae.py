@@ -5,10 +5,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
 
 from dvae import DVAE, DVAEConfig
+from dvae.fast import kernels
 from dvae.fast import model as fast
+from dvae.fast.choice import Choice
 from dvae.fast.model import FastDVAE, optimised, pictures_at_once
 from dvae.images import unmap_pixels
 
@@ -38,17 +39,17 @@ def drawn_tokens(*shape: int) -> torch.Tensor:
 @pytest.fixture
 def any_width(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small models are compiled too."""
-    monkeypatch.setattr(fast, "_LEAST_WIDTH", 0)
+    monkeypatch.setattr(fast, "MIN_WIDTH", 0)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """torch.compile returns functions as they are, of small models too: the same arithmetic, without the wait."""
-    fast._compiled.cache_clear()
-    monkeypatch.setattr(fast, "_LEAST_WIDTH", 0)
+    kernels._compiled.cache_clear()
+    monkeypatch.setattr(fast, "MIN_WIDTH", 0)
     monkeypatch.setattr(torch, "compile", lambda function, **_: function)
     yield
-    fast._compiled.cache_clear()
+    kernels._compiled.cache_clear()
 
 
 def locations(decode: Callable[[torch.Tensor], torch.Tensor], tokens: torch.Tensor) -> torch.Tensor:
@@ -155,12 +156,6 @@ def test_pictures_of_other_sizes_in_between_change_nothing() -> None:
     assert torch.equal(copy.decode(tokens), first[1])
 
 
-def convolution(weight: torch.Tensor, bias: torch.Tensor) -> nn.Module:
-    layer = DVAE(SMALL).encoder.blocks.get_submodule("output.conv")
-    layer.weight, layer.bias = nn.Parameter(weight[:, :, None, None]), nn.Parameter(bias)
-    return layer
-
-
 def test_the_choice_is_that_of_float32_however_close_the_logits_are() -> None:
     generator = torch.Generator().manual_seed(0)
     # 16 groups of rows that bfloat16 cannot tell apart
@@ -170,7 +165,7 @@ def test_the_choice_is_that_of_float32_however_close_the_logits_are() -> None:
     logits_NV = h_NC.double() @ weight.double().T + bias
     assert len(logits_NV.argmax(dim=1).unique()) > 40
     rounded = (h_NC.bfloat16() @ weight.bfloat16().T + bias.bfloat16()).argmax(dim=1, keepdim=True)
-    tokens = fast._Choice(convolution(weight, bias))(h_NC)[:, None]
+    tokens = Choice(weight, bias)(h_NC)[:, None]
     highest_N1 = logits_NV.amax(dim=1, keepdim=True)
     assert (highest_N1 - logits_NV.gather(1, rounded)).max() > 1e-2
     assert (highest_N1 - logits_NV.gather(1, tokens)).max() < 1e-5
@@ -179,7 +174,7 @@ def test_the_choice_is_that_of_float32_however_close_the_logits_are() -> None:
 def test_logits_that_are_all_candidates_are_computed_again_at_once() -> None:
     weight, bias = torch.zeros(64, 8), torch.full((64,), 1.0)
     bias[37] += 1e-4
-    assert fast._Choice(convolution(weight, bias))(torch.ones(5, 8)).tolist() == [37] * 5
+    assert Choice(weight, bias)(torch.ones(5, 8)).tolist() == [37] * 5
 
 
 class NoCompilerError(RuntimeError):
@@ -193,14 +188,14 @@ def test_without_a_compiler_the_copy_runs_uncompiled_after_one_warning(
     def cannot(*_: Any) -> None:
         raise NoCompilerError("No working C++ compiler found\nin any of these folders")
 
-    fast._compiled.cache_clear()
+    kernels._compiled.cache_clear()
     monkeypatch.setattr(torch, "compile", lambda function, **_: cannot)
     dvae, images = model(), pictures(2, 3, 16, 16)
     with caplog.at_level(logging.WARNING):
         copy = optimised(dvae, dtype=torch.float32)
         tokens = copy.encode(images)
         copy.decode(tokens)
-    fast._compiled.cache_clear()
+    kernels._compiled.cache_clear()
     assert [record.getMessage() for record in caplog.records] == [
         "the fast dVAE cannot be compiled (No working C++ compiler found) and runs uncompiled, more slowly"
     ]
@@ -211,7 +206,7 @@ def test_without_a_compiler_the_copy_runs_uncompiled_after_one_warning(
 def test_what_would_not_gain_and_what_is_not_to_be_compiled_is_not(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(fast, "_compiled", None)
+    monkeypatch.setattr(kernels, "_compiled", None)
     with caplog.at_level(logging.INFO):
         narrow = optimised(model())
         wide = optimised(model(dataclasses.replace(SMALL, n_hid=128, n_groups=2, n_blocks=1)), compile=False)
@@ -240,7 +235,7 @@ def test_the_number_of_pictures_grows_with_the_budget_and_shrinks_with_their_siz
 @pytest.mark.usefixtures("any_width")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_compiled_it_computes_the_same_and_compiles_once_for_all_sizes(dtype: torch.dtype) -> None:
-    fast._compiled.cache_clear()
+    kernels._compiled.cache_clear()
     dvae = model(dataclasses.replace(SMALL, n_hid=64, n_init=32, n_groups=4))
     copy: FastDVAE = optimised(dvae, dtype=dtype)
     for n, rows, columns in ((1, 8, 8), (3, 8, 8), (2, 12, 16), (1, 17, 5)):
