@@ -1,18 +1,17 @@
 """Sparse attention over the stream (Ramesh et al. 2021, §2.2, B.1, Fig 11; Child et al. 2019).
 
-An image position may attend to all text positions and to some image positions: those whose raster distance to
-it, i - j with i the query and j the key, is among the `offsets` of the layer's kind. Since only the raster
-distance counts, every kind wraps around at the border of the grid, as the paper's masks do. W is the grid's
-width:
+An image position attends to all text positions and to the image positions whose raster distance i - j, with i the
+query and j the key, is among the `offsets` of the layer's kind. Only the raster distance counts, so every kind wraps
+around at the border of the grid, as the paper's masks do. W is the grid's width:
 
     row      0 … W            the last W + 1 positions, itself included: 33 of a 32×32 grid
     column   0, W, 2W, …      the same column, itself included
     conv     dr·W + dc ≥ 0    the causal half of a centred k×k window, 0 ≤ dr ≤ k//2 and |dc| ≤ k//2: 61 for k = 11
     dense    0, 1, 2, …       everything before, and itself
 
-Text is causal and never sees the image. `mask` draws this for the whole stream and is the truth; `keys` lists
-the same for one position. `masked_attention` follows the mask literally and is the reference that the fast paths
-are held to: sparse_attention.py for the whole stream, cache.py for one position at a time.
+Text is causal and never sees the image. `mask` draws this for the whole stream and is the truth; `keys` lists it for
+one position. `masked_attention` follows the mask literally and is the reference for the fast paths: sparse_attention.py
+for the whole stream, cache.py for one position at a time.
 
 Legend: B batch  S stream = T+I  T text positions  I image positions  D width  H heads  K head dim
 """
@@ -31,7 +30,7 @@ Kind = Literal["row", "column", "conv", "dense"]
 KINDS: tuple[Kind, ...] = get_args(Kind)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""How queries meet keys and values: (q, k, v), each (B, H, S, K) -> (B, H, S, K)."""
+"""Attention itself, without projections: (q, k, v), each (B, H, S, K) -> (B, H, S, K)."""
 
 
 def layer_kinds(n_layers: int) -> tuple[Kind, ...]:
@@ -95,8 +94,8 @@ def mask(kind: Kind, text_len: int, grid: int, kernel: int = 11, device: torch.d
 def stored_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch.device) -> Tensor:
     """Return `mask`, computed once per device and shared by all layers and models. Do not modify it.
 
-    Kept here and not in the modules: a mask is a function of sizes, so it has no place in a state dict and
-    must not be lost when a model leaves the meta device.
+    Not a buffer of the modules: a function of sizes does not belong in a state dict, and must survive the move off the
+    meta device.
     """
     # A tensor made in inference mode could not be saved for a later backward pass.
     with torch.inference_mode(False):
@@ -111,7 +110,7 @@ def masked_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, mask_SS: Te
 class Attention(nn.Module):
     """Projections to heads and back.
 
-    How queries meet keys is the caller's: training attends sparsely (sparse_attention.py), decoding reads a cache
+    The caller passes the attention itself: training attends sparsely (sparse_attention.py), decoding reads a cache
     (cache.py).
     """
 

@@ -1,8 +1,8 @@
 """Keys and values while decoding: captions read once, then one image position at a time for all candidates.
 
-The text of a prompt looks the same to all its candidates, so its keys and values are held once per prompt and read
-as one matrix product. Image keys and values belong to a candidate, and each layer holds only what its kind can still
-see, in slots that are preallocated and written in turn:
+All candidates of a prompt share its text, so its keys and values are held once per prompt and read as one matrix
+product. Image keys and values belong to a candidate; each layer holds only those that its kind can still see, in
+preallocated slots that are written in turn:
 
     kind     lanes  slots         image position i, W the width of the grid
     row      1      W + 1         slot i mod (W + 1): a ring
@@ -13,8 +13,8 @@ see, in slots that are preallocated and written in turn:
 `SlotPattern` says which slots position i sees; it comes from `attention.offsets`, as the mask does. A step reads the
 slots of one lane as they lie, and a bias hides what it may not see. Text and image part share one maximum and one sum.
 
-The blocks and their projections are those of training; only how queries meet keys differs. A step has the same shapes
-at every position, so it can be compiled once, or recorded as a CUDA graph.
+The blocks and their projections are those of training; only the attention differs. A step has the same shapes at every
+position, so it can be compiled once, or recorded as a CUDA graph.
 
 Legend: P prompts  n candidates of one prompt  B all candidates  T text positions  I image positions
         L slots of a lane  m image positions known beforehand  D width  H heads  K head dim  V vocabulary  Y, Z any
@@ -64,7 +64,7 @@ def pattern_sizes(kind: Kind, grid: int, kernel: int) -> tuple[int, int]:
 
 @lru_cache(maxsize=32)
 def slot_pattern(kind: Kind, grid: int, kernel: int, device: torch.device) -> SlotPattern:
-    """Return where and what a kind of layer reads while decoding, computed once per device."""
+    """Return the slots of a kind of layer and which of them each position sees, computed once per device."""
     n_lanes, n_slots = pattern_sizes(kind, grid, kernel)
     with torch.inference_mode(False):
         position_I = torch.arange(grid * grid, device=device)
@@ -84,7 +84,7 @@ def bytes_per_candidate(config: DALLEConfig, dtype: torch.dtype) -> int:
 
 
 class _Layer(NamedTuple):
-    """What one layer reads and writes at one position."""
+    """The memory that one layer reads and writes at one position."""
 
     text_keys: Tensor
     """(P, H, K, T)."""
@@ -101,7 +101,7 @@ class _Layer(NamedTuple):
 
 
 class Decoder:
-    """A batch of candidates on their way from prompt to picture.
+    """Decodes a batch of candidates, one image position at a time.
 
     >>> decoder = Decoder(model, text, counts=[4, 4])
     >>> logits = decoder.step(inputs)               # of image position 0, for 8 candidates
@@ -177,13 +177,13 @@ class Decoder:
 
     @torch.inference_mode()
     def keep(self, candidates: Tensor) -> None:
-        """Go on with some candidates only.
+        """Drop all but some candidates.
 
         Args:
             candidates: int64, ascending numbers of candidates; at least one of each prompt.
 
         Raises:
-            ValueError: they are not.
+            ValueError: they are not ascending, or a prompt has none left.
         """
         prompt_of = torch.arange(len(self._counts)).repeat_interleave(torch.tensor(self._counts))
         counts = prompt_of[candidates.cpu()].bincount(minlength=len(self._counts)).tolist()
@@ -208,7 +208,7 @@ class Decoder:
         return torch.zeros(size, device=model.device, dtype=model.dtype)
 
     def _layers(self, i: int) -> list[_Layer]:
-        """Return what each layer reads and writes at position i: views, nothing is copied."""
+        """Return views of the memory that each layer reads and writes at position i."""
         grid = self.model.config.grid
         layers: list[_Layer] = []
         for layer, pattern in enumerate(self._patterns):
@@ -242,7 +242,7 @@ class Decoder:
         # Contiguous copies: a view would keep the layer's queries, keys and values alive together.
         self._text_keys.append(k[:, :, :T].transpose(2, 3).contiguous())
         self._text_values.append(v[:, :, :T].contiguous())
-        # of a ring, only what is not written over
+        # of a ring, only the positions that are not overwritten
         first = max(0, m - pattern.n_slots) if pattern.n_lanes == 1 else 0
         here = slice(first, m)
         counts_P = torch.tensor(self._counts, device=k.device)
@@ -257,8 +257,8 @@ def _step(model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layer
     h_B1D = model.image_embedding(inputs_B[:, None]) + place_D
     for block, layer in zip(model.blocks, layers, strict=True):
         h_B1D = block(h_B1D, partial(_attend, layer, groups))
-    # Deviation: a bfloat16 model's logits are rounded to bfloat16 here, as all that they are made of is. A float32
-    # product, a seventh of the arithmetic, would take twice as long.
+    # Deviation: a bfloat16 model's logits are rounded to bfloat16 here, as their inputs are. A float32 product, a
+    # seventh of the arithmetic, would take twice as long.
     return F.linear(model.final_norm(h_B1D)[:, 0], model.image_head.weight).float()
 
 
@@ -292,7 +292,7 @@ def _per_prompt(x_BHY: Tensor, matrix_PHYZ: Tensor, groups: Groups) -> Tensor:
 
 
 class _CompiledSteps:
-    """`_step` compiled, for all decoders. The weights are frozen into it, packed as the processor likes them."""
+    """`_step` compiled, for all decoders, with the weights frozen and packed for the processor."""
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
@@ -316,14 +316,13 @@ def _compiled_steps() -> _CompiledSteps:
 class _RecordedSteps:
     """`_step` as CUDA graphs, one per column of the grid: a column layer reads other memory in each.
 
-    A graph replays with the addresses it was recorded with, so what changes from position to position is copied to
-    fixed places first.
+    A graph replays with the addresses it was recorded with, so inputs that change are copied to fixed places first.
     """
 
     def __init__(self) -> None:
         self._graphs: dict[tuple[int, ...], tuple[Any, Tensor, list[Tensor]]] = {}
         self._pool = torch.cuda.graph_pool_handle()
-        """Memory for what is made within a step, shared by the graphs: only one of them runs at a time."""
+        """Memory for intermediate results, shared by the graphs: only one of them runs at a time."""
 
     def __call__(
         self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]

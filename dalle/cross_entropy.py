@@ -1,8 +1,8 @@
 """Cross entropy of a linear layer's logits, of which only a chunk exists at a time.
 
-The logits of a batch are its largest tensor by far: 2 × 1024 positions times 8,192 image tokens are 67 MB in float32,
-and the usual way holds several of that size. Here a chunk of rows is multiplied, turned into losses and at once into
-gradients, and forgotten.
+The logits of a batch are by far its largest tensor: 2 × 1024 positions times 8,192 image tokens are 67 MB in float32,
+and the usual way holds several of that size. Here each chunk of rows is multiplied, turned into losses and gradients,
+and dropped.
 
 Legend: N rows  M rows of a chunk  R rows that fit the memory of the chunks  D width  V vocabulary
 """
@@ -44,12 +44,12 @@ class Head(nn.Linear):
 
 
 def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum over rows of the cross entropy of `h @ weight.T`, in nats, a float32 scalar, and its N terms.
+    """Return the cross entropies of `h @ weight.T` in nats: their sum, a float32 scalar, and each, float32 (N,).
 
-    The terms, float32 (N,), are for looking at: they have no gradient. That of an `IGNORED` row is 0.
+    Only the sum has a gradient. The cross entropy of an `IGNORED` row is 0.
 
-    The logits are float32 whatever the inputs are (B.2 and D of the paper). Under autocast, and where the inputs are
-    bfloat16, the products of the backward pass are bfloat16, as those of all other layers are.
+    Logits are float32 whatever the inputs are (B.2 and D of the paper). Under autocast, and for bfloat16 inputs, the
+    products of the backward pass are bfloat16, as in all other layers.
 
     Args:
         h_ND: (N, D), float32 or bfloat16.
@@ -65,7 +65,7 @@ def linear_cross_entropy(h_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> 
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
-    """Computes the gradients in the forward pass, while a chunk's logits are there; backward only scales them."""
+    """Computes the gradients in the forward pass, while a chunk's logits exist; backward only scales them."""
 
     @staticmethod
     def forward(
@@ -79,7 +79,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
             counted_N = torch.arange(len(targets_N), device=h_ND.device)
         n_rows = max(1, (CPU_CHUNK if on_cpu else GPU_CHUNK) // len(weight_VD))
         weight_float_DV = weight_VD.float().T
-        # memory for all chunks: what is fresh has to be given by the system page by page
+        # one buffer for all chunks: a new allocation would page-fault
         logits_RV = h_ND.new_empty((min(n_rows, len(counted_N)), len(weight_VD)), dtype=torch.float32)
         total = torch.zeros((), device=h_ND.device)
         losses_N = torch.zeros(len(h_ND), device=h_ND.device)
@@ -113,7 +113,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _Gradients:
-    """The gradients of the sum, as they grow chunk by chunk."""
+    """Accumulates the gradients of the sum, chunk by chunk."""
 
     def __init__(self, h_ND: Tensor, weight_VD: Tensor, product: torch.dtype) -> None:
         self.of_h = torch.zeros_like(h_ND)
@@ -121,10 +121,10 @@ class _Gradients:
         self._weight_VD = weight_VD
         self._weight_product_VD = weight_VD.to(product)
         self._dweight_VD: Tensor | None = None
-        """Float32; None until the first chunk, whose part it then is."""
+        """Float32; None before the first chunk."""
 
     def add(self, rows_M: Tensor, h_MD: Tensor, dlogits_MV: Tensor) -> None:
-        """Add the gradients of some rows, which no other call is about."""
+        """Add the gradients of some rows; each row is added once."""
         product = self._weight_product_VD.dtype
         dlogits_MV = dlogits_MV.to(product)
         self.of_h[rows_M] = (dlogits_MV @ self._weight_product_VD).to(self.of_h.dtype)

@@ -13,7 +13,7 @@ from dalle.stream import IGNORED, text_targets
 
 TEXT_WEIGHT = 1 / 8
 IMAGE_WEIGHT = 7 / 8
-"""The image matters more: it is what the model is for (§2.2)."""
+"""The paper weighs the image more because images are the goal (§2.2)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,7 +21,7 @@ class StreamLoss:
     """Losses of a batch in nats, scalars."""
 
     total: Tensor
-    """What is minimised: ⅛ text + ⅞ image."""
+    """The objective: ⅛ text + ⅞ image."""
     text: Tensor
     """Mean over all BPE tokens of the batch; 0 if all its captions are empty."""
     image: Tensor

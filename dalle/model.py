@@ -1,6 +1,6 @@
 """DALL·E: a decoder-only sparse transformer over text and image tokens (Ramesh et al. 2021, §2.2, B.1, Fig 10).
 
-What is particular about it:
+Particulars:
 
 - One stream: T text positions, then I image positions. Text and image have separate embeddings and separate,
   untied heads.
@@ -38,9 +38,9 @@ from dvae.compilation import can_compile
 from storage.model_directory import load_directory, save_directory
 
 KIND = "dalle"
-"""What a directory with such a model is called in its config.json."""
+"""Kind of the model's directory, in its config.json."""
 GELU_SLOPE = 1.702
-"""Of the sigmoid in GELU's approximation."""
+"""Slope of the sigmoid in GELU's approximation."""
 
 RunBranch = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
 """How a residual branch is run: (branch, residual stream) -> the branch's output, (B, S, D)."""
@@ -159,7 +159,7 @@ class Block(nn.Module):
 
 
 OWN_SHARE = 0.3
-"""Of the variance of an image embedding begun from the codebook: what is random, and so the token's own."""
+"""Random share of the variance of an image embedding that starts from the codebook."""
 
 
 class DALLE(nn.Module):
@@ -169,9 +169,9 @@ class DALLE(nn.Module):
         super().__init__()
         self.config = config
         self.metadata: dict[str, Any] = {}
-        """What the directory said that this model was loaded from; empty for a new model."""
+        """Metadata of the directory this model was loaded from; empty for a new model."""
         self.activation_checkpointing = False
-        """Whether the backward pass recomputes each layer rather than keep its activations."""
+        """Recompute each layer in the backward pass rather than keep its activations."""
         d = config.d_model
         self.text_embedding = nn.Embedding(n_text_ids(config.text_vocab, config.text_len), d)
         self.text_position_embedding = nn.Embedding(config.text_len, d)
@@ -206,7 +206,7 @@ class DALLE(nn.Module):
             scale: factor of all standard deviations; above 0.
 
         Raises:
-            ValueError: the scale is none.
+            ValueError: the scale is not a number above 0.
         """
         if not 0 < scale < math.inf:
             raise ValueError(f"the scale of the initialisation must be a number above 0, got {scale}")
@@ -234,10 +234,10 @@ class DALLE(nn.Module):
 
     @torch.no_grad()
     def initialise_from_codebook(self, codebook_VC: Tensor) -> None:
-        """Let image tokens that look alike begin alike: embeddings and head from random projections of the dVAE's rows.
+        """Give image tokens that look alike similar embeddings and heads: random projections of the dVAE's rows.
 
-        Deviation: the paper's image embeddings are random. What the model learns of a token then holds for its
-        neighbours too, such as the same edge in another colour, and small models learn in fewer steps.
+        Deviation: the paper's image embeddings are random. Here, what the model learns about a token also holds for
+        similar ones, such as the same edge in another colour, so small models need fewer steps.
 
         Args:
             codebook_VC: float32, a row for each image token, in any units: `dvae.decoder.codebook`.
@@ -277,7 +277,7 @@ class DALLE(nn.Module):
         return self.text_head(h_BSD[:, :T]), self.image_head(h_BSD[:, T:])
 
     def states(self, text: Tensor, image_tokens: Tensor) -> Tensor:
-        """Return what the heads read, (B, S, D): the final residual stream, normalised. Takes `forward`'s arguments."""
+        """Return the input of the heads, (B, S, D), for `forward`'s arguments: the normalised final residual stream."""
         config = self.config
         check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
         check_ids("image_tokens", image_tokens, config.stream.n_image, config.image_vocab)
@@ -314,7 +314,7 @@ class DALLE(nn.Module):
         return output
 
     def _attend(self, kind: Kind) -> Attend:
-        """Return how a layer of this kind attends."""
+        """Return the attention of a kind of layer."""
         config = self.config
         return partial(
             sparse_attention, kind=kind, text_len=config.text_len, grid=config.grid, kernel=config.conv_kernel
@@ -323,8 +323,8 @@ class DALLE(nn.Module):
     def compile_layers(self) -> None:
         """Compile every layer, for training: faster steps, after about a minute at the first one.
 
-        Other batch sizes, as of a last smaller batch, and validation are compiled when they come. Where that is
-        impossible, as without a C++ compiler, the layers stay as they are, and a warning says why.
+        Other batch sizes, such as a smaller last batch or validation's, are compiled when they occur. Without a C++
+        compiler the layers stay as they are, and a warning says why.
         """
         if not can_compile(self.device):
             return
@@ -364,7 +364,7 @@ class DALLE(nn.Module):
         return {**counts, "total": total}
 
     def _blocks(self) -> list[Block]:
-        """The layers, with their type: a ModuleList knows only Modules."""
+        """Return the layers as Blocks: a ModuleList knows only Modules."""
         return [block for block in self.blocks if isinstance(block, Block)]
 
     def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:

@@ -31,10 +31,10 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from dalle.attention import Kind, mask, masked_attention, offsets, stored_mask
 from dvae.compilation import can_compile
 
-FEWEST_FUSED = 256
-"""Image positions from which the two fused calls are faster than the written-out softmax, in float32 on a CPU."""
-NARROWEST_FLEX_HEAD = 16
-"""Head dimension that FlexAttention's kernels need, at least."""
+MIN_FUSED = 256
+"""Fewest image positions for which two fused calls beat the written-out softmax, in float32 on a CPU."""
+MIN_FLEX_HEAD = 16
+"""Smallest head dimension of FlexAttention's kernels."""
 
 
 class _Layout(TypedDict):
@@ -70,9 +70,9 @@ def sparse_attention(
     layout: _Layout = {"kind": kind, "text_len": text_len, "grid": grid, "kernel": kernel}
     device = q_BHSK.device
     if device.type == "cpu":
-        fused = q_BHSK.dtype == torch.float32 and grid * grid >= FEWEST_FUSED
+        fused = q_BHSK.dtype == torch.float32 and grid * grid >= MIN_FUSED
         return (two_part_attention if fused else block_attention)(q_BHSK, k_BHSK, v_BHSK, **layout)
-    wide_enough = q_BHSK.shape[-1] >= NARROWEST_FLEX_HEAD
+    wide_enough = q_BHSK.shape[-1] >= MIN_FLEX_HEAD
     if device.type == "cuda" and wide_enough and (torch.compiler.is_compiling() or can_compile(device)):
         return block_mask_attention(q_BHSK, k_BHSK, v_BHSK, **layout)
     return masked_attention(q_BHSK, k_BHSK, v_BHSK, stored_mask(**layout, device=device))
@@ -82,15 +82,15 @@ def sparse_attention(
 
 
 _known_windows: dict[tuple[Kind, int, int, torch.dtype, str], tuple[int, Tensor]] = {}
-"""What `_window` has made. A plain dictionary: torch.compile would look through an lru_cache and make it each time."""
+"""Cache of `_window`. A plain dictionary: torch.compile would trace through an lru_cache and recompute it."""
 _known_causal_biases: dict[tuple[int, torch.dtype, str], Tensor] = {}
 
 
 def _window(kind: Kind, grid: int, kernel: int, like: Tensor) -> tuple[int, Tensor]:
-    """Return how many blocks before its own a query may look back into, and what is added to the scores.
+    """Return how many earlier blocks a query may look back into, and the bias of the scores.
 
-    The second is (N, Q, L) for each block's image keys, 0 where allowed, else -inf, in the dtype and on the device of
-    `like`. The keys of block n are the positions of the blocks n - back to n, those before the image included.
+    The bias is (N, Q, L): 0 for image keys that a query may see, else -inf, in the dtype and on the device of `like`.
+    The keys of block n are the positions of blocks n - back to n, those before the image included.
     """
     known = (kind, grid, kernel, like.dtype, str(like.device))
     if known not in _known_windows:
@@ -113,7 +113,7 @@ def _make_window(kind: Kind, grid: int, kernel: int, like: Tensor) -> tuple[int,
 
 
 def _causal_bias(text_len: int, like: Tensor) -> Tensor:
-    """Return what is added to the scores between text positions, (T, T): 0 where allowed, else -inf."""
+    """Return the bias of the scores between text positions, (T, T): 0 where allowed, else -inf."""
     known = (text_len, like.dtype, str(like.device))
     if known not in _known_causal_biases:
         with torch.inference_mode(False):
@@ -123,7 +123,7 @@ def _causal_bias(text_len: int, like: Tensor) -> Tensor:
 
 
 def prepare_compilation(kinds: Iterable[Kind], text_len: int, grid: int, kernel: int, device: torch.device) -> None:
-    """Make beforehand what compiled code of these layers reads, so that it is compiled once."""
+    """Fill the caches that compiled layers read, so that they are compiled once."""
     if device.type == "cuda":
         for kind in set(kinds) - {"dense"}:
             _block_mask(kind, text_len, grid, kernel, device)
@@ -146,7 +146,7 @@ def _from_blocks(x_BHNQC: Tensor, kind: Kind) -> Tensor:
 
 
 def _windows(x_BHNQC: Tensor, back: int) -> Tensor:
-    """Return each block after the `back` blocks before it, (B, H, N, L, C); zeros stand before the first."""
+    """Join each block to the `back` blocks before it, (B, H, N, L, C); zeros stand before the first."""
     if back == 0:
         return x_BHNQC
     n_blocks = x_BHNQC.shape[2]
@@ -198,7 +198,7 @@ def two_part_attention(
 
 
 class _ImagePart:
-    """How the image positions of one sample become the batch of a fused call: a block of queries and its keys each."""
+    """Turns the image positions of one sample into the batch of a fused call: a block of queries and its keys each."""
 
     def __init__(self, kind: Kind, text_len: int, grid: int, kernel: int, like: Tensor) -> None:
         self._kind, self._text_len, self._grid = kind, text_len, grid
@@ -207,7 +207,7 @@ class _ImagePart:
         self.hidden: dict[str, Any] = {"is_causal": True}
         if kind != "column":
             self.hidden = {"is_causal": False, "attn_mask": bias_NQL[:, None]}
-        """What hides the keys of a block that a query may not see."""
+        """Arguments of a fused call that hide the keys a query may not see."""
 
     def blocks(self, x_HSC: Tensor) -> Tensor:
         """Return the image positions, (N, H, Q, C). A view."""
@@ -215,9 +215,9 @@ class _ImagePart:
         return blocks_HNQC.permute(2, 0, 1, 3) if self._kind == "column" else blocks_HNQC.transpose(0, 1)
 
     def windows(self, x_HSC: Tensor) -> Tensor:
-        """Return what each block may see, (N, H, L, C). A view, if as much text stands before the image.
+        """Return the keys that each block may see, (N, H, L, C); a view if enough text stands before the image.
 
-        Where a window reaches back before the image, it holds text, which is hidden.
+        A window that reaches back before the image holds text, which is hidden.
         """
         if self._back == 0:
             return self.blocks(x_HSC)
@@ -228,7 +228,7 @@ class _ImagePart:
         return x_HSC[:, start:].unfold(1, reach + self._grid, self._grid).permute(1, 0, 3, 2)
 
     def add_windows(self, total_HSC: Tensor, windows_NHLC: Tensor) -> None:
-        """Write the sum of what falls on each image position: the transpose of `windows`."""
+        """Write, for each image position, the sum over the windows that hold it: the transpose of `windows`."""
         total_NHQC = self.blocks(total_HSC)
         own_and_before = windows_NHLC.chunk(self._back + 1, dim=2)
         total_NHQC.copy_(own_and_before[self._back])
@@ -237,7 +237,7 @@ class _ImagePart:
 
 
 def _empty_like_heads(x_BHSK: Tensor) -> Tensor:
-    """Return memory for (B, H, S, K) in which a position's heads lie together, as the output projection reads them."""
+    """Allocate (B, H, S, K) with a position's heads side by side, as the output projection reads them."""
     B, H, S, K = x_BHSK.shape
     return x_BHSK.new_empty((B, S, H, K)).transpose(1, 2)
 
@@ -287,7 +287,7 @@ def _two_part_backward(
     grid: int,
     kernel: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the gradients of queries, keys and values: each part's own, given the merged output and log-sum-exp."""
+    """Return the gradients of q, k and v: each part's, given the merged output and log-sum-exp, then summed."""
     T, image = text_len, _ImagePart(cast(Kind, kind), text_len, grid, kernel, q)
     dq, dk, dv = (_empty_like_heads(x) for x in (q, k, v))
     for b in range(len(q)):
@@ -335,7 +335,7 @@ _known_block_masks: dict[tuple[Kind, int, int, int, str], BlockMask] = {}
 
 
 def _block_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch.device) -> BlockMask:
-    """Return which blocks of the mask are empty, full or in between."""
+    """Return which blocks of the mask are empty, full or mixed."""
     known = (kind, text_len, grid, kernel, str(device))
     if known not in _known_block_masks:
         with torch.inference_mode(False):
@@ -351,16 +351,16 @@ def _block_mask(kind: Kind, text_len: int, grid: int, kernel: int, device: torch
 
 @lru_cache(maxsize=1)
 def _compiled_flex_attention() -> Any:
-    """Return FlexAttention as the kernel that it is compiled to; without compilation it would make all S×S scores."""
+    """Return FlexAttention compiled to a kernel; uncompiled, it would make all S×S scores."""
     return torch.compile(flex_attention, dynamic=False)
 
 
 def block_mask_attention(
     q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, kind: Kind, text_len: int, grid: int, kernel: int
 ) -> Tensor:
-    """Return `masked_attention` from a kernel that leaves out empty blocks of the mask.
+    """Return `masked_attention` from a kernel that skips empty blocks of the mask.
 
-    On a CPU FlexAttention has no compiled backward: there this is for tests, and slow.
+    On a CPU FlexAttention has no compiled backward: slow there, and used by tests only.
     """
     attend = _compiled_flex_attention() if q_BHSK.is_cuda else flex_attention
     block_mask = _block_mask(kind, text_len, grid, kernel, q_BHSK.device)

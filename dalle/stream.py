@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 IGNORED = -100
-"""Target of a position that predicts nothing; the default `ignore_index` of torch's cross entropy."""
+"""Target of a position that predicts nothing: the default `ignore_index` of torch's cross entropy."""
 
 
 @dataclass(frozen=True)

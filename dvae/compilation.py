@@ -9,15 +9,14 @@ import torch
 logger = logging.getLogger(__name__)
 
 VARIANTS = 64
-"""How often torch may compile one function anew, for other layers, dtypes and batch sizes, before it gives up: it
-counts all layers together, and its own limit, 8, is for one model of one shape."""
+"""Versions of one function that torch may compile, for other layers, dtypes and batch sizes: it counts all layers
+together, and its own limit of 8 suits one model of one shape."""
 
 
 def can_compile(device: torch.device | str) -> bool:
-    """Return whether torch.compile works for a device, found out once by compiling something tiny.
+    """Return whether torch.compile works for a device, tried once with a tiny function; if not, warn and say why.
 
-    Where it does not, as without a C++ compiler, a warning says why: what asked for it is to go on uncompiled. Where it
-    does, torch is told to keep `VARIANTS` versions of a function.
+    Callers continue uncompiled. Also raises torch's limit to `VARIANTS` versions of a function.
     """
     return _can_compile(torch.device(device).type)
 
@@ -32,6 +31,6 @@ def _can_compile(device_type: str) -> bool:
             compiled(torch.ones(64, device=device_type))
     except Exception as error:  # torch documents no type for what a missing or broken compiler raises
         reason = " ".join(str(error).split())[:200] or type(error).__name__
-        logger.warning("nothing is compiled, which only costs speed: torch.compile does not work here (%s)", reason)
+        logger.warning("torch.compile does not work here (%s): nothing is compiled, which only costs speed", reason)
         return False
     return True

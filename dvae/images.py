@@ -31,14 +31,14 @@ FORMATS = {
     "AVIF": (".avif",),
     "JPEG2000": (".jp2",),
 }
-"""What is read, whatever a file is called, by Pillow's names, and the usual endings of the files. Pillow knows
-more: for EPS it starts Ghostscript, and most others are hardly ever met and little tested."""
+"""Formats that are read, by Pillow's names, whatever a file is called, and their usual endings. Pillow reads more, but
+for EPS it starts Ghostscript, and most others are rare and little tested."""
 PICTURE_EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
-"""Files with these endings are taken for pictures."""
+"""Files with these endings count as pictures."""
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused before they are decoded."""
 MIN_SIDE = 8
-"""Pictures with a shorter side are refused: they hold nothing to learn from or to reconstruct."""
+"""Pictures with a shorter side are refused: there is nothing to learn from them or to reconstruct."""
 LOGIT_LAPLACE_EPS = 0.1
 """Pixels are mapped to [0.1, 0.9], away from the infinities of the logit at 0 and 1."""
 
@@ -54,7 +54,7 @@ _DECODER_ERRORS = (
     struct.error,
     zlib.error,
 )
-"""What Pillow's decoders raise on damaged files."""
+"""Errors of Pillow's decoders on damaged files."""
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -66,18 +66,18 @@ _UPRIGHT = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-"""What undoes each EXIF orientation (Exif 2.3, 4.6.4)."""
+"""The inverse of each EXIF orientation (Exif 2.3, 4.6.4)."""
 
 
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Read a picture of one of the FORMATS as 8-bit RGB.
 
-    Transparency is composited onto white, EXIF orientation applied, greyscale of more than 8 bits scaled by
-    its range, and the first frame taken of an animation; what is lost on the way is logged.
+    Transparency is composited onto white, EXIF orientation applied, greyscale of more than 8 bits scaled by its range,
+    and only the first frame of an animation read; losses are logged.
 
     Args:
         source: a file, or the contents of one.
-        name: what messages call the picture; the path if not given.
+        name: of the picture in messages; by default the path.
 
     Returns:
         An RGB picture of at least MIN_SIDE pixels a side and at most MAX_PIXELS pixels.
@@ -123,7 +123,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
 
 class _RefusedError(Exception):
-    """A refusal that is already worded; no ValueError, so that it is told apart from a decoder's."""
+    """A refusal in final words; no ValueError, so that it differs from a decoder's."""
 
 
 _MEGAPIXELS = f"{MAX_PIXELS / 1e6:.0f} megapixels"
@@ -180,8 +180,8 @@ def _on_white(image: Image.Image) -> Image.Image:
 def _eight_bits(image: Image.Image, name: str) -> Image.Image:
     """Scale greyscale of 16 or 32 bits or floats to 8 bits; Pillow's own conversion would clip at 255.
 
-    16-bit and integer samples run from 0 to 65535. Floats run to 1, 255 or 65535, the first that holds
-    them. Any others are stretched from their minimum to their maximum.
+    16-bit and integer samples range from 0 to 65535; floats to 1, 255 or 65535, the first that holds them. Any others
+    are stretched from their minimum to their maximum.
     """
     values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
     low, high = float(values.min()), float(values.max())
@@ -204,7 +204,7 @@ def to_image(pixels: Tensor) -> Image.Image:
     """Return (3,H,W) floats as an RGB picture: clamped to [0, 1], rounded to the nearest of 256 values.
 
     Raises:
-        ValueError: the shape is another, or the pixels are integers.
+        ValueError: another shape, or integer pixels.
     """
     if pixels.ndim != 3 or pixels.shape[0] != 3 or not pixels.is_floating_point():
         raise ValueError(
@@ -233,16 +233,14 @@ def resize_and_crop(image: Image.Image, size: int) -> Image.Image:
 def dvae_augmentation(image: Image.Image, size: int, rng: np.random.Generator, *, flip: bool = True) -> Image.Image:
     """Crop a random square, shrink it to 9/8 … 12/8 of `size`, crop size×size at random, and mirror at random.
 
-    Source: Listing 1, whose size is 256 and whose bounds are 288 and 384. Deviation: it fails on pictures
-    smaller than `size`; here they
-    are enlarged to `size`.
+    Source: Listing 1, with size 256 and bounds 288 and 384. Deviation: it fails on pictures smaller than `size`; here
+    they are enlarged to `size`.
 
     Args:
         image: RGB.
         size: side of the result in pixels.
         rng: every choice comes from it.
-        flip: mirror half of the pictures, as the paper does; no for pictures whose captions say left and
-            right.
+        flip: mirror half of the pictures, as the paper does; False if captions say left and right.
     """
     _require_side(size)
     side = min(image.size)
@@ -258,9 +256,8 @@ def dvae_augmentation(image: Image.Image, size: int, rng: np.random.Generator, *
 def transformer_augmentation(image: Image.Image, size: int, rng: np.random.Generator) -> Image.Image:
     """Crop a nearly centred square, shrink it to 8/8 … 9/8 of `size`, and crop size×size at random; no mirroring.
 
-    Source: Listing 2, whose size is 256 and whose bounds are 256 and 288: text in a picture must stay
-    legible. Deviation: it fails on
-    pictures smaller than `size`; here they are enlarged to `size`.
+    Source: Listing 2, with size 256 and bounds 256 and 288, so that text in a picture stays legible. Deviation: it
+    fails on pictures smaller than `size`; here they are enlarged to `size`.
     """
     _require_side(size)
     side = min(image.size)
@@ -287,7 +284,7 @@ def map_pixels(x: Tensor) -> Tensor:
 
 
 def unmap_pixels(x: Tensor) -> Tensor:
-    """Undo `map_pixels`; what lies outside of its range is clamped to [0, 1]."""
+    """Undo `map_pixels`; values outside its range are clamped to [0, 1]."""
     return ((x - LOGIT_LAPLACE_EPS) / (1.0 - 2.0 * LOGIT_LAPLACE_EPS)).clamp(0.0, 1.0)
 
 

@@ -1,4 +1,4 @@
-"""What a dVAE is trained on: a relaxed ELBO with a logit-Laplace likelihood (Ramesh et al. 2021, 2.1, A.2, A.3).
+"""The dVAE's objective: a relaxed ELBO with a logit-Laplace likelihood (Ramesh et al. 2021, 2.1, A.2, A.3).
 
 Shapes: B batch  V vocabulary  H,W picture in pixels  Y,X grid of tokens.
 """
@@ -19,7 +19,7 @@ class DVAELoss:
     """The loss of a batch and its parts."""
 
     total: Tensor
-    """What is minimised: nats per dimension, a scalar with a gradient."""
+    """The objective in nats per dimension, a scalar with a gradient."""
     nll: Tensor
     """Negative log-likelihood of the mapped pixels, in nats per dimension (pixel and colour); may be negative."""
     kl: Tensor
@@ -33,9 +33,8 @@ def dvae_loss(
 ) -> DVAELoss:
     """Return the loss of pictures: -(E[ln p(x|z)] - β·KL), over the number of dimensions.
 
-    Both terms are sums (over pixels and colours, over positions) divided by H·W·3. Per token and per
-    dimension that makes β/(3 f²) of the KL
-    weight: β/192 for f = 8.
+    Both terms are sums (over pixels and colours, over positions) divided by H·W·3, so the mean KL per token has the
+    weight β/(3 f²): β/192 for f = 8.
 
     Args:
         dvae: the model.

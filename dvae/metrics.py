@@ -1,4 +1,4 @@
-"""How good reconstructions are, and how much of the vocabulary is in use.
+"""Measures of reconstructions, and of how much of the vocabulary is used.
 
 Shapes: B batch  H,W picture in pixels.
 """
@@ -15,7 +15,7 @@ from torchmetrics.functional.image import (
 )
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
-"""Of the five scales, finest first (Wang, Simoncelli and Bovik 2003)."""
+"""Weights of the five scales, finest first (Wang, Simoncelli and Bovik 2003)."""
 _SSIM_WINDOW = 11
 """Side of SSIM's Gaussian window in pixels (Wang et al. 2004)."""
 
@@ -90,9 +90,9 @@ class CodeUsage:
     used: int
     """Number of different tokens seen."""
     perplexity: float
-    """exp(entropy): the size of the vocabulary that would be as rich if it were used evenly; 1 … V."""
+    """exp(entropy): the size of an evenly used vocabulary of the same entropy; 1 … V."""
     entropy: float
-    """Of the tokens' frequencies (unigram), in nats: 0 … ln V."""
+    """Entropy of the tokens' frequencies (unigram) in nats: 0 … ln V."""
 
 
 def code_usage(tokens: Tensor, vocab_size: int) -> CodeUsage:
@@ -125,9 +125,9 @@ def _require_pairs(images: Tensor, reconstructions: Tensor) -> None:
 
 
 def _n_scales(side: int) -> int:
-    """Return the most scales whose coarsest picture holds a whole window, and that torchmetrics accepts.
+    """Return the largest number of scales whose coarsest picture holds a window, and that torchmetrics accepts.
 
-    For n scales the coarsest side is side // 2^(n-1); torchmetrics wants side // (n-1)² instead to hold it.
+    The coarsest of n has the side side // 2^(n-1); torchmetrics wants side // (n-1)² to hold the window, too.
     """
     counts = range(1, len(_MS_SSIM_WEIGHTS) + 1)
     fitting = [n for n in counts if side // max(2 ** (n - 1), (n - 1) ** 2) >= _SSIM_WINDOW]

@@ -47,10 +47,10 @@ class DVAEConfig:
     vocab_size: int = 8192
     """Number of different image tokens."""
     image_size: int = 256
-    """Side, in pixels, of the square pictures it is made for; it takes any multiple of `downsampling`."""
+    """Side in pixels of the square pictures it is trained on; it takes any multiple of `downsampling`."""
     encoder_kernel: int = field(default=3, metadata=ADDED_LATER)
-    """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token depends on its own pixels and the
-    three around them alone: a small transformer learns such tokens in fewer steps."""
+    """Side of the kernels in the encoder's blocks, 3 in the paper. With 1, a token depends only on its own pixels and
+    the three around them, and a small transformer learns such tokens in fewer steps."""
 
     def __post_init__(self) -> None:
         for name, least in {
@@ -148,10 +148,10 @@ class Block(nn.Module):
         return torch.add(self.id_path(x), self.res_path(x), alpha=self.post_gain)
 
     def forward_enlarged(self, x: Tensor) -> Tensor:
-        """Return (B,n_out,2H,2W) for (B,n_in,H,W): what `forward` returns for `x` enlarged to double, nearest.
+        """Return (B,n_out,2H,2W) for (B,n_in,H,W): `forward` of `x` enlarged to double, nearest.
 
-        Only for a block whose first kernel is 1×1: such a convolution and a ReLU see one position at a time, and
-        commute with copying it. So the first convolution of both paths is computed at a quarter of the positions.
+        Only for a block whose first kernel is 1×1: such a convolution and a ReLU commute with copying positions, so
+        the first convolution of both paths is computed at a quarter of them.
         """
         first, rest = self.res_path[:2], self.res_path[2:]
         return torch.add(_enlarged(self.id_path(x)), rest(_enlarged(first(x))), alpha=self.post_gain)
@@ -224,19 +224,19 @@ class Decoder(nn.Module):
 
     @property
     def codebook(self) -> Tensor:
-        """What the first convolution makes of each token alone, float32 (V,C)."""
+        """The first convolution's output for each token alone, float32 (V,C)."""
         convolution = self.blocks.get_submodule("input")
         assert isinstance(convolution, Conv2d)
         assert convolution.bias is not None
         return convolution.weight.float()[:, :, 0, 0].T + convolution.bias.float()
 
     def rows(self, probabilities: Tensor) -> Tensor:
-        """Return the mixture of the codebook's rows for weights of them, (B,V,Y,X) to (B,C,Y,X) float32."""
+        """Return mixtures of the codebook's rows with these weights, (B,V,Y,X) to (B,C,Y,X) float32."""
         mixture: Tensor = self.blocks.get_submodule("input")(probabilities)
         return mixture
 
     def from_tokens(self, tokens: Tensor) -> Tensor:
-        """Return what `forward` returns for one-hot probabilities, without making them.
+        """Return `forward` of one-hot probabilities, without making them.
 
         The input convolution of a one-hot vector is a row of the codebook: a lookup instead of a product
         with V-1 zeros.
@@ -267,7 +267,7 @@ class Decoder(nn.Module):
 
 
 class DVAE(nn.Module):
-    """A discrete VAE: `encode` makes tokens of pictures, `decode` pictures of tokens.
+    """A discrete VAE: `encode` turns pictures into tokens, `decode` tokens into pictures.
 
     Training goes through `encoder` and `decoder` (see dvae/loss.py), which take mapped pixels and relaxed
     tokens.
@@ -341,7 +341,7 @@ class DVAE(nn.Module):
 
 
 def check_images(config: DVAEConfig, images: Tensor) -> None:
-    """Raise ValueError unless `images` is what `DVAE.encode` takes: (B,3,H,W) floats, H and W multiples of f."""
+    """Raise ValueError unless `images` are (B,3,H,W) floats, H and W multiples of f, as `DVAE.encode` takes."""
     shape, f = tuple(images.shape), config.downsampling
     if images.ndim != 4 or shape[1] != 3:
         raise ValueError(
@@ -358,7 +358,7 @@ def check_images(config: DVAEConfig, images: Tensor) -> None:
 
 
 def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
-    """Raise ValueError unless `tokens` is what `DVAE.decode` takes: (B,Y,X) int64 in 0 … V-1."""
+    """Raise ValueError unless `tokens` are (B,Y,X) int64 in 0 … V-1, as `DVAE.decode` takes."""
     if tokens.ndim != 3 or tokens.dtype != torch.int64 or 0 in tokens.shape[1:]:
         raise ValueError(
             f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
@@ -369,7 +369,7 @@ def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"decode was given tokens from {low} to {high}, expected 0 … {config.vocab_size - 1}: "
-                "are they of another dVAE, or of a stream with text?"
+                "do they come from another dVAE, or from a stream with text?"
             )
 
 
@@ -379,7 +379,7 @@ def _enlarged(x: Tensor) -> Tensor:
 
 
 def _group(config: DVAEConfig, n_in: int, n_out: int, kernels: tuple[int, ...]) -> OrderedDict[str, nn.Module]:
-    """Blocks at one resolution."""
+    """Return the blocks of one resolution."""
     post_gain = 1 / config.n_layers**2
     return OrderedDict(
         (f"block_{b + 1}", Block(n_in if b == 0 else n_out, n_out, kernels, post_gain)) for b in range(config.n_blocks)

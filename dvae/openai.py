@@ -1,9 +1,9 @@
-"""OpenAI's published dVAE, encoder.pkl and decoder.pkl, read without running anything that is in them.
+"""Reads OpenAI's published dVAE, encoder.pkl and decoder.pkl, without running anything in them.
 
-The files are whole modules saved by `torch.save` (openai/DALL-E at 5be4b23): pickles, which can name any
-function and have it called. Here every name that such a file needs becomes an inert stand-in, made on the
-spot, which only records what it was given; any other name is refused; nothing is imported or called.
-Afterwards the weights are picked out of the records, with every size checked.
+The files are whole modules saved by `torch.save` (openai/DALL-E at 5be4b23): pickles, which can name any function and
+have it called. Here each name that such a file needs becomes an inert stand-in that only records its arguments; any
+other name is refused; nothing is imported or called. The weights are then taken from the records, with every size
+checked.
 """
 
 import io
@@ -56,7 +56,7 @@ _READING_ERRORS = (
     TypeError,
     ValueError,
 )
-"""What reading a damaged file raises, and calling stand-ins in a way that they are not made for."""
+"""Errors of reading a damaged file, and of stand-ins called in unexpected ways."""
 
 
 def import_openai(encoder_path: Path | str, decoder_path: Path | str) -> DVAE:
@@ -96,7 +96,7 @@ def _config(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], files:
     except (KeyError, IndexError) as error:
         raise ValueError(f"{files} lack the weight {error}: expected OpenAI's encoder.pkl and decoder.pkl") from error
     except ValueError as error:
-        raise ValueError(f"{files} have sizes that no dVAE has: {error}") from error
+        raise ValueError(f"{files} have impossible sizes: {error}") from error
     return config
 
 
@@ -105,23 +105,23 @@ def _count(pattern: str, names: Mapping[str, Tensor]) -> int:
 
 
 class _CodeError(ValueError):
-    """A name that has no stand-in."""
+    """A name without a stand-in."""
 
 
 class _Inert:
-    """What a name in the file stands for: it takes arguments, a state and items, and only records them.
+    """Stands in for a name in the file: takes arguments, a state and items, and only records them.
 
-    Its classes are made per file, so that nothing a file does outlives its reading.
+    Subclasses are made per file, so that nothing a file does outlives its reading.
     """
 
     origin = ""
     """The name in the file."""
     args: tuple[Any, ...]
-    """What it was called with."""
+    """Its recorded arguments."""
     state: Any
-    """What its attributes would have been."""
+    """Its recorded attributes."""
     items: dict[Any, Any]
-    """What it would hold as a mapping."""
+    """Its recorded items, for a mapping."""
 
     def __new__(cls, *args: object) -> Self:
         self = super().__new__(cls)
@@ -150,7 +150,7 @@ class _InertUnpickler(pickle.Unpickler):
         self.storages: dict[str, tuple[torch.dtype, int]] = {}
 
     def find_class(self, module: str, name: str) -> type[_Inert]:
-        """Return the stand-in of a name. This is the only way from a pickle to anything that can be called."""
+        """Return the stand-in of a name: the only way from a pickle to anything callable."""
         origin = f"{module}.{name}"
         is_plain = all(part.isidentifier() for part in (*module.split("."), name))
         is_inside = any(module == package or module.startswith(f"{package}.") for package in _PACKAGES)
@@ -225,7 +225,7 @@ def _read_zip(path: Path) -> tuple[Any, dict[str, Tensor]]:
         for key, (dtype, n_elements) in unpickler.storages.items():
             entry = entries[f"{root}data/{key}"]
             n_bytes = n_elements * dtype.itemsize
-            # torch.save compresses nothing: what would unpack to more than the file holds is refused unread
+            # torch.save compresses nothing: refuse unread what would unpack to more than the file holds
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != n_bytes:
                 raise ValueError(f"storage {key} has {entry.file_size} bytes instead of {n_bytes}")
             storages[key] = torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)
@@ -282,7 +282,7 @@ def _items(mapping: object) -> list[tuple[str, Any]]:
 
 
 def _tensor(parameter: Any, name: str, storages: Mapping[str, Tensor]) -> Tensor:
-    """Return a recorded parameter in float32: the part of a storage that its offset and its shape say."""
+    """Return a recorded parameter in float32: a part of a storage, by offset and shape."""
     match parameter:
         case _Inert(
             origin="torch._utils._rebuild_parameter",

@@ -20,15 +20,15 @@ def contrastive_loss(
     Row i of both belongs together; every other row is a negative. For the whole batch of several processes as
     negatives, gather the features first (with gradients) and pass the gathered ones.
 
-    An image may have captions of its own that are wrong, hard negatives: each is one more caption to choose from for
-    this image (Yuksekgonul et al. 2023, arXiv 2210.01936, 4.1, where they are negatives for all images of the batch).
+    An image may have wrong captions of its own, hard negatives: each is one more caption to choose from for this image
+    (in Yuksekgonul et al. 2023, arXiv 2210.01936, 4.1, they are negatives for all images of the batch).
 
     Args:
         image_features: (B, E), unit length.
         text_features: (B, E), unit length.
         logit_scale: scalar factor of the cosines: the third result of `CLIP.forward`, not its logarithm.
         wrong_cosines: (B, M), the cosines of each image with its own wrong captions; None for none.
-        is_wrong: (B, M) bool, False where an image has no such caption, and its cosine does not count.
+        is_wrong: (B, M) bool; False where an image has no such caption: the cosine is ignored.
 
     Returns:
         Scalar in nats: mean of choosing each image's caption, ln(B + M) at chance, and each caption's image, ln B.

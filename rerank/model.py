@@ -84,7 +84,7 @@ class CLIPConfig:
 
 
 def quick_gelu(x: Tensor) -> Tensor:
-    """CLIP's approximation of GELU, x · sigmoid(1.702 x)."""
+    """Return CLIP's approximation of GELU, x · sigmoid(1.702 x)."""
     return x * torch.sigmoid(1.702 * x)
 
 
@@ -127,7 +127,7 @@ class Attention(nn.Module):
         self.out = nn.Linear(width, width)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
+        """Return (B, S, D) for (B, S, D)."""
         qkv_BSHK = self.qkv(h_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
         q_BHSK, k_BHSK, v_BHSK = (x_BSHK.transpose(1, 2) for x_BSHK in qkv_BSHK)
         attend = explicit_attention if h_BSD.device.type == "cpu" else fused_attention
@@ -148,7 +148,7 @@ class Block(nn.Module):
         self.mlp_out = nn.Linear(4 * width, width)
 
     def forward(self, h_BSD: Tensor) -> Tensor:
-        """(B, S, D) to (B, S, D)."""
+        """Return (B, S, D) for (B, S, D)."""
         h_BSD = h_BSD + self.attention(self.norm1(h_BSD))
         output: Tensor = h_BSD + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(h_BSD))))
         return output
@@ -169,7 +169,7 @@ class VisionTower(nn.Module):
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, pixels_BCHW: Tensor) -> Tensor:
-        """Normalised pixels (B, 3, image_size, image_size) to features (B, E), not yet of unit length."""
+        """Return features (B, E), not yet of unit length, of normalised pixels (B, 3, image_size, image_size)."""
         patches_BPD = self.patches(pixels_BCHW.to(self.patches.weight.dtype)).flatten(2).transpose(1, 2)
         class_B1D = self.class_embedding.expand(len(patches_BPD), 1, -1)
         h_BSD = self.norm_pre(torch.cat([class_B1D, patches_BPD], dim=1) + self.position_embedding)
@@ -192,7 +192,7 @@ class TextTower(nn.Module):
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
 
     def forward(self, ids_BL: Tensor) -> Tensor:
-        """Text ids (B, L) to features (B, E), not yet of unit length."""
+        """Return features (B, E), not yet of unit length, of text ids (B, L)."""
         h_BSD = self.token_embedding(ids_BL) + self.position_embedding[: ids_BL.shape[1]]
         for block in self.blocks:
             h_BSD = block(h_BSD)
@@ -248,7 +248,7 @@ class CLIP(nn.Module):
         =============================================  ==========================================
 
         Args:
-            embedding_scale: above 0; 1 as published. Small towers hear the order of words many times sooner with 8:
+            embedding_scale: above 0; 1 as published. With 8, small towers learn the order of words many times sooner:
                 with 1, the first block's attention, an average over the caption, drowns the words themselves.
 
         Raises:
@@ -286,7 +286,7 @@ class CLIP(nn.Module):
         return self.logit_scale.device
 
     def encode_image(self, images: Tensor) -> Tensor:
-        """Unit features of images.
+        """Return unit features of images.
 
         Args:
             images: float (B, 3, H, W) in [0, 1], RGB, any size: `normalised_pixels` resizes and crops.
@@ -302,7 +302,7 @@ class CLIP(nn.Module):
         return F.normalize(features_BE.float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:
-        """Unit features of captions.
+        """Return unit features of captions.
 
         Args:
             ids: int64 (B, L) from `CLIPTokenizer.tokenize`, L ≤ context_length, each row with an end-of-text.
@@ -317,7 +317,7 @@ class CLIP(nn.Module):
         return F.normalize(self.text(ids).float(), dim=-1)
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Unit features of images and captions, and the factor of their cosines, for `contrastive_loss`.
+        """Return unit features of images and captions, and the factor of their cosines, for `contrastive_loss`.
 
         Args:
             images: as for `encode_image`.
@@ -329,11 +329,11 @@ class CLIP(nn.Module):
         return self.encode_image(images), self.encode_text(ids), self.exp_logit_scale()
 
     def exp_logit_scale(self) -> Tensor:
-        """The factor that turns a cosine into a logit, clipped to at most 100 (§2.5); float32 scalar.
+        """Return the factor that turns a cosine into a logit, clipped to at most 100 (§2.5); float32 scalar.
 
-        The clip is here and not on the stored parameter, so it holds for any optimizer, also for those that
-        keep a float32 copy of half-precision weights. Above the limit a gradient that would raise the
-        parameter is dropped and one that would lower it passes, so it does not get stuck as under a clamp.
+        Clipping here, not the stored parameter, holds for any optimizer, also with float32 copies of half-precision
+        weights. Above the limit, a gradient that would raise the parameter is dropped and one that would lower it
+        passes, so it does not get stuck as under a clamp.
         """
         log_scale = self.logit_scale.float()
         limit = math.log(MAX_LOGIT_SCALE)

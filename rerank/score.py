@@ -1,4 +1,4 @@
-"""Cosine of captions and images under a CLIP; the only thing reranking needs (§2.6 of Ramesh et al. 2021).
+"""Cosines of captions and images under a CLIP: all that reranking needs (§2.6 of Ramesh et al. 2021).
 
 Letters: C captions  N images  E features
 """
@@ -12,7 +12,7 @@ from rerank.model import CLIP
 
 
 def score(clip: CLIP, captions: Sequence[str], images: Tensor, *, batch_size: int = 64) -> Tensor:
-    """How well each image fits each caption; to rerank, sort a row in descending order.
+    """Score how well each image fits each caption; to rerank, sort a row in descending order.
 
     Args:
         clip: the model, with its tokenizer; it computes on the device it is on.
@@ -33,7 +33,7 @@ def score(clip: CLIP, captions: Sequence[str], images: Tensor, *, batch_size: in
 
 @torch.no_grad()
 def embed_captions(clip: CLIP, captions: Sequence[str], *, batch_size: int = 64) -> Tensor:
-    """Unit features of captions, float32 (C, E) on the device of the model; longer ones are cut (logged).
+    """Return unit features of captions, float32 (C, E) on the device of the model; long captions are cut (logged).
 
     Raises:
         ValueError: no captions, or a CLIP without a tokenizer.
@@ -49,7 +49,7 @@ def embed_captions(clip: CLIP, captions: Sequence[str], *, batch_size: int = 64)
 
 @torch.no_grad()
 def embed_images(clip: CLIP, images: Tensor, *, batch_size: int = 64) -> Tensor:
-    """Unit features of images (N, 3, H, W) in [0, 1], float32 (N, E) on the device of the model.
+    """Return unit features of images (N, 3, H, W) in [0, 1], float32 (N, E) on the device of the model.
 
     Raises:
         ValueError: no images, or images of another shape or range.

@@ -1,7 +1,7 @@
-"""Writing a file or a folder whole or not at all: readers see the older one or all of the new one.
+"""Writes a file or a folder whole or not at all: readers see the older one or all of the new one.
 
-What is new is written beside its place, brought to the disk, and renamed. Everything written through here has the modes
-that the umask gives, also where a library makes its files private.
+A new file is written beside its place, flushed to the disk, and renamed. It has the mode that the umask gives, even if
+a library makes its files private.
 """
 
 import os
@@ -12,7 +12,7 @@ from contextlib import suppress
 from pathlib import Path
 
 PARTIAL = ".partial"
-"""How the names of hidden files and folders end that are being written."""
+"""Ending of hidden files and folders that are being written."""
 
 
 def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
@@ -23,7 +23,7 @@ def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
         write: called with the path to write to.
 
     Raises:
-        OSError: what `write` or the renaming raises; the older file is then still there.
+        OSError: writing or renaming failed; the older file is still there.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -40,17 +40,17 @@ def replace_text(path: Path | str, text: str) -> None:
     """Write a text file, in UTF-8.
 
     Raises:
-        OSError: it cannot be written; the older file is then still there.
+        OSError: it cannot be written; the older file is still there.
     """
     data = text.encode()  # before anything is written
     replace_file(path, lambda partial: partial.write_bytes(data))
 
 
 def copy_folder(source: Path, target: Path) -> None:
-    """Copy a folder to where nothing is yet.
+    """Copy a folder to a place that is free.
 
     Raises:
-        OSError: it cannot be copied; `target` is then not there.
+        OSError: it cannot be copied; `target` does not exist then.
     """
     partial = target.with_name(f".{target.name}.{os.getpid()}{PARTIAL}")
     try:
@@ -61,7 +61,7 @@ def copy_folder(source: Path, target: Path) -> None:
 
 
 def write_public(path: Path, write: Callable[[Path], object]) -> None:
-    """Let `write` make a file, which then has the mode of a plainly opened one: safetensors makes its files 0600."""
+    """Let `write` make a file, then give it the mode of a plainly opened one: safetensors makes its files 0600."""
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     write(path)
@@ -69,7 +69,7 @@ def write_public(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def flush(file: Path) -> None:
-    """Bring what a file holds to the disk.
+    """Flush a file to the disk.
 
     Raises:
         OSError: it cannot be written.
@@ -79,7 +79,7 @@ def flush(file: Path) -> None:
 
 
 def flush_names(folder: Path) -> None:
-    """Bring the names in a folder to the disk, where its file system can."""
+    """Flush the names in a folder to the disk, if its file system can."""
     with suppress(OSError):
         number = os.open(folder, os.O_RDONLY)
         try:

@@ -1,8 +1,7 @@
 """A model's directory on disk: config.json beside model.safetensors, replaced as a whole or not at all.
 
-Saving writes a temporary sibling directory and renames it into place; loading checks everything before a
-weight is used. This module knows no model: a `kind` ("dvae", "dalle", "clip") keeps the models apart, and a
-frozen dataclass is the configuration.
+Saving writes a temporary sibling directory and renames it into place; loading checks everything before a weight is
+used. A `kind` ("dvae", "dalle", "clip") tells the models apart, and a frozen dataclass is the configuration.
 """
 
 import dataclasses
@@ -26,9 +25,9 @@ from storage.atomic import flush, write_public
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 TOKENIZER_FILE = "tokenizer.json"
-"""Beside the two in the directories of models that read captions themselves."""
+"""A third file, in the directories of models that read captions themselves."""
 FORMAT_VERSION = 1
-"""Raised when a directory of this version could no longer be read by the code before it."""
+"""Increased when older code can no longer read new directories."""
 
 ADDED_LATER = {"added_later": True}
 """Metadata of a configuration's field that older directories lack; they are read with its default."""
@@ -61,9 +60,9 @@ def save_directory(
         files: further files of the directory, by name.
 
     Raises:
-        ValueError: `path` is something other than the directory of such a model, which is never overwritten,
-            or `metadata` is not JSON.
-        OSError: the disk is full or not writable; what was there before is intact.
+        ValueError: `path` is something other than a directory of this kind, which is never overwritten, or `metadata`
+            is not JSON.
+        OSError: the disk is full or not writable; the older directory is intact.
     """
     path = Path(path).resolve()
     _require_replaceable(path, kind, {CONFIG_FILE, WEIGHTS_FILE, TOKENIZER_FILE, *(files or {})})
@@ -124,8 +123,7 @@ def load_directory(
 def directory_hash(path: Path | str) -> str:
     """Return 16 hexadecimal digits that name a model: its kind, configuration and weights, but not its metadata.
 
-    Cheap: the hash of the weights is read from config.json; `load_directory` is what compares it with the
-        weights.
+    Cheap: the hash of the weights is read from config.json; `load_directory` compares it with the weights.
 
     Raises:
         FileNotFoundError: there is no model directory at `path`.
@@ -137,7 +135,7 @@ def directory_hash(path: Path | str) -> str:
 
 
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
-    """Put `state` into `module`, which may be on the meta device: the tensors are assigned, not copied.
+    """Assign `state`, without a copy, to `module`, which may be on the meta device.
 
     Raises:
         ValueError: a weight is missing, unexpected or of another shape; `path` is named in the message.
@@ -157,9 +155,9 @@ def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | st
 
 
 def _require_replaceable(path: Path, kind: str, names: Set[str]) -> None:
-    """Refuse to replace, which is to delete, all but an empty directory and what was saved here as this kind before.
+    """Raise ValueError unless `path` is free, an empty directory, or one saved as this kind, since saving deletes it.
 
-    A config.json alone proves little: most models of other programs have one, beside files of every sort.
+    A config.json proves little: most models of other programs have one, beside other files.
     """
     choose = f"choose a new or empty directory, or that of a {kind}"
     if not path.is_dir():
@@ -172,7 +170,7 @@ def _require_replaceable(path: Path, kind: str, names: Set[str]) -> None:
     others = [file.name for file in found if file.name not in names or not file.is_file()]
     if others:
         shown = ", ".join(others[:3]) + (f" and {len(others) - 3} more" if len(others) > 3 else "")
-        raise ValueError(f"{path} holds files that are no model's ({shown}): {choose}")
+        raise ValueError(f"{path} holds files that belong to no model ({shown}): {choose}")
     held = _format_and_kind(path / CONFIG_FILE)
     if held != (FORMAT_VERSION, kind):
         what = f"says format {held[0]!r}, kind {held[1]!r}" if held else "is missing or not ours"
@@ -183,7 +181,7 @@ def _require_replaceable(path: Path, kind: str, names: Set[str]) -> None:
 
 
 def _format_and_kind(file: Path) -> tuple[Any, Any] | None:
-    """What a config.json says of itself; None if it is not one of ours."""
+    """Return format and kind of a config.json; None if it is not one of ours."""
     try:
         description = json.loads(file.read_text(encoding="utf-8"))
     except (FileNotFoundError, ValueError, RecursionError):
@@ -193,7 +191,7 @@ def _format_and_kind(file: Path) -> tuple[Any, Any] | None:
 
 
 def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights as safetensors wants them: on the CPU, contiguous, and each with memory of its own."""
+    """Return the weights as safetensors takes them: on the CPU, contiguous, each with memory of its own."""
     kept: dict[str, Tensor] = {}
     seen: set[int] = set()
     for name, value in state.items():

@@ -1,7 +1,7 @@
-"""The members of tar files, read so that none is lost silently and nothing is extracted.
+"""Reads the members of tar files, so that none is lost silently and nothing is extracted.
 
-`tarfile` stops without a word at a damaged header, and takes a file cut off between two members for a whole
-one. Here all headers are read first, and what is wrong after the last good one is found.
+`tarfile` stops without a word at a damaged header, and takes a file cut off between two members for a whole one. Here
+all headers are read first, and any damage after the last good one is reported.
 """
 
 import tarfile
@@ -9,17 +9,17 @@ from pathlib import Path
 from typing import BinaryIO
 
 LARGEST_PICTURE_BYTES = 512 << 20
-"""Larger members are not read as pictures: one would fill the memory."""
+"""Larger members are not read as pictures: they would fill the memory."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 
 
 class DamagedTarError(ValueError):
-    """A file of which no member can be read: empty, or no tar file. The message does not say what to do."""
+    """A file without a readable member: empty, or no tar file. The message does not say what to do."""
 
 
 def whole_members(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """Return the members of a tar file that are there in full, and what is wrong after them; None if nothing is.
+    """Return the complete members of a tar file, and the damage after them, or None.
 
     Raises:
         DamagedTarError (a ValueError): empty, or no tar file.
@@ -60,13 +60,13 @@ def whole_members(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
 
 
 def place_is_safe(member: tarfile.TarInfo) -> bool:
-    """Whether a member is a plain file, stored as it is, whose name does not lead out of a folder."""
+    """Return whether a member is a plain file, not sparse, whose name does not lead out of a folder."""
     parts = member.name.split("/")
     return member.isreg() and not member.issparse() and ".." not in parts and not member.name.startswith("/")
 
 
 def _damage_after(file: BinaryIO, offset: int) -> str | None:
-    """Return what is wrong where `tarfile` stopped reading, which it does silently at a damaged header."""
+    """Return the damage where `tarfile` stopped reading, which it does silently at a damaged header."""
     file.seek(offset)
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
@@ -74,5 +74,5 @@ def _damage_after(file: BinaryIO, offset: int) -> str | None:
     if any(block):
         return f"has a damaged header at byte {offset:,}"
     if any(file.read(1 << 20)):
-        return f"goes on after its end mark at byte {offset:,} (two tar files joined?)"
+        return f"continues after its end mark at byte {offset:,} (two tar files joined?)"
     return None

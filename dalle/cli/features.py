@@ -1,7 +1,7 @@
-"""What CLIP sees in the pictures of a folder: computed once, and kept in the folder for the next search.
+"""CLIP's features of the pictures of a folder, computed once and kept in the folder for the next search.
 
-The file `.dalle-search-<hash of the CLIP>.safetensors` holds one feature vector per picture, and in its
-metadata the name, size and time of change of each file. Only new and changed pictures are embedded again.
+The file `.dalle-search-<hash of the CLIP>.safetensors` holds a feature vector per picture, and in its metadata the
+name, size and time of change of each file. Only new and changed pictures are embedded again.
 
 Letters: N pictures  E features
 """
@@ -27,7 +27,7 @@ from storage.atomic import replace_file
 logger = logging.getLogger(__name__)
 
 VIEW = "bicubic square"
-"""Names the way of pictures into CLIP, `clip_view`: features of another view are not mixed with its."""
+"""Version of CLIP's preprocessing, `clip_view`; cached features of another version are recomputed."""
 EMBEDDING_BATCH = 32
 """Pictures embedded at once."""
 
@@ -38,13 +38,13 @@ class Entry(NamedTuple):
     size: int
     """Bytes of the file."""
     changed_ns: int
-    """Time of its last change; a file that keeps both is taken to be the same."""
+    """Time of its last change; a file with the same size and time counts as unchanged."""
     feature: Tensor
     """Unit vector, float32 (E,), on the CPU."""
 
 
 class FolderFeatures(NamedTuple):
-    """What CLIP sees in a folder."""
+    """CLIP's features of a folder."""
 
     files: list[Path]
     """The N pictures that could be read."""
@@ -53,7 +53,7 @@ class FolderFeatures(NamedTuple):
     unreadable: list[str]
     """Why each of the others could not be read."""
     n_embedded: int
-    """How many were embedded now, the rest being known."""
+    """How many were embedded now rather than read from the cache."""
 
 
 def folder_features(
@@ -65,7 +65,7 @@ def folder_features(
         clip: the model.
         clip_hash: the hash of its directory, which names the file: features of two models are never mixed.
         folder: searched with the folders in it.
-        progress: told (pictures looked at, pictures to look at) as it goes on.
+        progress: called with (pictures embedded, pictures to embed).
 
     Raises:
         FileNotFoundError: no such folder.
@@ -101,12 +101,12 @@ def folder_features(
 
 
 def feature_file(folder: Path, clip_hash: str) -> Path:
-    """Where the features of a folder under one CLIP are kept."""
+    """Return where the features of a folder under one CLIP are kept."""
     return folder / f".dalle-search-{clip_hash}.safetensors"
 
 
 def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict[str, Entry]:
-    """Entries for the files that can be read; the reasons for the others are added to `unreadable`."""
+    """Return entries of the files that can be read; add the reasons for the others to `unreadable`."""
     images: list[Tensor] = []
     states: dict[str, tuple[int, int]] = {}
     for name, file in files.items():
@@ -136,7 +136,7 @@ def _is_current(entry: Entry, file: Path) -> bool:
 
 
 def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
-    """What is kept, by name; nothing, with a warning, if the file is not what `_write` makes."""
+    """Read the entries by name; none, with a warning, if the file is not one of `_write`."""
     if not path.exists():
         return {}
     try:
@@ -145,7 +145,7 @@ def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
             pictures = json.loads(metadata["pictures"])
             features_NE = file.get_tensor("features")
         if metadata.get("view") != VIEW:
-            raise ValueError("it was made by another version, which showed CLIP other views")
+            raise ValueError("it was made with another preprocessing")
         if features_NE.shape != (len(pictures), embed_dim):
             raise ValueError(f"features of shape {tuple(features_NE.shape)} for {len(pictures)} pictures")
         return {
@@ -158,7 +158,7 @@ def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
 
 
 def _write(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Keep the entries; a folder that cannot be written to costs time, not results."""
+    """Write the entries; if the folder is not writable, only warn."""
     pictures = [[name, entry.size, entry.changed_ns] for name, entry in entries.items()]
     features_NE = torch.stack([entry.feature for entry in entries.values()]) if entries else torch.empty(0, 0)
     metadata = {"pictures": json.dumps(pictures), "view": VIEW}

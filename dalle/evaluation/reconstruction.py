@@ -1,4 +1,4 @@
-"""How much of a picture its tokens keep: the reconstruction by a dVAE and the measures of it.
+"""Reconstructions by a dVAE, and how close they are to the pictures.
 
 Letters: B batch  H, W pixels
 """
@@ -19,7 +19,7 @@ BATCH_SIZE = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Measures:
-    """Of one picture, or the means of several."""
+    """Measures of one picture, or the means of several."""
 
     psnr: float
     """Peak signal-to-noise ratio in dB; higher is closer."""
@@ -28,14 +28,14 @@ class Measures:
     ms_ssim: float | None
     """The same at several scales; None for pictures too small for it."""
     bits_per_pixel: float
-    """Of the tokens, each counted as log2 of the vocabulary."""
+    """Bits of the tokens, log2 of the vocabulary each, per pixel."""
     codes_used: float
     """Different tokens in the picture."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Reconstruction:
-    """A picture, what its tokens give back, and how close that is."""
+    """A picture beside its reconstruction."""
 
     name: str
     original: Image.Image
@@ -67,9 +67,9 @@ def reconstructions(dvae: DVAE, pictures: Iterable[tuple[str, Image.Image]], siz
 
 
 def mean(measures: Iterable[Measures]) -> Measures:
-    """The mean of each measure; there must be at least one picture."""
+    """Return the mean of each measure; there must be at least one picture."""
     rows = [asdict(one) for one in measures]
-    # all are of the same size, so that a measure that one lacks all lack
+    # all are of the same size, so a measure is missing from all or from none
     means = {name: sum(row[name] for row in rows) / len(rows) for name, value in rows[0].items() if value is not None}
     return Measures(**{"ms_ssim": None, **means})
 

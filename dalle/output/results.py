@@ -1,4 +1,4 @@
-"""The folder that `dalle generate` writes: a folder of PNGs per caption, and results.jsonl with a line for each."""
+"""The folder that `dalle generate` writes: a folder of PNGs per caption, and results.jsonl with a line per PNG."""
 
 import json
 import logging
@@ -67,7 +67,7 @@ def _texts(line: Mapping[str, Any]) -> dict[str, str]:
 
 
 def _read_results(path: Path) -> list[dict[str, Any]]:
-    """The lines of an earlier run; none if there is no file.
+    """Read the lines of an earlier run; none if there is no file.
 
     Raises:
         ValueError: the file was not written by `ResultWriter`, and must hence not be replaced.

@@ -1,8 +1,7 @@
-"""Showing pictures: contact sheets, originals beside reconstructions, PNG metadata, safe file names.
+"""Shows pictures: contact sheets, originals beside reconstructions, PNG metadata, safe file names.
 
-Nothing here knows a model: pictures come in as PIL images and text as strings. Text is drawn with the font
-that Pillow brings, which has hardly more than ASCII: accents are left out, other characters become boxes,
-so that captions must be kept in the metadata of their pictures as well.
+Pictures come in as PIL images and text as strings. Text is drawn in Pillow's own font, which has little more than
+ASCII: accents are left out and other characters become boxes, so captions are kept in the metadata as well.
 """
 
 import hashlib
@@ -19,9 +18,9 @@ from PIL.PngImagePlugin import PngInfo
 from storage.atomic import replace_file
 
 MIN_CELL, MAX_CELL = 128, 256
-"""Pixels per side of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
+"""Side in pixels of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
 MAX_PAIR_CELL = 1024
-"""The same for `side_by_side`, which is looked at for detail and hence keeps larger pictures as they are."""
+"""The same for `side_by_side`, which shows details and so keeps larger pictures as they are."""
 MARGIN, GAP, FRAME = 16, 12, 4
 LABEL_SIZE, HEADING_SIZE, TITLE_SIZE = 13, 17, 22
 MAX_LABEL_LINES, MAX_HEADING_LINES = 4, 3
@@ -55,10 +54,10 @@ def contact_sheet(
     title: str = "",
     columns: int = 8,
 ) -> Image.Image:
-    """Pictures in rows with a label under each; all get places of the same size.
+    """Draw pictures in rows with a label under each; all get places of the same size.
 
     Args:
-        sections: `Section`s, or plain tuples of their first three things; each has its own heading and grid.
+        sections: `Section`s, or plain tuples of their first three fields; each has its own heading and grid.
         title: drawn at the top; may be empty.
         columns: pictures per row, at most.
 
@@ -76,7 +75,7 @@ def side_by_side(
     title: str = "original | reconstruction",
     pairs_per_row: int = 2,
 ) -> Image.Image:
-    """Each original with its reconstruction to the right of it; the label stands under the reconstruction.
+    """Draw each original with its reconstruction to the right; the label stands under the reconstruction.
 
     Raises:
         ValueError: the three differ in length, or are empty.
@@ -114,15 +113,14 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str] |
 
 
 def slug(text: str, max_length: int = 60) -> str:
-    """A file name for any text: lower-case ASCII letters, digits and dashes; never empty.
+    """Return a file name for any text: lower-case ASCII letters, digits and dashes; never empty.
 
-    Lower-case words with single spaces between them stay readable as they are. Whenever something of the text
-    is lost (capitals, punctuation, other scripts, length), eight digits of its SHA-256 follow: different
-    texts have different names.
+    Lower-case words with single spaces between them stay as they are. If anything else of the text is lost (capitals,
+    punctuation, other scripts, length), eight digits of its SHA-256 follow, so different texts have different names.
 
     Args:
         text: anything, also a path or an emoji.
-        max_length: most characters of the result, at least 12.
+        max_length: characters of the result at most, itself at least 12.
 
     Raises:
         ValueError: max_length is too small for the digits.
@@ -186,7 +184,7 @@ def _check_sections(sections: Sequence[Section], columns: int) -> None:
 
 
 def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Image:
-    """One section as a picture of the width of the sheet: heading, then rows of pictures and labels."""
+    """Draw a section as wide as the sheet: heading, then rows of pictures and labels."""
     font = ImageFont.load_default(LABEL_SIZE)
     labels = [_wrap(label, font, cell, MAX_LABEL_LINES) for label in section.labels]
     label_height = max(len(lines) for lines in labels) * _line_height(LABEL_SIZE)
@@ -215,7 +213,7 @@ def _grid(section: Section, *, columns: int, cell: int, width: int) -> Image.Ima
 
 
 def _fitted(image: Image.Image, cell: int) -> Image.Image:
-    """The picture, enlarged or reduced until its longer side fills the cell."""
+    """Enlarge or reduce a picture until its longer side fills the cell."""
     scale = cell / max(image.size)
     size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
     image = image.convert("RGB")
@@ -246,7 +244,7 @@ def _line_height(size: int) -> int:
 
 
 def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
-    """The text in lines of at most `width` pixels; long words are broken, the last line may end in dots.
+    """Split a text into lines of at most `width` pixels; long words are broken, the last line may end in dots.
 
     Newlines in the text are kept.
     """
@@ -280,7 +278,7 @@ def _wrap_line(text: str, font: Font, width: int) -> list[str]:
 
 
 def _n_fitting(word: str, font: Font, width: int) -> int:
-    """How many characters of a word fit, at least one so that wrapping always ends."""
+    """Return how many characters of a word fit; at least one, so that wrapping always ends."""
     n = 1
     while n < len(word) and font.getlength(word[: n + 1]) <= width:
         n += 1
@@ -288,10 +286,10 @@ def _n_fitting(word: str, font: Font, width: int) -> int:
 
 
 def _drawable(text: str) -> str:
-    """The text with letters in place of accented letters."""
+    """Return the text with accents removed."""
     return "".join(c for c in unicodedata.normalize("NFKD", _unicode(text)) if not unicodedata.combining(c))
 
 
 def _unicode(text: str) -> str:
-    """The text without halves of surrogate pairs, which arguments and file names may hold but no file can."""
+    """Return the text without halves of surrogate pairs, which arguments may hold but no file can."""
     return text.encode("utf-8", "replace").decode("utf-8")

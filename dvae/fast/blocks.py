@@ -20,7 +20,7 @@ BAND_ELEMENTS = 2**20
 
 
 class Memory:
-    """Float32 memory for the identity path, kept between calls; what is taken replaces what was taken before."""
+    """Float32 memory for the identity path, kept between calls; each map taken overwrites the one before."""
 
     def __init__(self) -> None:
         self._elements = torch.empty(0)
@@ -50,7 +50,7 @@ class Linear:
 
 
 class Branch:
-    """What the blocks of encoder and decoder share: the residual path's convolutions, with post_gain folded in."""
+    """Base of the blocks of encoder and decoder: the residual path's convolutions, with post_gain folded in."""
 
     def __init__(self, block: Block, dtype: torch.dtype, kernels: Kernels, memory: Memory) -> None:
         self.dtype, self.kernels, self.memory = dtype, kernels, memory
@@ -103,7 +103,7 @@ class DecoderBlock(Branch):
 
     Args:
         block: the block.
-        enlarge: its input is to be enlarged to double first.
+        enlarge: whether to enlarge its input to double first.
         dtype: of the branch.
         kernels: compiled.
         memory: of the identity path.

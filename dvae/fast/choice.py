@@ -15,8 +15,8 @@ class Choice:
     """The encoder's output convolution and the token with the largest logit, as float32 chooses it.
 
     For features h, rows w of the weights and their roundings h', w' to bfloat16, h·w differs from h'·w' by at most
-    |h|·|w - w'| + |h - h'|·|w'|, besides the rounding of the sum. Logits that are further below the largest one than
-    that cannot become the largest; the few others are computed again.
+    |h|·|w - w'| + |h - h'|·|w'|, besides the rounding of the sum. Logits further below the largest than this bound
+    cannot be the largest; the few others are computed again.
 
     Args:
         weight: float32 (V,C).

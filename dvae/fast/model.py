@@ -25,7 +25,7 @@ slower, because small convolutions cost less than the calls."""
 
 
 class FastDVAE:
-    """What `optimised` returns: `encode` and `decode` of a dVAE, with the same contract. For one thread at a time.
+    """A dVAE's `encode` and `decode` with the same contract; for one thread at a time.
 
     Args:
         config: the sizes.
@@ -51,19 +51,19 @@ class FastDVAE:
 
 
 def optimised(dvae: DVAE, *, dtype: torch.dtype = torch.bfloat16, compile: bool = True) -> FastDVAE:
-    """Return a copy of a dVAE for use, made for speed. Later changes of the dVAE do not reach it.
+    """Return a fast copy of a dVAE. Later changes of the dVAE do not reach it.
 
-    On a CPU it is as the module's description says, if the dVAE is wide enough to gain from that (`n_hid` of at least
-    128) and its encoder's kernels are the paper's. Compiling takes about 20 seconds, and a few where torch's cache on
-    disk has the result of an earlier time. With the default sizes the copy takes 0.7 GiB (in float32 0.9), and a call
-    at most 0.2 GiB, of which it keeps the half. Other dVAEs, and those on another device, are copied plainly: weights
-    in `dtype`, in channels-last order.
+    On a CPU it is as the module's description says, if the dVAE is wide enough to gain (`n_hid` of at least 128) and
+    its encoder's kernels are the paper's. Compiling takes about 20 seconds the first time, then a few, thanks to
+    torch's cache on disk. With the default sizes the copy takes 0.7 GiB (in float32 0.9), and a call at most 0.2 GiB,
+    of which it keeps half. Other dVAEs, and those on other devices, are copied plainly: weights in `dtype`, in
+    channels-last order.
 
     Args:
         dvae: the model.
         dtype: torch.float32 for the same tokens and pictures but for rounding; torch.bfloat16 to multiply in it.
-        compile: False to copy plainly in any case. That is also what happens, after a warning in the log, when
-            compiling fails, as it does where there is no C++ compiler.
+        compile: False copies plainly in any case; so does a failed compilation, such as without a C++ compiler, after
+            a warning.
 
     Raises:
         ValueError: another dtype.
@@ -83,17 +83,17 @@ def optimised(dvae: DVAE, *, dtype: torch.dtype = torch.bfloat16, compile: bool 
 
 
 def pictures_at_once(config: DVAEConfig, budget_bytes: int) -> int:
-    """Return how many pictures `DVAE.encode` or `DVAE.decode` may be given in memory of this size; at least 1.
+    """Return how many pictures `DVAE.encode` or `DVAE.decode` can take in memory of this size; at least 1.
 
-    For float32, beside the weights; `optimised`, compiled, needs the memory of one picture for any number.
+    For float32, beside the weights; a compiled `optimised` copy needs the memory of one picture for any number.
 
-    Measured on a CPU as the peak of the resident memory over the memory before: 4.0 to 5.5 times the activations of
-    the widest layer, the higher for small pictures, of which the allocator keeps more; and the logits where they are
-    larger than that. With the default sizes a picture takes 284 MiB to decode and is counted with 352.
+    Measured on a CPU as the rise of the peak resident memory: 4.0 to 5.5 times the activations of the widest layer,
+    more for small pictures, of which the allocator keeps more; and the logits where they are larger. With the default
+    sizes a picture takes 284 MiB to decode and is counted with 352.
 
     Args:
         config: the sizes.
-        budget_bytes: memory for everything that is made between a call and its return.
+        budget_bytes: memory of a call.
     """
     widest = config.n_hid * config.image_size**2
     logits = config.vocab_size * config.grid**2

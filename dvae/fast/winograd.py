@@ -1,13 +1,13 @@
 """3×3 convolutions with half of the multiplications: Winograd's minimal filtering over rows, F(4,3).
 
-Four rows of the output come from six rows of the input. Seen along a column of a picture they are the product of two
-polynomials, which six of their values determine. So the input becomes six maps of its values at the points 0, ±3/4,
-±4/3 and infinity (`spread`), each is convolved with 1×3 kernels, the kernel's values at that point, and the results are
+Four rows of the output come from six rows of the input. Along a column of a picture they are the product of two
+polynomials, which six values determine. So the input becomes six maps, its values at the points 0, ±3/4, ±4/3 and
+infinity (`spread`); each is convolved with a 1×3 kernel, the kernel's values at that point; and the results are
 interpolated (`collect`): 6 × 3 products for 4 rows in place of 4 × 9.
 
 Exact but for rounding: in float32 the error is that of a direct convolution (4e-7 of the standard deviation of the
-output); in bfloat16, with transforms in float32, about 6e-3 instead of 3e-3. Of the points that were tried, these
-round best. The transforms are many small operations, and pay only when they are compiled into one pass.
+output); in bfloat16, with transforms in float32, about 6e-3 instead of 3e-3. These points rounded best of those tried.
+The transforms are many small operations, and pay only if compiled into one pass.
 
 Source: Lavin & Gray 2016, arXiv 1509.09308, 3 and 4, in one dimension; the transforms are Toom-Cook's for these points.
 
@@ -33,7 +33,7 @@ Kernel = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Rows:
-    """A map with a row of zeros above it and, below, at least one and as many as complete its last tile."""
+    """A map between rows of zeros: one above it; below it, at least one, and enough to complete the last tile."""
 
     padded: Tensor
     """(1 + 4T + 1,W,C), contiguous."""
@@ -61,7 +61,7 @@ class Rows:
         return self.padded[1 : 1 + self.height]
 
     def clear_border(self) -> None:
-        """Set the rows outside the map to 0, which a write of whole tiles may have changed."""
+        """Zero the rows outside the map, which writing whole tiles may have changed."""
         self.padded[0].zero_()
         self.padded[1 + self.height :].zero_()
 
@@ -141,7 +141,7 @@ class Convolution3x3:
         self.bias = bias.to(dtype)
 
     def __call__(self, x: Rows, spread_kernel: Kernel) -> list[Tensor]:
-        """Return what `place` and `add` take: the six convolved values, each (T,L), and the bias for every column.
+        """Return arguments of `place` and `add`: the six convolved values, each (T,L), and the bias of every column.
 
         Args:
             x: the input.

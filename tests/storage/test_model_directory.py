@@ -118,7 +118,7 @@ def test_what_a_crash_between_the_renames_left_is_named(tmp_path: Path) -> None:
 
 def test_a_folder_of_other_files_is_never_overwritten(tmp_path: Path) -> None:
     (tmp_path / "thesis.txt").write_text("years of work")
-    with pytest.raises(ValueError, match="holds files that are no model"):
+    with pytest.raises(ValueError, match="holds files that belong to no model"):
         save(tmp_path)
     with pytest.raises(ValueError, match="is a file"):
         save(tmp_path / "thesis.txt")
@@ -129,7 +129,7 @@ def test_a_folder_of_other_files_is_never_overwritten(tmp_path: Path) -> None:
 def test_a_model_beside_other_files_is_never_replaced(name: str, tmp_path: Path) -> None:
     save(tmp_path / "m")
     (tmp_path / "m" / name).write_text("years of work")
-    with pytest.raises(ValueError, match=rf"m holds files that are no model's \({name}\): choose a new"):
+    with pytest.raises(ValueError, match=rf"m holds files that belong to no model \({name}\): choose a new"):
         save(tmp_path / "m", config=Config(width=9))
     assert (tmp_path / "m" / name).read_text() == "years of work"
     assert load_directory(tmp_path / "m", "dvae", Config)[0].width == 4

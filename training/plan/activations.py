@@ -16,7 +16,7 @@ from typing import Literal
 from dalle.attention import Kind, offsets
 from dalle.cross_entropy import CPU_CHUNK, GPU_CHUNK
 from dalle.model import DALLEConfig
-from dalle.sparse_attention import FEWEST_FUSED
+from dalle.sparse_attention import MIN_FUSED
 from training.config import Precision
 
 Device = Literal["cuda", "cpu"]
@@ -119,7 +119,7 @@ def attention_bytes(config: DALLEConfig, kind: Kind, precision: Precision, micro
     of less than 256 positions): see `_written_out`.
     """
     width = widths(precision).branch
-    small = config.grid**2 < FEWEST_FUSED
+    small = config.grid**2 < MIN_FUSED
     if device == "cpu" and kind != "dense" and (width != FLOAT or small):
         return width * _written_out(config, kind, micro_batch)
     positions = micro_batch * config.stream.length
