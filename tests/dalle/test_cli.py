@@ -574,7 +574,9 @@ def test_help_shows_the_verbs_and_the_options(capsys):
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("-n", "--keep", "--seed", "--captions", "Same seed, same pictures"))
     assert all(option in shown for option in ("--early-abandon", "changes the", "--precision", "--compile", "--memory"))
-    assert all(option in shown for option in ("--rank", "--paper-sampling", "as the bundle says"))
+    assert all(option in shown for option in ("--rank", "--paper-sampling", "(default: as the bundle"))
+    assert all(group in shown for group in ("sampling options", "completion options", "compute options"))
+    assert "default: None" not in shown
 
 
 def test_debug_shows_the_traceback(tmp_path, capsys):
