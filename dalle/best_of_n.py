@@ -140,7 +140,7 @@ class Candidates(NamedTuple):
 
     def _with_each(self, change: Callable[[Tensor], Tensor]) -> Self:
         """Apply a change to every field that is not None."""
-        return self._make(None if x is None else change(x) for x in self)
+        return self._replace(**{name: change(x) for name, x in self._asdict().items() if x is not None})
 
 
 class Best:

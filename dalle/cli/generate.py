@@ -53,8 +53,7 @@ class SamplingOptions:
     rank: Annotated[
         Ranking | None, tyro.conf.arg(metavar="{clip,likelihood,both}", help_behavior_hint=AS_THE_BUNDLE)
     ] = None
-    """Best first by CLIP's score; by the transformer's log-likelihood, decoding only what is kept; or by the mean of
-    the places in both."""
+    """Best first by CLIP's score, by the transformer's log-likelihood, or by the mean of the places in both."""
     paper_sampling: Flag = False
     """Sample and rank as in the paper, whatever the bundle says: temperature 1, all tokens, no guidance, by CLIP."""
 
@@ -119,8 +118,7 @@ class ComputeOptions:
     ] = None
     """Candidates sampled at the same time."""
     early_abandon: Flag = False
-    """Drop half of each batch when half of its rows are sampled: those whose unfinished pictures fit the caption worse.
-    Faster, but it changes the distribution: what is kept is not the best of n whole candidates."""
+    """Drop the half of each batch that fits worse at half of its rows: faster, but it changes the distribution."""
 
     def load(self, bundle: Path) -> Pipeline:
         """Load a bundle."""

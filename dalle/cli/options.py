@@ -16,7 +16,7 @@ Caption = Annotated[str, tyro.conf.Positional, tyro.conf.arg(metavar="CAPTION", 
 PictureSources = Annotated[
     tuple[Path, ...],
     tyro.conf.Positional,
-    tyro.conf.arg(metavar="PICTURE...", help="Pictures, folders or shards (.tar)."),
+    tyro.conf.arg(metavar="PICTURE...", help="Pictures, folders or shards (.tar).", help_behavior_hint="(one or more)"),
 ]
 Bundle = Annotated[Path, tyro.conf.arg(metavar="DIR", help="Directory with tokenizer.json, dvae/, dalle/ and clip/.")]
 OwnCLIP = Annotated[

@@ -26,7 +26,7 @@ class Search:
 
     caption: Caption
     folder: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="FOLDER")]
-    """Searched with the folders in it."""
+    """The folder to search, with the folders in it."""
     top: int = 16
     """How many pictures to list."""
     bundle: Bundle = DEFAULT_BUNDLE
