@@ -12,8 +12,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -25,10 +25,11 @@ from dalle.model import DALLE, DALLEConfig
 from dalle.stream import start_id
 from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
 from training.engine.engine import Engine
+from training.engine.objective import Objective
 from training.plan.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
 from training.ranks.world import World, join_world, leave_world
 from training.schedules import WarmupCosine
-from training.stages.transformer import TransformerObjective
+from training.stages.transformer import transformer_loss
 
 STEPS = 2
 """The optimizer's state appears at the end of the first one."""
@@ -179,16 +180,16 @@ def _train(case: Case, world: World) -> None:
     torch.manual_seed(0)
     model = DALLE(case.config)
     model.activation_checkpointing = case.checkpointing
-    engine = Engine(TransformerObjective(model), case.train_config(), world)
+    engine = Engine(Objective(model, partial(transformer_loss, model)), case.train_config(), world)
     engine.train()
     for step in range(STEPS):
         engine.step(_micro_batches(case), 1e-4, step)
 
 
-def _micro_batches(case: Case) -> Iterator[dict[str, Tensor]]:
-    for _ in range(case.accumulation):
-        text, image_tokens = batch(case.config, case.micro_batch)
-        yield {"text": text, "image_tokens": image_tokens, "n_cut": torch.zeros(case.micro_batch)}
+def _micro_batches(case: Case) -> list[dict[str, Tensor]]:
+    batches = [batch(case.config, case.micro_batch) for _ in range(case.accumulation)]
+    n_cut = torch.zeros(case.micro_batch)
+    return [{"text": text, "image_tokens": image_tokens, "n_cut": n_cut} for text, image_tokens in batches]
 
 
 def batch(config: DALLEConfig, n: int) -> tuple[Tensor, Tensor]:

@@ -38,7 +38,7 @@ class DVAERecipe:
     """A run as an autoencoder, from which the codebook is made: see `initialise_codebook` in stages/codebook.py. None
     starts from random weights, as the paper does."""
     warmup_noise: Cosine = field(default_factory=lambda: Cosine(start=0.0, end=0.0, steps=1))
-    """Noise on the warm-up's bottleneck, in units of the bottleneck's RMS: see `AutoencoderObjective`."""
+    """Noise on the warm-up's bottleneck, in units of the bottleneck's RMS: see `autoencoder_loss`."""
     flip: bool = True
     """Mirror half of the training pictures, as the paper does for the dVAE; not if left and right matter in them."""
 

@@ -113,9 +113,9 @@ def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) 
 
 def _note_keys(rank: int, *, folder: Path) -> None:
     """Let a rank write down the keys of every batch that it takes."""
-    import training.loop.fit
+    import training.loop.loop
 
-    batches = training.loop.fit.batches
+    batches = training.loop.loop.batches
 
     def noted(*arguments: Any, **named: Any) -> Iterator[Any]:
         first = named["start_step"] * named["accumulation"]
@@ -124,7 +124,7 @@ def _note_keys(rank: int, *, folder: Path) -> None:
                 print(json.dumps([number // named["accumulation"] + 1, batch.keys]), file=file, flush=True)
                 yield batch
 
-    training.loop.fit.batches = noted
+    training.loop.loop.batches = noted
 
 
 def _noted_keys(folder: Path) -> list[tuple[int, str]]:

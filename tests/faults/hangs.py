@@ -30,7 +30,7 @@ def _stopped(course: Course, name: str) -> tuple[str, str]:
         require(job.processes[0].exitcode == 1, f"rank 0 ended with {job.processes[0].exitcode}: {said[-600:]}")
         require("rank 1 (host" in said and "does not answer" in said, f"rank 1 is not named: {said[-600:]}")
         require("rank00000.txt" in _stacks(bundle), "there is no stack of rank 0")
-        require("training/loop/fit.py" in _stacks(bundle)["rank00000.txt"], "the stack does not show the loop")
+        require("training/loop/loop.py" in _stacks(bundle)["rank00000.txt"], "the stack does not show the loop")
         job.send(1, signal.SIGCONT)
         require(job.wait()[1] == 1, f"the rank that woke up ended with {job.wait()[1]}")
     course.finish(course.command(bundle), f"{name}-end")  # a busy machine draws samples for longer than that
@@ -39,17 +39,17 @@ def _stopped(course: Course, name: str) -> tuple[str, str]:
 
 
 def _fall_asleep(rank: int) -> None:
-    """Let the second rank sleep for ever in the preparation of a step."""
+    """Let the second rank sleep for ever in a step."""
     from training.stages.transformer import TransformerStage
 
-    original = TransformerStage.prepare
+    original = TransformerStage.loss
 
-    def prepare(self: TransformerStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+    def loss(self: TransformerStage, batch: Any, step: int) -> Any:
         if step == AT_STEP and rank == 1:
             time.sleep(3600)
-        return original(self, tensors, step, noise_seed, measure=measure)
+        return original(self, batch, step)
 
-    TransformerStage.prepare = prepare  # type: ignore[method-assign]
+    TransformerStage.loss = loss  # type: ignore[method-assign]
 
 
 def _asleep(course: Course, name: str) -> tuple[str, str]:

@@ -15,22 +15,16 @@ AT_STEP = 10
 
 def _spoil(rank: int, *, for_ever: bool) -> None:
     """Let the second rank's loss be NaN in one step, or from it on."""
-    from training.stages.transformer import TransformerObjective, TransformerStage
+    from training.stages.transformer import TransformerStage
 
-    prepare, forward = TransformerStage.prepare, TransformerObjective.forward
-    is_spoilt = False
+    original = TransformerStage.loss
 
-    def note(self: TransformerStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        nonlocal is_spoilt
+    def spoilt(self: TransformerStage, batch: Any, step: int) -> Any:
+        loss, values = original(self, batch, step)
         is_spoilt = rank == 1 and (step >= AT_STEP if for_ever else step == AT_STEP)
-        return prepare(self, tensors, step, noise_seed, measure=measure)
-
-    def spoil(self: TransformerObjective, *arguments: Any, **named: Any) -> Any:
-        loss, values = forward(self, *arguments, **named)
         return (loss * float("nan") if is_spoilt else loss), values
 
-    TransformerStage.prepare = note  # type: ignore[method-assign]
-    TransformerObjective.forward = spoil  # type: ignore[method-assign]
+    TransformerStage.loss = spoilt  # type: ignore[method-assign]
 
 
 def _run(course: Course, bundle: Path, name: str, *, stop_at: int | None) -> None:

@@ -439,7 +439,7 @@ def test_fit_goes_back_past_a_broken_checkpoint_and_ends_as_if_nothing_had_been(
     flip_a_byte(folder / "step00000007" / FILES[0])
     broken(settings)
     assert "going back to" in caplog.text
-    assert any("going on from step 6" in line for line in broken.said)
+    assert any("resuming from step 6" in line for line in broken.said)
     assert broken.losses == straight.losses
     assert broken.weights == straight.weights
     assert names(folder) == ["latest", "step00000008", "step00000009"]
@@ -452,11 +452,11 @@ def test_fit_goes_back_to_a_named_step_and_the_same_command_then_goes_on(new_run
     run(settings)
     with pytest.raises(Interrupted, match="the same command without --resume-from goes on"):
         run(settings, at_step=send(signal.SIGTERM, 4), resume_from="step00000004")
-    assert any("going on from step 4 of 8" in line for line in run.said)
+    assert any("resuming from step 4 of 8" in line for line in run.said)
     assert sorted(run.losses) == [1, 2, 3, 4, 5], "lines of later steps are gone"
     assert names(run.folder / "run" / "checkpoints") == ["latest", "step00000002", "step00000004", "step00000005"]
     run(settings)
-    assert any("going on from step 5 of 8" in line for line in run.said)
+    assert any("resuming from step 5 of 8" in line for line in run.said)
     assert run.losses == straight.losses
     assert run.weights == straight.weights
 
@@ -481,7 +481,7 @@ def test_a_finished_run_whose_last_checkpoint_is_cut_is_trained_to_its_end_again
     before = run.weights
     os.truncate(run.folder / "run" / "checkpoints" / "step00000004" / FILES[0], 100)
     run(settings)
-    assert any("going on from step 2 of 4" in line for line in run.said)
+    assert any("resuming from step 2 of 4" in line for line in run.said)
     assert run.weights == before
 
 
@@ -514,7 +514,7 @@ def test_resume_goes_on_with_a_warm_up_too(
         with pytest.raises(Interrupted):
             train_dvae(tiny.recipe(), inputs, world, said.append)
     train_dvae(tiny.recipe(), resumed, world, said.append)
-    assert any(line.startswith("dvae-warmup: going on from step 2") for line in said)
+    assert any(line.startswith("dvae-warmup: resuming from step 2") for line in said)
     assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") == "step00000004"
 
 

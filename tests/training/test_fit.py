@@ -12,7 +12,7 @@ import pytest
 import torch
 from PIL import Image
 from support import tiny
-from support.runs import MeanColours, NewRun, Prepare, Run, send
+from support.runs import AtStep, MeanColours, NewRun, Run, send
 
 import training.loop.fit
 from dvae.images import open_image, to_tensor
@@ -60,10 +60,10 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(new_run: NewRun, numbe
     config = tiny.train_config(steps=9, learning_rate=plateau, global_batch=4, micro_batch=2)
     straight, stopped = new_run("straight"), new_run("stopped")
     straight(config)
-    with pytest.raises(Interrupted, match=r"stopped at step 4 of 9.*the same command goes on"):
+    with pytest.raises(Interrupted, match=r"stopped at step 4 of 9.*the same command resumes"):
         stopped(config, at_step=send(number, 3))
     stopped(config)
-    assert any("going on from step 4 of 9" in line for line in stopped.said)
+    assert any("resuming from step 4 of 9" in line for line in stopped.said)
     assert stopped.losses == straight.losses
     assert sorted(stopped.losses) == list(range(1, 10))
     assert stopped.weights == straight.weights
@@ -185,7 +185,7 @@ def test_a_full_disk_stops_training_and_the_same_command_goes_on(
         run(config, at_step=fill)
     monkeypatch.undo()
     run(config)
-    assert any("going on from step 2" in line for line in run.said)
+    assert any("resuming from step 2" in line for line in run.said)
     assert sorted(run.losses) == [1, 2, 3, 4, 5, 6]
 
 
@@ -213,13 +213,13 @@ def test_a_run_of_another_recipe_in_the_same_place_is_refused(new_run: NewRun) -
         run(tiny.train_config(steps=4))
 
 
-def spoil_losses(run: Run, steps: range) -> Prepare:
+def spoil_losses(run: Run, steps: range) -> AtStep:
     """Make the loss of some steps NaN."""
 
-    def prepare(step: int) -> None:
+    def at_step(step: int) -> None:
         run.stage.scale = float("nan") if step in steps else 1.0
 
-    return prepare
+    return at_step
 
 
 def test_too_many_steps_in_a_row_that_are_not_finite_stop_training_and_name_the_checkpoint(new_run: NewRun) -> None:
@@ -279,7 +279,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(new_run: New
     def spoil(step: int) -> None:
         if step == 3:
             with torch.no_grad():
-                run.stage.objective.model.bias.fill_(float("inf"))
+                run.stage.model.bias.fill_(float("inf"))
 
     config = tiny.train_config(steps=steps, checkpoint_every=2, ema_every=100)  # the averages have not seen it
     with pytest.raises(ValueError, match=r"at step 4.*step00000002 is the last good"):
@@ -289,7 +289,7 @@ def test_weights_that_are_not_finite_are_neither_saved_nor_exported(new_run: New
 
 
 def test_a_fresh_run_that_is_interrupted_goes_on_without_fresh(new_run: NewRun) -> None:
-    with pytest.raises(Interrupted, match=r"the same command without --fresh goes on"):
+    with pytest.raises(Interrupted, match=r"the same command without --fresh resumes"):
         new_run("a")(tiny.train_config(steps=9), at_step=send(signal.SIGTERM, 3), fresh=True)
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.engines import Objective
+from support.engines import Objective, transformer_objective
 from support.ranks import on_ranks
 from torch import Tensor
 
@@ -18,7 +18,6 @@ from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.engine.gradient_scaling import ResblockScales, ResblockScaling, resblock_parameters, run_in_float16
 from training.ranks.world import World, join_world
-from training.stages.transformer import TransformerObjective
 
 
 @pytest.fixture
@@ -137,7 +136,7 @@ def gradients(
 ) -> dict[str, Tensor]:
     """The gradients of `upstream` times the loss."""
     prepare(model)
-    loss, _ = TransformerObjective(model)(**batch())
+    loss, _ = transformer_objective(model)(**batch())
     (upstream * loss).backward()
     return {name: parameter.grad for name, parameter in model.named_parameters() if parameter.grad is not None}
 
@@ -171,7 +170,7 @@ def test_the_resblocks_are_attention_and_mlp_of_every_layer_with_their_norms() -
 def test_gradients_are_those_of_float32_to_the_rounding_of_float16(world: World) -> None:
     expected = gradients(transformer(), 1.0)
     scaling, found = scaled_gradients(1.0, world, [13] * 4)
-    assert not scaling.was_overflow
+    assert not scaling.overflowed
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     for name, gradient in expected.items():
         if "qkv.bias" not in name:  # of keys it is 0 but for rounding
@@ -198,7 +197,7 @@ def test_what_overflows_in_one_branch_lowers_its_scale_only(world: World) -> Non
     groups = resblock_parameters(transformer())
     finite = [all(bool(found[name].isfinite().all()) for name in group) for group in groups]
     assert finite == [index != middle for index in range(4)]
-    assert scaling.was_overflow
+    assert scaling.overflowed
     values = exponents(scaling.rules)
     assert values[middle] == pytest.approx(23_500)
     assert [value for index, value in enumerate(values) if index != middle] == pytest.approx([7001] * 3)
@@ -227,15 +226,15 @@ def steps(engine: Engine, first: int, last: int) -> list[dict[str, float]]:
 def test_a_run_in_float16_follows_one_in_float32_and_resumes_with_its_scales(
     tmp_path: Path, world: World, stage: int
 ) -> None:
-    plain = Engine(TransformerObjective(transformer()), tiny.train_config(zero_stage=stage), world)
+    plain = Engine(transformer_objective(transformer()), tiny.train_config(zero_stage=stage), world)
     expected = [metrics["loss"] for metrics in steps(plain, 0, 4)]
-    engine = Engine(TransformerObjective(transformer()), config(zero_stage=stage), world)
+    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage), world)
     found = steps(engine, 0, 2)
     engine.save(tmp_path, 2, {})
     found += steps(engine, 2, 4)
     assert [metrics["loss"] for metrics in found] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in found] == pytest.approx([2 ** (13 + n / 1000) for n in range(1, 5)])
-    resumed = Engine(TransformerObjective(transformer(1)), config(zero_stage=stage), world)
+    resumed = Engine(transformer_objective(transformer(1)), config(zero_stage=stage), world)
     resumed.load(tmp_path)
     assert steps(resumed, 2, 4) == found[2:]
 
@@ -243,7 +242,7 @@ def test_a_run_in_float16_follows_one_in_float32_and_resumes_with_its_scales(
 def test_accumulated_gradients_are_unscaled_once(world: World) -> None:
     found = []
     for micro_batch in (4, 2):
-        engine = Engine(TransformerObjective(transformer()), config(micro_batch=micro_batch), world)
+        engine = Engine(transformer_objective(transformer()), config(micro_batch=micro_batch), world)
         engine.train()
         whole = batch()
         parts = [
@@ -277,7 +276,7 @@ def test_another_precision_of_the_users_is_refused_in_words(tmp_path: Path, worl
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}))
     with pytest.raises(ValueError, match="autocast-fp16"):
-        Engine(TransformerObjective(transformer()), config(deepspeed_config=path), world)
+        Engine(transformer_objective(transformer()), config(deepspeed_config=path), world)
 
 
 # --------------------------------------------------------------------------------------------------- two ranks
@@ -304,7 +303,7 @@ def test_an_overflow_on_one_rank_lowers_the_scale_on_both(tmp_path: Path) -> Non
 
 
 def losses_on_ranks(world: World, stage: int) -> list[float]:
-    engine = Engine(TransformerObjective(transformer()), config(zero_stage=stage), world)
+    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage), world)
     engine.train()
     own = slice(2 * world.rank, 2 * world.rank + 2) if world.size == 2 else slice(None)
     losses = []
@@ -317,7 +316,7 @@ def losses_on_ranks(world: World, stage: int) -> list[float]:
 
 
 def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[str, float]]:
-    engine = Engine(TransformerObjective(transformer()), config(zero_stage=stage, global_batch=8), world)
+    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage, global_batch=8), world)
     found = steps(engine, 0, 2)  # the same batch on every rank
     engine.save(folder, 2, {})
     return found
@@ -327,10 +326,10 @@ def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[st
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_with_scales_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: int) -> None:
     begun, _ = on_ranks(tmp_path, save_after_two_steps, tmp_path / "a", stage)
-    resumed = Engine(TransformerObjective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
+    resumed = Engine(transformer_objective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
     resumed.load(tmp_path / "a")
     ended = steps(resumed, 2, 4)
-    straight = Engine(TransformerObjective(transformer()), config(zero_stage=stage), join_world())
+    straight = Engine(transformer_objective(transformer()), config(zero_stage=stage), join_world())
     expected = [metrics["loss"] for metrics in steps(straight, 0, 4)]
     assert [metrics["loss"] for metrics in begun + ended] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in begun] == pytest.approx([2 * 2 ** (13 + n / 1000) for n in (1, 2)])

@@ -311,16 +311,17 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return now
 
 
-def test_a_lap_counts_training_only_and_says_how_much_of_it_was_waiting(clock: list[float]) -> None:
+def test_an_interval_counts_training_only_and_how_much_of_it_was_waiting(clock: list[float]) -> None:
     timer = Timer(start=10, steps=100)
-    clock[0] += 8
-    timer.waited_s += 2
-    with timer.aside():
+    clock[0] += 6
+    with timer.waiting():
+        clock[0] += 2
+    with timer.paused():
         clock[0] += 50
-    lap = timer.lap(14)
-    assert (lap.steps, lap.elapsed_s, lap.data_wait) == (4, 8, 0.25)
+    interval = timer.interval(14)
+    assert (interval.steps, interval.elapsed_s, interval.data_wait) == (4, 8, 0.25)
     clock[0] += 1
-    assert timer.lap(15).elapsed_s == 1
+    assert timer.interval(15).elapsed_s == 1
 
 
 # --------------------------------------------------------------------------------------------- what a run measures

@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support import tiny
-from support.engines import Objective, config, data, user_json
+from support.engines import Objective, config, data, transformer_objective, user_json
 from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 import training.cli.main
 import training.loop.fit
+import training.loop.throughput
 import training.recipes
 from dalle.model import DALLE
 from dalle.sampling import Sampling, sample
@@ -41,7 +42,7 @@ from training.loop.skipped_steps import SkippedSteps
 from training.ranks.world import World, join_world
 from training.stages.inputs import Inputs
 from training.stages.tokenizer import train_tokenizer
-from training.stages.transformer import TransformerObjective, train_transformer
+from training.stages.transformer import train_transformer
 
 ROOT = Path(__file__).parents[2]
 NAMES = sorted(path.stem for path in PRESETS.glob("*.json"))
@@ -227,7 +228,7 @@ def test_engine_log_and_config_json_have_the_precision_and_stage_of_a_preset(
     preset: str, tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     peaks: list[str] = []
-    monkeypatch.setattr(training.loop.fit, "peak_flops", lambda device, precision, peak: peaks.append(precision))
+    monkeypatch.setattr(training.loop.throughput, "peak_flops", lambda device, precision, peak: peaks.append(precision))
     monkeypatch.setattr(training.loop.fit, "has_bfloat16_arithmetic", lambda device: True)
     engines: list[Engine] = []
     monkeypatch.setattr(training.loop.fit, "Engine", lambda *given: engines.append(Engine(*given)) or engines[-1])
@@ -269,9 +270,9 @@ def test_the_batch_is_said_once_and_told_in_one_line(world: World) -> None:
 # ------------------------------------------------------------------------------------------------- modes that agree
 
 
-def transformer() -> TransformerObjective:
+def transformer() -> nn.Module:
     torch.manual_seed(0)
-    return TransformerObjective(DALLE(tiny.recipe().transformer.model))
+    return transformer_objective(DALLE(tiny.recipe().transformer.model))
 
 
 def tokens(step: int, n: int = 8) -> dict[str, Tensor]:
@@ -393,18 +394,18 @@ def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
     path = user_json(tmp_path, {"fp16": {"initial_scale_power": 30, "hysteresis": 1}})
     engine = Engine(transformer(), run_of("fp16", stage, "none", deepspeed_config=path), world)
     engine.train()
-    scales, taken = [], []
+    scales, applied = [], []
     for _ in range(30):
         metrics = engine.step([tokens(0)], 0.0, 0)
         scales.append(metrics["loss_scale"].item())
-        taken.append(engine.taken)
-        assert engine.was_overflow == (not engine.taken)
-        if engine.taken:
+        applied.append(engine.applied)
+        assert engine.overflowed == (not engine.applied)
+        if engine.applied:
             break
     assert scales[0] == 2**30
     assert len(scales) > 1
     assert all(later == earlier / 2 for earlier, later in itertools.pairwise(scales))
-    assert taken == [0] * (len(taken) - 1) + [1]
+    assert applied == [0] * (len(applied) - 1) + [1]
     assert losses(engine, world) == pytest.approx(reference, abs=1e-2)
 
 
@@ -418,7 +419,7 @@ def test_fp16_at_its_smallest_loss_scale_is_told_apart_from_an_overflow(world: W
     told = []
     for step in range(4):
         engine.step([tokens(step)], 1e-4, step)
-        told.append((engine.taken, engine.was_overflow))
+        told.append((engine.applied, engine.overflowed))
     assert told == [(0, True), (0, False), (0, False), (0, False)]
 
 
@@ -487,28 +488,28 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
     def run(steps: list[int]) -> tuple[list[int], dict[str, Any]]:
         engine = Engine(SpoilableObjective(), settings, world)
         engine.train()
-        taken = []
+        applied = []
         for step in steps:
             engine.step([spoilable(step), spoilable(step + 50, **spoilt.get(step, {}))], 1e-2, step)
-            taken.append(int(engine.taken))
-            assert engine.was_overflow is False
-        return taken, state_of(engine)
+            applied.append(int(engine.applied))
+            assert engine.overflowed is False
+        return applied, state_of(engine)
 
-    taken, state = run(list(range(8)))
-    expected_taken, expected = run([step for step in range(8) if step not in spoilt])
-    assert taken == [int(step not in spoilt) for step in range(8)]
-    assert expected_taken == [1] * 4
+    applied, state = run(list(range(8)))
+    expected_applied, expected = run([step for step in range(8) if step not in spoilt])
+    assert applied == [int(step not in spoilt) for step in range(8)]
+    assert expected_applied == [1] * 4
     torch.testing.assert_close(state, expected, rtol=0, atol=0)
 
 
 def test_what_only_the_device_knows_of_a_step_reaches_the_averages_there() -> None:
     weights = {"w": torch.tensor([1.0, 2.0])}
-    for taken in (0, 1):
+    for applied in (0, 1):
         told, kept_there = EMA({"w": torch.zeros(2)}, 0.9), EMA({"w": torch.zeros(2)}, 0.9)
-        told.update(weights, taken)
-        kept_there.update(weights, torch.tensor(float(taken)))
+        told.update(weights, applied)
+        kept_there.update(weights, torch.tensor(float(applied)))
         assert torch.equal(told.average["w"], kept_there.average["w"])
-        assert torch.allclose(told.average["w"], 0.1 * taken * weights["w"])
+        assert torch.allclose(told.average["w"], 0.1 * applied * weights["w"])
 
 
 # ---------------------------------------------------------------------------------------------- skipped steps
@@ -519,15 +520,15 @@ def skipped(limit: int) -> tuple[SkippedSteps, list[str]]:
     return SkippedSteps(limit, join_world(), said.append), said
 
 
-@pytest.mark.parametrize("flag", [int, lambda taken: torch.tensor(float(taken))])
+@pytest.mark.parametrize("flag", [int, lambda applied: torch.tensor(float(applied))])
 def test_skipped_steps_are_counted_told_and_bounded_in_a_row(flag: Callable[[int], int | Tensor]) -> None:
     steps, said = skipped(limit=2)
-    for number, taken in enumerate([1, 0, 0, 1, 0, 0]):
-        steps.add(number, flag(taken), torch.tensor(1.0), [f"key{number}"])
-    assert not steps.look()
+    for number, applied in enumerate([1, 0, 0, 1, 0, 0]):
+        steps.add(number, flag(applied), torch.tensor(1.0), [f"key{number}"])
+    assert not steps.check()
     assert (steps.n, steps.first_in_row) == (4, 4)
     steps.add(6, flag(0), torch.tensor(math.nan), [f"k{i}" for i in range(50)])
-    assert steps.look()
+    assert steps.check()
     assert steps.first_in_row == 4
     assert said[0] == "step 2 is skipped, the gradient is not finite: its samples are key1"
     assert said[-1].startswith("step 7 is skipped, the loss is nan: its samples are k0, k1, ")
@@ -537,13 +538,13 @@ def test_skipped_steps_are_counted_told_and_bounded_in_a_row(flag: Callable[[int
 def test_overflows_are_counted_but_are_not_a_row() -> None:
     steps, said = skipped(limit=1)
     for number in range(5):
-        steps.add(number, 0, torch.tensor(1.0), ["key"], is_overflow=True)
-        assert not steps.look()
+        steps.add(number, 0, torch.tensor(1.0), ["key"], overflowed=True)
+        assert not steps.check()
     assert steps.n == 5
     assert said[0] == "step 1 is skipped: its float16 gradient overflowed, the loss scale falls"
     for number in (5, 6):
         steps.add(number, 0, torch.tensor(1.0), ["key"])
-    assert steps.look()
+    assert steps.check()
 
 
 def test_a_look_is_due_before_a_row_can_be_much_too_long() -> None:
@@ -653,15 +654,15 @@ def steps_with_a_bad_one(world: World, mode: Mode, spoilt: int | None, bad: str)
     settings = config(global_batch=16, micro_batch=4, precision=precision, zero_stage=stage, offload=offload)
     engine = Engine(SpoilableObjective(), settings, world)
     engine.train()
-    taken = []
+    applied = []
     for step in range(4):
         if step == 1 and spoilt is None:
             continue
         value = BAD[bad] if step == 1 and world.rank == spoilt else {}
         own = [spoilable(10 * step + world.rank), spoilable(10 * step + 5 + world.rank, **value)]
         engine.step(own, 1e-2, step)
-        taken.append(int(engine.taken))
-    return taken, as_lists(state_of(engine))
+        applied.append(int(engine.applied))
+    return applied, as_lists(state_of(engine))
 
 
 def as_lists(state: Any) -> Any:
@@ -681,8 +682,8 @@ def bad_on_one(world: World, mode: Mode) -> list[tuple[list[int], Any]]:
 @pytest.mark.parametrize("mode", SPOILT_MODES)
 def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_leaves_no_trace(tmp_path: Path, mode: Mode) -> None:
     for (_, expected), *runs in on_ranks(tmp_path, bad_on_one, mode):
-        for taken, state in runs:
-            assert taken == [1, 0, 1, 1]
+        for applied, state in runs:
+            assert applied == [1, 0, 1, 1]
             assert state == expected
 
 
@@ -692,7 +693,7 @@ def told_of_skipped(world: World) -> list[str]:
     loss = math.nan if world.rank == 1 else 1.0
     steps.add(0, 1, torch.tensor(1.0), ["fine"])
     steps.add(1, 0, torch.tensor(loss), [f"rank{world.rank}-{i}" for i in range(3)])
-    steps.look()
+    steps.check()
     return said
 
 

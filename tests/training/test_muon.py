@@ -2,7 +2,8 @@
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +23,9 @@ from rerank import CLIP
 from training.config import OptimizerConfig, Precision, TrainConfig
 from training.engine.engine import Engine, build_optimizer, decay_groups
 from training.engine.muon import MuonAdamW, block_matrices, orthogonal
+from training.engine.objective import Objective
 from training.ranks.world import World, join_world
-from training.stages.transformer import TransformerObjective
+from training.stages.transformer import transformer_loss
 
 RATE = 1e-3
 STEPS = 4
@@ -57,17 +59,13 @@ def world() -> World:
     return join_world()
 
 
-class Faulty(TransformerObjective):
-    """An objective whose loss can be made NaN."""
-
-    def forward(  # type: ignore[override]
-        self, text: Tensor, image_tokens: Tensor, n_cut: Tensor, fault: Tensor | None = None
-    ) -> tuple[Tensor, dict[str, Tensor]]:
-        loss, metrics = super().forward(text, image_tokens, n_cut)
-        return (loss if fault is None else loss * fault), metrics
+def faulty_loss(model: DALLE, fault: Tensor | None = None, **tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """The transformer's loss, which can be made NaN."""
+    loss, metrics = transformer_loss(model, **tensors)
+    return (loss if fault is None else loss * fault), metrics
 
 
-def objective() -> TransformerObjective:
+def objective() -> Objective:
     """A transformer whose heads are not 0, and whose matrices end between the parts of two ranks, or three."""
     torch.manual_seed(0)
     config = DALLEConfig(
@@ -76,7 +74,7 @@ def objective() -> TransformerObjective:
     model = DALLE(config)
     for head in (model.text_head, model.image_head):
         nn.init.normal_(head.weight, std=0.3)
-    return Faulty(model)
+    return Objective(model, partial(faulty_loss, model))
 
 
 def batch(step: int) -> dict[str, Tensor]:
@@ -86,11 +84,10 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"text": text, "image_tokens": image_tokens, "n_cut": torch.zeros(12)}
 
 
-def micro_batches(world: World, step: int, accumulation: int) -> Iterator[dict[str, Tensor]]:
+def micro_batches(world: World, step: int, accumulation: int) -> list[dict[str, Tensor]]:
     size = 12 // world.size // accumulation
-    for number in range(accumulation):
-        start = (world.rank * accumulation + number) * size
-        yield {name: tensor[start : start + size] for name, tensor in batch(step).items()}
+    starts = [(world.rank * accumulation + number) * size for number in range(accumulation)]
+    return [{name: tensor[start : start + size] for name, tensor in batch(step).items()} for start in starts]
 
 
 def settings(**changes: Any) -> TrainConfig:
@@ -331,10 +328,10 @@ def kept_of_a_skipped_step(world: World, run: TrainConfig) -> list[str]:
     before = state_of(engine)
     faulty = [tensors | {"fault": torch.tensor(math.nan)} for tensors in micro_batches(world, 2, engine.accumulation)]
     engine.step(faulty, RATE, 2)
-    assert not engine.taken
+    assert not engine.applied
     after = state_of(engine)
     engine.step(micro_batches(world, 3, engine.accumulation), RATE, 3)
-    assert engine.taken
+    assert engine.applied
     assert all(torch.isfinite(tensor).all() for tensor in state_of(engine).values())
     moved = state_of(engine)
     assert not any(torch.equal(moved[name], before[name]) for name in moved if "exp_avg" in name)

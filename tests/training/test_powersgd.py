@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from support import tiny
-from support.engines import Objective, config, data
+from support.engines import Objective, config, data, transformer_objective
 from support.ranks import on_ranks
 from torch import Tensor, nn
 
@@ -23,7 +23,6 @@ from training.drawings.shapes import world as drawings
 from training.engine.engine import Engine
 from training.engine.powersgd import PowerSGD, compressed_names, expected_ratio
 from training.ranks.world import World, join_world
-from training.stages.transformer import TransformerObjective
 
 SHAPES = {"square": (12, 12), "tall": (24, 6), "wide": (6, 20), "convolution": (8, 3, 2, 2), "bias": (12,)}
 MATRICES = ["square", "tall", "wide", "convolution"]
@@ -400,7 +399,7 @@ def batches_of(pairs: Mapping[str, Tensor], n_steps: int, size: int) -> Iterator
 def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Train a tiny transformer; returns the loss before and after, and what a step sent, as counted outside."""
     settings = {"global_batch": 16, "optimizer": OptimizerConfig(), **changes}
-    engine = Engine(TransformerObjective(transformer()), tiny.train_config(**settings), world)
+    engine = Engine(transformer_objective(transformer()), tiny.train_config(**settings), world)
     engine.train()
     counted = [0]
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):

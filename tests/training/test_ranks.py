@@ -25,7 +25,7 @@ from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world, on_first_rank, require_same
 from training.recipes import recipe
-from training.stages.clip import CLIPObjective, train_clip
+from training.stages.clip import clip_loss, train_clip
 from training.stages.encode import EncodeConfig, encode_shards
 from training.stages.inputs import Inputs
 
@@ -35,9 +35,9 @@ pytestmark = pytest.mark.slow
 # ----------------------------------------------------------------------------------------------------- two ranks
 
 
-def clip_objective() -> CLIPObjective:
+def clip() -> CLIP:
     torch.manual_seed(0)
-    return CLIPObjective(CLIP(dataclasses.replace(tiny.recipe().clip.model, vocab_size=300)))
+    return CLIP(dataclasses.replace(tiny.recipe().clip.model, vocab_size=300))
 
 
 def clip_batch() -> dict[str, torch.Tensor]:
@@ -58,12 +58,12 @@ def hard_batch() -> dict[str, torch.Tensor]:
 def clip_gradients(
     world: World, batch: Callable[[], dict[str, torch.Tensor]]
 ) -> tuple[float, float, dict[str, list[float]]]:
-    objective = clip_objective()
+    model = clip()
     own = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
-    loss, metrics = objective(**{name: tensor[own] for name, tensor in batch().items()})
+    loss, metrics = clip_loss(model, **{name: tensor[own] for name, tensor in batch().items()})
     loss.backward()
     gradients = {}
-    for name, parameter in objective.named_parameters():
+    for name, parameter in model.named_parameters():
         assert parameter.grad is not None
         if world.size > 1:
             dist.all_reduce(parameter.grad)  # as the engine does
@@ -216,12 +216,14 @@ def test_an_error_of_the_first_rank_stops_the_other_one(tmp_path: Path) -> None:
 def fail_alone(world: World, shards: Path, out: Path) -> None:
     from training.stages.clip import CLIPStage
 
-    def prepare(self: CLIPStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+    original = CLIPStage.loss
+
+    def loss(self: CLIPStage, batch: Any, step: int) -> Any:
         if step == 1 and world.rank == 1:
             raise ValueError("too many unusable samples")
-        return dict(tensors)
+        return original(self, batch, step)
 
-    CLIPStage.prepare = prepare  # type: ignore[method-assign]
+    CLIPStage.loss = loss  # type: ignore[method-assign]
     with training.cli.main._world():
         train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
 
@@ -235,14 +237,14 @@ def test_an_error_of_one_rank_alone_does_not_leave_the_other_waiting(tmp_path: P
 def interrupted_rank(world: World, shards: Path, out: Path) -> None:
     from training.stages.clip import CLIPStage
 
-    original = CLIPStage.prepare
+    original = CLIPStage.loss
 
-    def prepare(self: CLIPStage, tensors: Any, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+    def loss(self: CLIPStage, batch: Any, step: int) -> Any:
         if step == 1 and world.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
-        return original(self, tensors, step, noise_seed, measure=measure)
+        return original(self, batch, step)
 
-    CLIPStage.prepare = prepare  # type: ignore[method-assign]
+    CLIPStage.loss = loss  # type: ignore[method-assign]
     train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
 
 

@@ -21,7 +21,7 @@ from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from support.runs import Run, send
 
-import training.loop.fit
+import training.loop.loop
 from training.config import OptimizerConfig, TrainConfig
 from training.data.batches import Batch
 from training.engine.checkpoints import UNIVERSAL, read_note
@@ -64,14 +64,14 @@ def colours(**changes: Any) -> TrainConfig:
 def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfig, until: int = STEPS) -> Trained:
     """Train, or go on, until a step; returns what this rank saw."""
     seen: list[list[str]] = []
-    batches = training.loop.fit.batches
+    batches = training.loop.loop.batches
 
     def recorded(*args: Any, **kwargs: Any) -> Iterator[Batch]:
         for batch in batches(*args, **kwargs):
             seen.append(list(batch.keys))
             yield batch
 
-    training.loop.fit.batches = recorded
+    training.loop.loop.batches = recorded
     if world.is_first:
         folder.mkdir(exist_ok=True, parents=True)
     run = Run(folder, tiny.open_world(shards), world)
@@ -80,7 +80,7 @@ def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfi
     except Interrupted:
         assert until < STEPS
     finally:
-        training.loop.fit.batches = batches
+        training.loop.loop.batches = batches
     return Trained(run.losses, seen, run.said, float(torch.rand(1)))
 
 

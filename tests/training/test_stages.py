@@ -8,6 +8,7 @@ import torch
 from support import tiny
 from torch import Tensor
 
+import training.stages.dvae
 import training.stages.transformer
 from dalle import sampling
 from dalle.model import DALLE
@@ -16,6 +17,7 @@ from dalle.sampling import Samples, Sampling, SamplingDefaults
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from dvae.images import map_pixels, unmap_pixels
+from dvae.loss import DVAELoss, dvae_loss
 from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
 from rerank.loss import contrastive_loss
@@ -23,14 +25,16 @@ from training.config import OptimizerConfig
 from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import FEW_KINDS, Source, wrong_scene
 from training.drawings.shapes import parse
-from training.loop.fit import RunPlan, fit
+from training.engine.objective import MicroBatch, Objective
+from training.loop.fit import fit
+from training.loop.run_folder import RunSpec
 from training.metrics import read_metrics
 from training.ranks.world import join_world
 from training.recipes import DVAERecipe, TransformerRecipe
 from training.schedules import Cosine, WarmupCosine
 from training.stages.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.stages.codebook import POSTERIOR_ENTROPY, _kmeans, _rarity, initialise_codebook
-from training.stages.dvae import AutoencoderObjective, DVAEObjective, DVAEStage, WarmupStage
+from training.stages.dvae import DVAEStage, WarmupStage, autoencoder_loss
 from training.stages.transformer import TransformerStage
 
 
@@ -44,8 +48,8 @@ def sample(data: ShardData) -> Sample:
     return data.read(0)
 
 
-def plan(folder: Path) -> RunPlan:
-    return RunPlan(directory=folder / "run", description={"stage": "test"})
+def spec(folder: Path) -> RunSpec:
+    return RunSpec(directory=folder / "run", description={"stage": "test"})
 
 
 def metric(folder: Path, name: str) -> list[float]:
@@ -97,7 +101,7 @@ def warm_run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     torch.manual_seed(0)
     stage = WarmupStage(recipe, DVAE(recipe.model), folder / "autoencoder", data, {})
     assert recipe.warmup is not None
-    fit(stage, recipe.warmup, join_world(), data, data, plan(folder), lambda line: None)
+    fit(stage, recipe.warmup, join_world(), data, data, spec(folder), lambda line: None)
     return folder
 
 
@@ -127,7 +131,7 @@ def test_a_warm_up_learns_to_reconstruct_without_tokens(warm_run: Path, warm: DV
     learned = metric(warm_run, "psnr")
     assert learned[-1] > learned[0] + 4
     with torch.no_grad():
-        _, metrics = AutoencoderObjective(warm)(images)
+        _, metrics = autoencoder_loss(warm, images)
     (validated,) = (line for line in read_metrics(warm_run / "run" / "metrics.jsonl") if line["split"] == "validation")
     assert metrics["psnr"].item() == pytest.approx(validated["psnr"], rel=1e-4)
     assert not (warm_run / "run" / "samples").exists()
@@ -155,7 +159,7 @@ def test_with_its_codebook_a_dvae_replaces_every_position_by_the_nearest_centre(
 
 def test_the_codebook_loses_little_of_what_the_warm_up_learned(warm: DVAE, images: torch.Tensor) -> None:
     with torch.no_grad():
-        before = AutoencoderObjective(warm)(images)[1]["psnr"].item()
+        before = autoencoder_loss(warm, images)[1]["psnr"].item()
     initialise_codebook(warm, images, seed=0)
     assert psnr(images, warm.decode(warm.encode(images))).mean().item() > before - 0.5
 
@@ -222,7 +226,7 @@ def test_a_small_dvae_keeps_its_codes_alive(tmp_path: Path, data: ShardData, war
         mean_psnr = psnr(images, images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images)).mean().item()
     initialise_codebook(warm, images, seed=0)
     stage = DVAEStage(recipe, warm, tmp_path / "dvae", data, {})
-    fit(stage, recipe.train, join_world(), data, None, plan(tmp_path), lambda line: None)
+    fit(stage, recipe.train, join_world(), data, None, spec(tmp_path), lambda line: None)
     trained = DVAE.load(tmp_path / "dvae")
     tokens = trained.encode(images)
     usage = code_usage(tokens, N_CODES)
@@ -231,24 +235,35 @@ def test_a_small_dvae_keeps_its_codes_alive(tmp_path: Path, data: ShardData, war
     assert psnr(images, trained.decode(tokens)).mean().item() > mean_psnr + 4
 
 
-def test_the_noise_of_a_dvae_step_is_a_function_of_its_seed() -> None:
-    objective = DVAEObjective(DVAE(tiny.recipe().dvae.model))
+def batch_of(tensors: dict[str, torch.Tensor], *, noise_seed: int = 0) -> MicroBatch:
+    return MicroBatch(tensors=tensors, noise_seed=noise_seed, measure=False)
+
+
+def test_the_noise_of_a_dvae_step_is_a_function_of_its_seed(data: ShardData, tmp_path: Path) -> None:
+    recipe = tiny.recipe().dvae
+    stage = DVAEStage(recipe, DVAE(recipe.model), tmp_path / "dvae", data, {})
     images = torch.rand(2, 3, 16, 16)
 
     def loss(noise_seed: int) -> float:
-        options = {"temperature": 1.0, "kl_weight": 0.0, "noise_seed": noise_seed, "measure": False}
-        return objective(images, **options)[0].item()
+        return stage.loss(batch_of({"images": images}, noise_seed=noise_seed), 0)[0].item()
 
     assert loss(1) == loss(1)
     assert loss(1) != loss(2)
 
 
-def test_dvae_schedules_follow_the_step(data: ShardData, tmp_path: Path) -> None:
+def test_dvae_schedules_follow_the_step(data: ShardData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     recipe = dvae_recipe()
     stage = DVAEStage(recipe, DVAE(recipe.model), tmp_path / "dvae", data, {})
-    start, end = (stage.prepare({"images": torch.rand(1, 3, 16, 16)}, s, 0, measure=False) for s in (0, 10_000))
-    assert (start["temperature"], start["kl_weight"]) == (0.3, 0.0)
-    assert (end["temperature"], end["kl_weight"]) == (1 / 16, 0.1)
+    used: list[tuple[float, float]] = []
+
+    def watched(*arguments: Any, temperature: float, kl_weight: float, **options: Any) -> DVAELoss:
+        used.append((temperature, kl_weight))
+        return dvae_loss(*arguments, temperature=temperature, kl_weight=kl_weight, **options)
+
+    monkeypatch.setattr(training.stages.dvae, "dvae_loss", watched)
+    for step in (0, 10_000):
+        stage.loss(batch_of({"images": torch.rand(1, 3, 16, 16)}), step)
+    assert used == [(0.3, 0.0), (1 / 16, 0.1)]
 
 
 def test_the_dvae_preview_shows_pictures_beside_their_reconstructions(data: ShardData, tmp_path: Path) -> None:
@@ -284,7 +299,7 @@ def test_the_transformer_learns_a_batch_by_heart(
     stage = transformer_stage(tmp_path, data, recipe)
     monkeypatch.setattr(stage, "transform", stage.transform_for_validation)
     monkeypatch.setattr(data, "order", lambda seed, epoch: np.resize(np.arange(4), len(data)))
-    fit(stage, train, join_world(), data, None, plan(tmp_path), lambda line: None)
+    fit(stage, train, join_world(), data, None, spec(tmp_path), lambda line: None)
     text, image = metric(tmp_path, "text_loss"), metric(tmp_path, "image_loss")
     assert text[-1] < 0.35
     assert image[-1] < 0.35
@@ -305,7 +320,7 @@ def test_sample_sheets_are_sampled_as_the_recipe_says(
         return sampling.sample(model, text, seeds, settings)
 
     monkeypatch.setattr(training.stages.transformer, "sample", watched)
-    assert stage.picture(dict(stage.objective.model.named_parameters())) is not None
+    assert stage.picture(dict(stage.model.named_parameters())) is not None
     assert told == [Sampling(temperature=0.5, top_k=3, top_p=0.9, guidance=2.0)]
     large = dataclasses.replace(chosen, top_k=33)
     with pytest.raises(ValueError, match=r"top_k \(33\) must be at most the image vocabulary, 32"):
@@ -344,16 +359,30 @@ def test_training_varies_captions_and_pictures_and_validation_does_not(
 def test_the_dvae_of_the_transformer_is_frozen(tmp_path: Path, data: ShardData) -> None:
     stage = transformer_stage(tmp_path, data, tiny.recipe().transformer)
     assert not any(parameter.requires_grad for parameter in stage._dvae.parameters())
-    assert all("dvae" not in name for name, _ in stage.objective.named_parameters())
-    arguments = stage.prepare(
-        {"images": torch.rand(2, 3, 16, 16), "text": torch.zeros(2, 64), "n_cut": torch.zeros(2)}, 0, 0, measure=False
-    )
-    assert arguments["image_tokens"].shape == (2, 16)
+    assert all("dvae" not in name for name, _ in Objective(stage.model, stage.loss).named_parameters())
+    tensors = {"text": torch.zeros(2, 64, dtype=torch.long), "n_cut": torch.zeros(2)}
+    loss, _ = stage.loss(batch_of({**tensors, "images": torch.rand(2, 3, 16, 16)}), 0)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in stage._dvae.parameters())
+
+
+def test_the_dvae_of_the_transformer_encodes_in_float32_under_autocast(
+    tmp_path: Path, data: ShardData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stage = transformer_stage(tmp_path, data, tiny.recipe().transformer)
+    images = torch.rand(8, 3, 16, 16)
+    read: list[torch.Tensor] = []
+    original = stage._dvae.encoder.forward
+    monkeypatch.setattr(stage._dvae.encoder, "forward", lambda pixels: read.append(original(pixels)) or read[-1])
+    tensors = {"text": torch.zeros(8, 64, dtype=torch.long), "n_cut": torch.zeros(8)}
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        stage.loss(batch_of({**tensors, "images": images}), 0)
+    assert read[0].dtype == torch.float32
 
 
 def test_the_transformer_preview_has_a_sample_for_each_caption(tmp_path: Path, data: ShardData) -> None:
     stage = transformer_stage(tmp_path, data, tiny.recipe().transformer)
-    picture = stage.picture(dict(stage.objective.model.named_parameters()))
+    picture = stage.picture(dict(stage.model.named_parameters()))
     assert picture is not None
     assert picture.width < 3 * MAX_CELL
 
@@ -389,7 +418,7 @@ def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size, context_length=64)
     torch.manual_seed(0)
     stage = CLIPStage(recipe, CLIP(config, tokenizer), tokenizer, tmp_path / "clip", {})
-    fit(stage, train, join_world(), data, data, plan(tmp_path), lambda line: None)
+    fit(stage, train, join_world(), data, data, spec(tmp_path), lambda line: None)
     losses = metric(tmp_path, "loss")
     assert losses[-1] < 0.75 * losses[0]
     assert metric(tmp_path, "captions_cut")[-1] == 0.0
@@ -400,16 +429,15 @@ def test_the_noise_of_the_warm_up_is_on_the_bottleneck_and_only_in_training() ->
     torch.manual_seed(0)
     model = DVAE(tiny.recipe().dvae.model)
     images = torch.rand(2, 3, model.config.image_size, model.config.image_size)
-    objective = AutoencoderObjective(model)
-    plain = objective(images)[0]
+    plain = autoencoder_loss(model, images)[0]
     rows = model.decoder.rows(model.encoder(map_pixels(images)))
     gaussian = torch.randn(rows.shape, generator=torch.Generator().manual_seed(5))
     mu, _ = model.decoder.from_rows(rows + 0.3 * rows.square().mean().sqrt() * gaussian).chunk(2, dim=1)
-    loss, metrics = objective(images, noise=0.3, noise_seed=5)
+    loss, metrics = autoencoder_loss(model, images, noise=0.3, noise_seed=5)
     error = (unmap_pixels(torch.sigmoid(mu)) - images).square().mean(dim=(1, 2, 3))
     torch.testing.assert_close(metrics["psnr"], (-10 * error.log10()).mean().detach())
     assert loss != plain
-    torch.testing.assert_close(objective.eval()(images, noise=0.3, noise_seed=5)[0], plain)
+    torch.testing.assert_close(autoencoder_loss(model.eval(), images, noise=0.3, noise_seed=5)[0], plain)
 
 
 def test_clip_counts_captions_that_are_too_long(tmp_path: Path, sample: Sample) -> None:
@@ -457,7 +485,7 @@ def test_pictures_without_wrong_captions_have_the_loss_of_no_hard_negatives(
         stage = clip_stage(tmp_path, data, count)
         tensors = [stage.transform(loose, np.random.default_rng(seed)) for seed in range(4)]
         batch = {name: torch.stack([sample[name] for sample in tensors]) for name in tensors[0]}
-        loss, metrics = stage.objective(**batch)
+        loss, metrics = stage.loss(batch_of(batch), 0)
         losses.append(loss)
     assert metrics["hard_negatives_right"] == 0
     torch.testing.assert_close(losses[1], losses[0])
@@ -472,7 +500,7 @@ def test_the_warm_up_of_clip_reads_the_first_captions_and_wrong_ones_of_few_kind
 ) -> None:
     made = clip_stage(tmp_path, data, 2)
     recipe = dataclasses.replace(made.recipe, warmup_captions=5, paraphrases=True)
-    stage = CLIPWarmupStage(recipe, made.objective.model, made._tokenizer, tmp_path / "clip", {})
+    stage = CLIPWarmupStage(recipe, made.model, made._tokenizer, tmp_path / "clip", {})
     read = {"text": set(), "other_text": set()}
     scene = parse(sample.captions[0])
     few = {wrong_scene(scene, kind, np.random.default_rng(seed)) for kind in FEW_KINDS for seed in range(400)}
@@ -490,13 +518,13 @@ def test_the_warm_up_of_clip_reads_the_first_captions_and_wrong_ones_of_few_kind
 def test_another_caption_of_the_picture_is_a_second_view_of_it(tmp_path: Path, data: ShardData, sample: Sample) -> None:
     made = clip_stage(tmp_path, data, 2)
     stage = CLIPStage(
-        dataclasses.replace(made.recipe, paraphrases=True), made.objective.model, made._tokenizer, tmp_path / "clip", {}
+        dataclasses.replace(made.recipe, paraphrases=True), made.model, made._tokenizer, tmp_path / "clip", {}
     )
     tensors = [stage.transform(sample, np.random.default_rng(seed)) for seed in range(4)]
     batch = {name: torch.stack([each[name] for each in tensors]) for name in tensors[0]}
-    loss, metrics = stage.objective(**batch)
-    without, _ = stage.objective(**{name: tensor for name, tensor in batch.items() if name != "other_text"})
-    model = made.objective.model
+    loss, metrics = stage.loss(batch_of(batch), 0)
+    without, _ = stage.loss(batch_of({name: tensor for name, tensor in batch.items() if name != "other_text"}), 0)
+    model = made.model
     views, texts = model.encode_text(batch["other_text"]), model.encode_text(batch["text"])
     wrong = model.encode_text(batch["wrong_text"].flatten(0, 1)).unflatten(0, (4, 2))
     cosines = torch.einsum("be,bme->bm", views, wrong)
@@ -508,7 +536,7 @@ def test_another_caption_of_the_picture_is_a_second_view_of_it(tmp_path: Path, d
 def test_a_picture_with_one_caption_is_its_own_paraphrase(tmp_path: Path, data: ShardData, sample: Sample) -> None:
     made = clip_stage(tmp_path, data, 0)
     recipe = dataclasses.replace(made.recipe, paraphrases=True)
-    stage = CLIPStage(recipe, made.objective.model, made._tokenizer, tmp_path / "clip", {})
+    stage = CLIPStage(recipe, made.model, made._tokenizer, tmp_path / "clip", {})
     one = dataclasses.replace(sample, captions=sample.captions[:1])
     tensors = stage.transform(one, np.random.default_rng(0))
     assert torch.equal(tensors["text"], tensors["other_text"])
@@ -519,7 +547,7 @@ def test_clip_learns_the_order_of_two_things_from_hard_negatives(tmp_path: Path,
     train = tiny.train_config(steps=150, global_batch=12, log_every=50)
     train = dataclasses.replace(train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=150))
     stage = clip_stage(tmp_path, data, 3)
-    fit(stage, train, join_world(), data, data, plan(tmp_path), lambda line: None)
+    fit(stage, train, join_world(), data, data, spec(tmp_path), lambda line: None)
     right = metric(tmp_path, "hard_negatives_right")
     assert right[-1] > right[0] + 0.05
     assert right[-1] > 0.6

@@ -15,8 +15,8 @@ from torch import Tensor
 
 from training.data.batches import validation_batches
 from training.data.reader import Sample, ShardData
-from training.loop.fit import RunPlan, total_peak_flops
 from training.loop.means import Means
+from training.loop.throughput import total_peak_flops
 from training.metrics import read_metrics
 from training.ranks.world import World, join_world, max_over_ranks
 from training.stages.clip import train_clip
@@ -186,8 +186,7 @@ def means_and_peak(world: World) -> tuple[dict[str, Any], float | None, float]:
     means.add(
         {"loss": torch.tensor(1.0 + world.rank), "rows": torch.tensor([1.0, 2.0]) * world.rank}, 1 + 2 * world.rank
     )
-    plan = RunPlan(directory=Path("run"), description={}, flops_per_sample=1.0)
-    peak = total_peak_flops(plan, tiny.train_config(peak_tflops=0.5), world)
+    peak = total_peak_flops(tiny.train_config(peak_tflops=0.5), world)
     return means.take(world), peak, max_over_ranks(float(world.rank), world)
 
 

@@ -245,8 +245,8 @@ def _obey_the_parent_alone(parent: int, worker: int) -> None:
     threading.Thread(target=wait, daemon=True).start()
 
 
-def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int) -> Iterator[_Read]:
-    """Return what `reader` makes of each part, in order, read ahead by forked processes if there are workers."""
+def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int, *, ahead: int = 1) -> Iterator[_Read]:
+    """Return what `reader` makes of each part, in order; workers are forked processes that read `ahead` or more."""
     if workers == 0:
         return map(reader.__getitem__, parts)
     loader = DataLoader(
@@ -254,7 +254,7 @@ def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int)
         batch_size=None,  # an item is a micro-batch
         sampler=parts,
         num_workers=workers,  # DataLoader gives each worker one torch thread
-        prefetch_factor=4,
+        prefetch_factor=max(4, math.ceil(ahead / workers)),
         multiprocessing_context="fork",  # shares the index; transforms need not be picklable
         worker_init_fn=partial(_obey_the_parent_alone, os.getpid()),
         generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
@@ -333,7 +333,8 @@ def batches(
             f"max_bad_fraction ({max_bad_fraction}) in [0, 1]"
         )
     positions = _positions(start_step, max_steps, micro_batch, accumulation, rank, world_size)
-    reads = _reads(_Positions(data, transform, seed), positions, workers)
+    # a step's micro-batches are taken at once: they are read ahead while the step before is computed
+    reads = _reads(_Positions(data, transform, seed), positions, workers, ahead=accumulation)
     return _deliver(reads, data, BadSamples(data, max_bad_fraction))
 
 

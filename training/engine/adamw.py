@@ -1,4 +1,4 @@
-"""AdamW as the paper runs it: with a bound on the running variance (Ramesh et al. 2021, B.2)."""
+"""AdamW with the paper's bound on the running variance (Ramesh et al. 2021, B.2)."""
 
 from collections.abc import Iterable
 from typing import Any
@@ -8,13 +8,13 @@ from torch import Tensor
 
 
 class VarianceClippedAdamW(torch.optim.AdamW):
-    """AdamW whose running variance is clipped by value before it is used, and kept so.
+    """AdamW that clips the running variance by value before it uses and keeps it.
 
-    A step is left out where `found_inf`, a 0-d tensor that the caller may set as for torch's own fused AdamW, is 1.
+    Skips a step if `found_inf`, a 0-d tensor that the caller may set as for torch's own fused AdamW, is 1.
 
     Args:
-        groups: of parameters, with what is special about each.
-        variance_clip: the largest value of the running variance, before the correction of its bias.
+        groups: parameter groups, as AdamW takes them.
+        variance_clip: maximum of the running variance, before the correction of its bias.
         **settings: AdamW's.
     """
 
@@ -38,18 +38,18 @@ class VarianceClippedAdamW(torch.optim.AdamW):
             state["step"] = torch.zeros((), device=weight.device)
             state["exp_avg"], state["exp_avg_sq"] = torch.zeros_like(weight), torch.zeros_like(weight)
         mean, variance, (beta1, beta2) = state["exp_avg"], state["exp_avg_sq"], group["betas"]
-        taken: float | Tensor = 1.0
+        applied: float | Tensor = 1.0
         square = gradient.square()
-        if self.found_inf is not None:  # moments that move towards themselves stay as they are, bit for bit
-            is_left_out = self.found_inf.to(weight.device).bool()
-            taken = (~is_left_out).float()
-            gradient = torch.where(is_left_out, mean, gradient)
-            square = torch.where(is_left_out, variance, square)
+        if self.found_inf is not None:  # moments that move towards themselves do not change, bit for bit
+            is_skipped = self.found_inf.to(weight.device).bool()
+            applied = (~is_skipped).float()
+            gradient = torch.where(is_skipped, mean, gradient)
+            square = torch.where(is_skipped, variance, square)
         state["step"] = state["step"].to(weight.device)  # where torch's load_state_dict leaves it on the CPU
-        state["step"] += taken
+        state["step"] += applied
         mean.lerp_(gradient, 1 - beta1)
         variance.lerp_(square, 1 - beta2).clamp_(max=self.variance_clip)
         n = state["step"].clamp(min=1)
         spread = (variance / (1 - beta2**n)).sqrt_().add_(group["eps"])
-        weight.mul_(1 - taken * group["lr"] * group["weight_decay"])
-        weight.sub_(mean / spread * (taken * group["lr"] / (1 - beta1**n)))
+        weight.mul_(1 - applied * group["lr"] * group["weight_decay"])
+        weight.sub_(mean / spread * (applied * group["lr"] / (1 - beta1**n)))

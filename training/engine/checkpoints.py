@@ -17,12 +17,10 @@ import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from storage.atomic import flush_names, replace_text
-from training.ranks.world import World
+from training.ranks.world import World, from_all_ranks
 
 logger = logging.getLogger(__name__)
 
@@ -46,7 +44,6 @@ UNIVERSAL = ".universal"
 
 Mark = dict[str, Any]
 """A file's size in bytes and its digest: {"bytes": …, "blake2b": …}."""
-_Value = TypeVar("_Value")
 
 
 # -------------------------------------------------------------------------------------------------------- names
@@ -219,15 +216,6 @@ def first_good(directory: Path, tags: Sequence[str], world: World) -> tuple[str 
             return tag, wrong
         wrong.append(damage[0] + (f", and {len(damage) - 1} more" if len(damage) > 1 else ""))
     return None, wrong
-
-
-def from_all_ranks(value: _Value, world: World) -> list[_Value]:
-    """Return what each rank gives, in their order. Collective."""
-    if world.size == 1:
-        return [value]
-    values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
-    return values
 
 
 # ------------------------------------------------------------------------------------------------------ writing

@@ -23,22 +23,22 @@ class EMA:
         self.average = {name: weight.detach().float().clone() for name, weight in weights.items()}
 
     @torch.no_grad()
-    def update(self, weights: Mapping[str, Tensor], taken: int | Tensor = 1) -> None:
-        """Move the average a step of 1 − decay towards `weights`, or not at all where `taken` is 0.
+    def update(self, weights: Mapping[str, Tensor], applied: int | Tensor = 1) -> None:
+        """Move the average by 1 − decay towards `weights`; leave it as it is if `applied` is 0.
 
-        As a 0-d tensor `taken` stays on its device: nothing waits for it.
+        `applied` may be a 0-d tensor; nothing waits for its device.
         """
         names = list(self.average)
         averages = [self.average[name] for name in names]
         current = [weights[name].detach().to(self.average[name]) for name in names]
-        if isinstance(taken, Tensor):
+        if isinstance(applied, Tensor):
             for average, weight in zip(averages, current, strict=True):
-                average.lerp_(weight, (1.0 - self.decay) * taken)
-        elif taken:
+                average.lerp_(weight, (1.0 - self.decay) * applied)
+        elif applied:
             torch._foreach_lerp_(averages, current, 1.0 - self.decay)
 
     def load(self, average: Mapping[str, Tensor]) -> None:
-        """Take over a saved average.
+        """Replace the average by a saved one.
 
         Raises:
             ValueError: the names or shapes are not this model's.

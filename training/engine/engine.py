@@ -8,7 +8,7 @@ import io
 import logging
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -41,6 +41,7 @@ from training.engine.checkpoints import (
 from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
 from training.engine.ema import EMA
 from training.engine.muon import MuonAdamW, block_matrices
+from training.engine.objective import MicroBatch, Tensors
 from training.engine.random_states import random_states, restore_random_states
 from training.engine.reduction import Reduction
 from training.metrics import Report
@@ -55,8 +56,6 @@ from training.patches import (
 from training.ranks.world import World, agree, on_first_rank
 
 logger = logging.getLogger(__name__)
-
-Metrics = dict[str, Tensor]
 
 
 def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
@@ -148,10 +147,10 @@ class Engine:
             self._norm = torch.zeros(())
             optimizer.register_step_pre_hook(self._clip)
             leave_gradients_whole(self._engine)
-        self.taken: int | Tensor = 1
-        """Whether the last step was taken: 1 or 0, as a 0-d tensor where only the GPU knows."""
-        self.was_overflow = False
-        """Whether the last step was left out because float16's loss scale, which has room to fall, was too large."""
+        self.applied: int | Tensor = 1
+        """Whether the last step was applied: 1 or 0, as a 0-d tensor where only the GPU knows."""
+        self.overflowed = False
+        """Whether the last step was skipped because float16's loss scale, which has room to fall, was too large."""
         self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
         weights = self._gather()
         self._ema = EMA(weights, config.ema_decay) if world.is_first else None
@@ -170,16 +169,29 @@ class Engine:
         """Put the model in training mode."""
         self._engine.train()
 
-    def forward(self, tensors: Mapping[str, Tensor]) -> tuple[Tensor, Metrics]:
-        """Return the loss and the metrics of one micro-batch, without a gradient."""
+    def forward(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
+        """Return the loss and the metrics of the objective for one micro-batch, without a gradient."""
         with torch.no_grad():
-            return cast(tuple[Tensor, Metrics], self._engine(**tensors))
+            return self._loss(arguments)
 
-    def step(self, micro_batches: Iterable[Mapping[str, Tensor]], learning_rate: float, step: int) -> Metrics:
-        """Take optimizer step number `step` (from 0) on this rank's `accumulation` micro-batches.
+    def _loss(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
+        moved = {
+            name: value.to(self.world.device, non_blocking=True) if isinstance(value, Tensor | MicroBatch) else value
+            for name, value in arguments.items()
+        }
+        return cast(tuple[Tensor, Tensors], self._engine(**moved))
 
-        Where the loss of any rank, or the gradient, is not finite, all ranks leave it out: weights, moments, their
-        count and the averaged weights stay as they are. Afterwards `taken` says whether it was taken.
+    def step(self, micro_batches: Sequence[Mapping[str, Any]], learning_rate: float, step: int) -> Tensors:
+        """Take an optimizer step.
+
+        If the loss of any rank, or the gradient, is not finite, all ranks skip the step: weights, moments, their count
+        and the averaged weights stay as they are. `applied` then says so.
+
+        Args:
+            micro_batches: the objective's arguments for each of this rank's `accumulation` micro-batches; tensors move
+                to the device one micro-batch at a time.
+            learning_rate: of this step.
+            step: number of the step, from 0.
 
         Returns:
             The metrics of the objective, and the loss, averaged over the micro-batches; the gradient norm before
@@ -187,41 +199,42 @@ class Engine:
         """
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
-        sums: Metrics = {}
+        sums: Tensors = {}
         scale = self._loss_scale
-        for tensors in micro_batches:
-            loss, metrics = self._engine(**tensors)
+        for arguments in micro_batches:
+            loss, metrics = self._loss(arguments)
             self._engine.backward(_not_finite_throughout(loss))
             # After the last backward pass the step's gradients are here, averaged over micro-batches and ranks; ZeRO 2
             # and 3 have shared them out by now. The next call clips and applies them.
             self._engine.step()
+            self.world.watch.touch()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
         means = {name: value / self.accumulation for name, value in sums.items()} | self._reduction.metrics()
-        means["grad_norm"] = self._conclude()
-        self.was_overflow = self._reduction.was_overflow
+        means["grad_norm"] = self._set_applied()
+        self.overflowed = self._reduction.overflowed
         if scale is not None:
             means["loss_scale"] = torch.tensor(scale)
-            self.was_overflow = not self.taken and scale > self._engine.optimizer.loss_scaler.min_scale
-        if (step + 1) % self.config.ema_every == 0 and (self.stage == 0 or self.taken):
+            self.overflowed = not self.applied and scale > self._engine.optimizer.loss_scaler.min_scale
+        if (step + 1) % self.config.ema_every == 0 and (self.stage == 0 or self.applied):
             weights = self._gather()
             if self._ema is not None:
-                self._ema.update(weights, self.taken)
+                self._ema.update(weights, self.applied)
         return means
 
-    def _conclude(self) -> Tensor:
-        """Note whether the step was taken; returns the gradient norm.
+    def _set_applied(self) -> Tensor:
+        """Set `applied`; returns the gradient norm.
 
-        At ZeRO 0 the device alone knows, and a GPU is not asked: that would be a wait for it in every step. At 1 to 3
-        DeepSpeed itself reads the norm in every step, and decides.
+        At ZeRO 0 only the device knows, and reading it would wait for a GPU in every step. At 1 to 3 DeepSpeed itself
+        reads the norm in every step, and decides.
         """
         if self.stage == 0:
             is_finite = self._norm.isfinite()
-            self.taken = is_finite.float() if is_finite.is_cuda else int(is_finite)
+            self.applied = is_finite.float() if is_finite.is_cuda else int(is_finite)
             return self._norm
-        self.taken = int(self._engine.was_step_applied())
-        if not self.taken and self.stage < 3 and self.config.offload != "none":
-            # 0.19.8 forgets these buffers only after a step that was taken: the next one would add to what is in them
+        self.applied = int(self._engine.was_step_applied())
+        if not self.applied and self.stage < 3 and self.config.offload != "none":
+            # 0.19.8 forgets these buffers only after a step that was applied: the next step would add to them
             optimizer = self._engine.optimizer
             optimizer.averaged_gradients = dict.fromkeys(optimizer.averaged_gradients)
             optimizer.all_grad_tensors = dict.fromkeys(optimizer.all_grad_tensors)

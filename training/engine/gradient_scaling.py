@@ -184,7 +184,7 @@ class ResblockScaling:
     def __init__(self, model: DALLE, world: World) -> None:
         self._names, self._world = resblock_parameters(model), world
         self.rules = ResblockScales(len(self._names), world.size)
-        self.was_overflow = False
+        self.overflowed = False
         """Whether a scale that has room to fall met a gradient that was not finite in the last step."""
         self._factors = torch.empty(len(self._names), device=world.device)
         self._apply()
@@ -206,7 +206,7 @@ class ResblockScaling:
             for name in names:
                 gradients[name].div_(factor)
         are_finite = [value > 0 for value in finite.tolist()]
-        self.was_overflow = self.rules.can_fall(are_finite)
+        self.overflowed = self.rules.can_fall(are_finite)
         self.rules.update(are_finite)
         self._apply()
 

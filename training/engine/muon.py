@@ -156,7 +156,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.found_inf is not None:  # a mean that moves towards itself stays as it is, bit for bit
             gradient = torch.where(self.found_inf.to(weight.device).bool(), state["exp_avg"], gradient)
         state["exp_avg"].lerp_(gradient, 1 - group["momentum"])
-        weight.mul_(1 - self._taken(weight) * group["lr"] * group["weight_decay"])
+        weight.mul_(1 - self._applied(weight) * group["lr"] * group["weight_decay"])
 
     def _matrices_in(self, weight: Tensor) -> list[Matrix]:
         """Return the matrices in a tensor of the optimizer's: itself, unless ZeRO has shared them out."""
@@ -185,7 +185,7 @@ class MuonAdamW(torch.optim.Optimizer):
         if self.found_inf is None:
             piece.add_(update, alpha=-rate)
         else:
-            piece.sub_(update.float() * (rate * self._taken(weight)))
+            piece.sub_(update.float() * (rate * self._applied(weight)))
 
     def _put_together(self, weight: Tensor, matrix: Matrix, momentum: float, owner: int) -> Tensor | None:
         """Return the momentum of a whole matrix on the rank that orthogonalises it; None on the others.
@@ -210,7 +210,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Whether ranks hold different pieces."""
         return bool(self._matrices) and self._world.size > 1
 
-    def _taken(self, weight: Tensor) -> float | Tensor:
+    def _applied(self, weight: Tensor) -> float | Tensor:
         """Return 1, or 0 for a step that is left out; as a 0-d tensor where only the device knows."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(weight.device)
 

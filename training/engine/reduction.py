@@ -84,9 +84,9 @@ class Reduction:
             self._powersgd.reduce_(gradients)
 
     @property
-    def was_overflow(self) -> bool:
+    def overflowed(self) -> bool:
         """Whether the last step is left out because a resblock's scale, which has room to fall, was too large."""
-        return self._scaling is not None and self._scaling.was_overflow
+        return self._scaling is not None and self._scaling.overflowed
 
     def metrics(self) -> dict[str, Tensor]:
         """Return what the last step did: bytes sent by each rank and their share, the lowest and highest scale."""

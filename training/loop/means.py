@@ -10,16 +10,16 @@ from training.ranks.world import World, mean_over_ranks
 
 
 class Means:
-    """Running means of metrics that are not all there at every step; nothing is read from the device before `take`."""
+    """Weighted means of metrics that need not be there at every step; reads nothing from the device before `take`."""
 
     def __init__(self) -> None:
         self._sums: dict[str, Tensor] = {}
         self._counts: dict[str, int | Tensor] = {}
 
     def add(self, metrics: Mapping[str, Tensor], weight: int | Tensor = 1) -> None:
-        """Take metrics, 0-d or 1-d, into account as often as `weight` says; at 0, only their names, even of NaNs.
+        """Add metrics, 0-d or 1-d, with a weight. Weight 0 registers the names and ignores the values, NaN included.
 
-        A weight on the device, 0-d, is not read either.
+        A weight that is a 0-d tensor stays on its device.
         """
         for name, value in metrics.items():
             value = value.detach().double()
@@ -31,11 +31,11 @@ class Means:
             self._counts[name] = self._counts.get(name, 0) + weight
 
     def state(self) -> dict[str, Any]:
-        """Return what this rank has added so far as plain numbers, for `restore`. Waits for the device."""
+        """Return the sums and counts of this rank as plain numbers, for `restore`. Waits for the device."""
         return {name: {"sum": value.tolist(), "count": float(self._counts[name])} for name, value in self._sums.items()}
 
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
-        """Go on from what `state` returned."""
+        """Replace the sums and counts by those that `state` returned."""
         self._sums = {
             name: torch.tensor(part["sum"], dtype=torch.float64, device=device) for name, part in state.items()
         }
@@ -44,9 +44,9 @@ class Means:
         }
 
     def take(self, world: World) -> dict[str, Any]:
-        """Return the means over all that was added on all ranks, and start anew: numbers, and lists for 1-d metrics.
+        """Return the means over all ranks and start again from nothing: numbers, and lists for 1-d metrics.
 
-        NaN where all that was added had the weight 0. Collective: every rank must have added the same names.
+        A metric whose weights are all 0 is NaN. Collective: every rank must have added the same names.
         """
         names = sorted(self._sums)
         if not names:

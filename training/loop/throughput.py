@@ -1,5 +1,6 @@
-"""How fast a run is: the laps of its loop, what its devices could do at best, and their memory."""
+"""How fast a run is: intervals of its loop, the peak FLOP/s of its devices, and their memory."""
 
+import math
 import re
 import resource
 import sys
@@ -9,6 +10,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+
+from training.config import TrainConfig
+from training.ranks.world import World, mean_over_ranks
 
 GIB = 1 << 30
 
@@ -28,61 +32,69 @@ GPU_PEAKS = {
     "V100-SXM2": (125, 15.7),
     "T4": (65, 8.1),
 }
-"""TFLOP/s of GPUs whose name has the word: 16-bit tensor cores without sparsity, and float32, as NVIDIA's datasheets of
-each say (for the two GeForce, the whitepapers of Ada and Ampere GA102, accumulating in float32). An earlier name wins.
-Float32 is that of the ordinary cores, because torch uses TF32 only where it is told to."""
+"""TFLOP/s of GPUs whose name has the word: 16-bit tensor cores without sparsity, and float32, from NVIDIA's datasheets
+(for the two GeForce, the whitepapers of Ada and Ampere GA102, accumulating in float32). An earlier name wins. Float32
+counts the ordinary cores, because torch uses TF32 only where it is told to."""
 
 MATMUL_SIZE, MATMUL_ROUNDS = 1024, 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Lap:
+class Interval:
     """The steps between two lines of metrics."""
 
     steps: int
     elapsed_s: float
-    """Seconds of training: validations, checkpoints and sample pictures are not counted."""
+    """Seconds of training, without validations, checkpoints and sample pictures."""
     data_wait: float
     """Fraction of them spent waiting for data, in [0, 1]."""
 
 
 class Timer:
-    """Times the loop: laps between two lines of metrics, and what is left."""
+    """Times the loop: intervals between two lines of metrics, and the time that is left."""
 
     def __init__(self, start: int, steps: int) -> None:
         self.steps = steps
-        self.waited_s = 0.0
-        """Seconds spent waiting for data since the lap began."""
-        self._aside_s = 0.0
-        self._lap_from, self._lap_step = time.perf_counter(), start
+        self._waited_s = self._paused_s = 0.0
+        self._since, self._since_step = time.perf_counter(), start
         self._started_at, self._first_step = time.perf_counter(), start
 
-    def lap(self, done: int) -> Lap:
-        """Return the lap that ends with `done` steps done, and begin another."""
+    def interval(self, done: int) -> Interval:
+        """Return the interval that ends with `done` steps done, and begin another."""
         now = time.perf_counter()
-        elapsed_s = max(now - self._lap_from - self._aside_s, 1e-9)
-        lap = Lap(steps=done - self._lap_step, elapsed_s=elapsed_s, data_wait=min(1.0, self.waited_s / elapsed_s))
-        self._lap_from, self._lap_step, self.waited_s, self._aside_s = now, done, 0.0, 0.0
-        return lap
+        elapsed_s = max(now - self._since - self._paused_s, 1e-9)
+        data_wait = min(1.0, self._waited_s / elapsed_s)
+        interval = Interval(steps=done - self._since_step, elapsed_s=elapsed_s, data_wait=data_wait)
+        self._since, self._since_step, self._waited_s, self._paused_s = now, done, 0.0, 0.0
+        return interval
 
     @contextmanager
-    def aside(self) -> Iterator[None]:
-        """While it lasts, something else than training is done, which no lap counts."""
+    def waiting(self) -> Iterator[None]:
+        """Count the time within as waiting for data."""
         since = time.perf_counter()
         try:
             yield
         finally:
-            self._aside_s += time.perf_counter() - since
+            self._waited_s += time.perf_counter() - since
 
-    def unit_done(self, done: int) -> None:
-        """Forget the first step, which pays for warming up, when estimating what is left."""
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Leave the time within out of every interval."""
+        since = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._paused_s += time.perf_counter() - since
+
+    def step_done(self, done: int) -> None:
+        """Leave the first step, which pays for warming up, out of the estimate of the time that is left."""
         if done == self._first_step + 1:
             self._started_at, self._first_step = time.perf_counter(), done
 
     def left_s(self, done: int) -> float:
         """Return the estimated seconds until the last step."""
-        taken = done - self._first_step
-        return (time.perf_counter() - self._started_at) / taken * (self.steps - done) if taken > 0 else 0.0
+        n_timed = done - self._first_step
+        return (time.perf_counter() - self._started_at) / n_timed * (self.steps - done) if n_timed > 0 else 0.0
 
 
 BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
@@ -92,7 +104,7 @@ BFLOAT16_INSTRUCTIONS = ("avx512_bf16", "amx_bf16", "bf16")
 def has_bfloat16_arithmetic(device: torch.device) -> bool:
     """Return whether a device multiplies bfloat16 in hardware.
 
-    A CPU that does not emulates it: a training step of the demonstration's transformer takes ten times as long as in
+    Other CPUs emulate it: a training step of the demonstration's transformer takes ten times as long as in
     float32 (measured on an AMD EPYC of the third generation, which has AVX2 alone).
     """
     if device.type != "cpu":
@@ -101,15 +113,22 @@ def has_bfloat16_arithmetic(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in BFLOAT16_INSTRUCTIONS)
 
 
-def peak_flops(device: torch.device, precision: str, given_tflops: float | None = None) -> float | None:
-    """Return the floating-point operations per second that a device can do at best, or None where nobody has said.
+def total_peak_flops(config: TrainConfig, world: World) -> float | None:
+    """Return the peak FLOP/s of all ranks' devices together, or None if that of one is unknown. Collective."""
+    here = peak_flops(world.device, config.precision, config.peak_tflops)
+    total = mean_over_ranks(torch.tensor(here or math.nan, dtype=torch.float64, device=world.device), world).item()
+    return total * world.size if math.isfinite(total) else None
 
-    That of a CPU is measured, in a fraction of a second, by products of matrices; it is what this process gets of it.
+
+def peak_flops(device: torch.device, precision: str, given_tflops: float | None = None) -> float | None:
+    """Return the peak FLOP/s of a device, or None if unknown.
+
+    Measures a CPU, in a fraction of a second, by products of matrices: this process's share of it.
 
     Args:
         device: of the rank.
         precision: of the run; everything but fp32 computes in 16 bits.
-        given_tflops: what the user says it is, 10¹² operations per second.
+        given_tflops: the user's value, in TFLOP/s, instead.
     """
     if given_tflops is not None:
         return given_tflops * 1e12
@@ -119,7 +138,7 @@ def peak_flops(device: torch.device, precision: str, given_tflops: float | None 
 
 
 def gpu_peak_flops(name: str, precision: str) -> float | None:
-    """Return the datasheet's floating-point operations per second of a GPU, by the name that CUDA gives it."""
+    """Return the FLOP/s of a GPU's datasheet, by the name that CUDA gives it; None if it is not in `GPU_PEAKS`."""
     for word, (half, single) in GPU_PEAKS.items():
         if re.search(rf"\b{re.escape(word)}\b", name) and "Laptop" not in name:
             return (single if precision == "fp32" else half) * 1e12
@@ -128,7 +147,7 @@ def gpu_peak_flops(name: str, precision: str) -> float | None:
 
 def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
     matrix = torch.ones(MATMUL_SIZE, MATMUL_SIZE, dtype=dtype, device=device)
-    matrix @ matrix  # memory and threads are there from now on
+    matrix @ matrix  # allocates memory and starts threads
     fastest_s = float("inf")
     for _ in range(MATMUL_ROUNDS):
         since = time.perf_counter()
@@ -138,7 +157,7 @@ def _measured_flops(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def peak_memory_gib(device: torch.device) -> float:
-    """Return the most GiB that tensors have taken of a GPU, or where there is none, that this process has taken."""
+    """Return the peak memory of tensors on a GPU, or of this process on a CPU, in GiB."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / GIB
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss

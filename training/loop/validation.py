@@ -1,40 +1,37 @@
-"""Validation: the same samples every time, whatever the ranks and workers; the ranks share the batches out."""
+"""Validation: the loss on held-out samples, the same ones every time, shared out among the ranks."""
 
 import math
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from dalle.output.progress import Progress
-from training.config import TrainConfig
 from training.data.batches import validation_batches
 from training.data.reader import ShardData
-from training.engine.engine import Engine
+from training.engine.objective import MicroBatch
 from training.loop.means import Means
+from training.loop.run import Run
+from training.loop.stage import Stage
 from training.ranks.world import World, agree, mean_over_ranks
 
-if TYPE_CHECKING:
-    from training.loop.fit import Stage
-
-LARGEST_BATCH = 64
-"""Samples in a batch where the run does not say how many a rank can hold. The size does not depend on the number of
-ranks, because some metrics do on the size: CLIP's accuracy, the codes that a batch uses."""
+MAX_BATCH = 64
+"""Samples in a batch if the run does not say how many a rank can hold. The size is the same for any number of ranks,
+because some metrics depend on it: CLIP's accuracy, the codes that a batch uses."""
 
 
-def validate(
-    stage: "Stage", engine: Engine, data: ShardData, config: TrainConfig, world: World, step: int
-) -> dict[str, Any]:
-    """Return the metrics of a stage's objective on the validation samples, and how many samples there were. Collective.
+def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
+    """Return the metrics of a stage's loss on the validation samples, and the number of samples. Collective.
 
-    Every rank computes as many batches as the others, because at ZeRO stage 3 they gather the weights together: one
-    that has none left computes another's, which does not count.
+    Every rank computes as many batches as the others, because at ZeRO stage 3 they gather the weights together: a rank
+    that has run out repeats a batch with weight 0.
 
     Raises:
         ValueError: too many samples are unusable, or all.
-        OSError: another rank could not go on.
+        OSError: the validation of another rank failed.
     """
-    batch_size = config.micro_batch or min(config.global_batch, LARGEST_BATCH)
+    stage, config, world = run.stage, run.config, run.world
+    batch_size = config.micro_batch or min(config.global_batch, MAX_BATCH)
     n_chosen = min(config.validation_samples or len(data), len(data))
     rounds = math.ceil(math.ceil(n_chosen / batch_size) / world.size)
     batches = validation_batches(
@@ -49,7 +46,7 @@ def validate(
     means, n_measured = Means(), 0
     error: Exception | None = None
     spare: dict[str, Tensor] = {}
-    if world.size > 1:  # so that every rank has one before the first of them is gathered for
+    if world.size > 1:  # every rank needs a batch before the first one gathers weights for its own
         try:
             spare = _any_batch(stage, data, batch_size, config.max_bad_fraction)
         except (ValueError, OSError) as caught:
@@ -66,9 +63,8 @@ def validate(
                 error = error or caught
             if not spare or (weight == 0 and world.size == 1):
                 continue
-            tensors = {name: tensor.to(world.device) for name, tensor in spare.items()}
-            number = turn * world.size + world.rank
-            loss, metrics = engine.forward(stage.prepare(tensors, step, number, measure=True))
+            micro_batch = MicroBatch(tensors=spare, noise_seed=turn * world.size + world.rank, measure=True)
+            loss, metrics = run.engine.forward({"batch": micro_batch, "step": step})
             means.add({"loss": loss, **metrics}, weight)
             n_measured += weight
             world.watch.touch()
@@ -77,14 +73,14 @@ def validate(
     return _result(means, n_measured, error, world)
 
 
-def _any_batch(stage: "Stage", data: ShardData, batch_size: int, max_bad_fraction: float) -> dict[str, Tensor]:
+def _any_batch(stage: Stage, data: ShardData, batch_size: int, max_bad_fraction: float) -> dict[str, Tensor]:
     """Return the tensors of the first batch that has a usable sample; raises ValueError if there is none."""
     batches = validation_batches(data, stage.transform_for_validation, batch_size, max_bad_fraction=max_bad_fraction)
     return next(batch.tensors for batch in batches if batch.numbers)
 
 
 def _agree_on(error: Exception | None, world: World) -> None:
-    """Raise this rank's error, or another one where another rank has one. Collective."""
+    """Raise this rank's error, or an OSError if only another rank has one. Collective."""
     if agree(error is not None, world):
         raise error if error is not None else OSError("the validation of another rank failed: see its message")
 

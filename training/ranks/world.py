@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import timedelta
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -25,6 +26,8 @@ from training.ranks.watchdog import (
     first_rank_holds_store,
     this_process,
 )
+
+Value = TypeVar("Value")
 
 JOIN_S = 600.0
 """What the other ranks have to come, after this one."""
@@ -211,3 +214,12 @@ def max_over_ranks(value: float, world: World) -> float:
     largest = torch.tensor(value, dtype=torch.float64, device=world.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
+
+
+def from_all_ranks(value: Value, world: World) -> list[Value]:
+    """Return the values of all ranks, in the order of the ranks. Collective."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dvae.images import open_image, square_crop, to_tensor
 from rerank.loss import contrastive_loss
@@ -23,81 +23,76 @@ from rerank.tokenizer import CLIPTokenizer
 from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import SOURCES
 from training.engine.checkpoints import latest_tag
-from training.loop.fit import Tensors, fit
+from training.engine.objective import MicroBatch, Tensors
+from training.loop.fit import fit
 from training.metrics import Report
 from training.ranks.world import World, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
 from training.stages.inputs import Inputs, all_captions, note_data, will_resume
 
 
-class CLIPObjective(nn.Module):
-    """The contrastive loss as a module, so that the engine sees one forward pass.
+def clip_loss(
+    model: CLIP,
+    images: Tensor,
+    text: Tensor,
+    n_cut: Tensor,
+    wrong_text: Tensor | None = None,
+    is_wrong: Tensor | None = None,
+    other_text: Tensor | None = None,
+) -> tuple[Tensor, Tensors]:
+    """Return the symmetric contrastive loss over the batches of all ranks, and metrics.
 
-    Deviation: by choice, each picture has wrong captions as further negatives (Yuksekgonul et al. 2023, arXiv
-    2210.01936), here of this picture alone. By choice too, another caption of the picture is treated as a second view
-    of it, whose right caption is to be found in the same way: the text tower then learns what a caption says from
-    captions alone, long before the pictures tell it.
+    Deviation: if the recipe says so, each picture has wrong captions as further negatives (Yuksekgonul et al. 2023,
+    arXiv 2210.01936), here of this picture alone; and another caption of the picture is treated as a second view of it,
+    whose right caption is to be found in the same way: the text tower then learns what a caption says from captions
+    alone, long before the pictures tell it.
+
+    The metrics are how often the right caption is the nearest of the batch's, the logit scale, the fraction of captions
+    cut, with hard negatives how many of them are farther from their picture than the right caption, and with
+    paraphrases their part of the loss.
+
+    Args:
+        model: CLIP.
+        images: (B,3,H,W) float32 in [0, 1].
+        text: (B,L) int64 ids.
+        n_cut: (B,) int64, 1 where the caption was longer than the text tower's context.
+        wrong_text: (B,M,L) int64 ids of captions that are wrong for the picture; None for none.
+        is_wrong: (B,M) bool, False where there is no such caption.
+        other_text: (B,L) int64 ids of another caption of the picture, or again the same; None for none.
     """
+    given = [text, wrong_text, other_text]
+    texts = [each.flatten(0, -2) for each in given if each is not None]
+    # one pass for all texts, because ZeRO 3 wants one pass through the model
+    ids = _without_common_pads(torch.cat(texts), end_id=model.config.vocab_size - 1)
+    features, all_features, logit_scale = model(images, ids)
+    text_features, *others = all_features.split([len(each) for each in texts])
+    other_features = others.pop() if other_text is not None else None
+    wrong_features = others.pop().unflatten(0, (len(images), -1)) if wrong_text is not None else None
+    text_features = _gather(text_features)
+    all_wrong = None if is_wrong is None else _gather(is_wrong.float()).bool()
+    loss, features, wrong_cosines = _choose(features, text_features, logit_scale, wrong_features, all_wrong)
+    with torch.no_grad():
+        cosines_BB = features @ text_features.T
+        is_nearest = cosines_BB.argmax(dim=1) == torch.arange(len(cosines_BB), device=cosines_BB.device)
+        metrics = {
+            "accuracy": is_nearest.float().mean(),
+            "logit_scale": logit_scale.detach(),
+            "captions_cut": n_cut.float().mean(),
+        }
+        if wrong_cosines is not None and all_wrong is not None:
+            is_farther = (wrong_cosines < cosines_BB.diagonal()[:, None]) & all_wrong
+            metrics["hard_negatives_right"] = is_farther.sum() / all_wrong.sum().clamp(min=1)
+    if other_features is not None:
+        paraphrase_loss, _, _ = _choose(other_features, text_features, logit_scale, wrong_features, all_wrong)
+        metrics["paraphrase_loss"] = paraphrase_loss.detach()
+        loss = loss + paraphrase_loss
+    return loss, metrics
 
-    def __init__(self, model: CLIP) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(
-        self,
-        images: Tensor,
-        text: Tensor,
-        n_cut: Tensor,
-        wrong_text: Tensor | None = None,
-        is_wrong: Tensor | None = None,
-        other_text: Tensor | None = None,
-    ) -> tuple[Tensor, Tensors]:
-        """Return the symmetric loss over the batches of all ranks, and metrics.
-
-        The metrics are how often the right caption is the nearest of the batch's, the logit scale, the fraction of
-        captions cut, with hard negatives how many of them are farther from their picture than the right caption, and
-        with paraphrases their part of the loss.
-
-        Args:
-            images: (B,3,H,W) float32 in [0, 1].
-            text: (B,L) int64 ids.
-            n_cut: (B,) int64, 1 where the caption was longer than the text tower's context.
-            wrong_text: (B,M,L) int64 ids of captions that are wrong for the picture; None for none.
-            is_wrong: (B,M) bool, False where there is no such caption.
-            other_text: (B,L) int64 ids of another caption of the picture, or again the same; None for none.
-        """
-        given = [text, wrong_text, other_text]
-        texts = [each.flatten(0, -2) for each in given if each is not None]
-        # one pass for all texts, because ZeRO 3 wants one pass through the model
-        features, all_features, logit_scale = self.model(images, self._without_common_pads(torch.cat(texts)))
-        text_features, *others = all_features.split([len(each) for each in texts])
-        other_features = others.pop() if other_text is not None else None
-        wrong_features = others.pop().unflatten(0, (len(images), -1)) if wrong_text is not None else None
-        text_features = _gather(text_features)
-        all_wrong = None if is_wrong is None else _gather(is_wrong.float()).bool()
-        loss, features, wrong_cosines = _choose(features, text_features, logit_scale, wrong_features, all_wrong)
-        with torch.no_grad():
-            cosines_BB = features @ text_features.T
-            is_nearest = cosines_BB.argmax(dim=1) == torch.arange(len(cosines_BB), device=cosines_BB.device)
-            metrics = {
-                "accuracy": is_nearest.float().mean(),
-                "logit_scale": logit_scale.detach(),
-                "captions_cut": n_cut.float().mean(),
-            }
-            if wrong_cosines is not None and all_wrong is not None:
-                is_farther = (wrong_cosines < cosines_BB.diagonal()[:, None]) & all_wrong
-                metrics["hard_negatives_right"] = is_farther.sum() / all_wrong.sum().clamp(min=1)
-        if other_features is not None:
-            paraphrase_loss, _, _ = _choose(other_features, text_features, logit_scale, wrong_features, all_wrong)
-            metrics["paraphrase_loss"] = paraphrase_loss.detach()
-            loss = loss + paraphrase_loss
-        return loss, metrics
-
-    def _without_common_pads(self, texts: Tensor) -> Tensor:
-        """Return (N,L) ids up to the last end-of-text of any row: the text tower is causal, so no feature changes."""
-        end_id = self.model.config.vocab_size - 1
-        longest = int((texts == end_id).int().argmax(dim=1).max()) + 1
-        return texts[:, :longest]
+def _without_common_pads(texts: Tensor, end_id: int) -> Tensor:
+    """Return (N,L) ids up to the last end-of-text of any row: the text tower is causal, so no feature changes."""
+    longest = int((texts == end_id).int().argmax(dim=1).max()) + 1
+    return texts[:, :longest]
 
 
 def _choose(
@@ -152,7 +147,7 @@ def _gather(features: Tensor) -> Tensor:
 
 
 class CLIPStage:
-    """What `fit` needs to know to train CLIP.
+    """CLIP, as `fit` trains it.
 
     Args:
         recipe: the stage's recipe.
@@ -176,7 +171,7 @@ class CLIPStage:
         metadata: Mapping[str, Any],
     ) -> None:
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
-        self.objective = CLIPObjective(model)
+        self.model = model
         self._config, self._tokenizer = model.config, tokenizer
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
@@ -210,9 +205,9 @@ class CLIPStage:
             tensors["other_text"] = ids[0]
         return tensors
 
-    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Return the batch as it is."""
-        return dict(tensors)
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
+        """Return the loss and the metrics of `clip_loss`."""
+        return clip_loss(self.model, **batch.tensors)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: CLIP draws nothing."""
@@ -226,9 +221,9 @@ class CLIPStage:
 
 
 class CLIPWarmupStage(CLIPStage):
-    """What `fit` needs to know to train CLIP on captions that are told alike, before those told in all ways.
+    """CLIP's warm-up on captions that are told alike, before those told in all ways.
 
-    Deviation: none of it in the CLIP paper. Where the order of words says which thing is where, a model that has not
+    Deviation: not in the CLIP paper. Where the order of words says which thing is where, a model that has not
     learned to see where things are gains nothing by reading order, and one that has not learned to read order gains
     nothing by seeing it. If the first thing told always stands on the same side, both are learned in minutes, and the
     other ways of telling soon after. The wrong captions are of the few kinds that take longest to learn.
@@ -274,15 +269,15 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
     if stage_recipe.warmup is not None and not will_resume("clip", inputs, world):
         directory = inputs.run_directory("clip-warmup") / "model"
         warmup = CLIPWarmupStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
-        plan = inputs.run_plan("clip-warmup", {"stage": "clip-warmup", **description})
-        fit(warmup, stage_recipe.warmup, world, data, validation, plan, report)
+        spec = inputs.run_spec("clip-warmup", {"stage": "clip-warmup", **description})
+        fit(warmup, stage_recipe.warmup, world, data, validation, spec, report)
         model = CLIP.load(directory)
         inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
     directory = inputs.out / "clip"
     stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
-    plan = inputs.run_plan("clip", {"stage": "clip", **description})
-    note_data(plan, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    spec = inputs.run_spec("clip", {"stage": "clip", **description})
+    note_data(spec, data, world)
+    fit(stage, stage_recipe.train, world, data, validation, spec, report)
     return directory
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.output.sheets import side_by_side
 from dvae import DVAE
@@ -22,7 +22,8 @@ from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
 from training.config import TrainConfig
 from training.data.reader import Sample, ShardData
-from training.loop.fit import Tensors, fit
+from training.engine.objective import MicroBatch, Tensors
+from training.loop.fit import fit
 from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import DVAERecipe, Recipe
@@ -33,45 +34,12 @@ CODEBOOK_IMAGES = 1024
 """Pictures from whose positions the codebook of a warmed-up dVAE is made."""
 
 
-class DVAEObjective(nn.Module):
-    """The dVAE's loss as a module, so that the engine sees one forward pass."""
-
-    def __init__(self, model: DVAE) -> None:
-        super().__init__()
-        self.model = model
-
-    def forward(
-        self, images: Tensor, *, temperature: float, kl_weight: float, noise_seed: int, measure: bool
-    ) -> tuple[Tensor, Tensors]:
-        """Return the loss of a batch, and its parts; with `measure`, also what argmax tokens do.
-
-        Args:
-            images: (B,3,H,W) float32 in [0, 1].
-            temperature: τ of the Gumbel-softmax.
-            kl_weight: β.
-            noise_seed: of the Gumbel noise.
-            measure: also return codes_used, perplexity and hard_psnr, the PSNR of decoding the argmax tokens.
-        """
-        generator = torch.Generator(images.device).manual_seed(noise_seed)
-        loss = dvae_loss(self.model, images, temperature=temperature, kl_weight=kl_weight, generator=generator)
-        metrics = {"nll": loss.nll.detach(), "kl": loss.kl.detach()}
-        if measure:
-            with torch.no_grad():
-                tokens = loss.logits.argmax(dim=1)
-                usage = code_usage(tokens, self.model.config.vocab_size)
-                error = (self.model.decode(tokens) - images).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
-                metrics["hard_psnr"] = (-10.0 * error.log10()).mean()
-                metrics["codes_used"] = torch.tensor(float(usage.used))
-                metrics["perplexity"] = torch.tensor(float(usage.perplexity))
-        return loss.total, metrics
-
-
 SCALE_FIT_WEIGHT = 1e-4
 """Of the likelihood's scales in the warm-up: far below the squared error's own gradient."""
 
 
-class AutoencoderObjective(nn.Module):
-    """The squared error of a dVAE without tokens: the encoder's output goes to the decoder as it is.
+def autoencoder_loss(model: DVAE, images: Tensor, *, noise: float = 0.0, noise_seed: int = 0) -> tuple[Tensor, Tensors]:
+    """Return the squared error of a dVAE without tokens, whose decoder reads the encoder's output, and its PSNR.
 
     The likelihood of the dVAE's loss weighs an edge that is still wrong less than a background that is nearly right,
     because it also fits a scale to every pixel; the squared error learns edges several times faster. The scales are
@@ -79,40 +47,38 @@ class AutoencoderObjective(nn.Module):
 
     Noise on the bottleneck stands for what the codebook will round: what matters little to the picture is then told by
     small differences, which rounding may lose, and what matters by large ones. Only training has it.
+
+    Args:
+        model: the dVAE.
+        images: (B,3,H,W) float32 in [0, 1].
+        noise: standard deviation of the Gaussian noise on the bottleneck, in units of the bottleneck's own RMS.
+        noise_seed: of the noise.
     """
+    pixels = map_pixels(images)
+    rows_BCYX = model.decoder.rows(model.encoder(pixels))
+    if model.training and noise:
+        generator = torch.Generator(images.device).manual_seed(noise_seed)
+        gaussian = torch.randn(rows_BCYX.shape, generator=generator, device=images.device)
+        rows_BCYX = rows_BCYX + noise * rows_BCYX.detach().square().mean().sqrt() * gaussian
+    mu, ln_b = model.decoder.from_rows(rows_BCYX).chunk(2, dim=1)
+    error = (torch.sigmoid(mu) - pixels).square().mean()
+    nll = logit_laplace_nll(pixels, torch.cat([mu.detach(), ln_b], dim=1)).mean()
+    reconstructions = unmap_pixels(torch.sigmoid(mu.detach()))
+    psnr = -10.0 * (reconstructions - images).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
+    return error + SCALE_FIT_WEIGHT * nll, {"psnr": psnr.mean(), "nll": nll.detach()}
 
-    def __init__(self, model: DVAE) -> None:
-        super().__init__()
-        self.model = model
 
-    def forward(self, images: Tensor, *, noise: float = 0.0, noise_seed: int = 0) -> tuple[Tensor, Tensors]:
-        """Return the mean squared error of a batch, and its PSNR.
-
-        Args:
-            images: (B,3,H,W) float32 in [0, 1].
-            noise: standard deviation of the Gaussian noise on the bottleneck, in units of the bottleneck's own RMS.
-            noise_seed: of the noise.
-        """
-        pixels = map_pixels(images)
-        rows_BCYX = self.model.decoder.rows(self.model.encoder(pixels))
-        if self.model.training and noise:
-            generator = torch.Generator(images.device).manual_seed(noise_seed)
-            gaussian = torch.randn(rows_BCYX.shape, generator=generator, device=images.device)
-            rows_BCYX = rows_BCYX + noise * rows_BCYX.detach().square().mean().sqrt() * gaussian
-        mu, ln_b = self.model.decoder.from_rows(rows_BCYX).chunk(2, dim=1)
-        error = (torch.sigmoid(mu) - pixels).square().mean()
-        nll = logit_laplace_nll(pixels, torch.cat([mu.detach(), ln_b], dim=1)).mean()
-        reconstructions = unmap_pixels(torch.sigmoid(mu.detach()))
-        psnr = -10.0 * (reconstructions - images).square().mean(dim=(1, 2, 3)).clamp_min(1e-10).log10()
-        return error + SCALE_FIT_WEIGHT * nll, {"psnr": psnr.mean(), "nll": nll.detach()}
+def _channels_last(batch: MicroBatch) -> Tensor:
+    """Return a batch's pictures in the memory layout in which convolutions are fastest; layers keep it."""
+    return batch.tensors["images"].contiguous(memory_format=torch.channels_last)
 
 
 class DVAEStage:
-    """What `fit` needs to know to train a dVAE.
+    """A dVAE, as `fit` trains it.
 
     Args:
         recipe: the stage's recipe.
-        model: a new dVAE, or one to go on training.
+        model: a new dVAE, or a trained one.
         directory: where the dVAE is exported.
         previews: pictures that the sample sheets show with their reconstructions.
         metadata: written beside the configuration.
@@ -126,9 +92,7 @@ class DVAEStage:
         self, recipe: DVAERecipe, model: DVAE, directory: Path, previews: ShardData, metadata: Mapping[str, Any]
     ) -> None:
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
-        self.objective: DVAEObjective | AutoencoderObjective = DVAEObjective(model)
-        self._config = model.config
-        self._previews = previews
+        self.model, self._config, self._previews = model, model.config, previews
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the augmented picture (Listing 1)."""
@@ -140,18 +104,26 @@ class DVAEStage:
         image = open_image(sample.image_bytes, sample.source)
         return {"images": to_tensor(resize_and_crop(image, self._config.image_size))}
 
-    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Add the schedules' values at this step.
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
+        """Return the loss at the schedules' values of this step, and its parts.
 
-        The pictures go in channels last, in which convolutions are fastest, and stay so from layer to layer.
+        If the batch is measured, the metrics also have codes_used, perplexity and hard_psnr, the PSNR of decoding the
+        argmax tokens.
         """
-        return {
-            "images": tensors["images"].contiguous(memory_format=torch.channels_last),
-            "temperature": self.recipe.temperature.at(step),
-            "kl_weight": self.recipe.kl_weight.at(step),
-            "noise_seed": noise_seed,
-            "measure": measure,
-        }
+        images = _channels_last(batch)
+        generator = torch.Generator(images.device).manual_seed(batch.noise_seed)
+        temperature, kl_weight = self.recipe.temperature.at(step), self.recipe.kl_weight.at(step)
+        loss = dvae_loss(self.model, images, temperature=temperature, kl_weight=kl_weight, generator=generator)
+        metrics = {"nll": loss.nll.detach(), "kl": loss.kl.detach()}
+        if batch.measure:
+            with torch.no_grad():
+                tokens = loss.logits.argmax(dim=1)
+                usage = code_usage(tokens, self.model.config.vocab_size)
+                error = (self.model.decode(tokens) - images).square().mean(dim=(1, 2, 3)).clamp_min(1e-10)
+                metrics["hard_psnr"] = (-10.0 * error.log10()).mean()
+                metrics["codes_used"] = torch.tensor(float(usage.used))
+                metrics["perplexity"] = torch.tensor(float(usage.perplexity))
+        return loss.total, metrics
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return preview pictures above their reconstructions."""
@@ -188,7 +160,7 @@ class DVAEStage:
 
 
 class WarmupStage(DVAEStage):
-    """What `fit` needs to know to warm a dVAE up as an autoencoder, before it has a codebook.
+    """A dVAE's warm-up as an autoencoder, before it has a codebook.
 
     Deviation: the paper starts from random weights. A small dVAE does not get far from there in minutes: its untrained
     decoder ignores the tokens, and all but a handful of codes die. `initialise_codebook` turns the warmed-up
@@ -197,19 +169,10 @@ class WarmupStage(DVAEStage):
 
     name = "dvae-warmup"
 
-    def __init__(
-        self, recipe: DVAERecipe, model: DVAE, directory: Path, previews: ShardData, metadata: Mapping[str, Any]
-    ) -> None:
-        super().__init__(recipe, model, directory, previews, metadata)
-        self.objective = AutoencoderObjective(model)
-
-    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Add the noise of this step."""
-        return {
-            "images": tensors["images"].contiguous(memory_format=torch.channels_last),
-            "noise": self.recipe.warmup_noise.at(step),
-            "noise_seed": noise_seed,
-        }
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
+        """Return the autoencoder's loss with the noise of this step, and its metrics."""
+        noise = self.recipe.warmup_noise.at(step)
+        return autoencoder_loss(self.model, _channels_last(batch), noise=noise, noise_seed=batch.noise_seed)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: there are no tokens to reconstruct from yet."""
@@ -238,9 +201,9 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, 
         "model": dataclasses.asdict(model.config),
         "init": str(init) if init else None,
     }
-    plan = inputs.run_plan("dvae", description)
-    note_data(plan, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    spec = inputs.run_spec("dvae", description)
+    note_data(spec, data, world)
+    fit(stage, stage_recipe.train, world, data, validation, spec, report)
     return directory
 
 
@@ -259,8 +222,8 @@ def _warmed_up(
     model = channels_last(model.to(world.device))
     stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
     description = {"stage": stage.name, "recipe": recipe.name, "model": dataclasses.asdict(model.config)}
-    plan = inputs.run_plan("dvae-warmup", description)
-    fit(stage, warmup, world, data, validation, plan, report)
+    spec = inputs.run_spec("dvae-warmup", description)
+    fit(stage, warmup, world, data, validation, spec, report)
     warm = DVAE.load(stage.directory)
     images, _ = stage.first_images(CODEBOOK_IMAGES, data)
     initialise_codebook(warm, images, seed=warmup.seed)

@@ -14,7 +14,7 @@ from storage.atomic import replace_text
 from training.data.manifest import Manifest
 from training.data.reader import ShardData
 from training.engine.checkpoints import latest_tag
-from training.loop.fit import RunPlan, refuse_another_run
+from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.world import World, on_first_rank
 
 logger = logging.getLogger(__name__)
@@ -81,9 +81,9 @@ class Inputs:
         """Return where a stage's run is kept."""
         return self.out / "training" / stage
 
-    def run_plan(self, stage: str, description: dict[str, Any], *, flops_per_sample: float | None = None) -> RunPlan:
+    def run_spec(self, stage: str, description: dict[str, Any], *, flops_per_sample: float | None = None) -> RunSpec:
         """Return where a stage's run reads and writes, and how it starts."""
-        return RunPlan(
+        return RunSpec(
             directory=self.run_directory(stage),
             description=description,
             fresh=self.fresh,
@@ -124,22 +124,22 @@ def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterat
                 unreadable.append(int(index))
 
 
-def note_data(plan: RunPlan, data: ShardData, world: World) -> None:
+def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
     """Write down what samples a run is trained on; when it goes on with others, a warning says so.
 
     The order of the samples depends on their number, and which they are on the order of the shards: neither must
     change without a word. Shards may be moved.
     """
-    refuse_another_run(plan)
-    path = plan.directory / "data.json"
+    refuse_another_run(spec)
+    path = spec.directory / "data.json"
     counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
     order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
     now = {"samples": len(data), "shards": counts, "order": order}
 
     def note() -> None:
-        if path.is_file() and not plan.fresh and latest_tag(plan.directory / "checkpoints") is not None:
+        if path.is_file() and spec.has_run:
             _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
-        plan.directory.mkdir(parents=True, exist_ok=True)
+        spec.directory.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(now, indent=1) + "\n")
 
     on_first_rank(note, world)

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.loss import training_loss
 from dalle.model import DALLE
@@ -25,7 +25,9 @@ from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transf
 from storage.atomic import copy_folder
 from storage.model_directory import directory_hash
 from training.data.reader import Sample, ShardData
-from training.loop.fit import Tensors, fit, refuse_another_run
+from training.engine.objective import MicroBatch, Tensors
+from training.loop.fit import fit
+from training.loop.run_folder import refuse_another_run
 from training.metrics import Report
 from training.plan.plan import flops_per_sample
 from training.ranks.world import World, on_first_rank
@@ -34,31 +36,25 @@ from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs, note_data
 
 
-class TransformerObjective(nn.Module):
-    """The stream's loss as a module, so that the engine sees one forward pass."""
+def transformer_loss(model: DALLE, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
+    """Return the weighted loss of a batch, and metrics.
 
-    def __init__(self, model: DALLE) -> None:
-        super().__init__()
-        self.model = model
+    The metrics are the text and image losses in nats per token, the image loss of each row of the grid, (Y,), and the
+    fraction of captions cut.
 
-    def forward(self, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
-        """Return the weighted loss of a batch, and metrics.
-
-        The metrics are the text and image losses in nats per token, the image loss of each row of the grid,
-        (Y,), and the fraction of captions cut.
-
-        Args:
-            text: (B,T) int64 text ids.
-            image_tokens: (B,I) int64.
-            n_cut: (B,) int64, 1 where the caption was longer than the text part of the stream.
-        """
-        loss = training_loss(self.model, text, image_tokens)
-        return loss.total, {
-            "text_loss": loss.text.detach(),
-            "image_loss": loss.image.detach(),
-            "image_loss_by_row": loss.image_by_row,
-            "captions_cut": n_cut.float().mean(),
-        }
+    Args:
+        model: the transformer.
+        text: (B,T) int64 text ids.
+        image_tokens: (B,I) int64.
+        n_cut: (B,) int64, 1 where the caption was longer than the text part of the stream.
+    """
+    loss = training_loss(model, text, image_tokens)
+    return loss.total, {
+        "text_loss": loss.text.detach(),
+        "image_loss": loss.image.detach(),
+        "image_loss_by_row": loss.image_by_row,
+        "captions_cut": n_cut.float().mean(),
+    }
 
 
 def _one_view(tokens_VYX: NDArray[np.integer[Any]], view: int) -> Tensors:
@@ -67,20 +63,20 @@ def _one_view(tokens_VYX: NDArray[np.integer[Any]], view: int) -> Tensors:
 
 
 class TransformerStage:
-    """What `fit` needs to know to train the transformer.
+    """The transformer, as `fit` trains it.
 
     Args:
         recipe: the stage's recipe.
         model: the transformer.
         tokenizer: of the captions.
-        dvae: frozen; encodes pictures, after augmentation, without Gumbel noise, and decodes the sample sheets. With
-            data that was encoded before, no step touches it, and it stays on its device until there is a sheet.
+        dvae: frozen; encodes pictures, after augmentation, without Gumbel noise, and decodes the sample sheets. If the
+            data is encoded, it moves to the model's device at the first sheet.
         directory: where the transformer is exported.
         captions: that the sample sheets illustrate.
         metadata: written beside the configuration.
 
     Raises:
-        ValueError: a probability of the recipe is none, or its top_k is above the image vocabulary.
+        ValueError: a probability of the recipe is outside [0, 1], or its top_k is above the image vocabulary.
     """
 
     name = "transformer"
@@ -101,7 +97,7 @@ class TransformerStage:
                 raise ValueError(f"{option} is a probability, in [0, 1], got {getattr(recipe, option)}")
         check_top_k(recipe.sampling.top_k, model.config.image_vocab)
         self.recipe, self.directory, self.metadata = recipe, directory, metadata
-        self.objective = TransformerObjective(model)
+        self.model = model
         self.units_per_sample = model.config.text_len + model.config.grid**2
         self._config, self._tokenizer, self._captions = model.config, tokenizer, list(captions)
         self._dvae = dvae.eval().requires_grad_(False)
@@ -138,13 +134,14 @@ class TransformerStage:
         text, n_cut = self._tokenizer.text([sample.captions[0]], self._config.text_len)
         return {**image, "text": text[0], "n_cut": torch.tensor(n_cut)}
 
-    def prepare(self, tensors: Tensors, step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
-        """Encode the pictures, unless they are encoded."""
-        if "image_tokens" in tensors:
-            return dict(tensors)
-        images = tensors["images"].contiguous(memory_format=torch.channels_last)
-        image_tokens = self._dvae_on(images.device).encode(images).flatten(1)
-        return {"text": tensors["text"], "image_tokens": image_tokens, "n_cut": tensors["n_cut"]}
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
+        """Return the loss and the metrics of `transformer_loss`; encodes pictures, unless they are encoded."""
+        tensors = dict(batch.tensors)
+        if "images" in tensors:
+            images = tensors.pop("images").contiguous(memory_format=torch.channels_last)
+            with torch.autocast(images.device.type, enabled=False):
+                tensors["image_tokens"] = self._dvae_on(images.device).encode(images).flatten(1)
+        return transformer_loss(self.model, **tensors)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return a sheet of one sample for each of the captions, sampled as the recipe says."""
@@ -153,7 +150,7 @@ class TransformerStage:
         model = self._with(weights)
         text, _ = self._tokenizer.text(self._captions, self._config.text_len)
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
-        device = next(self.objective.parameters()).device
+        device = next(self.model.parameters()).device
         tokens = sample(model.to(device), text.to(device), seeds, self.recipe.sampling.sampling()).tokens[:, 0]
         images = self._dvae_on(device).decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
@@ -232,11 +229,11 @@ def train_transformer(
     description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
     sizes = model.n_parameters()
     flops = flops_per_sample(config, sizes["attention"] + sizes["mlp"])
-    plan = inputs.run_plan("transformer", description, flops_per_sample=flops)
-    refuse_another_run(plan)  # before the bundle is given parts
+    spec = inputs.run_spec("transformer", description, flops_per_sample=flops)
+    refuse_another_run(spec)  # before the bundle is given parts
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
-    note_data(plan, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, plan, report)
+    note_data(spec, data, world)
+    fit(stage, stage_recipe.train, world, data, validation, spec, report)
     return directory
 
 

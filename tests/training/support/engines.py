@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+import training.engine.objective
+from dalle.model import DALLE
 from support import tiny
 from training.config import OptimizerConfig, TrainConfig
 from training.engine.engine import Engine
+from training.stages.transformer import transformer_loss
 
 
 class Objective(nn.Module):
@@ -24,6 +28,10 @@ class Objective(nn.Module):
     def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
         loss = F.mse_loss(self.model(x).float(), y)
         return loss, {"half": loss.detach() / 2}
+
+
+def transformer_objective(model: DALLE) -> training.engine.objective.Objective:
+    return training.engine.objective.Objective(model, partial(transformer_loss, model))
 
 
 def data(step: int, n: int = 4) -> dict[str, Tensor]:

@@ -3,7 +3,6 @@
 import os
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -14,22 +13,13 @@ from torch import Tensor, nn
 from dvae.images import open_image, to_tensor
 from training.config import TrainConfig
 from training.data.reader import Sample, ShardData
-from training.loop.fit import RunPlan, fit
+from training.engine.objective import MicroBatch
+from training.loop.fit import fit
+from training.loop.run_folder import RunSpec
 from training.metrics import read_metrics
 from training.ranks.world import World
 
-Prepare = Callable[[int], None]
-
-
-class Objective(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.model = nn.Linear(3, 1)
-
-    def forward(self, x: Tensor, noise: Tensor, scale: float) -> tuple[Tensor, dict[str, Tensor]]:
-        error = self.model(x + noise).squeeze(1) - x.sum(dim=1)
-        return scale * error.square().mean(), {"brightness": x.mean()}
+AtStep = Callable[[int], None]
 
 
 class MeanColours:
@@ -37,8 +27,9 @@ class MeanColours:
 
     name, unit, units_per_sample = "colours", "images", 1
 
-    def __init__(self, directory: Path, at_step: Prepare | None = None, scale: float = 1.0) -> None:
-        self.directory, self.objective = directory, Objective()
+    def __init__(self, directory: Path, at_step: AtStep | None = None, scale: float = 1.0) -> None:
+        torch.manual_seed(0)
+        self.directory, self.model = directory, nn.Linear(3, 1)
         self.at_step, self.scale = at_step, scale
         self.exported: list[int] = []
 
@@ -49,12 +40,13 @@ class MeanColours:
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
         return {"x": to_tensor(open_image(sample.image_bytes, sample.source)).mean(dim=(1, 2))}
 
-    def prepare(self, tensors: dict[str, Tensor], step: int, noise_seed: int, *, measure: bool) -> dict[str, Any]:
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, dict[str, Tensor]]:
         if self.at_step is not None:
             self.at_step(step)
-        generator = torch.Generator().manual_seed(noise_seed)
-        noise = 0.01 * torch.randn(tensors["x"].shape, generator=generator)
-        return {"x": tensors["x"], "noise": noise, "scale": self.scale}
+        x, generator = batch.tensors["x"], torch.Generator().manual_seed(batch.noise_seed)
+        noise = 0.01 * torch.randn(x.shape, generator=generator)
+        error = self.model(x + noise).squeeze(1) - x.sum(dim=1)
+        return self.scale * error.square().mean(), {"brightness": x.mean()}
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         return Image.new("RGB", (4, 4)) if weights else None
@@ -78,7 +70,7 @@ class Run:
         self,
         config: TrainConfig,
         *,
-        at_step: Prepare | None = None,
+        at_step: AtStep | None = None,
         scale: float = 1.0,
         fresh: bool = False,
         resume: bool = False,
@@ -90,10 +82,10 @@ class Run:
         self.stage = MeanColours(directory or self.folder / "model", at_step, scale)
         description = {"stage": "colours", "recipe": recipe, "model": {"width": 3}}
         directory = self.folder / "run"
-        plan = RunPlan(
+        spec = RunSpec(
             directory=directory, description=description, fresh=fresh, resume=resume, resume_from=resume_from
         )
-        fit(self.stage, config, self.world, self.data, validation, plan, self.said.append)
+        fit(self.stage, config, self.world, self.data, validation, spec, self.said.append)
 
     @property
     def losses(self) -> dict[int, float]:
@@ -110,14 +102,14 @@ class Run:
 NewRun = Callable[[str], Run]
 
 
-def send(number: int, at: int) -> Prepare:
-    """Send this process a signal while step `at` is prepared."""
+def send(number: int, at: int) -> AtStep:
+    """Send this process a signal while step `at` is computed."""
 
     sent: list[int] = []
 
-    def prepare(step: int) -> None:
+    def at_step(step: int) -> None:
         if step == at and not sent:
             sent.append(number)
             os.kill(os.getpid(), number)
 
-    return prepare
+    return at_step

@@ -1,0 +1,43 @@
+"""The one module that DeepSpeed runs: a model and the loss that it is trained by."""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Self
+
+import torch
+from torch import Tensor, nn
+
+Tensors = dict[str, Tensor]
+Loss = Callable[..., tuple[Tensor, Tensors]]
+"""Returns a loss and its metrics, 0-d or 1-d tensors."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MicroBatch:
+    """Samples of one rank for one forward and backward pass."""
+
+    tensors: Tensors
+    """Of all samples, stacked."""
+    noise_seed: int
+    """Seeds what the loss draws; a function of the run's seed and of the samples' place in the sequence."""
+    measure: bool
+    """Whether the loss also returns the metrics that take time."""
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+        """Return the micro-batch with its tensors on a device."""
+        return replace(
+            self, tensors={name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors.items()}
+        )
+
+
+class Objective(nn.Module):
+    """A loss as a module whose one child is the model: DeepSpeed casts and gathers weights around its forward pass."""
+
+    def __init__(self, model: nn.Module, loss: Loss) -> None:
+        super().__init__()
+        self.model = model
+        self._loss = loss
+
+    def forward(self, **arguments: object) -> tuple[Tensor, Tensors]:
+        """Return the loss and its metrics."""
+        return self._loss(**arguments)

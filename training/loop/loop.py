@@ -1,0 +1,93 @@
+"""The loop of a run, in sight: read micro-batches, take an optimizer step, record it, and save once in a while."""
+
+import numpy as np
+
+from training.data.batches import Batch, batches
+from training.data.reader import ShardData
+from training.engine.objective import MicroBatch
+from training.loop.records import log_training, show
+from training.loop.run import Run
+from training.loop.saving import check_skipped, export, save
+from training.loop.throughput import Timer
+from training.ranks.stop import Interrupted, StopSignals
+from training.ranks.world import agree
+
+VOTE_EVERY = 10
+"""Steps between two votes of several GPUs on whether to stop. A vote waits for the device; a signal is obeyed so many
+steps late at most."""
+
+
+def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> None:
+    """Take the steps from `start` to the last one.
+
+    Raises:
+        Interrupted: SIGINT or SIGTERM came; the step under way is done and saved.
+        ValueError: too many samples are unusable, too many steps in a row were skipped, or weights are not finite.
+        OSError: something could not be written.
+    """
+    config, engine, world = run.config, run.engine, run.world
+    stream = batches(
+        data,
+        run.stage.transform,
+        seed=config.seed,
+        micro_batch=engine.micro_batch,
+        accumulation=engine.accumulation,
+        rank=world.rank,
+        world_size=world.size,
+        start_step=start,
+        max_steps=config.steps,
+        workers=config.workers,
+        max_bad_fraction=config.max_bad_fraction,
+    )
+    vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
+    timer = Timer(start, config.steps)
+    engine.train()
+    for step in range(start, config.steps):
+        done = step + 1
+        is_logged = done % config.log_every == 0 or done == config.steps
+        learning_rate = run.rate.at(step)
+
+        read = []
+        for _ in range(engine.accumulation):
+            with timer.waiting():
+                read.append(next(stream))
+            world.watch.touch()
+        micro_batches = [_micro_batch(run, batch, step, micro, is_logged) for micro, batch in enumerate(read)]
+
+        metrics = engine.step([{"batch": batch, "step": step} for batch in micro_batches], learning_rate, step)
+        world.watch.touch(done)
+
+        run.n_bad += sum(batch.n_bad for batch in read)
+        run.means.add(metrics, engine.applied)
+        keys = [key for batch in read for key in batch.keys]
+        run.skipped.add(step, engine.applied, metrics["loss"], keys, overflowed=engine.overflowed)
+        if run.rate.follows_loss:
+            run.losses.append(metrics["loss"].detach().float())
+            if len(run.losses) >= run.rate.n_undecided(done - len(run.losses)):
+                run.observe_losses(done)
+        if is_logged or run.skipped.is_check_due:
+            check_skipped(run, done)
+        if is_logged:
+            log_training(run, done, learning_rate, timer)
+
+        if done % vote_every == 0 and agree(stop.raised, world) and done < config.steps:
+            save(run, done)
+            raise Interrupted(
+                f"stopped at step {done} of {config.steps}, saved in {run.spec.directory}: "
+                f"{run.spec.resume_command()} resumes from there"
+            )
+        with timer.paused():
+            if done % config.checkpoint_every == 0 and done < config.steps:
+                save(run, done)
+                export(run, done)
+            else:
+                show(run, done)
+        timer.step_done(done)
+
+
+def _micro_batch(run: Run, batch: Batch, step: int, micro: int, is_logged: bool) -> MicroBatch:
+    """Return micro-batch number `micro` of a step, on the host."""
+    # the position of the micro-batch in the order of the samples: the noise does not depend on the number of ranks
+    position = (step * run.world.size + run.world.rank) * run.engine.accumulation + micro
+    noise_seed = int(np.random.SeedSequence((run.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
+    return MicroBatch(tensors=batch.tensors, noise_seed=noise_seed, measure=is_logged)

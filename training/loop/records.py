@@ -1,0 +1,119 @@
+"""What a run shows while it trains: lines of metrics, validation and sample pictures."""
+
+import logging
+import math
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+
+from dalle.output.progress import duration
+from dalle.output.sheets import save_png
+from training.engine.checkpoints import checkpoint_tag
+from training.loop.run import Run
+from training.loop.throughput import Timer, peak_memory_gib
+from training.loop.validation import validate
+from training.ranks.world import max_over_ranks, on_first_rank
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = ("loss", "text_loss", "image_loss", "psnr", "hard_psnr", "codes_used", "accuracy", "grad_norm")
+"""Metrics in the line that is said; metrics.jsonl has all."""
+_MAX_LOSS = 700.0
+"""Nats; e to a larger power is no float."""
+
+
+def log_training(run: Run, done: int, learning_rate: float, timer: Timer) -> None:
+    """Write the means since the last line to the log, and say the most important of them. Collective."""
+    values = run.means.take(run.world)
+    interval = timer.interval(done)
+    samples_per_s = interval.steps * run.config.global_batch / interval.elapsed_s
+    values |= {
+        "learning_rate": learning_rate,
+        f"{run.stage.unit}_per_s": samples_per_s * run.stage.units_per_sample,
+        "data_wait": interval.data_wait,
+        "peak_memory_gib": max_over_ranks(peak_memory_gib(run.world.device), run.world),
+        "bad_samples": float(run.bad_samples()),
+        "skipped_steps": float(run.skipped.n),
+    }
+    if run.peak_flops is not None and run.spec.flops_per_sample is not None:
+        values["mfu"] = samples_per_s * run.spec.flops_per_sample / run.peak_flops
+    _name_perplexities(values)
+    speed = f"{values[f'{run.stage.unit}_per_s']:,.0f} {run.stage.unit}/s"
+    shown = {name: value for name, value in values.items() if name in _SHOWN}
+    _log(run, done, "train", values, f"{_in_words(shown)}  {speed}  {duration(timer.left_s(done))} left")
+    if values.get("captions_cut", 0.0) > 0 and not run.has_warned_of_cut:
+        run.has_warned_of_cut = True
+        if run.world.is_first:
+            logger.warning(
+                "%.1f%% of the captions since the last line were too long and were cut; metrics.jsonl counts them as "
+                "captions_cut",
+                100 * values["captions_cut"],
+            )
+
+
+def show(run: Run, done: int) -> None:
+    """Validate, and draw samples, where they are due after this step; the last step has its own. Collective."""
+    if done >= run.config.steps:
+        return
+    if run.config.validate_every and done % run.config.validate_every == 0:
+        log_validation(run, done)
+    if run.config.sample_every and done % run.config.sample_every == 0:
+        draw_samples(run, done)
+
+
+def log_validation(run: Run, done: int) -> None:
+    """Measure the loss on the validation samples, if there are any, and write it to the log. Collective."""
+    if run.validation is None:
+        return
+    run.engine.model.eval()
+    values = validate(run, run.validation, done)
+    run.engine.train()
+    _name_perplexities(values)
+    shown = {name: value for name, value in values.items() if not isinstance(value, list)}
+    _log(run, done, "validation", values, f"validation: {_in_words(shown)}")
+
+
+def draw_samples(run: Run, done: int) -> None:
+    """Save the stage's sample picture, if it has one. Collective."""
+
+    def draw() -> None:
+        try:
+            picture = run.stage.picture(run.engine.averaged_weights())
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+            logger.warning("no sample sheet: the whole model does not fit beside what training holds")
+            return
+        if picture is not None:
+            path = run.spec.directory / "samples" / f"{checkpoint_tag(done)}.png"
+            path.parent.mkdir(exist_ok=True)
+            save_png(picture, path)
+            assert run.log is not None
+            run.log.picture(done, path)
+
+    on_first_rank(draw, run.world)
+    run.world.watch.touch()
+
+
+def _log(run: Run, done: int, split: str, values: Mapping[str, Any], line: str) -> None:
+    """Write values to the log and say a line, on the first rank. Collective."""
+
+    def write() -> None:
+        assert run.log is not None
+        run.log.write(done, split, values)
+        run.say(f"{run.stage.name} {done}/{run.config.steps}  {line}")
+
+    on_first_rank(write, run.world)
+
+
+def _in_words(values: Mapping[str, float]) -> str:
+    return " ".join(f"{name} {value:.4g}" for name, value in values.items())
+
+
+def _name_perplexities(values: dict[str, Any]) -> None:
+    """Replace the image losses by row, in nats, by perplexities, in place: e to the mean, not the mean of e to each."""
+    losses = values.pop("image_loss_by_row", None)
+    if losses is not None:
+        # written so that NaN, too, becomes infinity
+        perplexities = [math.exp(loss) if loss < _MAX_LOSS else math.inf for loss in losses]
+        values["image_perplexity_by_row"] = [float(f"{value:.6g}") for value in perplexities]

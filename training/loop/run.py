@@ -1,0 +1,126 @@
+"""One run in training: what its steps, its records and its checkpoints share."""
+
+import logging
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from training.config import TrainConfig
+from training.data.reader import ShardData
+from training.engine.engine import Engine
+from training.loop.means import Means
+from training.loop.run_folder import RunSpec
+from training.loop.skipped_steps import SkippedSteps
+from training.loop.stage import Stage
+from training.loop.throughput import total_peak_flops
+from training.metrics import MetricLog, Report
+from training.ranks.world import World, from_all_ranks, mean_over_ranks
+from training.schedules import LearningRate
+
+logger = logging.getLogger(__name__)
+
+_ORDER = ("seed", "global_batch")
+"""Options that decide which samples a step sees."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainState:
+    """What a checkpoint holds of the loop, in plain numbers; the engine saves weights, optimizer and averages."""
+
+    step: int
+    """Optimizer steps done."""
+    learning_rate: dict[str, Any]
+    """State of the schedule."""
+    bad_samples: int
+    """Unusable samples of all ranks since the run's first step."""
+    skipped_steps: int
+    """Steps that were not finite since the run's first step."""
+    skipped_in_row: tuple[int, int | None]
+    """Skipped steps in a row up to this one, and the first of them."""
+    means: list[dict[str, Any]]
+    """Sums and counts since the last line of metrics, of each rank."""
+    order: dict[str, int]
+    """Options that decide which samples a step sees."""
+
+
+@dataclass(kw_only=True)
+class Run:
+    """One run in training."""
+
+    stage: Stage
+    config: TrainConfig
+    """As it is trained: see `resolve`."""
+    world: World
+    spec: RunSpec
+    engine: Engine
+    validation: ShardData | None
+    say: Report
+    """Told how far the run is."""
+    log: MetricLog | None = None
+    """Of the first rank."""
+
+    rate: LearningRate = field(init=False)
+    means: Means = field(init=False, default_factory=Means)
+    """Of the metrics since the last line."""
+    skipped: SkippedSteps = field(init=False)
+    losses: list[Tensor] = field(init=False, default_factory=list)
+    """Losses of the last steps, on the device, that a schedule which follows them has not seen."""
+    n_bad: int = field(init=False, default=0)
+    """Unusable samples of this rank since it was started."""
+    n_bad_before: int = field(init=False, default=0)
+    """Unusable samples of all ranks before."""
+    peak_flops: float | None = field(init=False, default=None)
+    """FLOP/s of all ranks' devices at best; None if unknown, or not needed."""
+    has_warned_of_cut: bool = field(init=False, default=False)
+    """Whether a warning has said that captions are cut."""
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.rate = LearningRate(config.learning_rate)
+        self.skipped = SkippedSteps(
+            config.max_skipped_steps, self.world, lambda line: self.say(f"{self.stage.name}: {line}")
+        )
+        if self.spec.flops_per_sample is not None:
+            self.peak_flops = total_peak_flops(config, self.world)
+
+    def state(self, done: int) -> TrainState:
+        """Return the state after `done` steps. Collective."""
+        return TrainState(
+            step=done,
+            learning_rate=self.rate.state(),
+            bad_samples=self.bad_samples(),
+            skipped_steps=self.skipped.n,
+            skipped_in_row=(self.skipped.n_in_row, self.skipped.first_in_row),
+            means=from_all_ranks(self.means.state(), self.world),
+            order={name: getattr(self.config, name) for name in _ORDER},
+        )
+
+    def restore(self, state: TrainState) -> None:
+        """Resume from a state; a warning says so if the samples that follow are other ones."""
+        self.rate.restore(state.learning_rate)
+        self.n_bad_before = state.bad_samples
+        self.skipped.n = state.skipped_steps
+        self.skipped.n_in_row, self.skipped.first_in_row = state.skipped_in_row
+        if len(state.means) == self.world.size:
+            self.means.restore(state.means[self.world.rank], self.world.device)
+        changed = [name for name in _ORDER if state.order[name] != getattr(self.config, name)]
+        if changed and self.world.is_first:
+            logger.warning(
+                "%s: the run goes on with other samples than it would have seen",
+                " and ".join(f"{n} was {state.order[n]} and is {getattr(self.config, n)}" for n in changed),
+            )
+
+    def bad_samples(self) -> int:
+        """Return the number of unusable samples of all ranks since the run's first step. Collective."""
+        here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.world.device)
+        return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
+
+    def observe_losses(self, done: int) -> None:
+        """Let the schedule see the losses of the last steps, up to step `done`. Collective; waits for the device."""
+        if self.losses:
+            losses = mean_over_ranks(torch.stack(self.losses), self.world).tolist()
+            for step, loss in enumerate(losses, done - len(losses)):
+                self.rate.observe(step, loss)
+            self.losses.clear()

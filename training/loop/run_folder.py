@@ -1,0 +1,133 @@
+"""A run's folder: who may train in it, and config.json.
+
+It holds config.json, metrics.jsonl, state.json, tensorboard/, checkpoints/ and samples/.
+"""
+
+import dataclasses
+import json
+import platform
+import shutil
+import subprocess
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from storage.atomic import replace_text
+from training.config import TrainConfig
+from training.engine.checkpoints import latest_tag, require_tag
+from training.ranks.world import World, agree, on_first_rank
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunSpec:
+    """Where a run reads and writes, how it starts, and what identifies it."""
+
+    directory: Path
+    """The run's folder."""
+    description: dict[str, Any]
+    """Identifies the run in config.json: stage, recipe, model. A resumed run must agree."""
+    fresh: bool = False
+    """Start anew although there is a checkpoint."""
+    resume: bool = False
+    """Resume from a checkpoint: there must be one."""
+    resume_from: str | None = None
+    """Name of the checkpoint to go back to, such as step00000500; None for the newest."""
+    flops_per_sample: float | None = None
+    """Floating-point operations of a training step per sample, forward and backward; None if unknown."""
+
+    @property
+    def checkpoints(self) -> Path:
+        """The folder of checkpoints."""
+        return self.directory / "checkpoints"
+
+    @property
+    def has_run(self) -> bool:
+        """Whether the folder holds a run that this one would resume, or has to be refused for."""
+        return not self.fresh and latest_tag(self.checkpoints) is not None
+
+    def described(self) -> dict[str, Any]:
+        """Return the description as it is read back from config.json."""
+        described: dict[str, Any] = json.loads(json.dumps(self.description, default=str))
+        return described
+
+    def tag(self) -> str | None:
+        """Return the name of the checkpoint to resume from; None for a run from the start.
+
+        Raises:
+            ValueError: the run must resume, and the checkpoint is not there.
+        """
+        if self.resume_from is not None:
+            require_tag(self.checkpoints, self.resume_from)
+            return self.resume_from
+        tag = None if self.fresh else latest_tag(self.checkpoints)
+        if tag is None and self.resume:
+            raise ValueError(f"no checkpoint in {self.checkpoints} to --resume from: leave it out to start a new run")
+        return tag
+
+    def resume_command(self) -> str:
+        """Return in words which command resumes this run after an interruption."""
+        option = "--fresh" if self.fresh else "--resume-from" if self.resume_from is not None else None
+        return f"the same command without {option}" if option else "the same command"
+
+
+def claim(spec: RunSpec, config: TrainConfig, world: World) -> None:
+    """Write config.json, or check that the one that is there describes the same run. Collective.
+
+    Raises:
+        ValueError: the folder holds a run of another model or recipe.
+    """
+    refuse_another_run(spec)
+    agree(False, world)  # every rank has read the files before the first one writes
+    on_first_rank(lambda: _write_config(spec, config, world), world)
+
+
+def refuse_another_run(spec: RunSpec) -> None:
+    """Check that the run in the folder, if this one would resume it, is the same.
+
+    Raises:
+        ValueError: it is a run of another model or recipe.
+    """
+    path = spec.directory / "config.json"
+    if path.is_file() and spec.has_run:
+        described, found = spec.described(), _description_in(path)
+        different = sorted(key for key in described.keys() | found.keys() if described.get(key) != found.get(key))
+        if different:
+            raise ValueError(
+                f"{spec.directory} holds a run with another {' and '.join(different)}: give another --out, the same "
+                f"{' and '.join(different)}, or --fresh to train anew over it"
+            )
+
+
+def _description_in(path: Path) -> dict[str, Any]:
+    try:
+        run = json.loads(path.read_text())["run"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is damaged ({error}): delete it, or use --fresh to train anew") from None
+    return dict(run)
+
+
+def _write_config(spec: RunSpec, config: TrainConfig, world: World) -> None:
+    spec.directory.mkdir(parents=True, exist_ok=True)
+    if spec.fresh:
+        for name in ("checkpoints", "samples", "stacks", "tensorboard"):
+            shutil.rmtree(spec.directory / name, ignore_errors=True)
+    record = {
+        "run": spec.described(),
+        "training": dataclasses.asdict(config),
+        "ranks": world.size,
+        "device": str(world.device),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "git": _git_commit(),
+    }
+    replace_text(spec.directory / "config.json", json.dumps(record, indent=2, default=str))
+
+
+def _git_commit() -> str | None:
+    """Return the commit of this code, if it runs from a checkout."""
+    command = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, timeout=10, check=True).stdout.strip() or None
+    except (OSError, subprocess.SubprocessError):
+        return None
