@@ -24,6 +24,7 @@ from dalle.loss import training_loss
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import start_id
 from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
+from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.plan.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
@@ -180,7 +181,7 @@ def _train(case: Case, world: World) -> None:
     torch.manual_seed(0)
     model = DALLE(case.config)
     model.activation_checkpointing = case.checkpointing
-    engine = Engine(Objective(model, partial(transformer_loss, model)), case.train_config(), world)
+    engine = Engine(Objective(model, partial(transformer_loss, model)), resolve(case.train_config(), world.size), world)
     engine.train()
     for step in range(STEPS):
         engine.step(_micro_batches(case), 1e-4, step)

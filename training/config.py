@@ -138,7 +138,7 @@ class TrainConfig:
         if self.powersgd_rank < 0:
             raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
         if self.preset is None and self.deepspeed_config is None:
-            self._require_possible_mode()  # else the files may say what is missing: see deepspeed_config.with_files
+            self._require_possible_mode()  # else the files may say what is missing: see engine/deepspeed_config.py
             self._check_recipe()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")

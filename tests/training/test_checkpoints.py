@@ -15,13 +15,12 @@ import pytest
 import torch
 from support import tiny
 from support.checkpoints import Killed, forge_digests, kill_at
-from support.engines import Bomb, Objective, config, data, train
+from support.engines import Bomb, Objective, config, data, engine_of, train
 from support.runs import NewRun, Run, send
 
 import training.cli.main
 from training.config import OptimizerConfig
-from training.engine.checkpoints import candidates, latest_tag, mark_of, read_note, write_note
-from training.engine.engine import Engine
+from training.engine.checkpoints import digest_of, latest_tag, read_manifest, resumable_tags, write_manifest
 from training.patches import tensors_only
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
@@ -49,7 +48,7 @@ def new_run(tmp_path: Path, shards: Path) -> NewRun:
 @pytest.fixture
 def saved(tmp_path: Path, world: World) -> Path:
     """A folder with the checkpoints of steps 1, 2 and 3."""
-    engine = Engine(Objective(), config(keep_last=3), world)
+    engine = engine_of(Objective(), config(keep_last=3), world)
     for step in (1, 2, 3):
         train(engine, range(step - 1, step))
         engine.save(tmp_path, step, {"n": step})
@@ -57,7 +56,7 @@ def saved(tmp_path: Path, world: World) -> Path:
 
 
 def loaded(folder: Path, tag: str | None = None, **changes: Any) -> dict[str, Any]:
-    return Engine(Objective(seed=1), config(**changes), join_world()).load(folder, tag)
+    return engine_of(Objective(seed=1), config(**changes), join_world()).load(folder, tag)
 
 
 def names(folder: Path) -> list[str]:
@@ -76,9 +75,9 @@ def flip_a_byte(path: Path) -> None:
 def test_every_file_is_listed_with_its_size_and_digest_and_no_script_is_left(saved: Path) -> None:
     for tag in TAGS:
         folder = saved / tag
-        files = read_note(folder)["files"]
+        files = read_manifest(folder)["files"]
         assert sorted([*files, "checkpoint.json"]) == names(folder)
-        assert {name: mark_of(folder / name) for name in files} == files
+        assert {name: digest_of(folder / name) for name in files} == files
 
 
 @pytest.mark.parametrize(
@@ -88,7 +87,7 @@ def test_every_file_is_listed_with_its_size_and_digest_and_no_script_is_left(sav
 def test_the_newest_are_kept_and_multiples_for_good(
     tmp_path: Path, world: World, keep_last: int, keep_every: int, kept: list[int]
 ) -> None:
-    engine = Engine(Objective(), config(keep_last=keep_last, keep_every=keep_every), world)
+    engine = engine_of(Objective(), config(keep_last=keep_last, keep_every=keep_every), world)
     for step in range(1, 8):
         engine.save(tmp_path, step, {})
     assert names(tmp_path) == ["latest", *(f"step{step:08d}" for step in kept)]
@@ -98,8 +97,8 @@ def test_incomplete_folders_are_neither_counted_as_kept_nor_offered(saved: Path,
     (saved / TAGS[1] / "checkpoint.json").unlink()  # as a deletion that was interrupted leaves it
     shutil.copytree(saved / TAGS[2], saved / "step00000009")  # complete, but its save never came to `latest`
     (saved / "step00000012").mkdir()
-    assert candidates(saved) == [TAGS[2], TAGS[0]]
-    Engine(Objective(), config(keep_last=3), world).save(saved, 4, {})
+    assert resumable_tags(saved) == [TAGS[2], TAGS[0]]
+    engine_of(Objective(), config(keep_last=3), world).save(saved, 4, {})
     assert names(saved) == ["latest", TAGS[0], TAGS[2], "step00000004"]
 
 
@@ -107,7 +106,7 @@ def test_folders_of_other_names_are_left_alone(saved: Path, world: World) -> Non
     others = ["step1", "step00000001.bak", "mine"]
     for name in others:
         (saved / name).mkdir()
-    Engine(Objective(), config(keep_last=1), world).save(saved, 4, {})
+    engine_of(Objective(), config(keep_last=1), world).save(saved, 4, {})
     assert names(saved) == sorted(["latest", "step00000004", *others])
 
 
@@ -125,7 +124,7 @@ def test_what_latest_names_is_kept_whatever_fails_after_that(
         if Path(target).name == "latest":
             monkeypatch.setattr(call, fail)
 
-    engine = Engine(Objective(), config(keep_last=1), world)
+    engine = engine_of(Objective(), config(keep_last=1), world)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_and_fail_from_now_on)
         engine.save(saved, 4, {"n": 4})
@@ -166,7 +165,7 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(
 
 def test_a_broken_checkpoint_is_gone_when_the_run_has_saved_again(saved: Path, world: World) -> None:
     flip_a_byte(saved / TAGS[2] / FILES[0])
-    engine = Engine(Objective(), config(keep_last=5), world)
+    engine = engine_of(Objective(), config(keep_last=5), world)
     engine.load(saved)
     engine.save(saved, 7, {"n": 7})
     assert names(saved) == ["latest", *TAGS[:2], "step00000007"]
@@ -182,7 +181,7 @@ def test_without_any_good_checkpoint_the_error_names_all_that_are_bad(saved: Pat
 
 def test_a_folder_with_special_characters_in_its_name_is_resumed_from(tmp_path: Path, world: World) -> None:
     folder = tmp_path / "b [c+d]*?"
-    Engine(Objective(), config(), world).save(folder, 1, {"n": 1})
+    engine_of(Objective(), config(), world).save(folder, 1, {"n": 1})
     assert loaded(folder) == {"n": 1}
 
 
@@ -239,14 +238,14 @@ def test_a_named_checkpoint_is_gone_back_to_or_refused(saved: Path) -> None:
     ],
 )
 def test_a_note_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) -> None:
-    write_note(saved / TAGS[2], {**read_note(saved / TAGS[2]), **change})
+    write_manifest(saved / TAGS[2], {**read_manifest(saved / TAGS[2]), **change})
     assert loaded(saved) == {"n": 2}
 
 
 def test_a_note_that_lacks_something_is_damage(saved: Path) -> None:
-    note = read_note(saved / TAGS[2])
+    note = read_manifest(saved / TAGS[2])
     for name in note.keys() - {"optimizer"}:  # which notes from before there was a choice lack
-        write_note(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
+        write_manifest(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
         (saved / "latest").write_text(TAGS[2])
         assert loaded(saved) == {"n": 2}
 
@@ -261,7 +260,7 @@ def test_random_states_go_on_where_they_were(tmp_path: Path, world: World) -> No
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
 
-    engine = Engine(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), world)
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
@@ -275,12 +274,12 @@ def test_random_states_go_on_where_they_were(tmp_path: Path, world: World) -> No
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, world: World, before: int, after: int) -> None:
-    straight = Engine(Objective(), config(zero_stage=before), world)
+    straight = engine_of(Objective(), config(zero_stage=before), world)
     expected = train(straight, range(6))
-    first = Engine(Objective(), config(zero_stage=before), world)
+    first = engine_of(Objective(), config(zero_stage=before), world)
     train(first, range(3))
     first.save(tmp_path, 3, {})
-    second = Engine(Objective(seed=1), config(zero_stage=after), world)
+    second = engine_of(Objective(seed=1), config(zero_stage=after), world)
     second.load(tmp_path)
     assert train(second, range(3, 6)) == pytest.approx(expected[3:], rel=1e-6)
 
@@ -291,7 +290,7 @@ def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, world: World, before
 def test_other_moves_between_stages_are_refused_in_words(
     tmp_path: Path, world: World, before: int, after: int, use: str
 ) -> None:
-    Engine(Objective(), config(zero_stage=before), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(zero_stage=before), world).save(tmp_path, 1, {})
     with pytest.raises(
         ValueError, match=f"saved at ZeRO stage {before}, this run is at {after}: use --zero-stage {use}"
     ):
@@ -310,8 +309,8 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
     after = OptimizerConfig(
         gradient_clipping=1e-3, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-3, variance_clip=clips[1]
     )
-    Engine(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
-    engine = Engine(Objective(seed=1), config(optimizer=after, **mode), world)
+    engine_of(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
+    engine = engine_of(Objective(seed=1), config(optimizer=after, **mode), world)
     own = engine._settings()
     engine.load(tmp_path)
     assert engine._settings() == own
@@ -328,8 +327,8 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.CaptureFixture[str], stage: int) -> None:
-    Engine(Objective(), config(zero_stage=stage, precision="bf16"), world).save(tmp_path, 1, {})
-    engine = Engine(Objective(), config(zero_stage=stage, precision="bf16"), world)
+    engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world).save(tmp_path, 1, {})
+    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world)
     capfd.readouterr()
     engine.load(tmp_path)
     assert capfd.readouterr().out == ""
@@ -340,10 +339,10 @@ def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.Cap
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
 def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Path, world: World, stage: int) -> None:
-    engine = Engine(Objective(), config(zero_stage=stage), world)
+    engine = engine_of(Objective(), config(zero_stage=stage), world)
     engine.save(tmp_path, 1, {})
     folder = tmp_path / "step00000001"
-    files = list(read_note(folder)["files"])
+    files = list(read_manifest(folder)["files"])
     assert len(files) == (4 if stage else 3)
     for name in files:
         good = (folder / name).read_bytes()
@@ -362,9 +361,9 @@ def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Pat
 def test_harmless_things_of_wrong_types_are_an_error_in_words(
     tmp_path: Path, world: World, stage: int, content: object
 ) -> None:
-    Engine(Objective(), config(zero_stage=stage), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(zero_stage=stage), world).save(tmp_path, 1, {})
     folder = tmp_path / "step00000001"
-    for name in [name for name in read_note(folder)["files"] if name.endswith(".pt")]:
+    for name in [name for name in read_manifest(folder)["files"] if name.endswith(".pt")]:
         good = (folder / name).read_bytes()
         torch.save(content, folder / name)
         forge_digests(folder)
@@ -394,7 +393,7 @@ def test_no_reader_that_asks_for_free_unpickling_gets_it_while_deepspeed_reads(t
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_save_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path, world: World, stage: int) -> None:
     start = tmp_path / "start"
-    engine = Engine(Objective(), config(zero_stage=stage, keep_last=1), world)
+    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), world)
     engine.save(start, 1, {"n": 1})
     outcomes = []
     for moment in itertools.count():
@@ -418,7 +417,7 @@ def step_gone_on_from(folder: Path, stage: int) -> int:
     """Load, save the next step, and load that; returns the step that was loaded first."""
     step = int(loaded(folder, zero_stage=stage)["n"])
     after = step + 1
-    Engine(Objective(), config(zero_stage=stage, keep_last=1), join_world()).save(folder, after, {"n": after})
+    engine_of(Objective(), config(zero_stage=stage, keep_last=1), join_world()).save(folder, after, {"n": after})
     assert {name for name in names(folder) if not name.startswith(".")} == {"latest", f"step{after:08d}"}
     assert loaded(folder, zero_stage=stage) == {"n": after}
     return step

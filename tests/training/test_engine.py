@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.engines import Bomb, Objective, config, data, train, user_json
+from support.engines import Bomb, Objective, config, data, engine_of, train, user_json
 from torch import Tensor, nn
 
 from dalle.model import DALLE
@@ -15,8 +15,9 @@ from dvae import DVAE
 from rerank import CLIP
 from training.config import OptimizerConfig
 from training.engine.checkpoints import latest_tag, read_checkpoint
-from training.engine.deepspeed_config import deepspeed_config
-from training.engine.engine import Engine, decay_groups
+from training.engine.deepspeed_config import resolve
+from training.engine.engine import Engine
+from training.engine.optimizer import decay_groups
 from training.ranks.world import World, join_world
 
 
@@ -99,7 +100,7 @@ def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
     unclipped = config(
         global_batch=12, micro_batch=2, optimizer=OptimizerConfig(gradient_clipping=0.0), precision="fp32"
     )
-    derived = deepspeed_config(unclipped, world_size=3)
+    derived = resolve(unclipped, 3).deepspeed
     assert derived["gradient_clipping"] == 0.0
     assert derived["train_micro_batch_size_per_gpu"] == 2
     assert derived["gradient_accumulation_steps"] == 2
@@ -122,7 +123,7 @@ def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
 )
 def test_a_wrong_deepspeed_json_is_refused_in_words(tmp_path: Path, content: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        deepspeed_config(config(deepspeed_config=user_json(tmp_path, content)), world_size=1)
+        resolve(config(deepspeed_config=user_json(tmp_path, content)), 1)
 
 
 def test_a_deepspeed_json_is_merged_over_what_is_derived_and_auto_leaves_it(tmp_path: Path) -> None:
@@ -131,7 +132,7 @@ def test_a_deepspeed_json_is_merged_over_what_is_derived_and_auto_leaves_it(tmp_
         "bf16": {"enabled": "auto"},
         "zero_optimization": {"stage": 2, "reduce_bucket_size": "auto", "overlap_comm": False},
     }
-    merged = deepspeed_config(config(deepspeed_config=user_json(tmp_path, content)), world_size=1)
+    merged = resolve(config(deepspeed_config=user_json(tmp_path, content)), 1).deepspeed
     assert merged["train_batch_size"] == 4
     assert merged["zero_optimization"] == {"stage": 2, "overlap_comm": False}
     assert merged["bf16"] == {}
@@ -140,7 +141,7 @@ def test_a_deepspeed_json_is_merged_over_what_is_derived_and_auto_leaves_it(tmp_
 def test_a_value_that_deepspeed_refuses_is_an_error_that_names_the_file(tmp_path: Path, world: World) -> None:
     path = user_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}})
     with pytest.raises(ValueError, match=r"DeepSpeed refuses .*ds\.json"):
-        Engine(Objective(), config(deepspeed_config=path), world)
+        engine_of(Objective(), config(deepspeed_config=path), world)
 
 
 def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
@@ -165,7 +166,7 @@ def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
 @pytest.mark.parametrize("micro_batch", [4, 2])
 def test_a_step_is_that_of_torchs_adamw_with_clipping(world: World, micro_batch: int) -> None:
     settings = config(micro_batch=micro_batch)
-    engine = Engine(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, world)
     engine.train()
     reference = Objective()
     optimizer = torch.optim.AdamW(decay_groups(reference.model, settings.optimizer), betas=settings.optimizer.betas)
@@ -188,7 +189,7 @@ def test_a_step_is_that_of_torchs_adamw_with_clipping(world: World, micro_batch:
 def test_without_clipping_large_gradients_are_left_alone(world: World) -> None:
     # AdamW hardly feels the scale of gradients, its eps does
     settings = config(optimizer=OptimizerConfig(gradient_clipping=0.0, eps=10.0, weight_decay=0.0))
-    engine = Engine(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, world)
     reference = Objective()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.96), eps=10.0, weight_decay=0.0)
     reference(**data(0))[0].backward()
@@ -201,7 +202,7 @@ def test_without_clipping_large_gradients_are_left_alone(world: World) -> None:
 def test_all_zero_stages_give_the_same_losses_and_averaged_weights(world: World) -> None:
     losses, averages = [], []
     for stage in range(4):
-        engine = Engine(Objective(), config(zero_stage=stage), world)
+        engine = engine_of(Objective(), config(zero_stage=stage), world)
         losses.append(train(engine, range(5)))
         averages.append(engine.averaged_weights())
     for stage in range(1, 4):
@@ -212,8 +213,8 @@ def test_all_zero_stages_give_the_same_losses_and_averaged_weights(world: World)
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_bf16_follows_fp32_and_averages_its_float32_masters(world: World, stage: int) -> None:
-    reference = Engine(Objective(), config(), world)
-    engine = Engine(Objective(), config(zero_stage=stage, precision="bf16"), world)
+    reference = engine_of(Objective(), config(), world)
+    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world)
 
     def step(one: Engine, dtype: torch.dtype, number: int) -> float:
         tensors = data(number)
@@ -232,13 +233,13 @@ def test_the_gradient_norm_is_that_before_clipping(world: World) -> None:
     reference(**data(0))[0].backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
     for stage in (1, 2, 3):  # DeepSpeed does not tell it at stage 0
-        engine = Engine(Objective(), config(zero_stage=stage), world)
+        engine = engine_of(Objective(), config(zero_stage=stage), world)
         engine.train()
         assert float(engine.step([data(0)], 1e-2, 0)["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
 def test_averaged_weights_are_the_exponential_moving_average(world: World) -> None:
-    engine = Engine(Objective(), config(ema_decay=0.7, ema_every=2), world)
+    engine = engine_of(Objective(), config(ema_decay=0.7, ema_every=2), world)
     expected = {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
     for step in range(5):
         train(engine, range(step, step + 1))
@@ -254,12 +255,12 @@ def test_averaged_weights_are_the_exponential_moving_average(world: World) -> No
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, world: World, stage: int) -> None:
-    straight = Engine(Objective(), config(zero_stage=stage), world)
+    straight = engine_of(Objective(), config(zero_stage=stage), world)
     expected = train(straight, range(6))
-    first = Engine(Objective(), config(zero_stage=stage), world)
+    first = engine_of(Objective(), config(zero_stage=stage), world)
     losses = train(first, range(3))
     first.save(tmp_path, 3, {"rate": 0.5})
-    second = Engine(Objective(seed=1), config(zero_stage=stage), world)
+    second = engine_of(Objective(seed=1), config(zero_stage=stage), world)
     assert second.load(tmp_path) == {"rate": 0.5}
     assert losses + train(second, range(3, 6)) == expected
     for name, weight in straight.averaged_weights().items():
@@ -267,7 +268,7 @@ def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, world: World, stag
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> None:
-    engine = Engine(Objective(), config(keep_last=2), world)
+    engine = engine_of(Objective(), config(keep_last=2), world)
     (tmp_path / "step00000099").mkdir()  # what an interrupted save of a later step has left
     for step in (1, 2, 10):
         engine.save(tmp_path, step, {})
@@ -280,7 +281,7 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> N
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
     tmp_path: Path, world: World, stage: int
 ) -> None:
-    engine = Engine(Objective(), config(zero_stage=stage), world)
+    engine = engine_of(Objective(), config(zero_stage=stage), world)
     engine.save(tmp_path, 1, {})
     pickles = list((tmp_path / "step00000001").glob("*.pt"))
     assert len(pickles) == (2 if stage else 1)
@@ -299,7 +300,7 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
     tmp_path: Path, world: World, name: str, damage: str
 ) -> None:
-    engine = Engine(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), world)
     engine.save(tmp_path, 1, {})
     path = tmp_path / "step00000001" / name
     if damage == "cut":
@@ -311,16 +312,16 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
 
 
 def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, world: World) -> None:
-    Engine(Objective(), config(), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(), world).save(tmp_path, 1, {})
     with pytest.raises(ValueError, match="of another model"):
-        Engine(Objective(width=6), config(), world).load(tmp_path)
+        engine_of(Objective(width=6), config(), world).load(tmp_path)
 
 
 def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words(tmp_path: Path, world: World) -> None:
-    Engine(Objective(), config(zero_stage=1), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(zero_stage=1), world).save(tmp_path, 1, {})
     for stage in (0, 3):
         with pytest.raises(ValueError, match=f"at ZeRO stage 1, this run is at {stage}: use --zero-stage 1 or 2"):
-            Engine(Objective(), config(zero_stage=stage), world).load(tmp_path)
+            engine_of(Objective(), config(zero_stage=stage), world).load(tmp_path)
 
 
 @pytest.mark.parametrize("writer", ["torch.save", "training.engine.engine.save_file"])
@@ -328,7 +329,7 @@ def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words
 def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
     tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
 ) -> None:
-    engine = Engine(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), world)
     train(engine, range(2))
     engine.save(tmp_path, 2, {"n": 2})
     train(engine, range(2, 3))
@@ -341,13 +342,13 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
         with pytest.raises(OSError, match=r"could not save .*step00000003.*free some space.*step00000002 is kept"):
             engine.save(tmp_path, 3, {"n": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002"]
-    assert Engine(Objective(), config(), world).load(tmp_path) == {"n": 2}
+    assert engine_of(Objective(), config(), world).load(tmp_path) == {"n": 2}
     engine.save(tmp_path, 3, {"n": 3})
     assert latest_tag(tmp_path) == "step00000003"
 
 
 def test_saved_averages_are_those_of_the_engine(tmp_path: Path, world: World) -> None:
-    engine = Engine(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), world)
     train(engine, range(3))
     engine.save(tmp_path, 3, {})
     saved = load_file(tmp_path / "step00000003" / "ema.safetensors")

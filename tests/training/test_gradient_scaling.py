@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.engines import Objective, transformer_objective
+from support.engines import Objective, engine_of, transformer_objective
 from support.ranks import on_ranks
 from torch import Tensor
 
@@ -226,15 +226,15 @@ def steps(engine: Engine, first: int, last: int) -> list[dict[str, float]]:
 def test_a_run_in_float16_follows_one_in_float32_and_resumes_with_its_scales(
     tmp_path: Path, world: World, stage: int
 ) -> None:
-    plain = Engine(transformer_objective(transformer()), tiny.train_config(zero_stage=stage), world)
+    plain = engine_of(transformer_objective(transformer()), tiny.train_config(zero_stage=stage), world)
     expected = [metrics["loss"] for metrics in steps(plain, 0, 4)]
-    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage), world)
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), world)
     found = steps(engine, 0, 2)
     engine.save(tmp_path, 2, {})
     found += steps(engine, 2, 4)
     assert [metrics["loss"] for metrics in found] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in found] == pytest.approx([2 ** (13 + n / 1000) for n in range(1, 5)])
-    resumed = Engine(transformer_objective(transformer(1)), config(zero_stage=stage), world)
+    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage), world)
     resumed.load(tmp_path)
     assert steps(resumed, 2, 4) == found[2:]
 
@@ -242,7 +242,7 @@ def test_a_run_in_float16_follows_one_in_float32_and_resumes_with_its_scales(
 def test_accumulated_gradients_are_unscaled_once(world: World) -> None:
     found = []
     for micro_batch in (4, 2):
-        engine = Engine(transformer_objective(transformer()), config(micro_batch=micro_batch), world)
+        engine = engine_of(transformer_objective(transformer()), config(micro_batch=micro_batch), world)
         engine.train()
         whole = batch()
         parts = [
@@ -269,14 +269,14 @@ def test_what_does_not_go_together_is_refused_in_words(changes: dict[str, Any], 
 @pytest.mark.parametrize("scaling", ["none", "per-resblock"])
 def test_other_models_are_refused_in_words(world: World, scaling: str) -> None:
     with pytest.raises(ValueError, match="autocast-fp16 is the transformer's alone"):
-        Engine(Objective(), config(gradient_scaling=scaling), world)
+        engine_of(Objective(), config(gradient_scaling=scaling), world)
 
 
 def test_another_precision_of_the_users_is_refused_in_words(tmp_path: Path, world: World) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}))
     with pytest.raises(ValueError, match="autocast-fp16"):
-        Engine(transformer_objective(transformer()), config(deepspeed_config=path), world)
+        engine_of(transformer_objective(transformer()), config(deepspeed_config=path), world)
 
 
 # --------------------------------------------------------------------------------------------------- two ranks
@@ -303,7 +303,7 @@ def test_an_overflow_on_one_rank_lowers_the_scale_on_both(tmp_path: Path) -> Non
 
 
 def losses_on_ranks(world: World, stage: int) -> list[float]:
-    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage), world)
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), world)
     engine.train()
     own = slice(2 * world.rank, 2 * world.rank + 2) if world.size == 2 else slice(None)
     losses = []
@@ -316,7 +316,7 @@ def losses_on_ranks(world: World, stage: int) -> list[float]:
 
 
 def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[str, float]]:
-    engine = Engine(transformer_objective(transformer()), config(zero_stage=stage, global_batch=8), world)
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage, global_batch=8), world)
     found = steps(engine, 0, 2)  # the same batch on every rank
     engine.save(folder, 2, {})
     return found
@@ -326,10 +326,10 @@ def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[st
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_with_scales_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: int) -> None:
     begun, _ = on_ranks(tmp_path, save_after_two_steps, tmp_path / "a", stage)
-    resumed = Engine(transformer_objective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
+    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
     resumed.load(tmp_path / "a")
     ended = steps(resumed, 2, 4)
-    straight = Engine(transformer_objective(transformer()), config(zero_stage=stage), join_world())
+    straight = engine_of(transformer_objective(transformer()), config(zero_stage=stage), join_world())
     expected = [metrics["loss"] for metrics in steps(straight, 0, 4)]
     assert [metrics["loss"] for metrics in begun + ended] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in begun] == pytest.approx([2 * 2 ** (13 + n / 1000) for n in (1, 2)])

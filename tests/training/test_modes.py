@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support import tiny
-from support.engines import Objective, config, data, transformer_objective, user_json
+from support.engines import Objective, config, data, engine_of, transformer_objective, user_json
 from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
@@ -34,10 +34,10 @@ from dalle.stream import text_row
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from training.config import OptimizerConfig, TrainConfig
-from training.engine.adamw import VarianceClippedAdamW
-from training.engine.deepspeed_config import PRESETS, deepspeed_config, preset_path, with_files
+from training.engine.deepspeed_config import PRESETS, preset_path, resolve, with_files
 from training.engine.ema import EMA
-from training.engine.engine import Engine, build_optimizer
+from training.engine.engine import Engine
+from training.engine.optimizer import VarianceClippedAdamW, build_optimizer
 from training.loop.skipped_steps import SkippedSteps
 from training.ranks.world import World, join_world
 from training.stages.inputs import Inputs
@@ -73,7 +73,7 @@ def with_fp16(monkeypatch: pytest.MonkeyPatch) -> None:
     [{}, {"precision": "bf16", "zero_stage": 2}, {"precision": "autocast"}, {"precision": "autocast-fp16"}],
 )
 def test_a_preset_is_what_its_name_says_whatever_the_recipe_says(name: str, recipe: dict[str, Any]) -> None:
-    merged = deepspeed_config(config(preset=name, **recipe), world_size=1)
+    merged = resolve(config(preset=name, **recipe), 1).deepspeed
     precision = name.split("-")[-1]
     assert merged["zero_optimization"]["stage"] == (int(name[4]) if name.startswith("zero") else 0)
     for key, called in (("bf16", "bf16"), ("fp16", "fp16"), ("torch_autocast", "autocast")):
@@ -104,7 +104,7 @@ def test_every_preset_is_listed_with_what_it_is_for_and_printed_as_it_is(capsys:
 def test_a_copy_of_a_preset_is_a_configuration_of_ones_own(tmp_path: Path) -> None:
     for name in NAMES:
         copy = Path(shutil.copy(preset_path(name), tmp_path / "ds.json"))
-        assert deepspeed_config(config(deepspeed_config=copy), 1) == deepspeed_config(config(preset=name), 1)
+        assert resolve(config(deepspeed_config=copy), 1).deepspeed == resolve(config(preset=name), 1).deepspeed
 
 
 def test_presets_are_package_data() -> None:
@@ -218,7 +218,7 @@ def test_a_json_may_change_what_the_recipe_says_and_a_line_tells_each_change(tmp
         f'{path}: data_types.grad_accum_dtype "bf16", instead of "fp32"',
         f"{path}: zero_optimization.offload_optimizer.pin_memory false, instead of true",
     ]
-    merged = deepspeed_config(recipe, 1)
+    merged = resolve(recipe, 1).deepspeed
     assert "torch_autocast" not in merged
     assert {key: merged[key] for key in content} == content
 
@@ -263,7 +263,7 @@ def test_options_that_agree_with_a_preset_are_no_contradiction() -> None:
 
 
 def test_the_batch_is_said_once_and_told_in_one_line(world: World) -> None:
-    engine = Engine(Objective(), config(global_batch=12, micro_batch=3), world)
+    engine = engine_of(Objective(), config(global_batch=12, micro_batch=3), world)
     assert engine.batch == "global batch 12 = 3 per process × 1 process × 4 accumulated"
 
 
@@ -320,7 +320,7 @@ def losses(engine: Engine, world: World, steps: int = 4) -> list[float]:
 @pytest.fixture(scope="module")
 def reference() -> list[float]:
     """Losses of one process in float32 at ZeRO 0, without accumulation."""
-    return losses(Engine(transformer(), run_of("fp32", 0, "none"), join_world()), join_world())
+    return losses(engine_of(transformer(), run_of("fp32", 0, "none"), join_world()), join_world())
 
 
 def tolerance(precision: str) -> float:
@@ -331,7 +331,7 @@ def tolerance(precision: str) -> float:
 def test_every_mode_gives_the_losses_of_float32_whole(
     world: World, reference: list[float], precision: str, stage: int, offload: str
 ) -> None:
-    engine = Engine(transformer(), run_of(precision, stage, offload), world)
+    engine = engine_of(transformer(), run_of(precision, stage, offload), world)
     assert losses(engine, world) == pytest.approx(reference, abs=tolerance(precision))
 
 
@@ -343,7 +343,7 @@ def test_accumulation_changes_nothing(world: World, precision: str, stage: int, 
     empty = torch.tensor(text_row([], model.text_vocab, model.text_len))
 
     def run(n: int) -> tuple[list[float], dict[str, Tensor]]:
-        engine = Engine(transformer(), run_of(precision, stage, offload, n), world)
+        engine = engine_of(transformer(), run_of(precision, stage, offload, n), world)
         engine.train()
         batches = [{**tokens(step), "text": empty.expand(8, -1)} for step in range(3)]
         found = [engine.step(parts(batch, n), 1e-4, step)["loss"].item() for step, batch in enumerate(batches)]
@@ -371,7 +371,7 @@ def test_gradients_of_half_precision_are_accumulated_in_float32(world: World, st
 
     n, unclipped = 32, OptimizerConfig(gradient_clipping=0.0)
     settings = config(global_batch=n, micro_batch=1, precision="bf16", zero_stage=stage, optimizer=unclipped)
-    engine = Engine(Slope(), settings, world)
+    engine = engine_of(Slope(), settings, world)
     engine.train()
     large, small = torch.full((1, 2), 256.0), torch.full((1, 2), 0.75)
     norm = engine.step([{"x": large}] + [{"x": small}] * (n - 1), 1e-3, 0)["grad_norm"]
@@ -383,7 +383,7 @@ def test_fp16_is_refused_in_words_where_the_device_has_none(world: World, monkey
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
     with pytest.raises(ValueError, match="this cpu does not compute in fp16: use precision bf16, autocast or fp32"):
-        Engine(Objective(), config(precision="fp16", zero_stage=1), world)
+        engine_of(Objective(), config(precision="fp16", zero_stage=1), world)
 
 
 @pytest.mark.usefixtures("with_fp16")
@@ -392,7 +392,7 @@ def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
     world: World, reference: list[float], stage: int, tmp_path: Path
 ) -> None:
     path = user_json(tmp_path, {"fp16": {"initial_scale_power": 30, "hysteresis": 1}})
-    engine = Engine(transformer(), run_of("fp16", stage, "none", deepspeed_config=path), world)
+    engine = engine_of(transformer(), run_of("fp16", stage, "none", deepspeed_config=path), world)
     engine.train()
     scales, applied = [], []
     for _ in range(30):
@@ -412,7 +412,7 @@ def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
 @pytest.mark.usefixtures("with_fp16")
 def test_fp16_at_its_smallest_loss_scale_is_told_apart_from_an_overflow(world: World, tmp_path: Path) -> None:
     path = user_json(tmp_path, {"fp16": {"initial_scale_power": 1, "hysteresis": 1}})
-    engine = Engine(transformer(), run_of("fp16", 2, "none", deepspeed_config=path), world)
+    engine = engine_of(transformer(), run_of("fp16", 2, "none", deepspeed_config=path), world)
     engine.train()
     with torch.no_grad():
         engine.model.get_parameter("final_norm.bias")[0] = math.nan
@@ -486,7 +486,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
     spoilt = dict(zip((0, 3, 4, 6), BAD.values(), strict=True))
 
     def run(steps: list[int]) -> tuple[list[int], dict[str, Any]]:
-        engine = Engine(SpoilableObjective(), settings, world)
+        engine = engine_of(SpoilableObjective(), settings, world)
         engine.train()
         applied = []
         for step in steps:
@@ -589,7 +589,7 @@ class Given(nn.Module):
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer")])
 def test_the_running_variance_is_at_most_its_bound_before_it_is_used(world: World, stage: int, offload: str) -> None:
     optimizer = OptimizerConfig(gradient_clipping=0.0, variance_clip=5.0)
-    engine = Engine(Given(), config(zero_stage=stage, offload=offload, optimizer=optimizer), world)
+    engine = engine_of(Given(), config(zero_stage=stage, offload=offload, optimizer=optimizer), world)
     engine.train()
     before = engine._gather()["weight"].detach().clone().cpu()
     generator = torch.Generator().manual_seed(0)
@@ -635,7 +635,7 @@ SPOILT_MODES: list[Mode] = [
 
 def rank_losses(world: World, modes: list[Mode], accumulation: int) -> list[list[float]]:
     allow_every_precision()
-    return [losses(Engine(transformer(), run_of(*mode, accumulation, world.size), world), world) for mode in modes]
+    return [losses(engine_of(transformer(), run_of(*mode, accumulation, world.size), world), world) for mode in modes]
 
 
 @pytest.mark.slow
@@ -652,7 +652,7 @@ def steps_with_a_bad_one(world: World, mode: Mode, spoilt: int | None, bad: str)
     """Steps 0 to 3; step 1 is bad on one rank alone, or left out."""
     precision, stage, offload = mode
     settings = config(global_batch=16, micro_batch=4, precision=precision, zero_stage=stage, offload=offload)
-    engine = Engine(SpoilableObjective(), settings, world)
+    engine = engine_of(SpoilableObjective(), settings, world)
     engine.train()
     applied = []
     for step in range(4):

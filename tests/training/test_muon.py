@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
+from support.engines import engine_of
 from support.modes import allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
@@ -21,9 +22,10 @@ from dalle.model import DALLE, DALLEConfig
 from dvae import DVAE
 from rerank import CLIP
 from training.config import OptimizerConfig, Precision, TrainConfig
-from training.engine.engine import Engine, build_optimizer, decay_groups
+from training.engine.engine import Engine
 from training.engine.muon import MuonAdamW, block_matrices, orthogonal
 from training.engine.objective import Objective
+from training.engine.optimizer import build_optimizer, decay_groups
 from training.ranks.world import World, join_world
 from training.stages.transformer import transformer_loss
 
@@ -104,7 +106,7 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
 def trained(world: World, config: TrainConfig, first: int = 0, last: int = STEPS, folder: Path | None = None) -> Engine:
     if config.precision == "fp16":
         allow_every_precision()
-    engine = Engine(objective(), config, world)
+    engine = engine_of(objective(), config, world)
     if first:
         assert folder is not None
         engine.load(folder)
@@ -414,7 +416,7 @@ def test_a_checkpoint_of_the_other_optimizer_is_refused(world: World, tmp_path: 
         trained(world, saved, last=1, folder=folder)
         kind, other = saved.optimizer.kind, now.optimizer.kind
         with pytest.raises(ValueError, match=f"saved with optimizer {kind}, .*{other}.*--optimizer {kind}.*--fresh"):
-            Engine(objective(), now, world).load(folder)
+            engine_of(objective(), now, world).load(folder)
 
 
 def test_a_checkpoint_from_before_there_was_muon_is_adamws(
@@ -422,10 +424,12 @@ def test_a_checkpoint_from_before_there_was_muon_is_adamws(
 ) -> None:
     adamw = dataclasses.replace(settings(), optimizer=OptimizerConfig())
     trained(world, adamw, last=1, folder=tmp_path)
-    read = training.engine.engine.read_note
+    read = training.engine.engine.read_manifest
     monkeypatch.setattr(
-        training.engine.engine, "read_note", lambda folder: {k: v for k, v in read(folder).items() if k != "optimizer"}
+        training.engine.engine,
+        "read_manifest",
+        lambda folder: {k: v for k, v in read(folder).items() if k != "optimizer"},
     )
     trained(world, adamw, first=1, last=2, folder=tmp_path)
     with pytest.raises(ValueError, match="saved with optimizer adamw"):
-        Engine(objective(), settings(), world).load(tmp_path)
+        engine_of(objective(), settings(), world).load(tmp_path)

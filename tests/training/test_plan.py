@@ -12,7 +12,7 @@ from dalle.attention import KINDS, Kind
 from dalle.model import DALLE, DALLEConfig
 from training.cli.main import main
 from training.config import Precision
-from training.engine.deepspeed_config import LARGEST_BUCKET
+from training.engine.deepspeed_config import MAX_BUCKET
 from training.plan.activations import Activations, activations
 from training.plan.flops import training_flops
 from training.plan.memory_model import (
@@ -201,9 +201,9 @@ def test_the_dvae_encodes_a_micro_batch_at_a_time_beside_its_weights() -> None:
 
 def test_a_buffer_of_gradients_is_no_larger_than_the_model_nor_than_deepspeeds() -> None:
     run = run_of(Mode(zero_stage=2, precision="fp32"))
-    huge = dataclasses.replace(run, sizes=dataclasses.replace(run.sizes, total=10 * LARGEST_BUCKET))
+    huge = dataclasses.replace(run, sizes=dataclasses.replace(run.sizes, total=10 * MAX_BUCKET))
     assert 4 * run.sizes.total <= moments(run)["reduction"].deepspeed < 12 * run.sizes.total
-    assert 4 * LARGEST_BUCKET <= moments(huge)["reduction"].deepspeed < 12 * LARGEST_BUCKET
+    assert 4 * MAX_BUCKET <= moments(huge)["reduction"].deepspeed < 12 * MAX_BUCKET
 
 
 @pytest.mark.parametrize(

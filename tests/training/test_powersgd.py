@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from support import tiny
-from support.engines import Objective, config, data, transformer_objective
+from support.engines import Objective, config, data, engine_of, transformer_objective
 from support.ranks import on_ranks
 from torch import Tensor, nn
 
@@ -20,7 +20,6 @@ from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from training.config import OptimizerConfig
 from training.drawings.shapes import world as drawings
-from training.engine.engine import Engine
 from training.engine.powersgd import PowerSGD, compressed_names, expected_ratio
 from training.ranks.world import World, join_world
 
@@ -230,12 +229,12 @@ def test_what_the_users_configuration_makes_impossible_is_refused_in_words(tmp_p
         path = tmp_path / "ds.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
-            Engine(Objective(), config(powersgd_rank=1, deepspeed_config=path), world)
+            engine_of(Objective(), config(powersgd_rank=1, deepspeed_config=path), world)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_gradient_that_is_not_finite_changes_no_weight(world: World, stage: int) -> None:
-    engine = Engine(Objective(), config(powersgd_rank=1, zero_stage=stage), world)
+    engine = engine_of(Objective(), config(powersgd_rank=1, zero_stage=stage), world)
     engine.train()
     engine.step([data(0)], 1e-2, 0)
     before = copied(dict(engine.model.named_parameters()))
@@ -295,7 +294,7 @@ def engine_steps(world: World, folder: Path, changes: dict[str, Any], first: int
         path = folder / f"ds{world.rank}.json"
         path.write_text(json.dumps(changes["deepspeed_config"]))
         changes = {**changes, "deepspeed_config": path}
-    engine = Engine(Objective(width=32), config(**changes), world)
+    engine = engine_of(Objective(width=32), config(**changes), world)
     if first:
         engine.load(folder)
     engine.train()
@@ -399,7 +398,7 @@ def batches_of(pairs: Mapping[str, Tensor], n_steps: int, size: int) -> Iterator
 def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Train a tiny transformer; returns the loss before and after, and what a step sent, as counted outside."""
     settings = {"global_batch": 16, "optimizer": OptimizerConfig(), **changes}
-    engine = Engine(transformer_objective(transformer()), tiny.train_config(**settings), world)
+    engine = engine_of(transformer_objective(transformer()), tiny.train_config(**settings), world)
     engine.train()
     counted = [0]
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):

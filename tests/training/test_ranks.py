@@ -13,14 +13,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from support import tiny
-from support.engines import Objective, config, data
+from support.engines import Objective, config, data, engine_of
 from support.ranks import launch, losses_of, on_ranks, transformer_command
 
 import training.cli.main
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP
-from training.engine.engine import Engine
 from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world, on_first_rank, require_same
@@ -130,7 +129,7 @@ def test_all_ranks_hear_that_one_of_them_was_asked_to_stop_encoding(tmp_path: Pa
 
 
 def engine_steps(world: World, folder: Path, stage: int, first: int, last: int) -> list[float]:
-    engine = Engine(Objective(), config(zero_stage=stage), world)
+    engine = engine_of(Objective(), config(zero_stage=stage), world)
     if first:
         engine.load(folder)
     engine.train()
@@ -147,7 +146,7 @@ def engine_steps(world: World, folder: Path, stage: int, first: int, last: int) 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_like_one_and_resume_bit_for_bit(tmp_path: Path, stage: int) -> None:
-    engine = Engine(Objective(), config(), join_world())
+    engine = engine_of(Objective(), config(), join_world())
     engine.train()
     expected = [engine.step([data(step)], 1e-2, step)["loss"].item() for step in range(4)]
     straight = on_ranks(tmp_path, engine_steps, tmp_path / "a", stage, 0, 4)[0]
@@ -157,7 +156,7 @@ def test_two_ranks_train_like_one_and_resume_bit_for_bit(tmp_path: Path, stage: 
 
 
 def save_with_a_full_disk_on(world: World, folder: Path, full: int) -> None:
-    engine = Engine(Objective(), config(zero_stage=2), world)
+    engine = engine_of(Objective(), config(zero_stage=2), world)
     engine.save(folder, 1, {})
     if world.rank == full:
 
@@ -179,7 +178,7 @@ def test_a_full_disk_on_one_rank_is_an_error_on_both(tmp_path: Path, full: int) 
 
 
 def load_checkpoint(world: World, folder: Path) -> None:
-    Engine(Objective(), config(zero_stage=2), world).load(folder)
+    engine_of(Objective(), config(zero_stage=2), world).load(folder)
 
 
 def test_a_part_of_a_checkpoint_that_is_damaged_is_an_error_on_both_ranks(tmp_path: Path) -> None:

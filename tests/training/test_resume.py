@@ -16,7 +16,7 @@ import torch.distributed as dist
 from safetensors.torch import load_file
 from support import tiny
 from support.checkpoints import Killed, forge_digests, kill_at
-from support.engines import Bomb, Objective, config, data
+from support.engines import Bomb, Objective, config, data, engine_of
 from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from support.runs import Run, send
@@ -24,8 +24,7 @@ from support.runs import Run, send
 import training.loop.loop
 from training.config import OptimizerConfig, TrainConfig
 from training.data.batches import Batch
-from training.engine.checkpoints import UNIVERSAL, read_note
-from training.engine.engine import Engine
+from training.engine.checkpoints import UNIVERSAL, read_manifest
 from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
@@ -141,7 +140,7 @@ def engine_losses(
     world: World, folder: Path, settings: TrainConfig, first: int, last: int, dtype: torch.dtype = torch.float32
 ) -> list[float]:
     """Take steps with a bare engine, going on from the checkpoint in `folder` if there is one; save in `folder`."""
-    engine = Engine(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, world)
     if first:
         engine.load(folder)
     engine.train()
@@ -271,23 +270,23 @@ def test_stage_and_ranks_change_at_once(tmp_path: Path, before: int, after: int)
 def test_code_in_a_checkpoint_does_not_run_when_it_is_converted(tmp_path: Path, stage: int) -> None:
     on_ranks(tmp_path, engine_losses, tmp_path / "c", config(zero_stage=stage), 0, 1)
     folder = tmp_path / "c" / "step00000001"
-    pickles = [name for name in read_note(folder)["files"] if name.endswith(".pt")]
+    pickles = [name for name in read_manifest(folder)["files"] if name.endswith(".pt")]
     assert len(pickles) == (4 if stage == 3 else 3)
     for name in pickles:
         good = (folder / name).read_bytes()
         torch.save({"module": Bomb(tmp_path / "ran"), "optimizer_state_dict": Bomb(tmp_path / "ran")}, folder / name)
         forge_digests(folder)
         with pytest.raises(ValueError, match="cannot be loaded"):
-            Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+            engine_of(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
         assert not (tmp_path / "ran").exists()
         assert not (tmp_path / "c" / UNIVERSAL).exists()
         (folder / name).write_bytes(good)
         forge_digests(folder)
-    Engine(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+    engine_of(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
 
 
 def load_at_stage_2(world: World, folder: Path) -> None:
-    Engine(Objective(), config(zero_stage=2), world).load(folder)
+    engine_of(Objective(), config(zero_stage=2), world).load(folder)
 
 
 def test_a_file_of_one_rank_that_holds_something_else_is_an_error_on_both_and_when_converted(tmp_path: Path) -> None:
@@ -312,7 +311,7 @@ def test_what_an_interrupted_conversion_left_is_not_loaded(tmp_path: Path) -> No
 
 
 def save_until_killed(world: World, folder: Path, stage: int, victim: int, moment: int) -> str:
-    engine = Engine(Objective(), config(zero_stage=stage, keep_last=1), world)
+    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), world)
     engine.save(folder, 1, {"n": 1})
     with pytest.MonkeyPatch.context() as patch:
         if world.rank == victim:
@@ -334,7 +333,7 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tm
     for moment in itertools.count(0, 3):
         folder = tmp_path / f"{moment}"
         told = on_ranks(tmp_path, save_until_killed, folder, 2, victim, moment)
-        outcomes.append(Engine(Objective(seed=1), config(zero_stage=2), join_world()).load(folder)["n"])
+        outcomes.append(engine_of(Objective(seed=1), config(zero_stage=2), join_world()).load(folder)["n"])
         if told[victim] != "killed":
             break
     assert told == ["saved", "saved"]
@@ -345,11 +344,11 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tm
 
 def flip_and_load(world: World, folder: Path) -> int:
     """Load on two ranks what one of them alone finds damaged."""
-    return int(Engine(Objective(), config(zero_stage=2), world).load(folder)["n"])
+    return int(engine_of(Objective(), config(zero_stage=2), world).load(folder)["n"])
 
 
 def save_twice(world: World, folder: Path) -> None:
-    engine = Engine(Objective(), config(zero_stage=2), world)
+    engine = engine_of(Objective(), config(zero_stage=2), world)
     for step in (1, 2):
         engine.save(folder, step, {"n": step})
 
@@ -357,7 +356,7 @@ def save_twice(world: World, folder: Path) -> None:
 def test_all_ranks_go_back_from_what_one_of_them_finds_damaged(tmp_path: Path) -> None:
     on_ranks(tmp_path, save_twice, tmp_path / "c")
     folder = tmp_path / "c" / "step00000002"
-    for number, name in enumerate(sorted(read_note(folder)["files"])):
+    for number, name in enumerate(sorted(read_manifest(folder)["files"])):
         copy = shutil.copytree(tmp_path / "c", tmp_path / f"copy{number}")
         os.truncate(copy / "step00000002" / name, 5)
         assert on_ranks(tmp_path, flip_and_load, copy) == [1, 1]
@@ -365,7 +364,7 @@ def test_all_ranks_go_back_from_what_one_of_them_finds_damaged(tmp_path: Path) -
 
 def save_where_only_the_first_rank_sees(world: World, folder: Path) -> None:
     """Save to a folder that is another one on the second rank, as on machines without a common file system."""
-    engine = Engine(Objective(), config(zero_stage=2), world)
+    engine = engine_of(Objective(), config(zero_stage=2), world)
     own = folder / f"{world.rank}"
     engine.save(own, 1, {})
 

@@ -1,9 +1,9 @@
-"""Checkpoints to resume from: a folder of them, of which `latest` names the one to go on from.
+"""A folder of checkpoints to resume from; `latest` names the newest.
 
-A checkpoint is a folder named for its step. DeepSpeed writes and reads the tensors; here is what makes that safe.
-`checkpoint.json` is written last and lists every file with its size and digest, so a folder without it is what an
-interrupted save left behind. Then `latest` is replaced. What is newer than `latest` says is never read, and goes when
-the run saves again. Reading executes nothing.
+A checkpoint is a folder named for its step. DeepSpeed writes and reads the tensors; this file makes that safe.
+`checkpoint.json` is written last and lists every file with its size and digest, so a folder without it is left from an
+interrupted save. Then `latest` is replaced. Checkpoints newer than `latest` are never read, and deleted at the next
+save. Reading executes nothing.
 """
 
 import hashlib
@@ -35,14 +35,14 @@ READ_ERRORS = (
     AssertionError,
     pickle.UnpicklingError,
 )
-"""What torch and DeepSpeed raise for damaged, forged and foreign checkpoints."""
+"""Errors of torch and DeepSpeed for damaged, forged and foreign checkpoints."""
 
-NOTE = "checkpoint.json"
-"""What a checkpoint says of itself: step, ranks, zero_stage, state, files. With it, a checkpoint is complete."""
+MANIFEST = "checkpoint.json"
+"""A checkpoint's manifest: step, ranks, zero_stage, state, files. With it, a checkpoint is complete."""
 UNIVERSAL = ".universal"
-"""Where, beside the checkpoints, one is converted for another number of ranks."""
+"""Folder beside the checkpoints in which one is converted for another number of ranks."""
 
-Mark = dict[str, Any]
+FileDigest = dict[str, Any]
 """A file's size in bytes and its digest: {"bytes": …, "blake2b": …}."""
 
 
@@ -55,7 +55,7 @@ def checkpoint_tag(step: int) -> str:
 
 
 def is_tag(name: str) -> bool:
-    """Return whether this is the name of a checkpoint; never true of a path."""
+    """Return whether a name is that of a checkpoint; false for every path."""
     return re.fullmatch(r"step\d{8,18}", name, re.ASCII) is not None
 
 
@@ -70,14 +70,14 @@ def tags_in(directory: Path) -> list[str]:
     return sorted(filter(is_tag, names), key=step_of, reverse=True)
 
 
-def candidates(directory: Path) -> list[str]:
-    """Return the names of the checkpoints that a run may go on from, newest first.
+def resumable_tags(directory: Path) -> list[str]:
+    """Return the names of the checkpoints that a run may resume from, newest first.
 
-    They are the complete ones, none newer than `latest` says. The one that it names is always among them: if it is
-    missing, that is damage to report. Without a `latest` that names a checkpoint, all complete ones are.
+    They are the one that `latest` names, complete or not, and the complete ones before it. If `latest` names none, they
+    are all complete ones.
     """
     named = _named(directory)
-    complete = [tag for tag in tags_in(directory) if (directory / tag / NOTE).is_file()]
+    complete = [tag for tag in tags_in(directory) if (directory / tag / MANIFEST).is_file()]
     if named is None:
         return complete
     older = [tag for tag in complete if step_of(tag) < step_of(named)]
@@ -85,28 +85,28 @@ def candidates(directory: Path) -> list[str]:
 
 
 def latest_tag(directory: Path) -> str | None:
-    """Return the name of the checkpoint that a run goes on from, as far as can be told without reading it; or None.
+    """Return the name of the checkpoint that a run resumes from, judged without reading it; None if there is none.
 
-    It is the newest of the candidates whose files are there; if all lack some, the newest.
+    It is the newest of `resumable_tags` whose files are there; if all lack some, the newest.
     """
-    tags = candidates(directory)
-    whole = (tag for tag in tags if not _damage(directory / tag, look=_size_problem))
+    tags = resumable_tags(directory)
+    whole = (tag for tag in tags if not _damage(directory / tag, check=_size_problem))
     return next(whole, tags[0] if tags else None)
 
 
 def require_tag(directory: Path, tag: str) -> None:
-    """Check that a checkpoint named by the user is there.
+    """Check that a checkpoint is complete.
 
     Raises:
-        ValueError: it is not; says which are.
+        ValueError: it is not; names those that are.
     """
-    if not is_tag(tag) or not (directory / tag / NOTE).is_file():
-        there = ", ".join(tag for tag in tags_in(directory) if (directory / tag / NOTE).is_file()) or "none"
+    if not is_tag(tag) or not (directory / tag / MANIFEST).is_file():
+        there = ", ".join(tag for tag in tags_in(directory) if (directory / tag / MANIFEST).is_file()) or "none"
         raise ValueError(f"no checkpoint {tag!r} in {directory}: there are {there}")
 
 
 def _named(directory: Path) -> str | None:
-    """Return what `latest` says, or None if it does not name a checkpoint."""
+    """Return the name in `latest`; None if it is not that of a checkpoint."""
     try:
         tag = (directory / "latest").read_text(encoding="utf-8", errors="replace").strip()
     except OSError:
@@ -117,8 +117,8 @@ def _named(directory: Path) -> str | None:
 # ------------------------------------------------------------------------------------------ notes and digests
 
 
-def mark_of(path: Path) -> Mark:
-    """Bring a file to the disk, and return its size and the digest of what can be read back."""
+def digest_of(path: Path) -> FileDigest:
+    """Flush a file to the disk, and return its size and the digest of its bytes as they are read back."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
         return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, _digest).hexdigest()}
@@ -128,85 +128,85 @@ def _digest() -> hashlib.blake2b:
     return hashlib.blake2b(digest_size=16)
 
 
-def write_note(folder: Path, note: Mapping[str, Any]) -> None:
-    """Write checkpoint.json whole or not at all: from then on the checkpoint is complete."""
-    note = json.loads(json.dumps(note))  # as it will be read
-    replace_text(folder / NOTE, json.dumps({**note, "blake2b": _digest_of_note(note)}, indent=2))
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Write checkpoint.json, whole or not at all, which makes the checkpoint complete."""
+    manifest = json.loads(json.dumps(manifest))  # as it will be read
+    replace_text(folder / MANIFEST, json.dumps({**manifest, "blake2b": _digest_of_manifest(manifest)}, indent=2))
 
 
-def _digest_of_note(note: Mapping[str, Any]) -> str:
+def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:
     digest = _digest()
-    digest.update(json.dumps(note, sort_keys=True).encode())
+    digest.update(json.dumps(manifest, sort_keys=True).encode())
     return digest.hexdigest()
 
 
-def read_note(folder: Path) -> dict[str, Any]:
-    """Return what a checkpoint says of itself: step, ranks, zero_stage, state, files.
+def read_manifest(folder: Path) -> dict[str, Any]:
+    """Return a checkpoint's manifest: step, ranks, zero_stage, state, files.
 
     Raises:
-        ValueError: that file is missing, damaged, or lists files outside the folder.
+        ValueError: it is missing, damaged, or lists files outside the folder.
     """
-    path = folder / NOTE
+    path = folder / MANIFEST
     try:
-        note = json.loads(path.read_text(encoding="utf-8"))
-        digest = note.pop("blake2b")
-        if digest != _digest_of_note(note):
-            raise ValueError("its digest is another")
-        if not all(isinstance(note[name], int) for name in ("step", "ranks", "zero_stage")):
-            raise ValueError("its numbers are none")
-        if not isinstance(note["state"], dict):
-            raise ValueError("its state is none")
-        if not note["files"] or any(name != Path(name).name or name in (".", "..") for name in note["files"]):
-            raise ValueError("its files are none, or outside")
-        if not all(isinstance(mark["bytes"], int) and "blake2b" in mark for mark in note["files"].values()):
-            raise ValueError("its files have no digests")
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        digest = manifest.pop("blake2b")
+        if digest != _digest_of_manifest(manifest):
+            raise ValueError("its digest does not match")
+        if not all(isinstance(manifest[name], int) for name in ("step", "ranks", "zero_stage")):
+            raise ValueError("step, ranks and zero_stage must be integers")
+        if not isinstance(manifest["state"], dict):
+            raise ValueError("state must be an object")
+        if not manifest["files"] or any(name != Path(name).name or name in (".", "..") for name in manifest["files"]):
+            raise ValueError("a file name is missing or leads out of the folder")
+        if not all(isinstance(digest["bytes"], int) and "blake2b" in digest for digest in manifest["files"].values()):
+            raise ValueError("a file has no size or no digest")
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} is missing or damaged ({error})") from None
-    return dict(note)
+    return dict(manifest)
 
 
 def read_checkpoint(directory: Path) -> dict[str, Any]:
-    """Return what the checkpoint that a run goes on from says of itself; see `read_note`."""
-    return read_note(directory / (latest_tag(directory) or ""))
+    """Return the manifest of the checkpoint that a run resumes from; see `read_manifest`."""
+    return read_manifest(directory / (latest_tag(directory) or ""))
 
 
-def _size_problem(path: Path, mark: Mark) -> str | None:
-    """Return what is wrong with a file at first sight, or None."""
+def _size_problem(path: Path, digest: FileDigest) -> str | None:
+    """Return what is wrong with a file's size, or None."""
     if not path.is_file():
         return f"{path} is missing"
     size = path.stat().st_size
-    return None if size == mark["bytes"] else f"{path} has {size} bytes of {mark['bytes']}"
+    return None if size == digest["bytes"] else f"{path} has {size} bytes of {digest['bytes']}"
 
 
-def _problem(path: Path, mark: Mark) -> str | None:
-    """Return what is wrong with a file, or None; reads it whole."""
+def _problem(path: Path, digest: FileDigest) -> str | None:
+    """Return what is wrong with a file's size or bytes, or None."""
     try:
-        problem = _size_problem(path, mark)
+        problem = _size_problem(path, digest)
         if problem is not None:
             return problem
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, _digest).hexdigest()
+            found = hashlib.file_digest(file, _digest).hexdigest()
     except OSError as error:
         return f"{path} cannot be read ({error})"
-    return None if digest == mark["blake2b"] else f"{path} is not what was written: its digest is another"
+    return None if found == digest["blake2b"] else f"{path} is not what was written: its digest does not match"
 
 
 def _damage(
-    folder: Path, look: Callable[[Path, Mark], str | None] = _problem, rank: int = 0, size: int = 1
+    folder: Path, check: Callable[[Path, FileDigest], str | None] = _problem, rank: int = 0, size: int = 1
 ) -> list[str]:
-    """Return what is wrong with a checkpoint's files; of `size` ranks, each looks at some of them."""
+    """Return what is wrong with a checkpoint's files; each of `size` ranks checks some of them."""
     try:
-        files: dict[str, Mark] = read_note(folder)["files"]
+        files: dict[str, FileDigest] = read_manifest(folder)["files"]
     except ValueError as error:
         return [str(error)]
     names = sorted(files, key=lambda name: (files[name]["bytes"], name))[rank::size]
-    return [problem for name in names if (problem := look(folder / name, files[name])) is not None]
+    return [problem for name in names if (problem := check(folder / name, files[name])) is not None]
 
 
 def first_good(directory: Path, tags: Sequence[str], world: World) -> tuple[str | None, list[str]]:
-    """Return the first checkpoint of `tags` whose files are as they were written, and what is wrong with those before.
+    """Return the first undamaged checkpoint of `tags`, and what is wrong with those before it.
 
-    Collective: the ranks share out the files, and all get the same answer.
+    Collective: ranks share out the files, and all get the same answer.
     """
     wrong: list[str] = []
     for tag in tags:
@@ -221,40 +221,44 @@ def first_good(directory: Path, tags: Sequence[str], world: World) -> tuple[str 
 # ------------------------------------------------------------------------------------------------------ writing
 
 
-def make_place(folder: Path) -> None:
-    """Make an empty folder for a checkpoint, in place of one that is there."""
+def make_empty(folder: Path) -> None:
+    """Make an empty folder for a checkpoint; delete one that is there."""
     drop(folder)
     folder.mkdir(parents=True)
 
 
 def drop(folder: Path) -> None:
-    """Delete a checkpoint; at no moment does it look complete and is not."""
+    """Delete a checkpoint, its manifest first, so that it never looks complete when it is not."""
     with suppress(OSError):
-        (folder / NOTE).unlink(missing_ok=True)
+        (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)
 
 
-def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: int, keep_every: int) -> None:
-    """Make a checkpoint complete, let `latest` name it, and drop those that are not to be kept.
+def publish(directory: Path, tag: str, manifest: Mapping[str, Any], *, keep_last: int, keep_every: int) -> None:
+    """Complete a checkpoint with its manifest, let `latest` name it, and delete old ones.
 
-    Once `latest` names it, it is saved: old ones that cannot be dropped are a warning.
+    A warning says so if old ones could not be deleted.
 
     Args:
-        directory: where checkpoints of the run are kept.
+        directory: the run's checkpoints.
         tag: the checkpoint whose files are written.
-        note: step, ranks, zero_stage, state, files.
-        keep_last: how many of the newest ones are kept, this one included.
-        keep_every: those whose step is a multiple of it are kept, too; 0 for none.
+        manifest: step, ranks, zero_stage, state, files.
+        keep_last: number of newest checkpoints to keep, this one included.
+        keep_every: also keep those whose step is a multiple of this; 0 for none.
 
     Raises:
-        OSError: it could not be written, or the files of another rank are not here.
+        OSError: it could not be written, or the files of another rank are missing.
     """
     folder = directory / tag
-    problems = [problem for name, mark in note["files"].items() if (problem := _size_problem(folder / name, mark))]
+    problems = [
+        problem for name, digest in manifest["files"].items() if (problem := _size_problem(folder / name, digest))
+    ]
     if problems:
         raise OSError(f"{problems[0]}: the folder must be the same on all machines")
-    earlier = [other for other in candidates(directory) if other != tag and (directory / other / NOTE).is_file()]
-    write_note(folder, note)
+    earlier = [
+        other for other in resumable_tags(directory) if other != tag and (directory / other / MANIFEST).is_file()
+    ]
+    write_manifest(folder, manifest)
     flush_names(directory)
     replace_text(directory / "latest", tag)
     earlier = [other for other in earlier if step_of(other) < step_of(tag)]
@@ -270,8 +274,8 @@ def publish(directory: Path, tag: str, note: Mapping[str, Any], *, keep_last: in
     shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
 
 
-def go_on_from(directory: Path, tag: str) -> None:
-    """Let `latest` name the checkpoint that was loaded: newer ones are out, and go when the run saves again."""
+def set_latest(directory: Path, tag: str) -> None:
+    """Let `latest` name the checkpoint that was loaded; newer ones are ignored, and deleted at the next save."""
     named = _named(directory)
     if named is None:
         logger.warning("%s did not name a checkpoint; now it names %s, which was loaded", directory / "latest", tag)
@@ -284,7 +288,7 @@ def go_on_from(directory: Path, tag: str) -> None:
 
 @contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """Give a folder a path without special characters, for a while: 0.19.8 takes paths for patterns."""
+    """Give a folder a path without special characters while it lasts: 0.19.8 reads paths as patterns."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / "checkpoints"
         link.symlink_to(directory.resolve(), target_is_directory=True)

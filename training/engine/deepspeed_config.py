@@ -1,14 +1,14 @@
-"""DeepSpeed's configuration of a run: derived from what the run is told, with a preset or a JSON merged over it.
+"""Resolves a run, once: recipe and options, a preset, a DeepSpeed JSON and the number of ranks to one configuration.
 
-An option, a preset and a JSON that contradict each other are an error that names them; only what the recipe says gives
-way, and `with_files` says so.
+An option, a preset and a JSON that contradict each other are an error that names them. They go before the recipe, with
+a note.
 
-DeepSpeed 0.19.8 is pinned: what is always made explicit here is what that version gets wrong by default.
+DeepSpeed 0.19.8 is pinned: options are explicit where that version's defaults are wrong.
 """
 
 import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,10 +16,10 @@ from typing import Any
 
 from training.config import HALF_PRECISIONS, Offload, Precision, TrainConfig
 
-# DeepSpeed's documented top-level options that make sense here; anything else is likelier a typing error than a wish.
+# DeepSpeed's documented top-level options that make sense here; anything else is probably a typing error.
 _USER_KEYS = frozenset(
     [
-        "purpose",  # of ours: what a configuration is for
+        "purpose",  # ours: a line for `dalle-train presets`
         "train_batch_size",
         "train_micro_batch_size_per_gpu",
         "gradient_accumulation_steps",
@@ -57,13 +57,13 @@ _DECIDED_KEYS = {
     "use_node_local_storage": "the training loop",
     "activation_checkpointing": "--activation-checkpointing",
 }
-"""Options of DeepSpeed that are not the user's, and who decides them."""
-LARGEST_BUCKET = 500_000_000
-"""Gradients that are reduced at a time, and room for them: DeepSpeed's default, or all of a model that has fewer."""
+"""Options of DeepSpeed that the user may not set, and who decides them."""
+MAX_BUCKET = 500_000_000
+"""Gradients that are reduced at a time, DeepSpeed's default; it allocates a buffer of that many."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
-"""Options whose value is looked into here."""
+"""Options whose value must be an object."""
 _PRECISION_KEYS: dict[Precision, str] = {"bf16": "bf16", "fp16": "fp16", "autocast": "torch_autocast"}
-"""What DeepSpeed calls the precisions; float32 is none of them."""
+"""Objects that DeepSpeed has for the precisions; float32 has none."""
 _GUARDS = {
     "bf16.check_grad_overflow": "steps that are not finite are skipped",
     "zero_optimization.compute_grad_norm": "steps that are not finite are skipped",
@@ -71,11 +71,11 @@ _GUARDS = {
 """Options that must stay on, and what depends on them."""
 
 PRESETS = Path(__file__).parent / "presets"
-"""The configurations that come with the program, which users can copy and change."""
+"""The configurations that come with the program, to copy and change."""
 
 
 def preset_list() -> str:
-    """Return a line for each preset: its name, what it is for, and where it is."""
+    """Return a line for each preset, with its name and purpose, and the folder."""
     paths = sorted(PRESETS.glob("*.json"))
     width = max(len(path.stem) for path in paths)
     lines = [f"{path.stem:<{width}}  {json.loads(path.read_text())['purpose']}" for path in paths]
@@ -86,7 +86,7 @@ def preset_path(name: str) -> Path:
     """Return the file of a preset.
 
     Raises:
-        ValueError: there is none of this name.
+        ValueError: no preset has this name.
     """
     names = sorted(path.stem for path in PRESETS.glob("*.json"))
     if name not in names:
@@ -100,12 +100,12 @@ def preset_path(name: str) -> Path:
 
 
 def read_user_config(path: Path) -> dict[str, Any]:
-    """Read a DeepSpeed JSON of the user's.
+    """Read a DeepSpeed JSON, without values "auto", which leave a decision to this program.
 
     Raises:
         FileNotFoundError: no such file.
-        ValueError: not JSON, not an object, a key that is not an option of DeepSpeed or that is not the user's to
-            decide, or one of another type.
+        ValueError: not JSON or not an object; a key is not an option of DeepSpeed, is decided here, or has a value of
+            another type.
     """
     if not path.is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}: --deepspeed-config expects a JSON file")
@@ -131,7 +131,7 @@ def read_user_config(path: Path) -> dict[str, Any]:
 
 
 def _without_auto(config: dict[str, Any]) -> dict[str, Any]:
-    """Return the configuration without the values "auto", which leave a decision to the program, that is, to us."""
+    """Drop values "auto", at any depth."""
     kept = {key: value for key, value in config.items() if value != "auto"}
     return {key: _without_auto(value) if isinstance(value, dict) else value for key, value in kept.items()}
 
@@ -154,14 +154,31 @@ def _leaves(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ResolvedConfig:
+    """A run as it is trained: engine, log, config.json and status all have this one."""
+
+    config: TrainConfig
+    """The recipe's run with what options, preset and JSON say."""
+    micro_batch: int
+    """Samples per rank and forward pass."""
+    accumulation: int
+    """Micro-batches per rank and optimizer step."""
+    deepspeed: dict[str, Any]
+    """DeepSpeed's configuration."""
+    notes: list[str]
+    """A line for everything of the recipe that was changed."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class _File:
-    """A DeepSpeed configuration that a run was given, and how messages call it."""
+    """A DeepSpeed configuration that a run was given."""
 
     name: str
+    """As messages call it."""
     content: dict[str, Any]
 
     def precision(self, current: Precision) -> Precision | None:
-        """Return the precision that it asks for in place of the current one, or None if it does not care."""
+        """Return the precision that it asks for in place of the current one; None if it says nothing."""
         is_on = {name: bool(self.content.get(key, {}).get("enabled")) for name, key in _PRECISION_KEYS.items()}
         wanted = [name for name, on in is_on.items() if on]
         if len(wanted) > 1:
@@ -173,14 +190,14 @@ class _File:
         return "fp32" if is_fp32 else None
 
     def zero_stage(self) -> int | None:
-        """Return the ZeRO stage that it asks for, if it does."""
+        """Return the ZeRO stage that it asks for; None if it says nothing."""
         stage = self.content.get("zero_optimization", {}).get("stage")
         if stage is not None and (isinstance(stage, bool) or stage not in range(4)):
             raise ValueError(f"{self.name} sets zero_optimization.stage to {json.dumps(stage)}: expected 0, 1, 2 or 3")
         return None if stage is None else int(stage)
 
     def offload(self) -> Offload | None:
-        """Return what it wants offloaded, if it says anything about that."""
+        """Return what it offloads; None if it says nothing."""
         zero = self.content.get("zero_optimization", {})
         blocks = {key: zero.get(key) for key in ("offload_param", "offload_optimizer") if key in zero}
         for key, block in blocks.items():
@@ -198,7 +215,7 @@ class _File:
         return "optimizer" if used else ("none" if blocks else None)
 
     def gradient_clipping(self) -> float | None:
-        """Return the largest gradient norm that it asks for, if it does."""
+        """Return the gradient norm that it clips at; None if it says nothing."""
         clipping = self.content.get("gradient_clipping")
         if clipping is None:
             return None
@@ -208,10 +225,11 @@ class _File:
 
 
 def _files(config: TrainConfig) -> list[_File]:
-    """Return the configurations a run was given, the preset first.
+    """Read the configurations a run was given, the preset first.
 
     Raises:
-        ValueError: they contradict each other, or leave steps in that are not finite.
+        FileNotFoundError: a file is missing.
+        ValueError: they contradict each other, or switch off the check that steps are finite.
     """
     paths = {}
     if config.preset is not None:
@@ -219,12 +237,12 @@ def _files(config: TrainConfig) -> list[_File]:
     if config.deepspeed_config is not None:
         paths[str(config.deepspeed_config)] = config.deepspeed_config
     files = [_File(name=name, content=read_user_config(path)) for name, path in paths.items()]
-    said: dict[str, tuple[Any, str]] = {}
+    set_by: dict[str, tuple[Any, str]] = {}
     for file in files:
         for key, value in _leaves(file.content).items():
             if key in _GUARDS and not value:
                 raise ValueError(f"{file.name} switches {key} off, by which {_GUARDS[key]}: remove it")
-            before, who = said.setdefault(key, (value, file.name))
+            before, who = set_by.setdefault(key, (value, file.name))
             if before != value:
                 raise ValueError(
                     f"{file.name} sets {key} to {json.dumps(value)}, and the {who} to {json.dumps(before)}: "
@@ -234,23 +252,27 @@ def _files(config: TrainConfig) -> list[_File]:
 
 
 def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
-    """Resolve a run: return it with what its preset and its DeepSpeed JSON say, and a line for everything they change.
+    """Return a run with what its preset and its DeepSpeed JSON say, and a note for everything that they change.
 
-    They change what the recipe says, not what the user said in options; `TrainConfig.said` then names what either of
-    them says. Resolved again, a run stays as it is.
+    They change what the recipe says, not what the user said in options. `TrainConfig.said` then also names what they
+    say.
 
     Raises:
-        FileNotFoundError: there is no such file.
+        FileNotFoundError: a file is missing.
         ValueError: a file is refused, or contradicts an option; both are named.
     """
-    files, changes = _files(config), []
+    return _merged(config, _files(config))
+
+
+def _merged(config: TrainConfig, files: Sequence[_File]) -> tuple[TrainConfig, list[str]]:
+    notes: list[str] = []
     values: dict[str, Any] = {
         "precision": config.precision,
         "zero_stage": config.zero_stage,
         "offload": config.offload,
         "gradient_clipping": config.optimizer.gradient_clipping,
     }
-    said_by = {name: f"--{name.replace('_', '-')}" for name in values if name in config.said}
+    set_by = {name: f"--{name.replace('_', '-')}" for name in values if name in config.said}
     for file in files:
         asked = {
             "precision": file.precision(values["precision"]),
@@ -263,33 +285,33 @@ def with_files(config: TrainConfig) -> tuple[TrainConfig, list[str]]:
                 continue
             what = name.replace("_", " ")
             if value != values[name]:
-                if name in said_by:
+                if name in set_by:
                     raise ValueError(
-                        f"{file.name} says {what} {value}, and {said_by[name]} says {values[name]}: leave one out"
+                        f"{file.name} says {what} {value}, and {set_by[name]} says {values[name]}: leave one out"
                     )
-                changes.append(f"{file.name}: {what} {value}, instead of the recipe's {values[name]}")
+                notes.append(f"{file.name}: {what} {value}, instead of the recipe's {values[name]}")
                 values[name] = value
-            said_by[name] = file.name
+            set_by[name] = file.name
     if values["precision"] in HALF_PRECISIONS and values["zero_stage"] == 0 and files:
         raise ValueError(
             f"{' and '.join(file.name for file in files)}: half precision at ZeRO stage 0, where DeepSpeed "
             "takes a wrong Adam step: set zero_optimization.stage, or --zero-stage, to 1 or more"
         )
     optimizer = dataclasses.replace(config.optimizer, gradient_clipping=values.pop("gradient_clipping"))
-    # without files, so that what does not go together is refused
+    # without files, so that TrainConfig refuses values that do not go together
     changed = dataclasses.replace(config, **values, optimizer=optimizer, preset=None, deepspeed_config=None)
     derived = _leaves(_derived(changed))
     for file in files:
         for key, value in _leaves(file.content).items():
             if derived.get(key, value) != value:
-                changes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
-    said = tuple(sorted({*config.said, *said_by}))
-    resolved = dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config, said=said)
-    return resolved, changes
+                notes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
+    said = tuple(sorted({*config.said, *set_by}))
+    merged = dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config, said=said)
+    return merged, notes
 
 
 def _derived(config: TrainConfig) -> dict[str, Any]:
-    """Return what follows from a run that no files change, but for the batch."""
+    """Return DeepSpeed's configuration of a run without files, but for the batch."""
     zero: dict[str, Any] = {"stage": config.zero_stage}
     if config.offload != "none":
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
@@ -298,10 +320,10 @@ def _derived(config: TrainConfig) -> dict[str, Any]:
     if config.powersgd_rank:
         zero |= {"reduce_scatter": False, "overlap_comm": False}
     derived: dict[str, Any] = {
-        # Always explicit: DeepSpeed 0.19.8 clips at 1.0 when the key is absent.
+        # explicit: DeepSpeed 0.19.8 clips at 1.0 when the key is absent
         "gradient_clipping": config.optimizer.gradient_clipping,
         "zero_optimization": zero,
-        # The optimizer is torch's, also on the CPU: DeepSpeed's own would be compiled at the start of every run.
+        # the optimizer is torch's, also on the CPU: DeepSpeed's own is compiled at the start of every run
         "zero_force_ds_cpu_optimizer": False,
         "zero_allow_untested_optimizer": config.optimizer.kind == "muon" or config.optimizer.variance_clip is not None,
         "steps_per_print": 2**31,
@@ -314,31 +336,45 @@ def _derived(config: TrainConfig) -> dict[str, Any]:
     return derived
 
 
-def deepspeed_config(config: TrainConfig, world_size: int) -> dict[str, Any]:
-    """Return the DeepSpeed configuration of a run: what `config` says, with its preset and the user's JSON over it.
+def resolve(config: TrainConfig, ranks: int, *, emulates_bfloat16: bool = False) -> ResolvedConfig:
+    """Resolve a run: what options, preset and JSON say, in this order of precedence over the recipe.
+
+    Args:
+        config: recipe and options.
+        ranks: number of ranks.
+        emulates_bfloat16: whether a rank has no bfloat16 arithmetic; a run whose recipe alone says autocast then
+            computes in float32.
 
     Raises:
-        ValueError: they say different batch sizes; and as `with_files`.
+        FileNotFoundError: a file is missing.
+        ValueError: a file is refused; options, preset and JSON contradict each other; or the batch cannot be divided.
     """
-    micro, accumulation = config.batch_of(world_size)
-    derived = {
+    files = _files(config)
+    config, notes = _merged(config, files)
+    if emulates_bfloat16 and config.precision == "autocast" and "precision" not in config.said:
+        config = dataclasses.replace(config, precision="fp32")
+        notes.append(
+            "computing in fp32, not in autocast as the recipe says: this CPU only emulates bfloat16, "
+            "several times slower (`dalle-train STAGE … --precision autocast` insists on it)"
+        )
+    micro_batch, accumulation = config.batch_of(ranks)
+    batch = {
         "train_batch_size": config.global_batch,
-        "train_micro_batch_size_per_gpu": micro,
+        "train_micro_batch_size_per_gpu": micro_batch,
         "gradient_accumulation_steps": accumulation,
     }
-    files = _files(config)
+    deepspeed = batch | _derived(config)
     for file in files:
-        for key, value in derived.items():
+        for key, value in batch.items():
             if file.content.get(key, value) != value:
                 raise ValueError(
                     f"{file.name} sets {key} to {file.content[key]}, the run's is {value}: remove it there, and say "
                     "the batch once, with --global-batch and --micro-batch"
                 )
-    changed, _ = with_files(config)
-    merged = derived | _derived(changed)
-    for file in files:
-        merged = _merge(merged, file.content)
-    return merged
+        deepspeed = _merge(deepspeed, file.content)
+    return ResolvedConfig(
+        config=config, micro_batch=micro_batch, accumulation=accumulation, deepspeed=deepspeed, notes=notes
+    )
 
 
 def is_half(config: Mapping[str, Any]) -> bool:

@@ -1,14 +1,13 @@
 """The one engine of all neural stages: DeepSpeed, on one CPU process as on many GPUs.
 
-DeepSpeed 0.19.8 is pinned: the comments marked "0.19.8" rely on what that version does.
+DeepSpeed 0.19.8 is pinned: comments marked "0.19.8" rely on what that version does.
 """
 
 import contextlib
 import io
 import logging
-import math
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -18,30 +17,28 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.atomic import write_public
-from training.config import OptimizerConfig, TrainConfig
 from training.engine import resharding
-from training.engine.adamw import VarianceClippedAdamW
 from training.engine.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
-    Mark,
-    candidates,
+    FileDigest,
     checkpoint_tag,
+    digest_of,
     drop,
     first_good,
-    from_all_ranks,
-    go_on_from,
     latest_tag,
-    make_place,
-    mark_of,
+    make_empty,
     plain_path,
     publish,
-    read_note,
+    read_manifest,
+    resumable_tags,
+    set_latest,
 )
-from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config, is_half, with_files
+from training.engine.deepspeed_config import MAX_BUCKET, ResolvedConfig, is_half
 from training.engine.ema import EMA
-from training.engine.muon import MuonAdamW, block_matrices
-from training.engine.objective import MicroBatch, Tensors
+from training.engine.muon import MuonAdamW
+from training.engine.objective import MicroBatch, Tensors, not_finite_throughout
+from training.engine.optimizer import build_optimizer, restore_settings, settings_of
 from training.engine.random_states import random_states, restore_random_states
 from training.engine.reduction import Reduction
 from training.metrics import Report
@@ -53,92 +50,35 @@ from training.patches import (
     tensors_only,
     writes_recorded,
 )
-from training.ranks.world import World, agree, on_first_rank
+from training.ranks.world import World, agree, from_all_ranks, on_first_rank
 
 logger = logging.getLogger(__name__)
-
-
-def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
-    """Split the parameters for weight decay: matrices and convolutions decay; gains, biases and embeddings do not.
-
-    The paper does not say which parameters are exempt; it lists "gains, biases, embeddings, and unembeddings" as the
-    special ones (D). Matrices that are for Muon are left out.
-    """
-    muon = {id(matrix) for matrix in block_matrices(model)} if optimizer.kind == "muon" else set()
-    embeddings = {id(p) for m in model.modules() if isinstance(m, nn.Embedding) for p in m.parameters(recurse=False)}
-    decayed: list[nn.Parameter] = []
-    exempt: list[nn.Parameter] = []
-    for name, parameter in model.named_parameters():
-        if id(parameter) in muon:
-            continue
-        is_exempt = parameter.ndim < 2 or id(parameter) in embeddings or "embedding" in name
-        (exempt if is_exempt else decayed).append(parameter)
-    groups = [{"params": decayed, "weight_decay": optimizer.weight_decay}, {"params": exempt, "weight_decay": 0.0}]
-    return [group for group in groups if group["params"]]
-
-
-def build_optimizer(
-    model: nn.Module, optimizer: OptimizerConfig, learning_rate: float, world: World
-) -> torch.optim.AdamW | MuonAdamW:
-    """Return the optimizer of a model's parameters. It runs on any device and is never compiled.
-
-    Raises:
-        ValueError: the model has no matrices for Muon.
-    """
-    adamw = _build_adamw(model, optimizer, learning_rate)
-    if optimizer.kind == "adamw":
-        return adamw
-    return MuonAdamW(
-        adamw,
-        block_matrices(model),
-        momentum=optimizer.momentum,
-        learning_rate=learning_rate,
-        weight_decay=optimizer.weight_decay,
-        world=world,
-    )
-
-
-def _build_adamw(model: nn.Module, optimizer: OptimizerConfig, learning_rate: float) -> torch.optim.AdamW:
-    groups = decay_groups(model, optimizer)
-    settings: dict[str, Any] = {"lr": learning_rate, "betas": optimizer.betas, "eps": optimizer.eps}
-    if optimizer.variance_clip is not None:
-        return VarianceClippedAdamW(groups, variance_clip=optimizer.variance_clip, **settings)
-    return torch.optim.AdamW(groups, **settings, fused=True)
-
-
-def _not_finite_throughout(loss: Tensor) -> Tensor:
-    """Return the loss; where it is not finite, its gradient is not, either.
-
-    So all ranks hear of it through the gradients that they exchange anyway, and nothing is read from the device.
-    """
-    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)
 
 
 class Engine:
     """A model in training: its weights, optimizer and averaged weights, over all ranks.
 
     Args:
-        objective: `objective.model` is what is trained; `objective(**tensors)` returns the loss and its metrics,
-            0-d or 1-d tensors.
-        config: the run.
+        objective: a module with a `model`, which is trained; called with keyword arguments, it returns the loss and its
+            metrics, 0-d or 1-d tensors.
+        config: the run, as `resolve` returns it.
         world: this process's place.
 
     Raises:
-        ValueError: the user's DeepSpeed JSON is refused, or the model has no matrices for Muon.
+        ValueError: DeepSpeed refuses the user's JSON, or the model has no matrices for Muon.
     """
 
-    def __init__(self, objective: nn.Module, config: TrainConfig, world: World) -> None:
-        self.deepspeed_config = deepspeed_config(config, world.size)
-        # 0.19.8 makes room for a whole bucket, at stage 3 for good, however small the model is.
-        n_weights = sum(weight.numel() for weight in objective.parameters())
-        self.deepspeed_config["zero_optimization"].setdefault("reduce_bucket_size", min(LARGEST_BUCKET, n_weights))
-        self.config, _ = with_files(config)  # as `fit` has it already
-        self.world = world
-        self.micro_batch, self.accumulation = config.batch_of(world.size)
+    def __init__(self, objective: nn.Module, config: ResolvedConfig, world: World) -> None:
+        self.world, self.config = world, config.config
+        self.micro_batch, self.accumulation = config.micro_batch, config.accumulation
+        # 0.19.8 allocates a whole bucket, at stage 3 for good, however small the model is
+        bucket = min(MAX_BUCKET, sum(weight.numel() for weight in objective.parameters()))
+        zero = {"reduce_bucket_size": bucket, **config.deepspeed["zero_optimization"]}
+        self.deepspeed_config = {**config.deepspeed, "zero_optimization": zero}
         self.model = cast(nn.Module, objective.model)
-        optimizer = build_optimizer(self.model, self.config.optimizer, config.learning_rate.at(0), world)
+        optimizer = build_optimizer(self.model, self.config.optimizer, self.config.learning_rate.at(0), world)
         self._reduction = Reduction(self.model, self.config, world)
-        self._engine = _initialize(objective, optimizer, self.deepspeed_config, config.deepspeed_config)
+        self._engine = _initialize(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config)
         self._reduction.attach(self._engine)
         self.stage = self.config.zero_stage
         if isinstance(optimizer, MuonAdamW) and self.stage > 0:
@@ -153,11 +93,11 @@ class Engine:
         """Whether the last step was skipped because float16's loss scale, which has room to fall, was too large."""
         self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
         weights = self._gather()
-        self._ema = EMA(weights, config.ema_decay) if world.is_first else None
+        self._ema = EMA(weights, self.config.ema_decay) if world.is_first else None
 
     @property
     def batch(self) -> str:
-        """How the global batch is made up, in one line."""
+        """The parts of the global batch, in one line."""
         unit = "GPU" if self.world.device.type == "cuda" else "process"
         units = unit if self.world.size == 1 else {"GPU": "GPUs", "process": "processes"}[unit]
         return (
@@ -166,7 +106,7 @@ class Engine:
         )
 
     def train(self) -> None:
-        """Put the model in training mode."""
+        """Switch the model to training mode."""
         self._engine.train()
 
     def forward(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
@@ -203,9 +143,8 @@ class Engine:
         scale = self._loss_scale
         for arguments in micro_batches:
             loss, metrics = self._loss(arguments)
-            self._engine.backward(_not_finite_throughout(loss))
-            # After the last backward pass the step's gradients are here, averaged over micro-batches and ranks; ZeRO 2
-            # and 3 have shared them out by now. The next call clips and applies them.
+            self._engine.backward(not_finite_throughout(loss))
+            # after the last backward pass this clips and applies the gradients, averaged over micro-batches and ranks
             self._engine.step()
             self.world.watch.touch()
             for name, value in {"loss": loss.detach(), **metrics}.items():
@@ -241,9 +180,9 @@ class Engine:
         return torch.as_tensor(self._engine.get_global_grad_norm())
 
     def _clip(self, optimizer: torch.optim.Optimizer, *_: object) -> None:
-        """Clip the gradients, and let the optimizer leave out a step whose gradient is not finite.
+        """Clip the gradients, and let the optimizer skip a step whose gradient is not finite.
 
-        Called by the optimizer at ZeRO 0, where DeepSpeed looks at no gradient. Ranks agree: they have the same sums.
+        The optimizer calls it at ZeRO 0, where DeepSpeed checks no gradient. Ranks agree: they have the same sums.
         """
         weights = [weight for group in optimizer.param_groups for weight in group["params"] if weight.grad is not None]
         self._norm = nn.utils.get_total_norm([weight.grad for weight in weights])
@@ -253,7 +192,7 @@ class Engine:
 
     @property
     def _loss_scale(self) -> float | None:
-        """The dynamic loss scale; None where there is none."""
+        """The dynamic loss scale of float16; None without one."""
         scaler: Any = getattr(self._engine.optimizer, "loss_scaler", None)
         return float(scaler.cur_scale) if getattr(scaler, "dynamic", False) else None
 
@@ -269,10 +208,9 @@ class Engine:
         return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.world)
 
     def _gather(self) -> dict[str, Tensor]:
-        """Return the model's weights in float32, whole. Collective.
+        """Return the model's whole weights in float32. Collective.
 
-        Where they must be gathered, only the first rank gets them, on the CPU, and so is their average: a GPU that
-        holds a part of them has no room for all.
+        If ranks hold parts of them, only the first rank gets them, on the CPU: a GPU may not have room for all.
         """
         if not self._must_gather:
             return dict(self.model.named_parameters())
@@ -286,39 +224,37 @@ class Engine:
         return gathered
 
     def averaged_weights(self) -> dict[str, Tensor]:
-        """Return the averaged weights, on the first rank; other ranks get an empty dictionary. No communication."""
+        """Return the averaged weights on the first rank, and nothing on others. Not collective."""
         return self._ema.average if self._ema is not None else {}
 
     def save(self, directory: Path, step: int, state: Mapping[str, Any]) -> None:
-        """Save a checkpoint to resume from, complete and read back before `latest` names it; then drop old ones.
-
-        Collective.
+        """Save a checkpoint, read it back, let `latest` name it, then drop old ones. Collective.
 
         Args:
-            directory: where checkpoints of the run are kept; the same folder for all ranks.
-            step: optimizer steps taken so far; names the checkpoint.
+            directory: the run's checkpoints; the same folder for all ranks.
+            step: optimizer steps done so far; names the checkpoint.
             state: plain numbers, strings and lists that `load` returns.
 
         Raises:
             OSError: it could not be written; the previous checkpoint stays good.
         """
         tag = checkpoint_tag(step)
-        marks: dict[str, Mark] = {}
+        written: dict[str, FileDigest] = {}
         problem = ""
         try:
-            on_first_rank(lambda: make_place(directory / tag), self.world)
-            marks = self._write(directory, tag)
+            on_first_rank(lambda: make_empty(directory / tag), self.world)
+            written = self._write(directory, tag)
         except (*WRITE_ERRORS, SafetensorError) as error:
             problem = _first_line(error)
-        parts = from_all_ranks((marks, problem), self.world)
+        parts = from_all_ranks((written, problem), self.world)
         problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
         if not problem:
-            files = {name: mark for part, _ in parts for name, mark in part.items()}
-            note = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
-            note |= {"optimizer": self.config.optimizer.kind, "files": files}
+            files = {name: digest for part, _ in parts for name, digest in part.items()}
+            manifest = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
+            manifest |= {"optimizer": self.config.optimizer.kind, "files": files}
             keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
             try:
-                on_first_rank(lambda: publish(directory, tag, note, **keep), self.world)
+                on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.world)
                 return
             except OSError as error:
                 problem = _first_line(error)
@@ -329,8 +265,8 @@ class Engine:
             + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
         )
 
-    def _write(self, directory: Path, tag: str) -> dict[str, Mark]:
-        """Write this rank's files of a checkpoint, and return the size and digest of each by its name.
+    def _write(self, directory: Path, tag: str) -> dict[str, FileDigest]:
+        """Write this rank's files of a checkpoint; returns the digest of each by its name.
 
         Raises:
             OSError, RuntimeError, SafetensorError: one could not be written.
@@ -349,58 +285,58 @@ class Engine:
             written.append(folder / "ema.safetensors")
             average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
             write_public(written[-1], lambda path: save_file(average, path))
-        return {path.name: mark_of(path) for path in written}
+        return {path.name: digest_of(path) for path in written}
 
-    def load(self, directory: Path, tag: str | None = None, report: Report = logger.info) -> dict[str, Any]:
-        """Resume from a checkpoint of `directory`; returns the state given to `save`. Collective.
+    def load(self, directory: Path, tag: str | None = None, say: Report = logger.info) -> dict[str, Any]:
+        """Resume from a checkpoint; returns the state given to `save`. Collective.
 
-        One whose files are not what was written is passed over for the newest good one before it. The one that is
-        loaded becomes what `latest` names. Random states are restored where as many ranks saved them.
+        Passes over damaged checkpoints to the newest good one, and lets `latest` name it. Restores random states if as
+        many ranks saved them.
 
         Args:
-            directory: where checkpoints of the run are kept.
-            tag: the one to go back to, and no other; None for the newest.
-            report: told of a conversion for another number of ranks, which takes time.
+            directory: the run's checkpoints.
+            tag: the only one to load; None for the newest.
+            say: told of a conversion for another number of ranks, which takes time.
 
         Raises:
             FileNotFoundError: there is no checkpoint.
-            ValueError: none is good, or it is of another model, another optimizer, or of a ZeRO stage that this one
-                cannot go on from.
+            ValueError: none is good; or it is of another model, another optimizer, or a ZeRO stage that cannot be
+                converted to this one.
         """
-        tags = from_all_ranks(candidates(directory) if tag is None else [tag], self.world)[0]
+        tags = from_all_ranks(resumable_tags(directory) if tag is None else [tag], self.world)[0]
         if not tags:
             raise FileNotFoundError(f"no checkpoint in {directory}")
         good, wrong = first_good(directory, tags, self.world)
         if good is None:
             raise ValueError(
                 f"the checkpoint {', '.join(str(directory / bad) for bad in tags)} cannot be loaded "
-                f"({'; '.join(wrong)}): put back a good one and name it in {directory / 'latest'}, or start afresh "
+                f"({'; '.join(wrong)}): put back a good one and name it in {directory / 'latest'}, or start anew "
                 "with --fresh"
             )
         if wrong and self.world.is_first:
             logger.warning("%s: going back to %s, the newest good checkpoint", "; ".join(wrong), directory / good)
-        note = read_note(directory / good)
-        self._load_from(directory, good, note, report)
-        on_first_rank(lambda: go_on_from(directory, good), self.world)
-        return dict(note["state"])
+        manifest = read_manifest(directory / good)
+        self._load_from(directory, good, manifest, say)
+        on_first_rank(lambda: set_latest(directory, good), self.world)
+        return dict(manifest["state"])
 
-    def _load_from(self, directory: Path, tag: str, note: Mapping[str, Any], report: Report) -> None:
+    def _load_from(self, directory: Path, tag: str, manifest: Mapping[str, Any], say: Report) -> None:
         """Load a checkpoint whose files are good; raises ValueError if it does not fit."""
         folder = directory / tag
-        saved_by, optimizer = note.get("optimizer", "adamw"), self.config.optimizer.kind  # once there was only AdamW
+        # checkpoints of version 0.1 do not name it
+        saved_by, optimizer = manifest.get("optimizer", "adamw"), self.config.optimizer.kind
         if saved_by != optimizer:
             raise ValueError(
-                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}: what one has gathered "
-                f"of the gradients is no use to the other. Go on with `dalle-train STAGE … --optimizer {saved_by}`, or "
-                "start afresh with --fresh"
+                f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}, which cannot use its "
+                f"state. Resume with `dalle-train STAGE … --optimizer {saved_by}`, or start anew with --fresh"
             )
-        saved, now = (note["ranks"], note["zero_stage"]), (self.world.size, self.stage)
+        saved, now = (manifest["ranks"], manifest["zero_stage"]), (self.world.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)
         if is_other:
-            report(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
+            say(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
             on_first_rank(lambda: resharding.convert(directory, tag), self.world)
         error: Exception | None = None
-        settings = self._settings()
+        settings = settings_of(self._engine.optimizer)
         try:
             # 0.19.8 prints while it loads what was saved at stage 1 in bf16
             with tensors_only(), plain_path(directory) as plain, contextlib.redirect_stdout(io.StringIO()):
@@ -410,7 +346,7 @@ class Engine:
                     path, _ = self._engine.load_checkpoint(str(plain), tag=tag)
             if path is None:
                 raise FileNotFoundError("files are missing")
-            self._keep_settings(settings)
+            restore_settings(self._engine.optimizer, settings, self.deepspeed_config["gradient_clipping"])
             if self._ema is not None:
                 self._ema.load(load_file(folder / "ema.safetensors"))
             if saved[0] == now[0]:
@@ -418,32 +354,16 @@ class Engine:
             self._reduction.load(folder, saved[0])
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
-        has_failed = agree(error is not None, self.world)  # and now every rank has read what it needs
+        has_failed = agree(error is not None, self.world)  # from here on every rank has read what it needs
         if is_other and self.world.is_first:
             shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
         if has_failed:
             reason = _first_line(error) if error else "by another rank"
             raise ValueError(
                 f"the checkpoint {folder} cannot be loaded ({reason}): its files are as they were written, so it is "
-                f"of another model, precision or program. Name another one in {directory / 'latest'}, or start afresh "
+                f"of another model, precision or program. Name another one in {directory / 'latest'}, or start anew "
                 "with --fresh"
             ) from error
-
-    def _settings(self) -> list[dict[str, Any]]:
-        """Return the optimizer's settings of this run, for each group of parameters."""
-        groups = self._engine.optimizer.param_groups
-        return [{name: value for name, value in group.items() if name != "params"} for group in groups]
-
-    def _keep_settings(self, settings: Iterable[Mapping[str, Any]]) -> None:
-        """Take back what a checkpoint put in place of this run's settings: it is gone on with what this run says."""
-        optimizer = self._engine.optimizer
-        for group, own in zip(optimizer.param_groups, settings, strict=True):
-            group.update(own)
-        if hasattr(optimizer, "clip_grad"):
-            optimizer.clip_grad = self.deepspeed_config["gradient_clipping"]
-        for parameter, state in getattr(optimizer, "optimizer", optimizer).state.items():
-            if isinstance(state.get("step"), Tensor):  # torch leaves it on the CPU where the file's group was not fused
-                state["step"] = state["step"].to(parameter.device)
 
 
 def _random_file(rank: int) -> str:
@@ -458,7 +378,7 @@ def _first_line(error: Exception) -> str:
 def _initialize(
     objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], user_path: Path | None
 ) -> Any:
-    """Return DeepSpeed's engine, with no operator compiled at start-up and its chatter kept to warnings."""
+    """Return DeepSpeed's engine; it compiles no operator at the start, and logs errors only."""
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     import deepspeed
     from deepspeed.utils import logger as deepspeed_logger
@@ -476,12 +396,12 @@ def _initialize(
         raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
-        scaler.raise_error_at_min_scale = False  # `fit` stops, and says where to go back to
+        scaler.raise_error_at_min_scale = False  # `fit` stops, and names the checkpoint to go back to
     return engine
 
 
 def _require_arithmetic(config: Mapping[str, Any]) -> None:
-    """Raise ValueError where the device lacks the arithmetic of half precision that is asked for."""
+    """Raise ValueError if the device lacks the arithmetic of the half precision that is asked for."""
     from deepspeed import get_accelerator
 
     device = get_accelerator()

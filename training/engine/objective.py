@@ -1,5 +1,6 @@
 """The one module that DeepSpeed runs: a model and the loss that it is trained by."""
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Self
@@ -41,3 +42,11 @@ class Objective(nn.Module):
     def forward(self, **arguments: object) -> tuple[Tensor, Tensors]:
         """Return the loss and its metrics."""
         return self._loss(**arguments)
+
+
+def not_finite_throughout(loss: Tensor) -> Tensor:
+    """Return the loss; if it is not finite, its gradient is not, either.
+
+    All ranks learn of it through the gradients that they exchange anyway, and nothing is read from the device.
+    """
+    return loss * torch.where(loss.detach().isfinite(), 1.0, math.nan)

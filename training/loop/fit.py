@@ -4,14 +4,13 @@ A stage says what is trained: its model, its loss, its samples (stage.py). The r
 (run_folder.py), the engine, the loop (loop.py), its records (records.py) and checkpoints (saving.py).
 """
 
-import dataclasses
 from collections.abc import Iterator
 from contextlib import contextmanager
 
 from training.config import TrainConfig
 from training.data.reader import ShardData
 from training.engine.checkpoints import latest_tag, step_of
-from training.engine.deepspeed_config import with_files
+from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.loop.loop import train_steps
@@ -47,7 +46,11 @@ def fit(
     """
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
     require_same({"options": (config, spec), "data": data}, world)
-    config = _resolved(stage.name, config, world, say)
+    emulates_bfloat16 = agree(not has_bfloat16_arithmetic(world.device), world)
+    resolved = resolve(config, world.size, emulates_bfloat16=emulates_bfloat16)
+    config = resolved.config
+    for note in resolved.notes:
+        say(f"{stage.name}: {note}")
     tag = spec.tag()
     if config.wandb is not None:
         on_first_rank(require_wandb, world)
@@ -62,7 +65,7 @@ def fit(
     world.watch.follow(spec.directory, lambda: latest_tag(spec.checkpoints))
     try:
         with StopSignals() as stop:
-            engine = Engine(Objective(stage.model, stage.loss), config, world)
+            engine = Engine(Objective(stage.model, stage.loss), resolved, world)
             say(f"{stage.name}: {engine.batch}")
             run = Run(stage=stage, config=config, world=world, spec=spec, engine=engine, validation=validation, say=say)
             start = 0 if tag is None else _resume(run)
@@ -75,25 +78,6 @@ def fit(
                     raise Interrupted(f"stopped: {stage.name} is finished, and saved in {spec.directory}")
     finally:
         world.watch.rest()
-
-
-def _resolved(name: str, config: TrainConfig, world: World, say: Report) -> TrainConfig:
-    """Return the run as it is trained: engine, log, config.json and status all have it from here. Collective.
-
-    It has what its preset and its DeepSpeed JSON say; and it is in float32 where its recipe alone says autocast and a
-    rank only emulates bfloat16.
-    """
-    config, changes = with_files(config)
-    for line in changes:
-        say(f"{name}: {line}")
-    is_open = config.precision == "autocast" and "precision" not in config.said
-    if not is_open or not agree(not has_bfloat16_arithmetic(world.device), world):
-        return config
-    say(
-        f"{name}: computing in fp32, not in autocast as the recipe says: this CPU only emulates bfloat16, "
-        "several times slower (`dalle-train STAGE … --precision autocast` insists on it)"
-    )
-    return dataclasses.replace(config, precision="fp32")
 
 
 def _resume(run: Run) -> int:

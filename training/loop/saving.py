@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from training.engine.checkpoints import candidates, checkpoint_tag, latest_tag, step_of
+from training.engine.checkpoints import checkpoint_tag, latest_tag, resumable_tags, step_of
 from training.loop.records import draw_samples, log_validation, show
 from training.loop.run import Run
 from training.ranks.world import agree, on_first_rank
@@ -75,7 +75,7 @@ def _diverged(run: Run, what: str, done: int, *, before: int | None = None) -> V
     """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`."""
     tag = latest_tag(run.spec.checkpoints)
     if tag is not None and before is not None:
-        tag = next((earlier for earlier in candidates(run.spec.checkpoints) if step_of(earlier) <= before), tag)
+        tag = next((earlier for earlier in resumable_tags(run.spec.checkpoints) if step_of(earlier) <= before), tag)
     advice = (
         f"{run.spec.checkpoints / tag} is the last good checkpoint: resume from it"
         if tag

@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 
 from dalle.model import DALLE, DALLEConfig
 from training.config import Offload, OptimizerKind, Precision, TrainConfig
-from training.engine.deepspeed_config import LARGEST_BUCKET, deepspeed_config
+from training.engine.deepspeed_config import MAX_BUCKET, resolve
 from training.engine.muon import DTYPES, block_matrices
 from training.plan.activations import FLOAT, Activations, Device, activations, block_bytes, widths
 
@@ -75,7 +75,7 @@ class Mode:
 @lru_cache
 def _accumulates_in_float32(precision: Precision, zero_stage: int) -> bool:
     config = TrainConfig(steps=1, global_batch=1, precision=precision, zero_stage=zero_stage)
-    return bool(deepspeed_config(config, 1).get("data_types", {}).get("grad_accum_dtype") == "fp32")
+    return bool(resolve(config, 1).deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32")
 
 
 class _WithoutDrawing(TorchFunctionMode):
@@ -353,7 +353,7 @@ def _bucket(run: Run) -> float:
     """Return the bytes of the buffer of gradients."""
     if run.mode.zero_stage == 0 or run.mode.has_whole_gradients:
         return 0.0
-    n = min(LARGEST_BUCKET, run.sizes.total)
+    n = min(MAX_BUCKET, run.sizes.total)
     return float(n * widths(run.mode.precision).weight)
 
 
@@ -436,16 +436,16 @@ def _reduction(run: Run, acts: Activations) -> Memory:
     With more parameters than a bucket holds, stages 2 and 3 do so the first time while activations are still there.
     """
     n, stage, width = run.sizes.total, run.mode.zero_stage, widths(run.mode.precision).weight
-    flat = float(min(n, LARGEST_BUCKET) * width)
+    flat = float(min(n, MAX_BUCKET) * width)
     if stage == 0:
         return Memory(gradients=_whole_gradients(run), deepspeed=flat)
     if run.mode.has_whole_gradients:
-        return Memory(gradients=_whole_gradients(run), deepspeed=float(FLOAT * n) if n <= LARGEST_BUCKET else 0.0)
+        return Memory(gradients=_whole_gradients(run), deepspeed=float(FLOAT * n) if n <= MAX_BUCKET else 0.0)
     own = _own_gradients(run)
     if stage == 1:
-        return Memory(gradients=max(0, n - LARGEST_BUCKET) * width + own, deepspeed=_bucket(run) + flat)
-    left = max(0.0, 1 - LARGEST_BUCKET / n)
-    scattered = FLOAT * min(n, LARGEST_BUCKET) / run.gpus if stage == 3 else 0.0
+        return Memory(gradients=max(0, n - MAX_BUCKET) * width + own, deepspeed=_bucket(run) + flat)
+    left = max(0.0, 1 - MAX_BUCKET / n)
+    scattered = FLOAT * min(n, MAX_BUCKET) / run.gpus if stage == 3 else 0.0
     return Memory(
         gradients=own,
         activations=acts.kept * left,

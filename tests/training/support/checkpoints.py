@@ -10,15 +10,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from training.engine.checkpoints import mark_of, read_note, write_note
+from training.engine.checkpoints import digest_of, read_manifest, write_manifest
 
 Act = Callable[..., Any]
 
 
 def forge_digests(folder: Path) -> None:
     """Let checkpoint.json say that the files are as they should be."""
-    note = read_note(folder)
-    write_note(folder, {**note, "files": {name: mark_of(folder / name) for name in note["files"]}})
+    note = read_manifest(folder)
+    write_manifest(folder, {**note, "files": {name: digest_of(folder / name) for name in note["files"]}})
 
 
 class Killed(BaseException):

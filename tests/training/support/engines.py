@@ -15,7 +15,9 @@ import training.engine.objective
 from dalle.model import DALLE
 from support import tiny
 from training.config import OptimizerConfig, TrainConfig
+from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
+from training.ranks.world import World
 from training.stages.transformer import transformer_loss
 
 
@@ -40,6 +42,10 @@ def data(step: int, n: int = 4) -> dict[str, Tensor]:
         "x": torch.randn(n, 4, generator=generator),
         "y": 9 * torch.randn(n, 2, generator=generator),
     }
+
+
+def engine_of(objective: nn.Module, config: TrainConfig, world: World) -> Engine:
+    return Engine(objective, resolve(config, world.size), world)
 
 
 def config(**changes: Any) -> TrainConfig:
