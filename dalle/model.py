@@ -19,7 +19,7 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -41,9 +41,6 @@ KIND = "dalle"
 """Kind of the model's directory, in its config.json."""
 GELU_SLOPE = 1.702
 """Slope of the sigmoid in GELU's approximation."""
-
-RunBranch = Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]
-"""How a residual branch is run: (branch, residual stream) -> the branch's output, (B, S, D)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,12 +102,12 @@ class ScaledLinear(nn.Linear):
     def __init__(self, n_in: int, n_out: int, *, in_scale: float = 1.0, out_scale: float = 1.0) -> None:
         super().__init__(n_in, n_out)
         self.in_scale, self.out_scale = in_scale, out_scale
+        self.is_fused = True
+        """Whether the factors are applied within the matrix product; else around `F.linear`."""
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (..., n_out) for (..., n_in)."""
-        # Compilation joins the factors with what is before and after. ZeRO-3, which marks its parameters, replaces the
-        # plain function by one that lets it free the weight between forward and backward.
-        if torch.compiler.is_compiling() or hasattr(self.weight, "ds_id"):
+        if torch.compiler.is_compiling() or not self.is_fused:  # compilation fuses the factors with what surrounds them
             return F.linear(self.in_scale * x, self.weight, self.bias) * self.out_scale
         scale = self.in_scale * self.out_scale
         flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), beta=self.out_scale, alpha=scale)
@@ -134,11 +131,6 @@ class MLP(nn.Module):
         return output
 
 
-def run_plainly(branch: Callable[[Tensor], Tensor], h_BSD: Tensor) -> Tensor:
-    """Return `branch(h)`: a residual branch as it is."""
-    return branch(h_BSD)
-
-
 class Block(nn.Module):
     """One layer: attention and MLP, each normalised first and added to the residual stream."""
 
@@ -148,14 +140,21 @@ class Block(nn.Module):
         self.attention = Attention(d_model, n_heads)
         self.mlp_norm = nn.LayerNorm(d_model)
         self.mlp = MLP(d_model)
-        self.run_attention: RunBranch = run_plainly
-        self.run_mlp: RunBranch = run_plainly
-        """Training in float16 runs the two branches in its own way."""
 
     def forward(self, h_BSD: Tensor, attend: Attend) -> Tensor:
         """Return the residual stream after this layer, (B, S, D)."""
-        h_BSD = h_BSD + self.run_attention(lambda x_BSD: self.attention(self.attention_norm(x_BSD), attend), h_BSD)
-        return h_BSD + self.run_mlp(lambda x_BSD: self.mlp(self.mlp_norm(x_BSD)), h_BSD)
+        h_BSD = h_BSD + self.attention_branch(h_BSD, attend)
+        return h_BSD + self.mlp_branch(h_BSD)
+
+    def attention_branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
+        """Return the attention's part of the residual stream, (B, S, D)."""
+        output: Tensor = self.attention(self.attention_norm(h_BSD), attend)
+        return output
+
+    def mlp_branch(self, h_BSD: Tensor) -> Tensor:
+        """Return the MLP's part of the residual stream, (B, S, D)."""
+        output: Tensor = self.mlp(self.mlp_norm(h_BSD))
+        return output
 
 
 OWN_SHARE = 0.3

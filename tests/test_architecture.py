@@ -332,7 +332,7 @@ def test_each_library_is_imported_in_its_one_place() -> None:
 
 
 def replaced_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
-    """The attributes of imported libraries that a file assigns, and the lines."""
+    """The attributes of imported libraries that a file assigns or sets, and the lines."""
     libraries = ("deepspeed", "torch")
     names = set()
     for node in ast.walk(tree):
@@ -349,6 +349,15 @@ def replaced_attributes(tree: ast.Module) -> Iterator[tuple[str, int]]:
                 name = ast.unparse(part)
                 if isinstance(part, ast.Attribute) and name.split(".")[0] in names and ".config." not in name:
                     yield name, node.lineno
+        if isinstance(node, ast.Call) and ast.unparse(node.func) == "setattr":
+            owner = ast.unparse(node.args[0])
+            if owner.split(".")[0] in names:
+                yield owner, node.lineno
+
+
+@pytest.mark.parametrize("code", ["torch.load = f", "setattr(torch, 'load', f)", "torch.a, x = 1, 2"])
+def test_a_replaced_attribute_is_noticed(code: str) -> None:
+    assert list(replaced_attributes(ast.parse(f"import torch\n{code}")))
 
 
 def test_attributes_of_libraries_are_replaced_in_one_file() -> None:

@@ -1,6 +1,6 @@
-"""What DeepSpeed 0.19.8 and torch 2.13 have replaced in them, each with its reason; nothing else is replaced anywhere.
+"""All attributes of DeepSpeed 0.19.8 and torch 2.13 that are replaced, each with its reason.
 
-tests/training/test_patches.py shows the defects, and fails when another version mends one. Most of these are context
+tests/training/test_patches.py names the defects, and fails when another version mends one. Most patches are context
 managers: outside of them the libraries are as they were.
 """
 
@@ -17,12 +17,12 @@ from torch import Tensor
 from torch.distributed import distributed_c10d
 
 WRITE_ERRORS = (OSError, RuntimeError)
-"""What torch raises for a file that cannot be written: its zip writer a RuntimeError when the disk is full."""
+"""Errors of torch for a file that cannot be written; its zip writer raises a RuntimeError when the disk is full."""
 
 
 @contextmanager
 def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
-    """Give owners other attributes, (owner, name, value) each, while it lasts."""
+    """Replace attributes, given as (owner, name, value), while it lasts."""
     originals = [(owner, name, getattr(owner, name)) for owner, name, _ in replacements]
     for owner, name, value in replacements:
         setattr(owner, name, value)
@@ -37,16 +37,16 @@ def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
 
 
 def set_group_timeout(timeout: timedelta) -> None:
-    """Let process groups that DeepSpeed makes have this timeout: their defaults are 30 minutes, 10 with NCCL."""
+    """Set the timeout of process groups that DeepSpeed makes; the defaults are 30 minutes, and 10 with NCCL."""
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         setattr(distributed_c10d, name, timeout)
 
 
 def quiet_start() -> None:
-    """Let DeepSpeed start without printing memory, which it does at any level of its log, and without a compiler.
+    """Keep DeepSpeed from printing memory at every log level, and from compiling at the start.
 
-    On a CPU it would compile a shared-memory all-reduce, which takes 27 s, hangs for ever on a stale lock, and only
-    serves inference.
+    On a CPU it compiles a shared-memory all-reduce, which takes 27 s, hangs for ever on a stale lock, and only serves
+    inference.
     """
     import deepspeed
     import deepspeed.ops
@@ -59,9 +59,9 @@ def quiet_start() -> None:
 
 @contextmanager
 def any_shape_broadcast() -> Iterator[None]:
-    """Let DeepSpeed give all ranks the first one's weights whatever their shape and memory layout.
+    """Broadcast the first rank's weights whatever their shape and memory layout.
 
-    It views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
+    DeepSpeed views them as bytes, which fails for a scalar, such as CLIP's logit scale, and for channels last.
     """
     from deepspeed.runtime.engine import DeepSpeedEngine
     from deepspeed.runtime.zero.partition_parameters import Init
@@ -81,20 +81,20 @@ def any_shape_broadcast() -> Iterator[None]:
 
 
 def leave_gradients_whole(engine: Any) -> None:
-    """Let an engine at stage 0 not clip by itself: it would measure the norm once more, and not tell it."""
+    """Keep an engine at stage 0 from clipping: it would compute the norm once more, and not return it."""
     engine.clip_fp32_gradients = lambda: None
 
 
 # ---- gradients ----------------------------------------------------------------------------------------------
 
 GradientOf = Callable[[Any], Tensor | None]
-"""Where the gradient of a parameter is."""
+"""Returns the gradient of a parameter."""
 
 
 def around_all_reduce(engine: Any, change: Callable[[GradientOf], None], *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
+    """Call `change` with the gradients before DeepSpeed takes their mean over the ranks, or in place of that.
 
-    So it is at stage 0, and at stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
+    For stage 0, and stage 1 with bfloat16 weights and float32 gradients, which are kept beside `.grad`.
     """
     reduce = engine.buffered_allreduce_fallback
     keeps_float32 = engine.zero_optimization_stage() == 1
@@ -113,9 +113,9 @@ def around_all_reduce(engine: Any, change: Callable[[GradientOf], None], *, is_r
 
 
 def around_partitioning(optimizer: Any, change: Callable[[GradientOf], None], *, is_reduction: bool) -> None:
-    """Let `change` have the gradients before DeepSpeed gives each rank its part of their mean, or as the mean.
+    """Call `change` with the gradients before DeepSpeed gives each rank its part of their mean, or to take the mean.
 
-    So it is at stage 1.
+    For stage 1.
     """
     reduce = optimizer.reduce_gradients
 
@@ -136,10 +136,9 @@ def around_partitioning(optimizer: Any, change: Callable[[GradientOf], None], *,
 
 @contextmanager
 def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[None]:
-    """List the files that DeepSpeed writes in `written`.
+    """Append the files that DeepSpeed writes to `written`, and failed writes to `errors`.
 
-    Failing writes end up in `errors`, and no rank leaves the others in a barrier. The scripts that DeepSpeed would lay
-    beside its files are left out: they unpickle freely.
+    So no rank leaves the others in a barrier. DeepSpeed's scripts beside them, which unpickle freely, are left out.
     """
     from deepspeed.runtime.checkpoint_engine.torch_checkpoint_engine import TorchCheckpointEngine
     from deepspeed.runtime.engine import DeepSpeedEngine
@@ -162,9 +161,9 @@ def writes_recorded(written: list[Path], errors: list[Exception]) -> Iterator[No
 
 @contextmanager
 def tensors_only() -> Iterator[None]:
-    """Let torch.load read tensors and plain containers, so that DeepSpeed executes nothing of checkpoints.
+    """Restrict torch.load to tensors and plain containers, so that reading a checkpoint executes nothing.
 
-    It asks for free unpickling wherever it reads a checkpoint, converts one or loads what was converted.
+    DeepSpeed asks for free unpickling wherever it reads or converts a checkpoint.
     """
     from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler, LossScaler
     from deepspeed.runtime.zero.config import ZeroStageEnum
@@ -181,7 +180,7 @@ def tensors_only() -> Iterator[None]:
 
 
 def read_tensors(path: Path) -> Any:
-    """Return the tensors and plain containers in a file of DeepSpeed's, on the CPU."""
+    """Return the tensors and plain containers of a file of DeepSpeed's, on the CPU."""
     return torch.load(path, map_location="cpu", weights_only=True)
 
 
@@ -190,7 +189,7 @@ def read_tensors(path: Path) -> Any:
 
 @contextmanager
 def two_moments() -> Iterator[None]:
-    """Let all parameters seem to have AdamW's two moments: DeepSpeed converts nothing else, and Muon has one."""
+    """Give all parameters AdamW's two moments: DeepSpeed converts nothing else, and Muon has one."""
     original = torch.load
 
     def load(*arguments: Any, **options: Any) -> Any:
@@ -207,7 +206,7 @@ def two_moments() -> Iterator[None]:
 
 @contextmanager
 def scalars_of_one_dimension() -> Iterator[None]:
-    """Let scalars such as CLIP's logit scale be put together, too: DeepSpeed cannot concatenate them."""
+    """Treat scalars such as CLIP's logit scale as one-dimensional: DeepSpeed cannot concatenate scalars."""
     from deepspeed.checkpoint import ds_to_universal
 
     original = ds_to_universal._group_per_tp_shapes
@@ -221,9 +220,9 @@ def scalars_of_one_dimension() -> Iterator[None]:
 
 @contextmanager
 def loading_universal(engine: Any) -> Iterator[None]:
-    """Let an engine load what was converted.
+    """Let an engine load a converted checkpoint.
 
-    A rank whose share of a group is nothing but padding then has nothing to load, where DeepSpeed raises an IndexError.
+    A rank whose share of a group is only padding loads nothing; DeepSpeed raises an IndexError.
     """
     from deepspeed.runtime.base_optimizer import ZeROOptimizer
     from deepspeed.utils.tensor_fragment import map_to_flat_opt_states

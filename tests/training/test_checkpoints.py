@@ -175,7 +175,7 @@ def test_a_broken_checkpoint_is_gone_when_the_run_has_saved_again(saved: Path, w
 def test_without_any_good_checkpoint_the_error_names_all_that_are_bad(saved: Path) -> None:
     for tag in TAGS:
         flip_a_byte(saved / tag / FILES[0])
-    with pytest.raises(ValueError, match=f"{TAGS[2]}.*{TAGS[1]}.*{TAGS[0]}.*its digest is another.*--fresh"):
+    with pytest.raises(ValueError, match=f"{TAGS[2]}.*{TAGS[1]}.*{TAGS[0]}.*its digest does not match.*--fresh"):
         loaded(saved)
 
 
@@ -237,20 +237,20 @@ def test_a_named_checkpoint_is_gone_back_to_or_refused(saved: Path) -> None:
         {"state": 5},
     ],
 )
-def test_a_note_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) -> None:
+def test_a_manifest_that_is_forged_is_damage(saved: Path, change: dict[str, Any]) -> None:
     write_manifest(saved / TAGS[2], {**read_manifest(saved / TAGS[2]), **change})
     assert loaded(saved) == {"n": 2}
 
 
-def test_a_note_that_lacks_something_is_damage(saved: Path) -> None:
-    note = read_manifest(saved / TAGS[2])
-    for name in note.keys() - {"optimizer"}:  # which notes from before there was a choice lack
-        write_manifest(saved / TAGS[2], {key: value for key, value in note.items() if key != name})
+def test_a_manifest_that_lacks_something_is_damage(saved: Path) -> None:
+    manifest = read_manifest(saved / TAGS[2])
+    for name in manifest.keys() - {"optimizer"}:  # which version 0.1 did not write
+        write_manifest(saved / TAGS[2], {key: value for key, value in manifest.items() if key != name})
         (saved / "latest").write_text(TAGS[2])
         assert loaded(saved) == {"n": 2}
 
 
-def test_a_number_changed_in_the_note_is_noticed(saved: Path) -> None:
+def test_a_number_changed_in_the_manifest_is_noticed(saved: Path) -> None:
     path = saved / TAGS[2] / "checkpoint.json"
     path.write_text(path.read_text().replace('"n": 3', '"n": 4'))
     assert loaded(saved) == {"n": 2}

@@ -16,7 +16,7 @@ import training.cli.main
 import training.demo.demo
 import training.plan.machine
 import training.recipes
-import training.stages.dvae
+import training.stages.program
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dalle.sampling import SamplingDefaults
@@ -357,7 +357,7 @@ def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one
         raise Interrupted("stopped")
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.stages.dvae, "fit", interrupted)
+        patch.setattr(training.stages.program, "fit", interrupted)
         assert run(*command, "--fresh") == 0
     assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") is None
     assert run(*command) == 0

@@ -114,7 +114,7 @@ def _named(directory: Path) -> str | None:
     return tag if is_tag(tag) else None
 
 
-# ------------------------------------------------------------------------------------------ notes and digests
+# -------------------------------------------------------------------------------------- manifests and digests
 
 
 def digest_of(path: Path) -> FileDigest:
@@ -218,6 +218,11 @@ def first_good(directory: Path, tags: Sequence[str], world: World) -> tuple[str 
     return None, wrong
 
 
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its type."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 # ------------------------------------------------------------------------------------------------------ writing
 
 
@@ -250,18 +255,14 @@ def publish(directory: Path, tag: str, manifest: Mapping[str, Any], *, keep_last
         OSError: it could not be written, or the files of another rank are missing.
     """
     folder = directory / tag
-    problems = [
-        problem for name, digest in manifest["files"].items() if (problem := _size_problem(folder / name, digest))
-    ]
-    if problems:
-        raise OSError(f"{problems[0]}: the folder must be the same on all machines")
-    earlier = [
-        other for other in resumable_tags(directory) if other != tag and (directory / other / MANIFEST).is_file()
-    ]
+    for name, digest in manifest["files"].items():
+        if problem := _size_problem(folder / name, digest):
+            raise OSError(f"{problem}: the folder must be the same on all machines")
+    complete = [other for other in resumable_tags(directory) if (directory / other / MANIFEST).is_file()]
     write_manifest(folder, manifest)
     flush_names(directory)
     replace_text(directory / "latest", tag)
-    earlier = [other for other in earlier if step_of(other) < step_of(tag)]
+    earlier = [other for other in complete if step_of(other) < step_of(tag)]
     kept = {tag, *earlier[: keep_last - 1]}
     if keep_every:
         kept |= {other for other in earlier if step_of(other) % keep_every == 0}

@@ -26,6 +26,7 @@ from training.engine.checkpoints import (
     digest_of,
     drop,
     first_good,
+    first_line,
     latest_tag,
     make_empty,
     plain_path,
@@ -37,9 +38,9 @@ from training.engine.checkpoints import (
 from training.engine.deepspeed_config import MAX_BUCKET, ResolvedConfig, is_half
 from training.engine.ema import EMA
 from training.engine.muon import MuonAdamW
-from training.engine.objective import MicroBatch, Tensors, not_finite_throughout
+from training.engine.objective import Tensors, not_finite_throughout, on_device, unfuse_linear_layers
 from training.engine.optimizer import build_optimizer, restore_settings, settings_of
-from training.engine.random_states import random_states, restore_random_states
+from training.engine.random_states import random_file, random_states, restore_random_states
 from training.engine.reduction import Reduction
 from training.metrics import Report
 from training.patches import (
@@ -81,6 +82,8 @@ class Engine:
         self._engine = _initialize(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config)
         self._reduction.attach(self._engine)
         self.stage = self.config.zero_stage
+        if self.stage == 3:
+            unfuse_linear_layers(self.model)
         if isinstance(optimizer, MuonAdamW) and self.stage > 0:
             optimizer.place(self._engine.optimizer)
         if self.stage == 0:
@@ -98,8 +101,8 @@ class Engine:
     @property
     def batch(self) -> str:
         """The parts of the global batch, in one line."""
-        unit = "GPU" if self.world.device.type == "cuda" else "process"
-        units = unit if self.world.size == 1 else {"GPU": "GPUs", "process": "processes"}[unit]
+        unit, units = ("GPU", "GPUs") if self.world.device.type == "cuda" else ("process", "processes")
+        units = unit if self.world.size == 1 else units
         return (
             f"global batch {self.config.global_batch} = {self.micro_batch} per {unit} × {self.world.size} {units} × "
             f"{self.accumulation} accumulated"
@@ -115,11 +118,7 @@ class Engine:
             return self._loss(arguments)
 
     def _loss(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
-        moved = {
-            name: value.to(self.world.device, non_blocking=True) if isinstance(value, Tensor | MicroBatch) else value
-            for name, value in arguments.items()
-        }
-        return cast(tuple[Tensor, Tensors], self._engine(**moved))
+        return cast(tuple[Tensor, Tensors], self._engine(**on_device(arguments, self.world.device)))
 
     def step(self, micro_batches: Sequence[Mapping[str, Any]], learning_rate: float, step: int) -> Tensors:
         """Take an optimizer step.
@@ -245,7 +244,7 @@ class Engine:
             on_first_rank(lambda: make_empty(directory / tag), self.world)
             written = self._write(directory, tag)
         except (*WRITE_ERRORS, SafetensorError) as error:
-            problem = _first_line(error)
+            problem = first_line(error)
         parts = from_all_ranks((written, problem), self.world)
         problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
         if not problem:
@@ -257,7 +256,7 @@ class Engine:
                 on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.world)
                 return
             except OSError as error:
-                problem = _first_line(error)
+                problem = first_line(error)
         on_first_rank(lambda: drop(directory / tag), self.world)
         kept = latest_tag(directory)
         raise OSError(
@@ -279,7 +278,7 @@ class Engine:
         if errors:
             raise errors[0]
         written += self._reduction.save(folder)
-        written.append(folder / _random_file(self.world.rank))
+        written.append(folder / random_file(self.world.rank))
         write_public(written[-1], lambda path: save_file(random_states(self.world.device), path))
         if self._ema is not None:
             written.append(folder / "ema.safetensors")
@@ -350,7 +349,7 @@ class Engine:
             if self._ema is not None:
                 self._ema.load(load_file(folder / "ema.safetensors"))
             if saved[0] == now[0]:
-                restore_random_states(load_file(folder / _random_file(self.world.rank)), self.world.device)
+                restore_random_states(load_file(folder / random_file(self.world.rank)), self.world.device)
             self._reduction.load(folder, saved[0])
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
@@ -358,21 +357,12 @@ class Engine:
         if is_other and self.world.is_first:
             shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
         if has_failed:
-            reason = _first_line(error) if error else "by another rank"
+            reason = first_line(error) if error else "by another rank"
             raise ValueError(
                 f"the checkpoint {folder} cannot be loaded ({reason}): its files are as they were written, so it is "
                 f"of another model, precision or program. Name another one in {directory / 'latest'}, or start anew "
                 "with --fresh"
             ) from error
-
-
-def _random_file(rank: int) -> str:
-    """Return the name of the file with a rank's random states."""
-    return f"random_{rank:05d}.safetensors"
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _initialize(

@@ -8,13 +8,14 @@ float16, 6e-8, and one scale of the loss cannot serve both the last layers and t
                           └───────────────────────── identity, float32 ────┘
     backward   of the branch: gradient float32 ─ scale & filter ─ to float16 ─ branch ─ to float32 ─ unscale & filter ─>
 
-A filter sets infinities and NaNs to 0, or what overflows in one branch would lower the scales of all branches before
-it. The gradients of a branch's parameters come out scaled. They are looked at, then divided by the scale; one that is
-not finite makes all ranks leave out the step.
+A filter sets infinities and NaNs to 0, or an overflow in one branch would lower the scales of all branches before it.
+The gradients of a branch's parameters come out scaled. They are checked, then divided by the scale; if one is not
+finite, all ranks skip the step.
 """
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -24,13 +25,13 @@ from torch import Tensor, nn
 from dalle.model import DALLE, Block
 from training.ranks.world import World
 
-INITIAL_SCALE, LOWEST_SCALE, HIGHEST_SCALE = 2.0**13, 2.0**7, 2.0**24
-"""Of one rank; the paper multiplies them by the number of ranks."""
+INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**13, 2.0**7, 2.0**24
+"""Scales of one rank; the paper multiplies them by the number of ranks."""
 GROWTH = 2.0 ** (1 / 1000)
-"""Factor of a scale after an update whose gradients of that resblock are all finite."""
+"""Factor of a scale after an update with finite gradients of that resblock."""
 SHRINKAGE = math.sqrt(2.0)
 """Divisor of a scale after an update with a gradient of that resblock that is not finite."""
-REST = 125
+MIN_INTERVAL = 125
 """Updates within which the same scale is divided at most once."""
 
 
@@ -38,7 +39,7 @@ class ResblockScales:
     """The paper's rules for the scales, one per resblock.
 
     Args:
-        n_resblocks: how many.
+        n_resblocks: number of resblocks.
         n_ranks: M, the number of data-parallel ranks; scales start at M·2¹³ and stay within M·2⁷ … M·2²⁴.
     """
 
@@ -50,7 +51,11 @@ class ResblockScales:
         """The update that last divided a scale."""
 
     def update(self, are_finite: Sequence[bool]) -> None:
-        """Follow an update, taken or left out: `are_finite` says of each resblock whether all its gradients were."""
+        """Move the scales after an update, applied or skipped.
+
+        Args:
+            are_finite: whether all gradients of a resblock were finite, for each resblock.
+        """
         for index, is_finite in enumerate(are_finite):
             if is_finite:
                 self._set(index, self.values[index] * GROWTH)
@@ -61,18 +66,18 @@ class ResblockScales:
 
     def can_fall(self, are_finite: Sequence[bool]) -> bool:
         """Return whether a scale whose resblock was not finite is above the lowest one."""
-        lowest = LOWEST_SCALE * self.n_ranks
+        lowest = MIN_SCALE * self.n_ranks
         return any(value > lowest and not finite for value, finite in zip(self.values, are_finite, strict=True))
 
     def _may_divide(self, index: int) -> bool:
         divided_at = self._divided_at[index]
-        return divided_at is None or self._n_updates - divided_at >= REST
+        return divided_at is None or self._n_updates - divided_at >= MIN_INTERVAL
 
     def _set(self, index: int, value: float) -> None:
-        self.values[index] = min(max(value, LOWEST_SCALE * self.n_ranks), HIGHEST_SCALE * self.n_ranks)
+        self.values[index] = min(max(value, MIN_SCALE * self.n_ranks), MAX_SCALE * self.n_ranks)
 
     def state(self) -> dict[str, Any]:
-        """Return what `load_state` takes: numbers and lists."""
+        """Return the state for `load_state`, in numbers and lists."""
         return {
             "n_ranks": self.n_ranks,
             "values": list(self.values),
@@ -81,7 +86,7 @@ class ResblockScales:
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from a saved state, at another number of ranks with the scales in proportion.
+        """Restore a saved state; at another number of ranks, scales change in proportion.
 
         Raises:
             ValueError: it is damaged, or of another number of resblocks.
@@ -95,32 +100,33 @@ class ResblockScales:
         n = len(self.values)
         if len(values) != n or len(divided_at) != n:
             raise ValueError(f"the checkpoint has gradient scales of {len(values)} resblocks, the model has {n}")
-        if ranks < 1 or not all(LOWEST_SCALE <= value / ranks <= HIGHEST_SCALE for value in values):
+        if ranks < 1 or not all(MIN_SCALE <= value / ranks <= MAX_SCALE for value in values):
             raise ValueError(f"the gradient scales of the checkpoint are damaged: {ranks} ranks and scales {values}")
         self.values = [value * self.n_ranks / ranks for value in values]
         self._n_updates, self._divided_at = updates, divided_at
 
 
 class Float16Branch:
-    """Runs a residual branch in float16, in and out of which go float32 (figure 4 of the paper).
+    """A residual branch that runs in float16; its input and output are float32 (figure 4 of the paper).
 
     Args:
-        factor: what gradients within the branch are multiplied by, a float32 scalar; None for unscaled gradients.
+        branch: the residual branch.
+        factor: of the gradients within the branch, a float32 scalar; None for unscaled gradients.
     """
 
-    def __init__(self, factor: Tensor | None) -> None:
-        self._factor = factor
+    def __init__(self, branch: Callable[..., Tensor], factor: Tensor | None) -> None:
+        self._branch, self._factor = branch, factor
 
-    def __call__(self, branch: Callable[[Tensor], Tensor], h_BSD: Tensor) -> Tensor:
-        """Return `branch(h)` in float32, (B, S, D)."""
+    def __call__(self, h_BSD: Tensor, *arguments: object) -> Tensor:
+        """Return the branch's output in float32, (B, S, D)."""
         # Deviation: weights, their gradients and Adam's moments are float32; the paper keeps them in 16 bits.
         if self._factor is None:
             with torch.autocast(h_BSD.device.type, dtype=torch.float16):
-                return branch(h_BSD).float()
+                return self._branch(h_BSD, *arguments).float()
         start = cast("Callable[..., Tensor]", _StartOfBranch.apply)
         end = cast("Callable[..., Tensor]", _EndOfBranch.apply)
         with torch.autocast(h_BSD.device.type, dtype=torch.float16):
-            output = branch(start(h_BSD, self._factor))
+            output = self._branch(start(h_BSD, self._factor), *arguments)
         return end(output, self._factor)
 
 
@@ -170,7 +176,7 @@ def resblock_parameters(model: DALLE) -> list[list[str]]:
 
 
 class ResblockScaling:
-    """The scales of a model's residual branches: they enter its backward pass, and leave its gradients.
+    """The scales of a model's residual branches: multiplied in during the backward pass, divided out of the gradients.
 
     M, the number of ranks, enters the paper's scales because its loss is divided by the batch of all ranks.
     Deviation: a rank's loss is the mean over its own samples, M times the paper's, and the mean over ranks is taken of
@@ -185,16 +191,16 @@ class ResblockScaling:
         self._names, self._world = resblock_parameters(model), world
         self.rules = ResblockScales(len(self._names), world.size)
         self.overflowed = False
-        """Whether a scale that has room to fall met a gradient that was not finite in the last step."""
+        """Whether a gradient of the last step was not finite, and its resblock's scale has room to fall."""
         self._factors = torch.empty(len(self._names), device=world.device)
         self._apply()
         _run_branches(model, list(self._factors.unbind()))
 
     @torch.no_grad()
     def unscale_(self, gradients: Mapping[str, Tensor]) -> None:
-        """Divide the gradients of every resblock by its scale, in place, and move the scales. Collective.
+        """Divide the gradients of every resblock by its scale, in place, then move the scales. Collective.
 
-        Once for each optimizer step, before the mean over ranks. Gradients that are not finite stay so.
+        Call it once per optimizer step, before the mean over ranks. Gradients that are not finite stay so.
 
         Args:
             gradients: by the names of the model's parameters.
@@ -211,7 +217,7 @@ class ResblockScaling:
         self._apply()
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Go on from `rules.state()`.
+        """Restore `rules.state()`.
 
         Raises:
             ValueError: it is damaged, or of another model.
@@ -220,12 +226,12 @@ class ResblockScaling:
         self._apply()
 
     def _apply(self) -> None:
-        """Let the next forward and backward passes use the scales."""
+        """Use the scales in the next forward and backward passes."""
         self._factors.copy_(torch.tensor([value / self._world.size for value in self.rules.values]))
 
 
 def run_in_float16(model: nn.Module) -> None:
-    """Let a model's residual branches run in float16, unscaled.
+    """Run a model's residual branches in float16 from now on, unscaled.
 
     Raises:
         ValueError: it is not the transformer.
@@ -246,9 +252,12 @@ def require_transformer(model: nn.Module) -> DALLE:
 
 
 def _run_branches(model: DALLE, factors: Sequence[Tensor | None]) -> None:
+    """Replace the residual branches of a model by float16 ones, with a factor for each."""
     blocks = [block for block in model.blocks if isinstance(block, Block)]
     for block, attention, mlp in zip(blocks, factors[::2], factors[1::2], strict=True):
-        block.run_attention, block.run_mlp = Float16Branch(attention), Float16Branch(mlp)
+        # the methods of the class, in case the model's branches were replaced before
+        block.attention_branch = Float16Branch(partial(Block.attention_branch, block), attention)  # type: ignore[assignment, method-assign]
+        block.mlp_branch = Float16Branch(partial(Block.mlp_branch, block), mlp)  # type: ignore[method-assign]
 
 
 def _all_finite(tensors: Sequence[Tensor]) -> Tensor:

@@ -1,12 +1,14 @@
 """The one module that DeepSpeed runs: a model and the loss that it is trained by."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Self
 
 import torch
 from torch import Tensor, nn
+
+from dalle.model import ScaledLinear
 
 Tensors = dict[str, Tensor]
 Loss = Callable[..., tuple[Tensor, Tensors]]
@@ -31,6 +33,14 @@ class MicroBatch:
         )
 
 
+def on_device(arguments: Mapping[str, object], device: torch.device) -> dict[str, object]:
+    """Return arguments with their tensors and micro-batches on a device."""
+    return {
+        name: value.to(device, non_blocking=True) if isinstance(value, Tensor | MicroBatch) else value
+        for name, value in arguments.items()
+    }
+
+
 class Objective(nn.Module):
     """A loss as a module whose one child is the model: DeepSpeed casts and gathers weights around its forward pass."""
 
@@ -42,6 +52,13 @@ class Objective(nn.Module):
     def forward(self, **arguments: object) -> tuple[Tensor, Tensors]:
         """Return the loss and its metrics."""
         return self._loss(**arguments)
+
+
+def unfuse_linear_layers(model: nn.Module) -> None:
+    """Let the transformer's linear layers call `F.linear`, which ZeRO 3 replaces to free weights between the passes."""
+    for module in model.modules():
+        if isinstance(module, ScaledLinear):
+            module.is_fused = False
 
 
 def not_finite_throughout(loss: Tensor) -> Tensor:

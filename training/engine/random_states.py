@@ -1,7 +1,6 @@
 """The states of a process's random generators, as tensors: torch's on the CPU and the GPU, NumPy's and Python's.
 
-What a step sees is drawn from generators of its own. These are for whatever draws from the global ones, such as
-dropout.
+Data and noise have their own generators; these states cover code that uses the global ones, such as dropout.
 """
 
 import random
@@ -12,8 +11,13 @@ import torch
 from torch import Tensor
 
 
+def random_file(rank: int) -> str:
+    """Return the name of the file with a rank's random states."""
+    return f"random_{rank:05d}.safetensors"
+
+
 def random_states(device: torch.device) -> dict[str, Tensor]:
-    """Return the states of this process's global generators; of the GPUs, that of `device`."""
+    """Return the states of this process's global generators; of GPUs, of `device` alone."""
     _, words, position, has_gauss, gauss = np.random.get_state(legacy=True)
     _, python_words, python_gauss = random.getstate()
     states = {
@@ -29,10 +33,10 @@ def random_states(device: torch.device) -> dict[str, Tensor]:
 
 
 def restore_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
-    """Put this process's global generators into the states that `random_states` returned.
+    """Restore the states that `random_states` returned.
 
     Raises:
-        ValueError, KeyError, RuntimeError: they are no such states.
+        ValueError, KeyError, RuntimeError: the states are damaged.
     """
     *words, position, has_gauss = states["numpy"].tolist()
     np.random.set_state(

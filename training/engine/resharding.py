@@ -1,9 +1,9 @@
-"""Another number of ranks: a checkpoint of ZeRO 1, 2 or 3 shared out anew, through DeepSpeed's universal checkpoints.
+"""Resharding: a checkpoint of ZeRO 1, 2 or 3 for another number of ranks, through DeepSpeed's universal checkpoints.
 
-First every parameter's pieces are put together on the first rank: its float32 weight and its two moments, a file each.
-Then each rank reads its share of them. Muon has one moment only, which stands for the second one, too, on the way.
+First the first rank joins the pieces of every parameter: its float32 weight and its two moments, a file each. Then each
+rank reads its share. Muon has one moment only, which meanwhile stands for the second one, too.
 
-The comments marked "0.19.8" say what that version gets wrong, and is made good.
+Comments marked "0.19.8" name errors of that version that are corrected here.
 """
 
 import contextlib
@@ -15,13 +15,13 @@ from typing import Any
 
 from torch import Tensor
 
-from training.engine.checkpoints import READ_ERRORS, UNIVERSAL, plain_path
+from training.engine.checkpoints import READ_ERRORS, UNIVERSAL, first_line, plain_path
 from training.engine.muon import MuonAdamW
 from training.patches import loading_universal, scalars_of_one_dimension, tensors_only, two_moments
 
 
 def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int]) -> bool:
-    """Return whether a checkpoint must be shared out anew before it can be loaded.
+    """Return whether a checkpoint must be converted before it can be loaded.
 
     Args:
         checkpoint: the folder, for the message.
@@ -42,11 +42,11 @@ def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int])
 
 
 def convert(directory: Path, tag: str) -> None:
-    """Make the universal form of a checkpoint, in a folder beside it that `directory / UNIVERSAL` names.
+    """Write the universal form of a checkpoint to the folder `directory / UNIVERSAL`.
 
     Raises:
         ValueError: it cannot be converted.
-        OSError: it cannot be written; a conversion needs about as much space as the checkpoint, twice.
+        OSError: it cannot be written; it needs about twice the space of the checkpoint.
     """
     from deepspeed.checkpoint import ds_to_universal
 
@@ -58,7 +58,7 @@ def convert(directory: Path, tag: str) -> None:
             arguments = Namespace(
                 input_folder=str(plain / tag),
                 output_folder=str(plain / UNIVERSAL / tag),
-                num_extract_workers=1,  # more would be processes, which know nothing of `tensors_only`
+                num_extract_workers=1,  # more would be processes, in which `tensors_only` does not hold
                 num_merge_workers=1,
                 keep_temp_folder=False,
                 strict=True,
@@ -71,23 +71,22 @@ def convert(directory: Path, tag: str) -> None:
         raise
     except READ_ERRORS as error:
         shutil.rmtree(folder, ignore_errors=True)
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"the checkpoint {directory / tag} cannot be loaded by another number of ranks ({reason}): start as many "
-            "as saved it"
+            f"the checkpoint {directory / tag} cannot be loaded by another number of ranks ({first_line(error)}): "
+            "start as many as saved it"
         ) from error
 
 
 def load_universal(engine: Any, folder: Path, tag: str) -> str | None:
     """Load this rank's share of a converted checkpoint; returns the path, or None if files are missing.
 
-    The caller sees to it that nothing is executed: see `tensors_only`; and puts back the settings of the optimizer's
-    groups: 0.19.8 gives all groups of stage 3 the first one's, such as its weight decay.
+    The caller must hold `tensors_only`, and restore the settings of the optimizer's groups: 0.19.8 gives all groups of
+    stage 3 those of the first, such as its weight decay.
     """
     optimizer = engine.optimizer.optimizer
     with loading_universal(engine):
         path, _ = engine.load_checkpoint(str(folder), tag=tag)
-    # 0.19.8 gives all parameters of stage 3 one and the same step counter, which each of them then advances
+    # 0.19.8 gives all parameters of stage 3 one step counter, which each of them then advances
     for state in optimizer.state.values():
         if isinstance(state.get("step"), Tensor):
             state["step"] = state["step"].clone()

@@ -21,31 +21,31 @@ from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
 
-def train_all(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, encode_crops: int | None = None) -> None:
-    """Train everything, one part after the other, and evaluate the bundle on the validation data.
+def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Report, *, encode_crops: int | None = None) -> None:
+    """Train all stages, one after the other, and evaluate the bundle on the validation data.
 
     Args:
         recipe: of all stages.
         inputs: shards of captioned pictures.
         world: this process's place.
-        report: told how far it is.
-        encode_crops: random crops of each picture to encode once, for the transformer; None encodes in every step.
+        say: told how far it is.
+        encode_crops: random crops of each picture to encode once, for the transformer; None to encode in every step.
 
     Raises:
-        ValueError: encode_crops is below 1; and as the stages.
+        ValueError: encode_crops is below 1; or as the stages.
     """
     _require_crops(encode_crops)
     if inputs.fresh:
         on_first_rank(lambda: forget_runs(inputs.out), world)
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
-        on_first_rank(lambda: train_tokenizer(recipe, inputs, report), world)
-    train_dvae(recipe, inputs, world, report)
-    train_clip(recipe, inputs, world, report)
-    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, world, report)
-    train_transformer(recipe, images, world, report)
+        on_first_rank(lambda: train_tokenizer(recipe, inputs, say), world)
+    train_dvae(recipe, inputs, world, say)
+    train_clip(recipe, inputs, world, say)
+    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, world, say)
+    train_transformer(recipe, images, world, say)
     if inputs.validation:
         validation = inputs.open_validation(captions=True)
-        on_first_rank(lambda: evaluate_bundle(inputs.out, validation, report, device=str(world.device)), world)
+        on_first_rank(lambda: evaluate_bundle(inputs.out, validation, say, device=str(world.device)), world)
 
 
 def _require_crops(encode_crops: int | None) -> None:
@@ -60,20 +60,20 @@ def train_all_side_by_side(
     recipe: Recipe,
     inputs: Inputs,
     plan: MachinePlan,
-    report: Report,
+    say: Report,
     *,
     encode_crops: int | None = None,
     options: Sequence[str] = (),
 ) -> None:
-    """Do what `train_all` does, in child processes as the plan says; the results are the same but for rounding.
+    """Train as `train_all` does, in child processes as the plan says; results are equal but for rounding.
 
     Args:
-        recipe: one that has a name.
+        recipe: of all stages; children find it by its name.
         inputs: shards of captioned pictures.
         plan: has phases.
-        report: told how far it is.
+        say: told how far it is.
         encode_crops: as for `train_all`.
-        options: of the commands of the neural stages, besides what `inputs` says.
+        options: more options of the neural stages' commands, besides those of `inputs`.
 
     Raises:
         ValueError: encode_crops is below 1.
@@ -83,15 +83,15 @@ def train_all_side_by_side(
     if inputs.fresh:
         forget_runs(inputs.out)
     time_left = TimeLeft(time_of(plan))
-    run_phases(recipe, inputs, plan, time_left, report, encode_crops=encode_crops, options=options)
+    run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
     if inputs.validation:
-        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), report, device="cpu")
+        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, device="cpu")
 
 
 def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:
-    """Return the seconds of all parts of a plan, by phase and lane; the warm-up is a part of the dVAE's lane.
+    """Return the seconds of all parts of a plan, by phase and lane; a warm-up is a part of its stage's lane.
 
-    Without phases, one stage comes after the other.
+    A plan without phases has one stage after the other.
     """
 
     def lane(stage: str) -> dict[str, float]:
@@ -107,7 +107,7 @@ def run_phases(
     inputs: Inputs,
     plan: MachinePlan,
     time_left: TimeLeft,
-    report: Report,
+    say: Report,
     *,
     encode_crops: int | None = None,
     options: Sequence[str] = (),
@@ -115,17 +115,17 @@ def run_phases(
     """Train all stages in child processes; arguments and errors as those of `train_all_side_by_side`."""
     for shares in plan.phases:
         beside = ", beside ".join(str(share) for share in shares)
-        report(f"\n{beside} ({time_left})")
+        say(f"\n{beside} ({time_left})")
         jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options)]
-        run_jobs(jobs, time_left, report)
+        run_jobs(jobs, time_left, say)
         for share in shares:
-            time_left.end(share.stage)  # also of what was there
+            time_left.end(share.stage)  # a stage that was there has no job
 
 
 def _jobs(
     recipe: Recipe, inputs: Inputs, share: Share, encode_crops: int | None, options: Sequence[str]
 ) -> Iterator[Job]:
-    """Yield the commands of a stage; none for a tokenizer that is there."""
+    """Yield the commands of a stage; none for a tokenizer that exists."""
 
     def job(name: str, *arguments: object, ranks: int = share.ranks) -> Job:
         return Job(stage=name, arguments=tuple(map(str, arguments)), ranks=ranks, threads=share.threads)
@@ -142,7 +142,7 @@ def _jobs(
             for name, crops, of in shards_to_encode(inputs, encode_crops):
                 target = inputs.out / "encoded" / name
                 arguments = ["encode", *_arguments(of, target, validates=False), *same, "--crops", crops]
-                # few beside the pictures to train on, at the same time
+                # at the same time; there are few of these beside the pictures to train on
                 yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)
         case stage:
             images = encoded_inputs(inputs) if stage == "transformer" and encode_crops is not None else inputs
@@ -150,7 +150,7 @@ def _jobs(
 
 
 def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator[object]:
-    """Yield the options that say the same as inputs; `validates`: whether the command takes validation data."""
+    """Yield the options for inputs; `validates`: whether the command takes validation data."""
     yield from ("--data", *inputs.data, "--out", out)
     if inputs.manifest is not None:
         yield from ("--manifest", inputs.manifest)

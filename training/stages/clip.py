@@ -20,15 +20,15 @@ from rerank.loss import contrastive_loss
 from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
-from training.data.reader import Sample, ShardData
+from training.data.reader import Sample
 from training.data.wrong_captions import SOURCES
 from training.engine.checkpoints import latest_tag
 from training.engine.objective import MicroBatch, Tensors
-from training.loop.fit import fit
 from training.metrics import Report
 from training.ranks.world import World, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
-from training.stages.inputs import Inputs, all_captions, note_data, will_resume
+from training.stages.inputs import Inputs, all_captions
+from training.stages.program import Program
 
 
 def clip_loss(
@@ -249,12 +249,12 @@ def check_negatives(accumulation: int) -> None:
         )
 
 
-def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> Path:
-    """Train CLIP, with a BPE of its own; returns its directory."""
+def train_clip(recipe: Recipe, inputs: Inputs, world: World, say: Report) -> Path:
+    """Train CLIP, with a BPE of its own; returns its directory. It is warmed up first if the recipe says so."""
     stage_recipe = recipe.clip
     check_negatives(stage_recipe.train.batch_of(world.size)[1])
-    data, validation = inputs.open(captions=True)
-    tokenizer = _clip_tokenizer(inputs, data, stage_recipe.model.vocab_size, world)
+    program = Program.open(inputs, world, say, captions=True)
+    tokenizer = _clip_tokenizer(program, stage_recipe.model.vocab_size)
     config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(stage_recipe.train.seed)
     model = CLIP(config, tokenizer)
@@ -266,23 +266,19 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, report: Report) -> 
         "model": dataclasses.asdict(config),
         "tokenizer_hash": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16],
     }
-    if stage_recipe.warmup is not None and not will_resume("clip", inputs, world):
+    if stage_recipe.warmup is not None and program.needs_warmup("clip"):
         directory = inputs.run_directory("clip-warmup") / "model"
         warmup = CLIPWarmupStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
-        spec = inputs.run_spec("clip-warmup", {"stage": "clip-warmup", **description})
-        fit(warmup, stage_recipe.warmup, world, data, validation, spec, report)
+        program = program.warm_up(warmup, stage_recipe.warmup, description)
         model = CLIP.load(directory)
-        inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
-    directory = inputs.out / "clip"
-    stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
-    spec = inputs.run_spec("clip", {"stage": "clip", **description})
-    note_data(spec, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, spec, report)
-    return directory
+    stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, inputs.out / "clip", metadata)
+    program.fit(stage, stage_recipe.train, program.spec("clip", description))
+    return stage.directory
 
 
-def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: World) -> CLIPTokenizer:
-    """Return a tokenizer trained on the captions; the run's own if it goes on and captions have been lost since."""
+def _clip_tokenizer(program: Program, vocab_size: int) -> CLIPTokenizer:
+    """Return a tokenizer trained on the captions; a resumed run's own if captions have been lost since."""
+    inputs, data = program.inputs, program.data
     run = inputs.run_directory("clip")
     path = run / "tokenizer.json"
     unreadable = np.flatnonzero(data.is_lost).tolist()
@@ -294,5 +290,5 @@ def _clip_tokenizer(inputs: Inputs, data: ShardData, vocab_size: int, world: Wor
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
 
-    on_first_rank(save, world)
+    on_first_rank(save, program.world)
     return tokenizer

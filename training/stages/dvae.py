@@ -20,18 +20,17 @@ from dvae import DVAE
 from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_crop, to_image, to_tensor, unmap_pixels
 from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
-from training.config import TrainConfig
 from training.data.reader import Sample, ShardData
 from training.engine.objective import MicroBatch, Tensors
-from training.loop.fit import fit
 from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
-from training.stages.inputs import Inputs, note_data, will_resume
+from training.stages.inputs import Inputs
+from training.stages.program import Program
 
 CODEBOOK_IMAGES = 1024
-"""Pictures from whose positions the codebook of a warmed-up dVAE is made."""
+"""Pictures from which the codebook of a warmed-up dVAE is made."""
 
 
 SCALE_FIT_WEIGHT = 1e-4
@@ -179,58 +178,34 @@ class WarmupStage(DVAEStage):
         return None
 
 
-def train_dvae(recipe: Recipe, inputs: Inputs, world: World, report: Report, *, init: Path | None = None) -> Path:
+def train_dvae(recipe: Recipe, inputs: Inputs, world: World, say: Report, *, init: Path | None = None) -> Path:
     """Train a dVAE, from scratch or from the directory `init`; returns its directory.
 
     From scratch, it is warmed up first if the recipe says so.
     """
     stage_recipe = recipe.dvae
-    data, validation = inputs.open(captions=False)
-    is_resumed = will_resume("dvae", inputs, world)
+    program = Program.open(inputs, world, say, captions=False)
+    needs_warmup = program.needs_warmup("dvae")
     torch.manual_seed(stage_recipe.train.seed)
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
-    if init is None and stage_recipe.warmup is not None and not is_resumed:  # else the weights come from the checkpoint
-        model = _warmed_up(recipe, stage_recipe.warmup, model, inputs, data, validation, world, report)
-        inputs = dataclasses.replace(inputs, resume=False, resume_from=None)  # the warm-up has gone on
+    previews, metadata = program.validation or program.data, {"recipe": recipe.name}
+    description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config)}
     model = channels_last(model.to(world.device))
-    directory = inputs.out / "dvae"
-    stage = DVAEStage(stage_recipe, model, directory, validation or data, {"recipe": recipe.name})
-    description = {
-        "stage": "dvae",
-        "recipe": recipe.name,
-        "model": dataclasses.asdict(model.config),
-        "init": str(init) if init else None,
-    }
-    spec = inputs.run_spec("dvae", description)
-    note_data(spec, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, spec, report)
-    return directory
-
-
-def _warmed_up(
-    recipe: Recipe,
-    warmup: TrainConfig,
-    model: DVAE,
-    inputs: Inputs,
-    data: ShardData,
-    validation: ShardData | None,
-    world: World,
-    report: Report,
-) -> DVAE:
-    """Train a new dVAE as an autoencoder, and return it with a codebook made from what it has learned."""
-    run = inputs.run_directory("dvae-warmup")
-    model = channels_last(model.to(world.device))
-    stage = WarmupStage(recipe.dvae, model, run / "autoencoder", validation or data, {"recipe": recipe.name})
-    description = {"stage": stage.name, "recipe": recipe.name, "model": dataclasses.asdict(model.config)}
-    spec = inputs.run_spec("dvae-warmup", description)
-    fit(stage, warmup, world, data, validation, spec, report)
-    warm = DVAE.load(stage.directory)
-    images, _ = stage.first_images(CODEBOOK_IMAGES, data)
-    initialise_codebook(warm, images, seed=warmup.seed)
-    return warm
+    if init is None and stage_recipe.warmup is not None and needs_warmup:
+        directory = inputs.run_directory("dvae-warmup") / "autoencoder"
+        warmup = WarmupStage(stage_recipe, model, directory, previews, metadata)
+        program = program.warm_up(warmup, stage_recipe.warmup, description)
+        model = DVAE.load(directory)
+        images, _ = warmup.first_images(CODEBOOK_IMAGES, program.data)
+        initialise_codebook(model, images, seed=stage_recipe.warmup.seed)
+        model = channels_last(model.to(world.device))
+    stage = DVAEStage(stage_recipe, model, inputs.out / "dvae", previews, metadata)
+    spec = program.spec("dvae", {**description, "init": str(init) if init else None})
+    program.fit(stage, stage_recipe.train, spec)
+    return stage.directory
 
 
 def channels_last(model: DVAE) -> DVAE:
-    """Put a dVAE's weights into the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
+    """Return a dVAE whose weights have the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
     placed: DVAE = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return placed

@@ -23,13 +23,13 @@ def encode_data(
     dvae: Path,
     config: EncodeConfig,
     world: World,
-    report: Report,
+    say: Report,
     *,
     fresh: bool = False,
     skip_damaged_shards: bool = False,
     manifest: Path | None = None,
 ) -> EncodeReport:
-    """Make shards of image tokens of shards of captioned pictures, with the dVAE in a directory; see `encode_shards`.
+    """Encode shards of captioned pictures with the dVAE in a directory, as `encode_shards` does.
 
     Raises:
         FileNotFoundError: the dVAE is missing; and as `encode_shards`.
@@ -48,11 +48,11 @@ def encode_data(
             manifest=None if manifest is None else Manifest.open(manifest),
             progress=progress.update if world.is_first else None,
         )
-    report(f"{made}: {out}")
+    say(f"{made}: {out}")
     return made
 
 
-def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, report: Report) -> Inputs:
+def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say: Report) -> Inputs:
     """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
     train = recipe.transformer.train
     config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
@@ -63,7 +63,7 @@ def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, repo
             inputs.out / "dvae",
             dataclasses.replace(config, crops=its_crops),
             world,
-            report,
+            say,
             fresh=inputs.fresh,
             skip_damaged_shards=inputs.skip_damaged_shards,
             manifest=of.manifest,
@@ -74,16 +74,16 @@ def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, repo
 
 
 def shards_to_encode(inputs: Inputs, crops: int) -> Iterator[tuple[str, int, Inputs]]:
-    """Yield what is encoded: its name, the random crops of each picture, and the shards."""
+    """Yield the parts to encode: name, random crops of each picture, and the shards."""
     yield "train", crops, inputs
     if inputs.validation:
         yield "validation", 0, dataclasses.replace(inputs, data=inputs.validation, manifest=inputs.validation_manifest)
 
 
 def _with_tokens(inputs: Inputs, shards: Mapping[str, Sequence[Path]]) -> Inputs:
-    """Return the inputs with shards of image tokens, by the names of `shards_to_encode`, in place of those of pictures.
+    """Return the inputs with shards of image tokens, by the names of `shards_to_encode`.
 
-    The manifests are of the shards of pictures; image tokens have checksums of their own.
+    Without manifests, which are of the shards of pictures: image tokens have checksums of their own.
     """
     return dataclasses.replace(
         inputs, data=shards["train"], validation=shards.get("validation", ()), manifest=None, validation_manifest=None
@@ -91,7 +91,7 @@ def _with_tokens(inputs: Inputs, shards: Mapping[str, Sequence[Path]]) -> Inputs
 
 
 def encoded_inputs(inputs: Inputs) -> Inputs:
-    """Return the inputs with the image tokens that were made of their shards, as `encode_inputs` does."""
+    """Return the inputs with the image tokens that `encode_inputs` made of their shards."""
     shards: dict[str, list[Path]] = {}
     for name, _, of in shards_to_encode(inputs, 1):
         targets = token_shards(expand_shards(of.data), inputs.out / "encoded" / name)

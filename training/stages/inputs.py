@@ -13,7 +13,6 @@ import numpy as np
 from storage.atomic import replace_text
 from training.data.manifest import Manifest
 from training.data.reader import ShardData
-from training.engine.checkpoints import latest_tag
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.world import World, on_first_rank
 
@@ -78,42 +77,20 @@ class Inputs:
         )
 
     def run_directory(self, stage: str) -> Path:
-        """Return where a stage's run is kept."""
+        """Return the folder of a stage's run."""
         return self.out / "training" / stage
-
-    def run_spec(self, stage: str, description: dict[str, Any], *, flops_per_sample: float | None = None) -> RunSpec:
-        """Return where a stage's run reads and writes, and how it starts."""
-        return RunSpec(
-            directory=self.run_directory(stage),
-            description=description,
-            fresh=self.fresh,
-            resume=self.resume,
-            resume_from=self.resume_from,
-            flops_per_sample=flops_per_sample,
-        )
-
-
-def will_resume(stage: str, inputs: Inputs, world: World) -> bool:
-    """Return whether a stage goes on from a checkpoint, and so needs no warm-up; made afresh, it has none from now on.
-
-    Else a command interrupted in the warm-up would later go on from what was there before.
-    """
-    checkpoints = inputs.run_directory(stage) / "checkpoints"
-    if inputs.fresh:
-        on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), world)
-    return not inputs.fresh and latest_tag(checkpoints) is not None
 
 
 def forget_runs(out: Path) -> None:
-    """Delete the checkpoints of all stages and the image tokens: nothing goes on from what is to be made anew."""
+    """Delete the checkpoints of all stages and the image tokens, so that nothing resumes from them."""
     for made in (*(out / "training").glob("*/checkpoints"), *out.glob("encoded")):
         shutil.rmtree(made)
 
 
 def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
-    """Yield every caption; unreadable ones, which training will count as bad samples, are left out.
+    """Yield every caption that can be read, and append the numbers of the other samples to `unreadable`.
 
-    Their samples are added to `unreadable`.
+    Training counts those as bad samples.
     """
     for index in np.flatnonzero(~data.is_lost):
         try:
@@ -125,10 +102,9 @@ def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterat
 
 
 def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
-    """Write down what samples a run is trained on; when it goes on with others, a warning says so.
+    """Write down which samples a run is trained on; warn if a resumed run has others. Collective.
 
-    The order of the samples depends on their number, and which they are on the order of the shards: neither must
-    change without a word. Shards may be moved.
+    Sample order depends on the number of samples and the order of shards. Shards may be moved.
     """
     refuse_another_run(spec)
     path = spec.directory / "data.json"
@@ -147,7 +123,7 @@ def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
 
 def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     if before["samples"] == now["samples"]:
-        shards = zip(before.get("order", now["order"]), now["order"], strict=False)  # runs of before have none
+        shards = zip(before.get("order", now["order"]), now["order"], strict=False)  # version 0.1 did not write it
         others = [(old[0], new[0]) for old, new in shards if old != new]
         if others:
             logger.warning(

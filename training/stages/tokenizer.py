@@ -8,11 +8,11 @@ from training.recipes import Recipe
 from training.stages.inputs import Inputs, all_captions
 
 
-def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
+def train_tokenizer(recipe: Recipe, inputs: Inputs, say: Report) -> Path:
     """Train the BPE on all captions of the shards; returns the file.
 
     Raises:
-        ValueError: there is one, and `inputs.fresh` does not say to replace it.
+        ValueError: the file exists, and `inputs.fresh` does not say to replace it.
     """
     path = inputs.out / "tokenizer.json"
     if path.exists() and not inputs.fresh:
@@ -24,5 +24,5 @@ def train_tokenizer(recipe: Recipe, inputs: Inputs, report: Report) -> Path:
     tokenizer = Tokenizer.train(all_captions(data), vocab_size=recipe.text_vocab)
     inputs.out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(path)
-    report(f"tokenizer: {tokenizer.vocab_size} entries from the captions of {len(data)} samples, saved as {path}")
+    say(f"tokenizer: {tokenizer.vocab_size} entries from the captions of {len(data)} samples, saved as {path}")
     return path

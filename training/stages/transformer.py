@@ -26,14 +26,14 @@ from storage.atomic import copy_folder
 from storage.model_directory import directory_hash
 from training.data.reader import Sample, ShardData
 from training.engine.objective import MicroBatch, Tensors
-from training.loop.fit import fit
 from training.loop.run_folder import refuse_another_run
 from training.metrics import Report
 from training.plan.plan import flops_per_sample
 from training.ranks.world import World, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
 from training.stages.dvae import channels_last
-from training.stages.inputs import Inputs, note_data
+from training.stages.inputs import Inputs
+from training.stages.program import Program
 
 
 def transformer_loss(model: DALLE, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
@@ -103,11 +103,11 @@ class TransformerStage:
         self._dvae = dvae.eval().requires_grad_(False)
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
-        """Return the augmented picture (Listing 2) and the ids of one caption, or by chance of the empty one.
+        """Return the augmented picture (Listing 2) and the ids of a caption, with BPE dropout.
 
-        In the first steps it may be one of the first captions only: see `TransformerRecipe.first_captions`.
-        The ids are those of BPE dropout. In place of the picture, a sample that was encoded has the tokens of one of
-        its random crops.
+        By chance the caption is the empty one; in the first steps it may be one of the first captions only: see
+        `TransformerRecipe.first_captions`. An encoded sample has the tokens of one of its random crops instead of the
+        picture.
         """
         if sample.image_tokens is None:
             picture = open_image(sample.image_bytes, sample.source)
@@ -144,7 +144,7 @@ class TransformerStage:
         return transformer_loss(self.model, **tensors)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
-        """Return a sheet of one sample for each of the captions, sampled as the recipe says."""
+        """Sample a picture for each of the captions, as the recipe says, on one sheet."""
         if not self._captions:
             return None
         model = self._with(weights)
@@ -177,42 +177,37 @@ def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
     world: World,
-    report: Report,
+    say: Report,
     *,
     tokenizer: Path | None = None,
     dvae: Path | None = None,
 ) -> Path:
-    """Train the transformer, on the bundle's tokenizer and dVAE; returns its directory.
+    """Train the transformer on the bundle's tokenizer and dVAE; returns its directory.
 
-    A tokenizer file and a dVAE's directory that are named are copied into the bundle, which cannot be loaded without.
     The data may be shards of image tokens of this dVAE.
+
+    Args:
+        recipe: of all stages.
+        inputs: shards of captioned pictures, or of image tokens.
+        world: this process's place.
+        say: told how far it is.
+        tokenizer: a file to copy into the bundle, if it has none.
+        dvae: a directory to copy into the bundle, if it has none.
 
     Raises:
         FileNotFoundError: the tokenizer or the dVAE is missing.
-        ValueError: the bundle holds another tokenizer or dVAE than the one named; the image tokens are of another dVAE;
+        ValueError: the bundle holds another tokenizer or dVAE than the one given; the image tokens are of another dVAE;
             or as `fit`.
     """
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
     image_coder = channels_last(DVAE.load(dvae_directory))
-    data, validation = inputs.open(captions=True, encoded=True)
-    _require_tokens_of(image_coder, dvae_directory, data, validation)
-    if data.encoding is None:  # else only the sample sheets need it, on the first rank
+    program = Program.open(inputs, world, say, captions=True, encoded=True)
+    _require_tokens_of(image_coder, dvae_directory, program.data, program.validation)
+    if program.data.encoding is None:  # otherwise only the sample sheets need it, on the first rank
         image_coder = image_coder.to(world.device)
-    config = dataclasses.replace(
-        stage_recipe.model,
-        text_vocab=text_bpe.vocab_size,
-        image_vocab=image_coder.config.vocab_size,
-        grid=image_coder.config.grid,
-    )
-    torch.manual_seed(stage_recipe.train.seed)
-    model = DALLE(config)
-    if stage_recipe.init_scale != 1:
-        model.initialise(scale=stage_recipe.init_scale)
-    if stage_recipe.init_from_codebook:
-        model.initialise_from_codebook(image_coder.decoder.codebook.cpu())
-    model = model.to(world.device)
+    model = _new_model(stage_recipe, text_bpe, image_coder).to(world.device)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
     if stage_recipe.train.compile:
         model.compile_layers()
@@ -223,18 +218,33 @@ def train_transformer(
         "sampling": dataclasses.asdict(stage_recipe.sampling),
         **hashes,
     }
-    captions = _first_captions(validation or data, 8)
-    directory = inputs.out / "dalle"
-    stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, directory, captions, metadata)
-    description = {"stage": "transformer", "recipe": recipe.name, "model": dataclasses.asdict(config), **hashes}
+    captions = _first_captions(program.validation or program.data, 8)
+    stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, inputs.out / "dalle", captions, metadata)
+    description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config), **hashes}
     sizes = model.n_parameters()
-    flops = flops_per_sample(config, sizes["attention"] + sizes["mlp"])
-    spec = inputs.run_spec("transformer", description, flops_per_sample=flops)
-    refuse_another_run(spec)  # before the bundle is given parts
+    flops = flops_per_sample(model.config, sizes["attention"] + sizes["mlp"])
+    spec = program.spec("transformer", description, flops)
+    refuse_another_run(spec)  # before anything is copied into the bundle
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
-    note_data(spec, data, world)
-    fit(stage, stage_recipe.train, world, data, validation, spec, report)
-    return directory
+    program.fit(stage, stage_recipe.train, spec)
+    return stage.directory
+
+
+def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE) -> DALLE:
+    """Return the recipe's model for a tokenizer and a dVAE, its weights drawn with the run's seed."""
+    config = dataclasses.replace(
+        recipe.model,
+        text_vocab=tokenizer.vocab_size,
+        image_vocab=dvae.config.vocab_size,
+        grid=dvae.config.grid,
+    )
+    torch.manual_seed(recipe.train.seed)
+    model = DALLE(config)
+    if recipe.init_scale != 1:
+        model.initialise(scale=recipe.init_scale)
+    if recipe.init_from_codebook:
+        model.initialise_from_codebook(dvae.decoder.codebook.cpu())
+    return model
 
 
 def _first_captions(data: ShardData, count: int) -> list[str]:
@@ -249,10 +259,10 @@ def _first_captions(data: ShardData, count: int) -> list[str]:
 
 
 def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation: ShardData | None) -> None:
-    """Check that image tokens in place of pictures are those of a dVAE, and that there are random crops to train on.
+    """Check that image tokens in place of pictures are of a dVAE, and have random crops to train on.
 
     Raises:
-        ValueError: they are stale, or there are none.
+        ValueError: they are of another dVAE, or of centre crops only.
     """
     for data in (train, validation):
         if data is None or data.encoding is None:
@@ -278,7 +288,7 @@ def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation
 
 
 def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> None:
-    """Copy the tokenizer and the dVAE that were named into a bundle that has none.
+    """Copy the given tokenizer and dVAE into a bundle that has none.
 
     Raises:
         ValueError: it has others.

@@ -1,0 +1,68 @@
+"""A stage's program under way: its data and ranks, its runs, and whether it is warmed up first."""
+
+import dataclasses
+import shutil
+from dataclasses import dataclass
+from typing import Any, Self
+
+from training.config import TrainConfig
+from training.data.reader import ShardData
+from training.engine.checkpoints import latest_tag
+from training.loop.fit import fit
+from training.loop.run_folder import RunSpec
+from training.loop.stage import Stage
+from training.metrics import Report
+from training.ranks.world import World, on_first_rank
+from training.stages.inputs import Inputs, note_data
+
+
+@dataclass(frozen=True, kw_only=True)
+class Program:
+    """What a stage is trained from, and where."""
+
+    inputs: Inputs
+    data: ShardData
+    """Samples to train on."""
+    validation: ShardData | None
+    world: World
+    say: Report
+    """Told how far the run is."""
+
+    @classmethod
+    def open(cls, inputs: Inputs, world: World, say: Report, *, captions: bool, encoded: bool = False) -> Self:
+        """Open the data; arguments and errors as those of `Inputs.open`."""
+        data, validation = inputs.open(captions=captions, encoded=encoded)
+        return cls(inputs=inputs, data=data, validation=validation, world=world, say=say)
+
+    def spec(self, stage: str, description: dict[str, Any], flops_per_sample: float | None = None) -> RunSpec:
+        """Return where a stage's run reads and writes, and how it starts."""
+        inputs = self.inputs
+        return RunSpec(
+            directory=inputs.run_directory(stage),
+            description={"stage": stage, **description},
+            fresh=inputs.fresh,
+            resume=inputs.resume,
+            resume_from=inputs.resume_from,
+            flops_per_sample=flops_per_sample,
+        )
+
+    def fit(self, stage: Stage, config: TrainConfig, spec: RunSpec) -> None:
+        """Train a stage; write down first which samples it is trained on."""
+        note_data(spec, self.data, self.world)
+        fit(stage, config, self.world, self.data, self.validation, spec, self.say)
+
+    def needs_warmup(self, stage: str) -> bool:
+        """Return whether a stage starts without a checkpoint; deletes its checkpoints if it is fresh. Collective.
+
+        Otherwise a command interrupted in a fresh warm-up would later resume from the stage's old checkpoint.
+        """
+        checkpoints = self.inputs.run_directory(stage) / "checkpoints"
+        if self.inputs.fresh:
+            on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), self.world)
+        return self.inputs.fresh or latest_tag(checkpoints) is None
+
+    def warm_up(self, stage: Stage, config: TrainConfig, description: dict[str, Any]) -> Self:
+        """Train a warm-up, in a run of its own; returns the program for the stage after it, which does not resume."""
+        spec = self.spec(stage.name, description)
+        fit(stage, config, self.world, self.data, self.validation, spec, self.say)
+        return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, resume=False, resume_from=None))
