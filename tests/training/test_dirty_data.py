@@ -165,7 +165,7 @@ def test_another_order_of_the_samples_is_never_silent(tmp_path: Path, capsys: py
     assert "order is another" not in capsys.readouterr().err
     write_tar(tmp_path / "data" / "1.tar", world_members(range(12, 20)))
     assert training.cli.main.main([*command, "--steps", "4"]) == 0
-    assert "began with 24 samples, and goes on with 20" in (errors := capsys.readouterr().err)
+    assert "began with 24 samples, and resumes with 20" in (errors := capsys.readouterr().err)
     assert "1.tar: 12 samples, now 8" in errors
 
 
@@ -184,10 +184,10 @@ def test_as_many_other_samples_are_never_silent(tmp_path: Path, capsys: pytest.C
     data = tmp_path / "data"
     assert not warnings(data, "0.tar", "1.tar")
     assert not warnings(data, "0.tar", "1.tar")
-    assert "(where 0.tar was is 1.tar)" in warnings(data, "1.tar", "0.tar")
-    assert "(where 0.tar was is 2.tar)" in warnings(data, "1.tar", "2.tar")
+    assert "(1.tar is in the place of 0.tar)" in warnings(data, "1.tar", "0.tar")
+    assert "(2.tar is in the place of 0.tar)" in warnings(data, "1.tar", "2.tar")
     (data / "2.tar").write_bytes((data / "0.tar").read_bytes())
-    assert "(where 2.tar was is 2.tar)" in warnings(data, "1.tar", "2.tar")
+    assert "(2.tar is in the place of 2.tar)" in warnings(data, "1.tar", "2.tar")
     assert not warnings(data.rename(tmp_path / "moved"), "1.tar", "2.tar")
 
 

@@ -113,7 +113,7 @@ def test_going_on_with_another_batch_or_seed_is_said(new_run: NewRun, caplog: py
     run = new_run("run")
     run(tiny.train_config(steps=2))
     run(tiny.train_config(steps=4, seed=1))
-    assert "seed was 0 and is 1: the run goes on with other samples" in caplog.text
+    assert "seed was 0 and is 1: the resumed run sees other samples" in caplog.text
 
 
 def test_lines_written_after_the_checkpoint_are_not_there_twice_after_a_crash(new_run: NewRun) -> None:

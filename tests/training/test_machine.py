@@ -180,7 +180,7 @@ def test_an_interrupted_command_ends_with_0_and_goes_on_with_another_plan(tmp_pa
         process.terminate()
         _, output = process.communicate(timeout=600)
     assert process.returncode == 0, output
-    assert "the same command without --fresh goes on from there" in output.splitlines()[-1]
+    assert "the same command without --fresh resumes from there" in output.splitlines()[-1]
     assert "transformer" not in output
     train_all(shards, tmp_path, "--one-at-a-time", n_cores=1)
     assert [len(losses) for losses in losses_of(tmp_path).values()] == [4, 4, 4, 4]

@@ -14,7 +14,7 @@ class EMA:
     """An exponential moving average of named tensors, in float32.
 
     Args:
-        weights: the tensors to start from; they are copied.
+        weights: the tensors to start from, which are copied.
         decay: weight of the old average in one update, in [0, 1).
     """
 

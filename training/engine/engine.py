@@ -70,7 +70,7 @@ class Engine:
     """
 
     def __init__(self, objective: nn.Module, config: ResolvedConfig, world: World) -> None:
-        self.world, self.config = world, config.config
+        self.world, self.config, self.stage = world, config.config, config.config.zero_stage
         self.micro_batch, self.accumulation = config.micro_batch, config.accumulation
         # 0.19.8 allocates a whole bucket, at stage 3 for good, however small the model is
         bucket = min(MAX_BUCKET, sum(weight.numel() for weight in objective.parameters()))
@@ -81,7 +81,6 @@ class Engine:
         self._reduction = Reduction(self.model, self.config, world)
         self._engine = _initialize(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config)
         self._reduction.attach(self._engine)
-        self.stage = self.config.zero_stage
         if self.stage == 3:
             unfuse_linear_layers(self.model)
         if isinstance(optimizer, MuonAdamW) and self.stage > 0:

@@ -28,10 +28,10 @@ from torch.optim import _muon
 from training.ranks.world import World
 
 RMS_OF_ADAMW = 0.2
-"""Of AdamW's updates, about, in units of the learning rate (Liu et al. 2025, section 2.2)."""
+"""RMS of AdamW's updates, about, in units of the learning rate (Liu et al. 2025, section 2.2)."""
 
 DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
-"""Of a whole matrix, by the device it is orthogonalised on."""
+"""Type of a whole matrix, by the device it is orthogonalised on."""
 
 
 def block_matrices(model: nn.Module) -> list[Tensor]:
@@ -41,7 +41,7 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     for Muon.
 
     Raises:
-        ValueError: there are none, as in the dVAE.
+        ValueError: the model has no blocks, as the dVAE.
     """
     found = [
         layer.weight
@@ -60,7 +60,7 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
 
 @dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """A matrix that Muon updates, and the piece of it that this rank holds: some consecutive elements, or none."""
+    """A matrix that Muon updates, and the piece of it that this rank holds: consecutive elements, or none."""
 
     shape: tuple[int, int]
     """Rows and columns of the whole."""
@@ -88,8 +88,8 @@ class Matrix:
 class MuonAdamW(torch.optim.Optimizer):
     """Muon for the groups of parameters that have a `momentum`, an AdamW for the others.
 
-    A step is left out where `found_inf`, a 0-d tensor that the caller may set as for torch's own fused AdamW, is 1.
-    A collective operation: all ranks take the same steps.
+    Skips a step if `found_inf`, a 0-d tensor that the caller may set as for torch's own fused AdamW, is 1.
+    Collective: all ranks take the same steps.
 
     Args:
         adamw: the optimizer of the other parameters. This one takes over its groups and its state.
@@ -116,10 +116,10 @@ class MuonAdamW(torch.optim.Optimizer):
         super().__init__([*adamw.param_groups, muon], {})
         self._adamw, self._world = adamw, world
         self._matrices: dict[Tensor, list[Matrix]] = {}
-        """In each of the tensors that ZeRO put in the parameters' place; empty without ZeRO."""
+        """The matrices in each tensor that ZeRO put in the parameters' place; empty without ZeRO."""
 
     def place(self, zero: Any) -> None:
-        """Learn from DeepSpeed's ZeRO optimizer, which now owns this one, where its matrices are."""
+        """Read from DeepSpeed's ZeRO optimizer, which now owns this one, where its matrices are."""
         self._matrices = matrices_of(zero, self._world)
 
     @torch.no_grad()
@@ -133,7 +133,7 @@ class MuonAdamW(torch.optim.Optimizer):
                 self._step_of_matrices(group)
 
     def forget_variances(self) -> None:
-        """Drop what only AdamW keeps from the state of the matrices."""
+        """Drop the second moments from the state of the matrices."""
         for flat in self._matrices:
             self.state[flat] = {name: value for name, value in self.state[flat].items() if name == "exp_avg"}
 
@@ -211,7 +211,7 @@ class MuonAdamW(torch.optim.Optimizer):
         return bool(self._matrices) and self._world.size > 1
 
     def _applied(self, weight: Tensor) -> float | Tensor:
-        """Return 1, or 0 for a step that is left out; as a 0-d tensor where only the device knows."""
+        """Return 1, or 0 for a step that is skipped, which may be a 0-d tensor on the device."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(weight.device)
 
 
@@ -220,14 +220,14 @@ def _empty(matrix: Matrix, world: World) -> Tensor:
 
 
 def sum_on(rank: int, matrix: Tensor) -> None:
-    """Add up the ranks' matrices, in place, on one of them; what the others then hold is undefined. Collective."""
+    """Sum the ranks' matrices in place on one rank; those of the others become undefined. Collective."""
     dist.reduce(matrix, dst=rank)
 
 
 def orthogonal(matrix: Tensor) -> Tensor:
-    """Return the nearest orthogonal matrix, about: its singular values are within 0.5 and 1.5 or so.
+    """Return about the nearest orthogonal matrix; its singular values are within 0.5 and 1.5 or so.
 
-    In bfloat16 torch's own iterations, in float32 the same.
+    Runs torch's own iterations in bfloat16, and the same in float32.
     """
     a, b, c = _muon.DEFAULT_A, _muon.DEFAULT_B, _muon.DEFAULT_C
     if matrix.dtype == torch.bfloat16:
@@ -246,7 +246,7 @@ def orthogonal(matrix: Tensor) -> Tensor:
 
 
 def matrices_of(zero: Any, world: World) -> dict[Tensor, list[Matrix]]:
-    """Return the matrices in each tensor that a ZeRO optimizer gave to the optimizer within it, this rank's pieces.
+    """Return the matrices, with this rank's pieces, in each tensor that a ZeRO optimizer gave to the one within it.
 
     Args:
         zero: DeepSpeed's, of stage 1, 2 or 3, or its BF16_Optimizer.
@@ -258,7 +258,7 @@ def matrices_of(zero: Any, world: World) -> dict[Tensor, list[Matrix]]:
 
 
 def _in_parts_of_groups(zero: Any, world: World) -> Iterator[tuple[Tensor, list[Matrix]]]:
-    """Stages 1 and 2: a group's parameters follow each other in a buffer, which is cut into a part for each rank."""
+    """Yield the matrices at stages 1 and 2, which cut a buffer of a group's parameters into a part for each rank."""
     for number, group in enumerate(zero.optimizer.param_groups):
         if "momentum" not in group:
             continue
@@ -281,7 +281,7 @@ def _in_parts_of_groups(zero: Any, world: World) -> Iterator[tuple[Tensor, list[
 
 
 def _in_parts_of_parameters(zero: Any, world: World) -> Iterator[tuple[Tensor, list[Matrix]]]:
-    """Stage 3: each parameter is cut into a part for each rank, and a rank's parts follow each other in a buffer."""
+    """Yield the matrices at stage 3, which cuts each parameter into parts for the ranks; a buffer holds one rank's."""
     for number, weights in enumerate(zero.fp16_groups):
         if "momentum" not in zero.optimizer.param_groups[zero.sub_group_to_group_id[number]]:
             continue

@@ -27,7 +27,7 @@ from dalle.cross_entropy import Head
 from training.ranks.world import World
 
 EPSILON = 1e-6
-"""Of the identity that is added to P, so that it has full rank (E.2, step 5)."""
+"""Factor of the identity that is added to P, so that it has full rank (E.2, step 5)."""
 
 
 def compressed_names(model: nn.Module, rank: int) -> list[str]:
@@ -78,7 +78,7 @@ def expected_ratio(shapes: Mapping[str, Sequence[int]], compressed: Collection[s
 
 
 class PowerSGD:
-    """Averages gradients over the ranks, matrices as factors of low rank; keeps what those leave out.
+    """Averages gradients over the ranks, matrices as factors of low rank; keeps the remainders.
 
     All ranks end with the same bits, if all have the same kind of processor.
 
@@ -100,7 +100,7 @@ class PowerSGD:
         """E of each compressed parameter, (m, n) with m ≤ n, float32."""
         self._draw(seed)
         self.bytes_sent, self.bytes_full = 0, 0
-        """What went into collectives in the last step; what its gradients are in their own type."""
+        """Bytes that went into collectives in the last step, and of its gradients in their own type."""
 
     def _draw(self, seed: int) -> None:
         """Draw Q anew, on the CPU: the same on every device."""
@@ -115,7 +115,7 @@ class PowerSGD:
     def reduce_(self, gradients: Mapping[str, Tensor]) -> None:
         """Replace the gradients by their means over the ranks, those of matrices by approximate ones. Collective.
 
-        Where a gradient of any rank is not finite, all gradients of all ranks become NaN, so that all leave out the
+        If a gradient of any rank is not finite, all gradients of all ranks become NaN, so that all skip the
         step, and the buffers stay finite.
 
         The norm that DeepSpeed clips by is that of the decompressed gradients. It is the paper's √(Σ‖S‖² + Σ‖g‖²), g
@@ -129,7 +129,7 @@ class PowerSGD:
         whole = [gradient for name, gradient in gradients.items() if name not in self._errors]
         is_wrong = torch.stack([(~gradient.isfinite()).any() for gradient in gradients.values()]).any().float()
         *means, wrong = self._mean([*whole, is_wrong])
-        # Deviation: one gradient that is not finite leaves out the step whole; the paper's other blocks go on to their
+        # Deviation: one gradient that is not finite skips the whole step; the paper's other blocks go on to their
         # buffers.
         if wrong > 0 or not self._reduce_matrices(gradients):
             for gradient in gradients.values():
@@ -177,11 +177,11 @@ class PowerSGD:
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 
     def state(self) -> dict[str, Tensor]:
-        """Return what `load_state` takes: this rank's error buffers, and Q's seed."""
+        """Return the state for `load_state`: this rank's error buffers, and Q's seed."""
         return {"seed": torch.tensor(self._seed), **{f"error.{name}": error for name, error in self._errors.items()}}
 
     def load_state(self, states: Iterable[Mapping[str, Tensor]]) -> None:
-        """Go on from saved buffers.
+        """Restore saved buffers.
 
         Args:
             states: this rank's own; or, at another number of ranks, those of all ranks that saved, in which case every
@@ -221,7 +221,7 @@ def _as_matrix(gradient: Tensor) -> Tensor:
 
 
 def _from_matrix(matrix: Tensor, shape: Sequence[int]) -> Tensor:
-    """Return what `_as_matrix` made a matrix of."""
+    """Undo `_as_matrix`."""
     return (matrix.T if matrix.shape[0] != shape[0] else matrix).reshape(*shape)
 
 

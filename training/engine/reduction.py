@@ -1,8 +1,8 @@
-"""What happens to gradients between the last backward pass and the optimizer: the paper's recipe, if asked for.
+"""Gradients between the last backward pass and the optimizer: the paper's recipe, if asked for.
 
-Per-resblock scales are divided out (gradient_scaling.py), then the mean over ranks is taken by PowerSGD
-(powersgd.py) or, as always without it, by DeepSpeed. At ZeRO stages 0 and 1 only: above, gradients leave a
-rank while the backward pass still runs. Two of DeepSpeed's methods are replaced for that: see training/patches.py.
+Per-resblock scales are divided out (gradient_scaling.py), then PowerSGD (powersgd.py), or DeepSpeed without it, takes
+the mean over ranks. At ZeRO stages 0 and 1 only: above, gradients leave a rank while the backward pass still runs.
+training/patches.py replaces two of DeepSpeed's methods for that.
 """
 
 import json
@@ -24,10 +24,10 @@ SCALES_FILE = "gradient_scales.json"
 
 
 class Reduction:
-    """The gradients' way from the backward pass to the optimizer, and what of it a checkpoint holds.
+    """Gradient scales and PowerSGD of a run, and their files in a checkpoint.
 
     Args:
-        model: what is trained; under precision autocast-fp16 its residual branches run in float16 from now on.
+        model: the model; under precision autocast-fp16 its residual branches run in float16 from now on.
         config: the run.
         world: the ranks.
 
@@ -49,10 +49,10 @@ class Reduction:
             self._powersgd = PowerSGD(parameters, names, rank=config.powersgd_rank, seed=config.seed, world=world)
 
     def attach(self, engine: Any) -> None:
-        """Let DeepSpeed's engine hand over the gradients.
+        """Hook into DeepSpeed's engine.
 
         Raises:
-            ValueError: its configuration, which may be the user's, does not allow for it.
+            ValueError: its configuration, which may be the user's, does not allow it.
         """
         others = [engine.torch_autocast_enabled(), engine.bfloat16_enabled(), engine.fp16_enabled()]
         if self._precision == "autocast-fp16" and any(others):
@@ -85,11 +85,11 @@ class Reduction:
 
     @property
     def overflowed(self) -> bool:
-        """Whether the last step is left out because a resblock's scale, which has room to fall, was too large."""
+        """Whether the last step was skipped because a resblock's scale, which has room to fall, was too large."""
         return self._scaling is not None and self._scaling.overflowed
 
     def metrics(self) -> dict[str, Tensor]:
-        """Return what the last step did: bytes sent by each rank and their share, the lowest and highest scale."""
+        """Return the last step's bytes sent by each rank, and the lowest and highest scale."""
         values: dict[str, float] = {}
         if self._scaling is not None:
             scales = self._scaling.rules.values
@@ -100,7 +100,7 @@ class Reduction:
         return {name: torch.tensor(value) for name, value in values.items()}
 
     def save(self, folder: Path) -> list[Path]:
-        """Write this rank's part into the folder of a checkpoint, and return the files.
+        """Write this rank's files into the folder of a checkpoint; returns them.
 
         Raises:
             OSError, SafetensorError: it could not be written.
@@ -116,7 +116,7 @@ class Reduction:
         return written
 
     def load(self, folder: Path, n_ranks: int) -> None:
-        """Go on from the folder of a checkpoint that `n_ranks` saved. A checkpoint without such a part changes nothing.
+        """Restore from the folder of a checkpoint that `n_ranks` saved; without such files, change nothing.
 
         Raises:
             OSError, ValueError, SafetensorError: it is damaged, or of another model.
@@ -134,7 +134,7 @@ def _errors_file(folder: Path, rank: int) -> Path:
 
 
 def _gradients(model: nn.Module, of: GradientOf) -> dict[str, Tensor]:
-    """Return the gradients by name; zeros where a parameter had no part in the loss, so that ranks have the same."""
+    """Return the gradients by name, zeros for parameters that had no part in the loss, so that ranks have the same."""
     gradients = {}
     for name, parameter in model.named_parameters():
         gradient = of(parameter)

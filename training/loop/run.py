@@ -108,7 +108,7 @@ class Run:
         changed = [name for name in _ORDER if state.order[name] != getattr(self.config, name)]
         if changed and self.world.is_first:
             logger.warning(
-                "%s: the run goes on with other samples than it would have seen",
+                "%s: the resumed run sees other samples than it would have seen",
                 " and ".join(f"{n} was {state.order[n]} and is {getattr(self.config, n)}" for n in changed),
             )
 

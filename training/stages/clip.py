@@ -1,6 +1,7 @@
 """Training the reranker: CLIP on pictures and captions (Radford et al. 2021, 2.3).
 
-The negatives of a pair are all others of the global batch, across ranks, and by choice wrong captions made of its own.
+The negatives of a pair are all others of the global batch, across ranks, and, if the recipe says so, wrong captions
+made of its own.
 """
 
 import dataclasses

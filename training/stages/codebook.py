@@ -15,12 +15,12 @@ from dvae.images import map_pixels
 KMEANS_POSITIONS, KMEANS_ROUNDS = 60_000, 10
 """Positions from which the codebook is made, and Lloyd's rounds."""
 RARITY_CELLS, RARITY_PASSES = 256, 2
-"""Cells of the clusterings that tell how densely positions lie, and how many follow each other."""
+"""Cells of the clusterings that estimate the density of positions, and number of clusterings."""
 ENTROPY_POSITIONS = 4_000
 """Positions on which the posterior's entropy is measured."""
 POSTERIOR_ENTROPY = 0.05
-"""Nats per position: how undecided the encoder is between neighbouring codes when it gets its codebook; so little that
-the Gumbel noise seldom picks another code than the nearest."""
+"""Nats per position, of the encoder with its first codebook; so little that the Gumbel noise seldom picks another code
+than the nearest."""
 
 
 @torch.no_grad()
@@ -32,9 +32,8 @@ def initialise_codebook(model: DVAE, images: Tensor, *, seed: int) -> None:
     positions weigh as much as common ones: else most codes would be shades of backgrounds, between which tokens
     switch at random. The encoder's output convolution becomes logit k = s · (e · e_k − |e_k|² / 2), which is −s/2
     times the squared distance to a centre, up to a term that all logits share, and is again linear in h. So argmax
-    picks the nearest centre; s makes the
-    posterior's mean entropy POSTERIOR_ENTROPY. k-means initialisation of codebooks: Zeghidour et al. 2021
-    (SoundStream), 3.
+    picks the nearest centre; s makes the posterior's mean entropy POSTERIOR_ENTROPY. k-means initialisation of
+    codebooks: Zeghidour et al. 2021 (SoundStream), 3.
 
     Args:
         model: trained by `WarmupStage`.

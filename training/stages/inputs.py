@@ -44,7 +44,7 @@ class Inputs:
 
     def __post_init__(self) -> None:
         if self.fresh and (self.resume or self.resume_from is not None):
-            raise ValueError("--fresh starts anew, --resume and --resume-from go on: give one of them")
+            raise ValueError("--fresh starts anew, --resume and --resume-from do not: give one of them")
 
     def open(self, *, captions: bool, encoded: bool = False) -> tuple[ShardData, ShardData | None]:
         """Return the training and the validation data.
@@ -127,10 +127,10 @@ def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) ->
         others = [(old[0], new[0]) for old, new in shards if old != new]
         if others:
             logger.warning(
-                "the run goes on with as many samples as it began with, and with other shards, or in another order "
-                "(where %s was is %s): from here on it may see other samples than it would have seen; give those it "
+                "the resumed run has as many samples as it began with, but other shards, or in another order (%s is in "
+                "the place of %s): from here on it may see other samples than it would have seen; give the shards it "
                 "began with, in their order",
-                *others[0],
+                *reversed(others[0]),
             )
         return
     changed = [
@@ -139,7 +139,7 @@ def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) ->
         if count != now["shards"].get(shard, 0)
     ]
     logger.warning(
-        "the run began with %d samples, and goes on with %d (%s): from here on their order is another; with a manifest "
+        "the run began with %d samples, and resumes with %d (%s): from here on their order is another; with a manifest "
         "of the shards as they were (--manifest), lost samples keep their places",
         before["samples"],
         now["samples"],
