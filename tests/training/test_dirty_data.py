@@ -147,7 +147,7 @@ def test_training_goes_on_exactly_when_a_shard_is_lost(tmp_path: Path, capsys: p
     assert training.cli.main.main([*command, "--steps", "12", "--max-bad-fraction", "0.3"]) == 0
     errors = capsys.readouterr().err
     assert "2.tar: 0 of 12 samples are left (the shard is missing)" in errors
-    assert "going on from step 4 of 12" in errors
+    assert "resuming from step 4 of 12" in errors
     assert "from here on their order is another" not in errors
     lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
     # steps 5 to 12 are the rest of the only epoch: what is lost and was not seen before is counted

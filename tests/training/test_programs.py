@@ -200,7 +200,7 @@ def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after
     train(2, 1)
     shutil.rmtree(tmp_path / "out" / "training" / "dvae")  # as if it had ended within the warm-up
     train(4, 2)
-    assert any("dvae-warmup: going on from step 2 of 4" in line for line in said)
+    assert any("dvae-warmup: resuming from step 2 of 4" in line for line in said)
     said.clear()
     shutil.rmtree(tmp_path / "out" / "training" / "dvae-warmup")
     train(4, 4)
@@ -231,7 +231,7 @@ def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(t
     train("parts", 2, 1)
     shutil.rmtree(tmp_path / "parts" / "training" / "clip")  # as if it had ended within the warm-up
     train("parts", 4, 2)
-    assert any("clip-warmup: going on from step 2 of 4" in line for line in said)
+    assert any("clip-warmup: resuming from step 2 of 4" in line for line in said)
     said.clear()
     assert train("parts", 4, 4) == whole
     assert not any("clip-warmup" in line for line in said)

@@ -201,7 +201,7 @@ def test_the_time_left_follows_the_plan_and_the_measured_speed() -> None:
     left.begin("clip")
     now = 10.0
     assert left.left_s() == 310
-    left.hear("dvae-warmup: going on from step 0 of 100")
+    left.hear("dvae-warmup: resuming from step 0 of 100")
     now = 20.0  # 10% in 10 s, as planned
     left.hear("dvae-warmup 10/100  loss 1.0  10 s left")
     assert left.left_s() == pytest.approx(90 + 20 + 200)
@@ -215,7 +215,7 @@ def test_the_time_left_follows_the_plan_and_the_measured_speed() -> None:
     left.hear("something else")
     now = 45.0
     left.begin("transformer")
-    left.hear("transformer: going on from step 50 of 100")
+    left.hear("transformer: resuming from step 50 of 100")
     now = 95.0
     left.hear("transformer 75/100  loss 1.0")
     assert left.left_s() == pytest.approx(50)
@@ -228,7 +228,7 @@ def test_a_part_that_went_on_counts_for_what_it_did_not_for_all_of_it() -> None:
     now = 0.0
     left = TimeLeft([[{"clip": 100.0}], [{"transformer": 200.0}]], now=lambda: now)
     left.begin("clip")
-    left.hear("clip: going on from step 50 of 100")
+    left.hear("clip: resuming from step 50 of 100")
     now = 50.0  # the other half, as planned
     left.end("clip")
     assert left.left_s() == pytest.approx(200)

@@ -1,7 +1,7 @@
 """`fit`: one run of a neural stage, from its newest good checkpoint to the exported weights.
 
 A stage says what is trained: its model, its loss, its samples (stage.py). The rest is here: signals, the run's folder
-(run_folder.py), the engine, the loop (loop.py), its records (records.py) and checkpoints (saving.py).
+(run_folder.py), the engine, the loop (loop.py), and what it writes (outputs.py).
 """
 
 from collections.abc import Iterator
@@ -14,9 +14,9 @@ from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.loop.loop import train_steps
+from training.loop.outputs import finish
 from training.loop.run import Run, TrainState
 from training.loop.run_folder import RunSpec, claim
-from training.loop.saving import finish
 from training.loop.stage import Stage
 from training.loop.throughput import has_bfloat16_arithmetic
 from training.metrics import MetricLog, Report, RunState, require_wandb

@@ -5,9 +5,8 @@ import numpy as np
 from training.data.batches import Batch, batches
 from training.data.reader import ShardData
 from training.engine.objective import MicroBatch
-from training.loop.records import log_training, show
+from training.loop.outputs import check_skipped, export, log_training, save, show
 from training.loop.run import Run
-from training.loop.saving import check_skipped, export, save
 from training.loop.throughput import Timer
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import agree

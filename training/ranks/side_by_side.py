@@ -76,8 +76,8 @@ class TimeLeft:
                 part.end(self._now())
 
     def hear(self, line: str) -> None:
-        """Take what a line of progress says: "clip 50/500  loss …", or "clip: going on from step 50 of 500"."""
-        found = re.match(r"([\w-]+)(?: (\d+)/(\d+)  |: going on from step (\d+) of (\d+))", line)
+        """Take what a line of progress says: "clip 50/500  loss …", or "clip: resuming from step 50 of 500"."""
+        found = re.match(r"([\w-]+)(?: (\d+)/(\d+)  |: resuming from step (\d+) of (\d+))", line)
         if found is None:
             return
         name, done, steps, gone_on, of = found.groups()

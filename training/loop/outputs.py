@@ -1,5 +1,9 @@
-"""What a run shows while it trains: lines of metrics, validation and sample pictures."""
+"""What a run writes: lines of metrics, validation, sample pictures, checkpoints, and the export.
 
+Nothing is saved of weights that have diverged.
+"""
+
+import dataclasses
 import logging
 import math
 from collections.abc import Mapping
@@ -9,11 +13,11 @@ import torch
 
 from dalle.output.progress import duration
 from dalle.output.sheets import save_png
-from training.engine.checkpoints import checkpoint_tag
+from training.engine.checkpoints import checkpoint_tag, latest_tag, resumable_tags, step_of
 from training.loop.run import Run
 from training.loop.throughput import Timer, peak_memory_gib
 from training.loop.validation import validate
-from training.ranks.world import max_over_ranks, on_first_rank
+from training.ranks.world import agree, max_over_ranks, on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -117,3 +121,85 @@ def _name_perplexities(values: dict[str, Any]) -> None:
         # written so that NaN, too, becomes infinity
         perplexities = [math.exp(loss) if loss < _MAX_LOSS else math.inf for loss in losses]
         values["image_perplexity_by_row"] = [float(f"{value:.6g}") for value in perplexities]
+
+
+# ------------------------------------------------------------------------------------------------------- saving
+
+
+def save(run: Run, done: int) -> None:
+    """Save a checkpoint after `done` steps. Collective.
+
+    Raises:
+        ValueError: training has diverged.
+        OSError: it could not be written.
+    """
+    check_skipped(run, done)
+    _require_finite(run, done)
+    show(run, done)  # before the checkpoint: a run that resumes from it starts with the next step
+    run.observe_losses(done)
+    run.engine.save(run.spec.checkpoints, done, dataclasses.asdict(run.state(done)))
+    run.world.watch.touch()
+
+
+def export(run: Run, done: int) -> None:
+    """Write the stage's directory for use, of the averaged weights. Collective."""
+    on_first_rank(lambda: run.stage.export(run.engine.averaged_weights(), done), run.world)
+    run.world.watch.touch()
+
+
+def finish(run: Run, done: int) -> None:
+    """Export, validate, draw samples and save the end of a run, at step `done`. Collective.
+
+    The checkpoint is saved last: its presence means that export, samples and validation exist.
+
+    Raises:
+        ValueError: training has diverged.
+        OSError: something could not be written.
+    """
+    check_skipped(run, done)
+    if run.skipped.n >= done:
+        raise _diverged(run, "all steps were skipped, their loss or gradient not being finite, as seen", done)
+    _require_finite(run, done)
+    export(run, done)
+    if latest_tag(run.spec.checkpoints) != checkpoint_tag(done):
+        log_validation(run, done)
+        draw_samples(run, done)
+        save(run, done)
+
+
+def check_skipped(run: Run, done: int) -> None:
+    """Count the steps that were skipped since the last check. Collective.
+
+    Raises:
+        ValueError: too many in a row were.
+    """
+    if run.skipped.check():
+        limit = run.config.max_skipped_steps
+        what = f"more than {limit} steps in a row were skipped, their loss or gradient not being finite, as seen"
+        raise _diverged(run, what, done, before=run.skipped.first_in_row)
+
+
+def _require_finite(run: Run, done: int) -> None:
+    """Raise ValueError unless the weights and the averaged weights are finite. Collective."""
+    averages = run.engine.averaged_weights()
+    wrong = [f"{name} has values that are not finite" for name, w in averages.items() if not w.isfinite().all()]
+    if not run.engine.weights_are_finite():
+        wrong.append("a weight is not finite")
+    if agree(bool(wrong), run.world):
+        raise _diverged(run, wrong[0] if wrong else "the averaged weights are not finite", done)
+
+
+def _diverged(run: Run, what: str, done: int, *, before: int | None = None) -> ValueError:
+    """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`."""
+    tag = latest_tag(run.spec.checkpoints)
+    if tag is not None and before is not None:
+        tag = next((earlier for earlier in resumable_tags(run.spec.checkpoints) if step_of(earlier) <= before), tag)
+    advice = (
+        f"{run.spec.checkpoints / tag} is the last good checkpoint: resume from it"
+        if tag
+        else "nothing is saved: start anew"
+    )
+    return ValueError(
+        f"{what} at step {done}, training has diverged and this step is not saved. {advice} with another --seed or "
+        "--precision"
+    )
