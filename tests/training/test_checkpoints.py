@@ -21,6 +21,7 @@ from support.runs import NewRun, Run, send
 import training.cli.main
 from training.config import OptimizerConfig
 from training.engine.checkpoints import digest_of, latest_tag, read_manifest, resumable_tags, write_manifest
+from training.engine.optimizer import settings_of
 from training.patches import tensors_only
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
@@ -311,9 +312,9 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
     )
     engine_of(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
     engine = engine_of(Objective(seed=1), config(optimizer=after, **mode), world)
-    own = engine._settings()
+    own = settings_of(engine._engine.optimizer)
     engine.load(tmp_path)
-    assert engine._settings() == own
+    assert settings_of(engine._engine.optimizer) == own
     assert own[0]["betas"] == (0.5, 0.6)
     engine.train()
     before_step = {name: weight.detach().clone() for name, weight in engine._gather().items()}
@@ -449,7 +450,7 @@ def test_fit_goes_back_to_a_named_step_and_the_same_command_then_goes_on(new_run
     straight, run = new_run("straight"), new_run("a")
     straight(settings)
     run(settings)
-    with pytest.raises(Interrupted, match="the same command without --resume-from goes on"):
+    with pytest.raises(Interrupted, match="the same command without --resume-from resumes"):
         run(settings, at_step=send(signal.SIGTERM, 4), resume_from="step00000004")
     assert any("resuming from step 4 of 8" in line for line in run.said)
     assert sorted(run.losses) == [1, 2, 3, 4, 5], "lines of later steps are gone"
@@ -494,14 +495,14 @@ def test_resume_goes_on_with_a_warm_up_too(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
     def stop_at(step: int) -> Callable[..., Any]:
-        prepare = WarmupStage.prepare
+        original = WarmupStage.loss
 
-        def prepare_and_stop(self: WarmupStage, *args: Any, **kwargs: Any) -> Any:
-            if args[1] == step:
+        def loss(self: WarmupStage, batch: Any, at: int) -> Any:
+            if at == step:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return prepare(self, *args, **kwargs)
+            return original(self, batch, at)
 
-        return prepare_and_stop
+        return loss
 
     said: list[str] = []
     inputs = Inputs(data=[shards], out=tmp_path)
@@ -509,7 +510,7 @@ def test_resume_goes_on_with_a_warm_up_too(
     with pytest.raises(ValueError, match=r"dvae-warmup/checkpoints to --resume from"):
         train_dvae(tiny.recipe(), resumed, world, said.append)
     with monkeypatch.context() as patch:
-        patch.setattr(WarmupStage, "prepare", stop_at(1))
+        patch.setattr(WarmupStage, "loss", stop_at(1))
         with pytest.raises(Interrupted):
             train_dvae(tiny.recipe(), inputs, world, said.append)
     train_dvae(tiny.recipe(), resumed, world, said.append)

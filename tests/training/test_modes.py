@@ -547,13 +547,13 @@ def test_overflows_are_counted_but_are_not_a_row() -> None:
     assert steps.check()
 
 
-def test_a_look_is_due_before_a_row_can_be_much_too_long() -> None:
+def test_a_check_is_due_before_a_row_can_be_much_too_long() -> None:
     steps, _ = skipped(limit=3)
     for number in range(3):
         steps.add(number, 1, torch.tensor(1.0), [])
-        assert not steps.is_due
+        assert not steps.is_check_due
     steps.add(3, 1, torch.tensor(1.0), [])
-    assert steps.is_due
+    assert steps.is_check_due
 
 
 # ---------------------------------------------------------------------------------------------- variance clip
