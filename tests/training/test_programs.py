@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from dalle.resumable_tags import SamplingDefaults
 from PIL import Image
 from support import tiny
 
