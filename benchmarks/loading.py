@@ -14,11 +14,11 @@ import torch
 
 from benchmarks import made, measure, train_step
 from benchmarks.measure import Options, Report
+from dalle.data.reader import ShardData
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from training.data.batches import Batch, batches
-from training.data.reader import ShardData
 from training.data.shards import write_shards
 from training.ranks.world import World
 from training.recipes import recipe

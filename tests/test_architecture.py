@@ -155,8 +155,8 @@ rerank:CLIP.encode_image(images)
 rerank:CLIP.encode_text(ids)
 rerank:CLIPTokenizer.train(captions, vocab_size)
 rerank:score(clip, captions, images)
-training.data.reader:ShardData.open(shards, captions, encoded, manifest)
-training.data.reader:ShardData.order(seed, epoch)
+dalle.data.reader:ShardData.open(shards, captions, encoded, manifest)
+dalle.data.reader:ShardData.order(seed, epoch)
 training.data.batches:batches(data, transform, seed, micro_batch, rank, world_size, start_step, workers)
 training.data.batches:validation_batches(data, transform, batch_size)
 training.data.check_data:check_data(shards, out, workers, exclude)
@@ -282,7 +282,7 @@ def test_imports_point_one_way() -> None:
         ("storage.model_directory", "dvae.images"),
         ("training.ranks.world", "training.engine.engine"),
         ("training.engine.engine", "training.loop.fit"),
-        ("training.data.reader", "training.loop.fit"),
+        ("dalle.data.reader", "training.loop.fit"),
         ("training.report.status", "training.loop.fit"),
         ("training.recipes", "training.stages.clip"),
         ("training.stages.clip", "training.demo.demo"),

@@ -23,8 +23,8 @@ from PIL import Image
 from runs import STEPS, Course, Fault, last_step, latest, metrics, require, require_equal
 from support import tiny
 
+from dalle.data.reader import ShardData
 from training.data.manifest import Manifest
-from training.data.reader import ShardData
 
 AT_STEP = 6
 DAMAGED = "world-000002.tar"

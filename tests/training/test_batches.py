@@ -13,8 +13,8 @@ import torch
 from support.tiny import samples_of, write_tar
 from torch import Tensor
 
+from dalle.data.reader import Sample, ShardData
 from training.data.batches import Batch, batches, validation_batches
-from training.data.reader import Sample, ShardData
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from support.tiny import samples_of, write_tar
 
-from training.data.reader import Sample, ShardData, expand_shards, index_shard, sample_rng
+from dalle.data.reader import Sample, ShardData, expand_shards, index_shard, sample_rng
 
 
 @pytest.fixture

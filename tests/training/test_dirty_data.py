@@ -23,13 +23,13 @@ from torch import Tensor
 import training.cli.main
 import training.recipes
 from dalle.cli.terminal import set_up_logging
+from dalle.data.reader import Sample, ShardData
 from dalle.output.progress import printable
 from dvae import DVAE
 from dvae.images import open_image
 from training.data.batches import batches
 from training.data.check_data import check_data, report
 from training.data.manifest import Manifest
-from training.data.reader import Sample, ShardData
 from training.data.shards import make_shards
 from training.drawings.shapes import world
 from training.metrics import read_metrics

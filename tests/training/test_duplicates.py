@@ -11,11 +11,11 @@ from support.tiny import write_tar
 from torch import Tensor
 
 import training.cli.main
+from dalle.data.reader import ShardData
 from rerank import CLIP
 from training.data.check_data import check_data
 from training.data.duplicates import Pair, copies, features_of, find_duplicates, near_pairs, nearest
 from training.data.manifest import Manifest
-from training.data.reader import ShardData
 
 
 def unit_vectors(n: int, seed: int) -> Tensor:

@@ -26,14 +26,14 @@ import training.recipes
 import training.stages.all
 import training.stages.encode
 import training.stages.transformer
+from dalle.data.image_tokens import Description, Encoding, pack, read_description, unpack
+from dalle.data.reader import Sample, ShardData, sample_rng
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.model_directory import directory_hash
 from training.data.batches import batches
-from training.data.image_tokens import Description, Encoding, pack, read_description, unpack
-from training.data.reader import Sample, ShardData, sample_rng
 from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world

@@ -15,8 +15,8 @@ from support import tiny
 from support.runs import AtStep, MeanColours, NewRun, Run, send
 
 import training.loop.fit
+from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
-from training.data.reader import ShardData
 from training.engine.checkpoints import read_checkpoint
 from training.engine.engine import Engine
 from training.metrics import read_metrics

@@ -20,13 +20,13 @@ from torch import Tensor
 
 import training.cli.main
 import training.data.check_data
+from dalle.data.index import ShardIndex
+from dalle.data.reader import Sample, ShardData
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from training.data.batches import batches, validation_batches
 from training.data.check_data import Summary, check_data, check_shard, report
 from training.data.manifest import Excluded, Manifest, ShardRecord
-from training.data.reader import Sample, ShardData
-from training.data.shard_index import ShardIndex
 from training.ranks.world import join_world
 from training.stages.encode import EncodeConfig, encode_shards
 

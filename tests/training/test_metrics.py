@@ -15,7 +15,7 @@ from support import tiny
 from support.runs import Run
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from training.data.reader import ShardData
+from dalle.data.reader import ShardData
 from training.loop import throughput
 from training.loop.means import Means
 from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib

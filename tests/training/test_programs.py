@@ -16,6 +16,8 @@ import training.demo.demo
 import training.plan.machine
 import training.recipes
 import training.stages.program
+from dalle.data.reader import ShardData
+from dalle.evaluation.bundle import distinct_captions, evaluate
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dalle.sampling import SamplingDefaults
@@ -23,7 +25,6 @@ from dvae import DVAE, DVAEConfig
 from rerank import CLIP
 from storage.model_directory import directory_hash
 from training.config import TrainConfig
-from training.data.reader import ShardData
 from training.data.wrong_captions import EXCHANGES
 from training.demo.demo import run_demo
 from training.engine.checkpoints import latest_tag
@@ -36,7 +37,6 @@ from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.stages.all import train_all
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
-from training.stages.evaluate import distinct_captions, evaluate
 from training.stages.inputs import Inputs
 
 NAMES = list(RECIPES)

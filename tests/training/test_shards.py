@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
 from training.data.batches import batches
-from training.data.reader import ShardData
 from training.data.shards import RawSample, ShardFilter, ShardReport, make_shards, safe_key, write_shards
 
 

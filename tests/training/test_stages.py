@@ -12,6 +12,7 @@ from torch import Tensor
 import training.stages.dvae
 import training.stages.transformer
 from dalle import sampling
+from dalle.data.reader import Sample, ShardData
 from dalle.model import DALLE
 from dalle.output.sheets import MAX_CELL
 from dalle.sampling import Samples, Sampling, SamplingDefaults
@@ -23,7 +24,6 @@ from dvae.metrics import code_usage, psnr
 from rerank import CLIP, CLIPTokenizer
 from rerank.loss import contrastive_loss
 from training.config import OptimizerConfig
-from training.data.reader import Sample, ShardData
 from training.data.wrong_captions import FEW_KINDS, Source, wrong_scene
 from training.drawings.shapes import parse
 from training.engine.objective import MicroBatch, Objective

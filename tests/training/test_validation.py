@@ -13,8 +13,8 @@ from support.ranks import on_ranks
 from support.runs import Run
 from torch import Tensor
 
+from dalle.data.reader import Sample, ShardData
 from training.data.batches import validation_batches
-from training.data.reader import Sample, ShardData
 from training.loop.means import Means
 from training.loop.throughput import total_peak_flops
 from training.metrics import read_metrics

@@ -17,6 +17,8 @@ from typing import Annotated
 import tyro
 
 from dalle.cli.command import resolve_device, run_program
+from dalle.data.reader import ShardData
+from dalle.evaluation.bundle import evaluate_bundle
 from dalle.output.progress import Progress, printable
 from rerank import CLIP
 from training.cli.look import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
@@ -25,7 +27,6 @@ from training.data.check_data import check_data
 from training.data.check_data import report as check_report
 from training.data.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.data.filters import ShardFilter
-from training.data.reader import ShardData
 from training.data.shards import make_shards
 from training.demo.demo import run_demo
 from training.engine.deepspeed_config import preset_list, preset_path, with_files
@@ -42,7 +43,6 @@ from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.encode import EncodeConfig
 from training.stages.encoded import encode_data
-from training.stages.evaluate import evaluate_bundle
 from training.stages.inputs import Inputs
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer

@@ -28,7 +28,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
-from training.data.reader import Sample, ShardData, sample_rng
+from dalle.data.reader import Sample, ShardData, sample_rng
 
 logger = logging.getLogger(__name__)
 

@@ -26,12 +26,13 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle.data.image_tokens import Description, unpack
+from dalle.data.index import LARGEST_TEXT_BYTES, ShardIndex, captions_of, expand_shards, index_shard
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
 from dvae.images import open_image
 from storage.atomic import replace_text
 from storage.tar import LARGEST_PICTURE_BYTES
-from training.data.image_tokens import Description, unpack
 from training.data.manifest import (
     EXCLUDED,
     FORMAT_VERSION,
@@ -47,7 +48,6 @@ from training.data.manifest import (
     short_names,
     write_lines,
 )
-from training.data.shard_index import LARGEST_TEXT_BYTES, ShardIndex, captions_of, expand_shards, index_shard
 
 logger = logging.getLogger(__name__)
 

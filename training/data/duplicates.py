@@ -24,6 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.data.reader import Sample, ShardData
 from dalle.output.sheets import Section, contact_sheet, save_png
 from dvae.images import open_image
 from rerank import CLIP
@@ -31,7 +32,6 @@ from rerank.pixels import clip_view
 from rerank.score import embed_images
 from training.data.batches import BadSamples, parts_in_order
 from training.data.manifest import listed_names, sample_line, write_lines
-from training.data.reader import Sample, ShardData
 
 logger = logging.getLogger(__name__)
 

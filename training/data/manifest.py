@@ -30,9 +30,9 @@ from typing import Self
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle.data.image_tokens import Description
+from dalle.data.index import ShardIndex, index_shard
 from storage.atomic import replace_file
-from training.data.image_tokens import Description
-from training.data.shard_index import ShardIndex, index_shard
 
 logger = logging.getLogger(__name__)
 

@@ -10,12 +10,13 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+from dalle.data.index import expand_shards
+from dalle.data.reader import ShardData
+from dalle.evaluation.bundle import evaluate
 from dalle.output.progress import duration
 from dalle.output.sheets import save_png
 from dalle.pipeline import Pipeline
 from storage.atomic import replace_text
-from training.data.reader import ShardData
-from training.data.shard_index import expand_shards
 from training.data.shards import write_shards
 from training.demo.samples import (
     CAPTIONS_PER_SPLIT,
@@ -37,7 +38,6 @@ from training.recipes import Recipe
 from training.stages.all import run_phases, time_of
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
-from training.stages.evaluate import evaluate
 from training.stages.exchanged_captions import exchanged_captions_table
 from training.stages.inputs import Inputs, forget_runs
 from training.stages.tokenizer import train_tokenizer

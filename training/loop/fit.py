@@ -7,8 +7,8 @@ A stage says what is trained: its model, its loss, its samples (stage.py). The r
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dalle.data.reader import ShardData
 from training.config import TrainConfig
-from training.data.reader import ShardData
 from training.engine.checkpoints import latest_tag, step_of
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine

@@ -2,8 +2,8 @@
 
 import numpy as np
 
+from dalle.data.reader import ShardData
 from training.data.batches import Batch, batches
-from training.data.reader import ShardData
 from training.engine.objective import MicroBatch
 from training.loop.outputs import check_skipped, export, log_training, save, show
 from training.loop.run import Run

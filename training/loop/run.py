@@ -7,8 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.data.reader import ShardData
 from training.config import TrainConfig
-from training.data.reader import ShardData
 from training.engine.engine import Engine
 from training.loop.means import Means
 from training.loop.run_folder import RunSpec

@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image
 from torch import Tensor, nn
 
-from training.data.reader import Sample
+from dalle.data.reader import Sample
 from training.engine.objective import MicroBatch, Tensors
 
 

@@ -6,9 +6,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dalle.data.reader import ShardData
 from dalle.output.progress import Progress
 from training.data.batches import validation_batches
-from training.data.reader import ShardData
 from training.engine.objective import MicroBatch
 from training.loop.means import Means
 from training.loop.run import Run

@@ -7,6 +7,7 @@ them.
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dalle.evaluation.bundle import evaluate_bundle
 from training.metrics import Report
 from training.plan.machine import MachinePlan, Share
 from training.ranks.side_by_side import Job, TimeLeft, run_jobs
@@ -15,7 +16,6 @@ from training.recipes import Recipe
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
-from training.stages.evaluate import evaluate_bundle
 from training.stages.inputs import Inputs, forget_runs
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer

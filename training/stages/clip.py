@@ -16,12 +16,12 @@ import torch.distributed as dist
 from PIL import Image
 from torch import Tensor
 
+from dalle.data.reader import Sample
 from dvae.images import open_image, square_crop, to_tensor
 from rerank.loss import contrastive_loss
 from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
-from training.data.reader import Sample
 from training.data.wrong_captions import SOURCES
 from training.engine.checkpoints import latest_tag
 from training.engine.objective import MicroBatch, Tensors

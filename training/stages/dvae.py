@@ -15,12 +15,12 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.data.reader import Sample, ShardData
 from dalle.output.sheets import side_by_side
 from dvae import DVAE
 from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_crop, to_image, to_tensor, unmap_pixels
 from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
-from training.data.reader import Sample, ShardData
 from training.engine.objective import MicroBatch, Tensors
 from training.metrics import Report
 from training.ranks.world import World

@@ -31,11 +31,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from dvae import DVAE
-from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
-from storage.atomic import PARTIAL, replace_file
-from training.data.batches import BadSamples, Batch, parts_in_order
-from training.data.image_tokens import (
+from dalle.data.image_tokens import (
     DESCRIPTION_MEMBER,
     TOKENS_FIELD,
     Description,
@@ -43,9 +39,13 @@ from training.data.image_tokens import (
     pack,
     read_description,
 )
+from dalle.data.index import expand_shards
+from dalle.data.reader import Sample, ShardData, sample_rng
+from dvae import DVAE
+from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
+from storage.atomic import PARTIAL, replace_file
+from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest
-from training.data.reader import Sample, ShardData, sample_rng
-from training.data.shard_index import expand_shards
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import LONGEST_WAIT, World, on_first_rank
 

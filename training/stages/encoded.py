@@ -4,11 +4,11 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from dalle.data.index import expand_shards
 from dalle.output.progress import Progress
 from dvae import DVAE
 from storage.model_directory import directory_hash
 from training.data.manifest import Manifest
-from training.data.shard_index import expand_shards
 from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import Recipe

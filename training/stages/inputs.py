@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from dalle.data.reader import ShardData
 from storage.atomic import replace_text
 from training.data.manifest import Manifest
-from training.data.reader import ShardData
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.world import World, on_first_rank
 

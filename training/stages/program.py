@@ -5,8 +5,8 @@ import shutil
 from dataclasses import dataclass
 from typing import Any, Self
 
+from dalle.data.reader import ShardData
 from training.config import TrainConfig
-from training.data.reader import ShardData
 from training.engine.checkpoints import latest_tag
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
+from dalle.data.reader import Sample, ShardData
 from dalle.loss import training_loss
 from dalle.model import DALLE
 from dalle.output.sheets import contact_sheet
@@ -24,7 +25,6 @@ from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
 from storage.atomic import copy_folder
 from storage.model_directory import directory_hash
-from training.data.reader import Sample, ShardData
 from training.engine.objective import MicroBatch, Tensors
 from training.loop.run_folder import refuse_another_run
 from training.metrics import Report

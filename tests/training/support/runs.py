@@ -10,9 +10,9 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle.data.reader import Sample, ShardData
 from dvae.images import open_image, to_tensor
 from training.config import TrainConfig
-from training.data.reader import Sample, ShardData
 from training.engine.objective import MicroBatch
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec

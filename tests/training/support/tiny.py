@@ -5,12 +5,12 @@ import tarfile
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from dalle.data.reader import ShardData
 from dalle.model import DALLEConfig
 from dalle.sampling import SamplingDefaults
 from dvae import DVAEConfig
 from rerank import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
-from training.data.reader import ShardData
 from training.data.shards import write_shards
 from training.drawings.shapes import world
 from training.recipes import CLIPRecipe, DVAERecipe, Recipe, TransformerRecipe

@@ -1,6 +1,6 @@
 """What a shard of image tokens holds in place of pictures: how they were made, and their bytes.
 
-`training/stages/encode.py` writes such shards, `training/data/reader.py` reads them. The members, in this order:
+`training/stages/encode.py` writes such shards, `dalle/data/reader.py` reads them. The members, in this order:
 
     .encoded.json    `Description`; no sample's key begins with a dot
     KEY.txt          the captions, and KEY.json, byte for byte as in the shard of pictures

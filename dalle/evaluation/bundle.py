@@ -20,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.data.reader import ShardData
 from dalle.loss import stream_loss
 from dalle.output.sheets import contact_sheet
 from dalle.pipeline import Pipeline
@@ -27,7 +28,6 @@ from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 from dvae.metrics import code_usage, psnr, ssim
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
-from training.data.reader import ShardData
 from training.metrics import Report
 from training.stages.exchanged_captions import exchanged_captions_table, is_of_the_world
 

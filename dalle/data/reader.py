@@ -21,10 +21,8 @@ from typing import Any, BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.tar import LARGEST_PICTURE_BYTES
-from training.data.image_tokens import TOKENS_FIELD, Encoding, unpack
-from training.data.manifest import Manifest, checksum, located
-from training.data.shard_index import (
+from dalle.data.image_tokens import TOKENS_FIELD, Encoding, unpack
+from dalle.data.index import (
     IMAGE_FIELDS,
     LARGEST_TEXT_BYTES,
     DamagedShardError,
@@ -33,6 +31,8 @@ from training.data.shard_index import (
     expand_shards,
     index_shard,
 )
+from storage.tar import LARGEST_PICTURE_BYTES
+from training.data.manifest import Manifest, checksum, located
 
 logger = logging.getLogger(__name__)
 

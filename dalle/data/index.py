@@ -10,7 +10,7 @@ runs `pipe:` URLs in a shell, unpickles members by their extension, drops the re
 damaged without a word, and gives each worker whole shards, so that what is trained on depends on the number
 of workers. Here headers are read once with `tarfile`, and nothing is ever extracted or unpickled.
 
-Shards that `dalle-train encode` made hold image tokens in place of pictures: see `training/data/image_tokens.py`.
+Shards that `dalle-train encode` made hold image tokens in place of pictures: see `dalle/data/image_tokens.py`.
 """
 
 import dataclasses
@@ -27,9 +27,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle.data.image_tokens import TOKENS_FIELD, Description, description_in
 from dvae.images import PICTURE_EXTENSIONS
 from storage.tar import DamagedTarError, place_is_safe, whole_members
-from training.data.image_tokens import TOKENS_FIELD, Description, description_in
 
 logger = logging.getLogger(__name__)
 
