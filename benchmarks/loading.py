@@ -18,7 +18,7 @@ from dalle.data.reader import ShardData
 from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
-from training.data.batches import Batch, batches
+from training.data.batches import Batch, Share, batches
 from training.data.shards import write_shards
 from training.ranks.world import World
 from training.recipes import recipe
@@ -70,9 +70,9 @@ def speed(options: Options, report: Report) -> None:
         captions = [caption for i in range(len(pictures)) for caption in pictures.captions(i)]
         transform = stage(folder, [*captions, *made.captions(8192)]).transform
         readers = {
-            "pictures": batches(pictures, transform, seed=0, micro_batch=BATCH),
+            "pictures": batches(pictures, transform, Share(seed=0, micro_batch=BATCH)),
             "image tokens, encoded once": batches(
-                encoded(shards, folder / "tokens"), transform, seed=0, micro_batch=BATCH
+                encoded(shards, folder / "tokens"), transform, Share(seed=0, micro_batch=BATCH)
             ),
         }
         torch.set_num_threads(1)

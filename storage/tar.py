@@ -1,25 +1,44 @@
-"""Reads the members of tar files, so that none is lost silently and nothing is extracted.
+"""Tar files: every member found or its loss noticed, nothing extracted, one writer.
 
 `tarfile` stops without a word at a damaged header, and takes a file cut off between two members for a whole one. Here
-all headers are read first, and any damage after the last good one is reported.
+all headers are read first, and the damage after the last good one is found.
 """
 
 import tarfile
+from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO
+from typing import BinaryIO, NamedTuple
 
-LARGEST_PICTURE_BYTES = 512 << 20
-"""Larger members are not read as pictures: they would fill the memory."""
+from storage.atomic import replace_file
+
+MAX_PICTURE_BYTES = 512 << 20
+"""Larger members are not read as pictures: one would fill the memory."""
 
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
+"""Raised by `tarfile` for headers that hold anything."""
 
 
 class DamagedTarError(ValueError):
-    """A file without a readable member: empty, or no tar file. The message does not say what to do."""
+    """A file of which no member can be read: empty, or no tar file. The message names it and gives no advice."""
 
 
-def whole_members(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
-    """Return the complete members of a tar file, and the damage after them, or None.
+class Member(NamedTuple):
+    """One member of a tar file."""
+
+    name: str
+    """Path in the tar, as stored."""
+    offset: int
+    """Byte of the file at which its content begins."""
+    size: int
+    """Bytes of its content."""
+    is_folder: bool
+    is_safe: bool
+    """Whether it is a plain file, stored as it is, whose name does not lead out of a folder."""
+
+
+def whole_members(path: Path) -> tuple[list[Member], str | None]:
+    """Return the members of a tar file that are there in full, and the damage after them; None if there is none.
 
     Raises:
         DamagedTarError (a ValueError): empty, or no tar file.
@@ -29,40 +48,85 @@ def whole_members(path: Path) -> tuple[list[tarfile.TarInfo], str | None]:
     if n_bytes == 0:
         raise DamagedTarError(f"{path} is empty (0 bytes): expected a tar file")
     with path.open("rb") as file:
-        start = file.read(8)
-        for magic, compression in _COMPRESSED.items():
-            if start.startswith(magic):
-                raise ValueError(
-                    f"{path} is compressed ({compression}): samples are read at random places, "
-                    + ("so gunzip it first" if compression == "gzip" else "so decompress it first")
-                )
+        _refuse_compressed(path, file.read(8))
         file.seek(0)
-        members: list[tarfile.TarInfo] = []
-        try:
-            tar = tarfile.open(fileobj=file, mode="r:")  # noqa: SIM115 (file is closed by the with above)
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-            raise DamagedTarError(
-                f"{path} is not a tar file ({error}): expected a shard of KEY.jpg and KEY.txt members"
-            ) from error
+        tar = _opened(path, file)
+        members: list[Member] = []
         end = -1
         try:
-            while (member := tar.next()) is not None:
+            while (info := tar.next()) is not None:
                 # A size below 0 sends tarfile backwards, for ever.
-                if member.size < 0 or member.offset_data <= end:
-                    return members, f"has a damaged header at byte {member.offset:,}"
-                end = member.offset_data
-                if member.isreg() and member.offset_data + member.size > n_bytes:
+                if info.size < 0 or info.offset_data <= end:
+                    return members, f"has a damaged header at byte {info.offset:,}"
+                end = info.offset_data
+                if info.isreg() and info.offset_data + info.size > n_bytes:
                     return members, "ends in the middle of a sample (truncated)"
-                members.append(member)
-        except (tarfile.TarError, ValueError, OverflowError, MemoryError):
+                members.append(_member(info))
+        except _ERRORS:
             return members, _damage_after(file, tar.offset) or f"has a damaged header at byte {tar.offset:,}"
         return members, _damage_after(file, tar.offset)
 
 
-def place_is_safe(member: tarfile.TarInfo) -> bool:
-    """Return whether a member is a plain file, not sparse, whose name does not lead out of a folder."""
-    parts = member.name.split("/")
-    return member.isreg() and not member.issparse() and ".." not in parts and not member.name.startswith("/")
+def first_member(path: Path) -> Member | None:
+    """Return the first member of a tar file, reading nothing else; None if it has no members.
+
+    Raises:
+        DamagedTarError (a ValueError): no tar file.
+    """
+    with path.open("rb") as file:
+        info = _opened(path, file).next()
+    return None if info is None else _member(info)
+
+
+def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
+    """Write (name, content) pairs as a tar file, whole or not at all: the same pairs give the same bytes.
+
+    Args:
+        path: the file; its folder is there.
+        members: in order; a name is KEY.FIELD, as in WebDataset's format.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from webdataset import TarWriter  # seconds of import that only writing needs
+
+    def write(partial: Path) -> None:
+        # opened here: its own way of opening would run a name such as "pipe:…" in a shell
+        with partial.open("wb") as file, TarWriter(file, encoder=False, mtime=0, user="", group="", mode=0o644) as tar:
+            for name, content in members:
+                key, _, field = name.rpartition(".")
+                tar.write({"__key__": key, field: content})
+
+    replace_file(path, write)
+
+
+def _opened(path: Path, file: BinaryIO) -> tarfile.TarFile:
+    try:
+        return tarfile.open(fileobj=file, mode="r:")
+    except _ERRORS as error:
+        raise DamagedTarError(
+            f"{path} is not a tar file ({error}): expected a shard of KEY.jpg and KEY.txt members"
+        ) from error
+
+
+def _refuse_compressed(path: Path, start: bytes) -> None:
+    for magic, compression in _COMPRESSED.items():
+        if start.startswith(magic):
+            verb = "gunzip" if compression == "gzip" else "decompress"
+            raise ValueError(
+                f"{path} is compressed ({compression}): samples are read at random places, so {verb} it first"
+            )
+
+
+def _member(info: tarfile.TarInfo) -> Member:
+    is_inside = ".." not in info.name.split("/") and not info.name.startswith("/")
+    return Member(
+        name=info.name,
+        offset=info.offset_data,
+        size=info.size,
+        is_folder=info.isdir(),
+        is_safe=info.isreg() and not info.issparse() and is_inside,
+    )
 
 
 def _damage_after(file: BinaryIO, offset: int) -> str | None:

@@ -58,7 +58,7 @@ ROOMS: dict[str, set[str]] = {
     "training.report": {"storage", "dalle.output", "training.metrics"},
     "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
     "training.engine": {"storage", "dalle", *_TRAINING},
-    "training.loop": {"storage", "dalle.output", "training.data", "training.engine", *_TRAINING},
+    "training.loop": {"storage", "dalle.data", "dalle.output", "training.data", "training.engine", *_TRAINING},
     "training.recipes": {
         "dalle",
         *_MODELS,
@@ -79,7 +79,8 @@ FACADE = "dalle"
 
 LIBRARY_HOMES = {
     "deepspeed": {"training/engine/engine.py", "training/engine/resharding.py", "training/patches.py"},
-    "webdataset": {"training/data/shards.py"},
+    "webdataset": {"storage/tar.py"},
+    "tarfile": {"storage/tar.py"},
     "tyro": {"dalle/cli", "training/cli"},
     "tokenizers": {"storage/bpe.py"},
     "torchmetrics": {"dvae/metrics.py"},
@@ -155,13 +156,15 @@ rerank:CLIP.encode_image(images)
 rerank:CLIP.encode_text(ids)
 rerank:CLIPTokenizer.train(captions, vocab_size)
 rerank:score(clip, captions, images)
-dalle.data.reader:ShardData.open(shards, captions, encoded, manifest)
+dalle.data.reader:ShardData.open(shards, captions, encoded)
 dalle.data.reader:ShardData.order(seed, epoch)
-training.data.batches:batches(data, transform, seed, micro_batch, rank, world_size, start_step, workers)
+training.data.batches:Share(seed, micro_batch, accumulation, rank, world_size, start_step)
+training.data.batches:batches(data, transform, share, workers)
 training.data.batches:validation_batches(data, transform, batch_size)
 training.data.check_data:check_data(shards, out, workers, exclude)
 training.data.duplicates:find_duplicates(data, against, clip, out, threshold)
 training.data.manifest:Manifest.open(folder)
+training.data.manifest:open_with_manifest(shards, manifest, captions, encoded)
 training.stages.encode:encode_shards(shards, out, dvae, dvae_hash, config, world)
 training.engine.engine:Engine(objective, config, world)
 training.loop.fit:fit(stage, config, world, train, validation, spec, say)
@@ -282,7 +285,8 @@ def test_imports_point_one_way() -> None:
         ("storage.model_directory", "dvae.images"),
         ("training.ranks.world", "training.engine.engine"),
         ("training.engine.engine", "training.loop.fit"),
-        ("dalle.data.reader", "training.loop.fit"),
+        ("dalle.data.reader", "training.data.manifest"),
+        ("training.data.batches", "training.loop.fit"),
         ("training.report.status", "training.loop.fit"),
         ("training.recipes", "training.stages.clip"),
         ("training.stages.clip", "training.demo.demo"),

@@ -1,6 +1,6 @@
-"""What a shard of image tokens holds in place of pictures: how they were made, and their bytes.
+"""Shards of image tokens in place of pictures: how the tokens were made, and their bytes.
 
-`training/stages/encode.py` writes such shards, `dalle/data/reader.py` reads them. The members, in this order:
+`training/stages/encode.py` writes such shards, `reader.py` reads them. The members, in this order:
 
     .encoded.json    `Description`; no sample's key begins with a dot
     KEY.txt          the captions, and KEY.json, byte for byte as in the shard of pictures
@@ -8,15 +8,14 @@
     …
 
 KEY.tokens is an array (V,Y,X) of unsigned little-endian integers, two bytes each if the vocabulary allows it and four
-otherwise, and then the CRC-32 of those bytes. It has no header: `Encoding` says the shape, and a member of any other
-size is refused. So there is nothing in it to interpret, let alone to execute.
+otherwise, and then the CRC-32 of those bytes. It has no header: `Encoding` gives the shape, and a member of any other
+size is refused. So it holds nothing to interpret or to execute.
 
 Legend: V views of a picture, the centre crop first  Y,X grid of tokens
 """
 
 import dataclasses
 import json
-import tarfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,23 +24,23 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from storage.tar import place_is_safe
+from storage.tar import DamagedTarError, Member, first_member
 
 DESCRIPTION_MEMBER = ".encoded.json"
 TOKENS_FIELD = "tokens"
 FORMAT_VERSION = 1
 """Raised when shards of this version could no longer be read by the code before it."""
 VIEWS = "resize_and_crop, then transformer_augmentation"
-"""Names how views are taken: views of another kind are not mixed with these."""
+"""How views are taken; shards with other views are not mixed with these."""
 
-_LARGEST_DESCRIPTION_BYTES = 1 << 16
+_MAX_DESCRIPTION_BYTES = 1 << 16
 _CHECKSUM_BYTES = 4
-_LARGEST = {"image_size": 1 << 16, "grid": 1 << 12, "vocab_size": 1 << 31, "crops": 1 << 16, "seed": 1 << 64}
+_BELOW = {"image_size": 1 << 16, "grid": 1 << 12, "vocab_size": 1 << 31, "crops": 1 << 16, "seed": 1 << 64}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Encoding:
-    """How image tokens were made; shards whose encodings are equal can be read together."""
+    """The way that image tokens were made; shards of equal encodings can be read together."""
 
     dvae_hash: str
     """`directory_hash` of the dVAE."""
@@ -56,13 +55,13 @@ class Encoding:
     seed: int
     """Of the random views."""
     views: str = VIEWS
-    """How they were taken."""
+    """The way that the views were taken."""
 
     def __post_init__(self) -> None:
-        for name, largest in _LARGEST.items():
+        for name, end in _BELOW.items():
             value, least = getattr(self, name), 0 if name in ("crops", "seed") else 1
-            if type(value) is not int or not least <= value < largest:
-                raise ValueError(f"{name} must be a whole number from {least} to {largest - 1}, got {value!r}")
+            if type(value) is not int or not least <= value < end:
+                raise ValueError(f"{name} must be a whole number from {least} to {end - 1}, got {value!r}")
         for name in ("dvae_hash", "views"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a text, got {getattr(self, name)!r}")
@@ -74,7 +73,7 @@ class Encoding:
 
     @property
     def dtype(self) -> np.dtype[Any]:
-        """Of the stored tokens."""
+        """Type of the stored tokens."""
         return np.dtype("<u2" if self.vocab_size <= 1 << 16 else "<u4")
 
     @property
@@ -83,19 +82,18 @@ class Encoding:
         return int(np.prod(self.shape)) * self.dtype.itemsize + _CHECKSUM_BYTES
 
     def differences(self, other: "Encoding") -> str:
-        """Return what differs, in words: "crops 4, not 8"; empty if nothing does."""
+        """Return the differences in words, such as "crops 4, not 8"; empty if the two are equal."""
         pairs = [(name, value, getattr(other, name)) for name, value in dataclasses.asdict(self).items()]
         return ", ".join(f"{name} {ours}, not {theirs}" for name, ours, theirs in pairs if ours != theirs)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What .encoded.json says of its shard."""
+    """The content of .encoded.json."""
 
     encoding: Encoding
-    """How its tokens were made."""
     source: str
-    """Name of the shard of pictures it was made of."""
+    """Name of the shard of pictures that the tokens were made of."""
     source_fingerprint: str
     """`ShardData.fingerprint` of that shard."""
 
@@ -132,36 +130,32 @@ class _OtherFormatError(Exception):
 
 
 def read_description(shard: Path) -> Description | None:
-    """Return what a tar file says of its image tokens; None if it is no shard of image tokens.
-
-    Only the first member is read.
+    """Return the description in a tar file; None if it is no shard of image tokens. Reads the first member alone.
 
     Raises:
         ValueError: it is no tar file, or its description is damaged.
     """
     try:
-        with tarfile.open(shard, "r:") as tar:
-            first = tar.next()
-    except (tarfile.TarError, ValueError, OverflowError, MemoryError) as error:
-        raise ValueError(f"{shard} is not a tar file ({error}): delete it, or move it away") from error
-    return description_in(shard, first)
+        return description_in(shard, first_member(shard))
+    except DamagedTarError as error:
+        raise ValueError(f"{error}; delete it, or move it away") from error
 
 
-def description_in(shard: Path, first: tarfile.TarInfo | None) -> Description | None:
-    """Return the description in a shard whose first member is given; None if that member is none.
+def description_in(shard: Path, first: Member | None) -> Description | None:
+    """Return the description in a shard whose first member is given; None if that member is another.
 
     Raises:
         ValueError: it is damaged.
     """
-    if first is None or first.name != DESCRIPTION_MEMBER or not place_is_safe(first):
+    if first is None or first.name != DESCRIPTION_MEMBER or not first.is_safe:
         return None
     with shard.open("rb") as file:
-        file.seek(first.offset_data)
-        return Description.from_json(file.read(max(0, min(first.size, _LARGEST_DESCRIPTION_BYTES))), shard)
+        file.seek(first.offset)
+        return Description.from_json(file.read(max(0, min(first.size, _MAX_DESCRIPTION_BYTES))), shard)
 
 
 def pack(tokens_VYX: NDArray[np.integer[Any]], encoding: Encoding) -> bytes:
-    """Return the member of a picture's tokens, integers in 0 … vocab_size-1."""
+    """Return the bytes of a picture's (V,Y,X) tokens, integers in 0 … vocab_size-1."""
     assert tokens_VYX.shape == encoding.shape
     assert 0 <= tokens_VYX.min() <= tokens_VYX.max() < encoding.vocab_size
     data = tokens_VYX.astype(encoding.dtype).tobytes()

@@ -8,19 +8,20 @@ import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path, PurePosixPath
-from tarfile import TarInfo
-from typing import BinaryIO, TypeVar
+from typing import TypeVar
 
 from PIL import Image
 
+from dalle.data.index import ShardIndex, index_shard
+from dalle.data.reader import ShardData, usable_part
 from dvae.images import PICTURE_EXTENSIONS, open_image
-from storage.tar import LARGEST_PICTURE_BYTES, DamagedTarError, place_is_safe, whole_members
+from storage.tar import DamagedTarError
 
 Item = TypeVar("Item")
 
 
 def picture_files(folder: str | Path) -> list[Path]:
-    """All pictures in a folder and the folders in it, sorted; hidden files and folders are left out.
+    """Return all pictures in a folder and the folders in it, sorted; hidden files and folders are left out.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -52,7 +53,7 @@ class Pictures:
         if not sources:
             raise ValueError("no pictures: give picture files, folders or shards (.tar)")
         self.skipped: list[str] = []
-        """Why each picture of a folder or shard that could not be read was left out."""
+        """A reason for each picture of a folder or shard that could not be read."""
         self._files: list[tuple[Path, bool]] = []
         for source in map(Path, sources):
             if source.is_dir():
@@ -91,18 +92,21 @@ class Pictures:
                     yield str(path), image
 
     def _in_shard(self, shard: Path) -> Iterator[tuple[str, Image.Image]]:
-        members = [member for member in _shard_members(shard) if not member.isdir() and _is_picture(member.name)]
-        if not members:
+        index = _whole_index(shard)
+        left_out = _left_out(index)
+        part, report = usable_part(index, captions=False)
+        if not part.keys and not left_out:
             raise ValueError(f"no pictures in the shard {shard}: expected members like 000.jpg or 000.png")
-        with shard.open("rb") as file:
-            for member in members:
-                name = f"{shard.name}/{member.name}"
-                try:
-                    image = open_image(_contents(file, member, name), name)
-                except ValueError as error:
-                    self.skipped.append(str(error))
-                else:
-                    yield name, image
+        self.skipped += [f"{shard.name}/{reason}" for reason in left_out]
+        data = ShardData([part], report, captions=False)
+        for i, member in enumerate(data.names):
+            name = f"{shard.name}/{member}"
+            try:
+                image = open_image(data.read(i).image_bytes, name)
+            except ValueError as error:
+                self.skipped.append(str(error))
+            else:
+                yield name, image
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -117,33 +121,27 @@ def _is_picture(name: str) -> bool:
     return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")
 
 
-def _shard_members(shard: Path) -> list[TarInfo]:
-    """The members of a tar file.
+def _whole_index(shard: Path) -> ShardIndex:
+    """Return the index of a tar file.
 
     Raises:
         ValueError: it is damaged, which would lose pictures silently, compressed, or no tar file.
     """
     try:
-        members, damage = whole_members(shard)
+        index = index_shard(shard)
     except DamagedTarError as error:
         raise ValueError(f"{error}; copy or make it again") from error
-    if damage is not None:
-        raise ValueError(f"{shard} {damage}: {len(members):,} whole members before it; copy or make it again")
-    return members
+    if index.damage is not None:
+        raise ValueError(f"{shard} {index.damage}: {len(index.keys):,} whole samples before it; copy or make it again")
+    return index
 
 
-def _contents(file: BinaryIO, member: TarInfo, name: str) -> bytes:
-    """The bytes of a member.
-
-    Raises:
-        ValueError: it is too large, or is no plain file.
-    """
-    if not place_is_safe(member):
-        raise ValueError(f"{name} is a link, a sparse file, or leads out of a folder: expected a plain file")
-    if member.size > LARGEST_PICTURE_BYTES:
-        raise ValueError(
-            f"{name} is too large ({member.size:,} bytes): expected at most {LARGEST_PICTURE_BYTES:,}; "
-            "make it smaller first"
-        )
-    file.seek(member.offset_data)
-    return file.read(member.size)
+def _left_out(index: ShardIndex) -> list[str]:
+    """Return the names of pictures that a shard has and its index leaves out, each with the reason."""
+    ignored = "is a link, a sparse file, or leads out of a folder: expected a plain file"
+    reasons = [f"{name} {ignored}" for name in index.ignored_names if _is_picture(name)]
+    has_image = index.has_image.tolist()
+    reasons += [f"{name} is empty" for name, has in zip(index.image_names, has_image, strict=True) if name and not has]
+    if index.n_duplicates:
+        reasons.append(f"… {index.n_duplicates:,} members whose sample has such a member already: the first one counts")
+    return reasons

@@ -1,8 +1,8 @@
 """Measuring a bundle on captioned pictures it was not trained on.
 
-Reconstruction, token statistics, likelihood, retrieval, samples. The image loss is put beside the entropy of the
-evaluated tokens themselves: a model that only knew how frequent each token is could do no better than that, so the
-difference is what the transformer has learned about captions and neighbourhoods.
+Reconstruction, token statistics, likelihood, retrieval, samples. The image loss is shown beside the entropy of the
+evaluated tokens themselves: a model that only knew how frequent each token is could do no better, so the difference
+measures how much captions and neighbouring tokens help.
 
 Legend: B batch  N pictures  C,H,W channels, height, width  Y,X grid of tokens  I = Y·X  T text positions  E features
 """
@@ -12,7 +12,7 @@ import dataclasses
 import json
 import logging
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,15 +28,18 @@ from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 from dvae.metrics import code_usage, psnr, ssim
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
-from training.metrics import Report
-from training.stages.exchanged_captions import exchanged_captions_table, is_of_the_world
+from storage.atomic import replace_text
 
 logger = logging.getLogger(__name__)
+
+Say = Callable[[str], None]
+Measurement = Callable[[Pipeline, ShardData, Say], Mapping[str, object]]
+"""Measures a bundle on some data, says what it found, and returns it for evaluation.json."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Evaluation:
-    """What was measured; losses and entropies in nats per token."""
+    """Measurements of a bundle; losses and entropies in nats per token."""
 
     samples: int
     """Captioned pictures measured."""
@@ -47,7 +50,7 @@ class Evaluation:
     codes_used: int
     """Different codes in all the pictures' tokens."""
     codes: int
-    """Codes there are."""
+    """Codes of the dVAE."""
     perplexity: float
     """Of the codes' frequencies."""
     image_unigram: float
@@ -63,11 +66,9 @@ class Evaluation:
     captions_cut: int
     """Captions longer than the stream's text part."""
     retrieval: float
-    """How often CLIP puts the right one of `retrieval_size` captions first."""
+    """Fraction of pictures for which CLIP puts the right one of `retrieval_size` captions first."""
     retrieval_size: int
     """Captions to choose from."""
-    is_of_the_world: bool
-    """Whether all captions are of the built-in world."""
 
     def table(self) -> str:
         """Return the measurements as aligned lines."""
@@ -92,7 +93,7 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class _Measured:
-    """What is kept of a batch of B pictures, on the CPU."""
+    """Measurements of a batch of B pictures, on the CPU."""
 
     captions: list[str]
     psnr: Tensor
@@ -147,7 +148,6 @@ def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evalua
         captions_cut=sum(part.n_cut for part in parts),
         retrieval=retrieval,
         retrieval_size=retrieval_size,
-        is_of_the_world=is_of_the_world(captions),
     )
 
 
@@ -190,7 +190,7 @@ def _read(data: ShardData, indices: Sequence[int], size: int) -> tuple[Tensor, l
 
 
 def _retrieval(clip: CLIP, captions: Sequence[str], features_NE: Tensor, size: int = 32) -> tuple[float, int]:
-    """Return how often CLIP finds a picture's caption among `size` different ones, and `size`."""
+    """Return the fraction of pictures whose caption CLIP finds among `size` different ones, and `size`."""
     distinct = {caption: index for index, caption in reversed(list(enumerate(captions)))}
     chosen = sorted(distinct.values())
     size = min(size, len(chosen))
@@ -205,9 +205,7 @@ def _retrieval(clip: CLIP, captions: Sequence[str], features_NE: Tensor, size: i
     return hits / total, size
 
 
-def sample_sheet(
-    pipe: Pipeline, captions: Sequence[str], path: Path, report: Report, *, n: int = 16, keep: int = 4
-) -> None:
+def sample_sheet(pipe: Pipeline, captions: Sequence[str], path: Path, say: Say, *, n: int = 16, keep: int = 4) -> None:
     """Write a contact sheet with the `keep` best of `n` samples for each caption, by the bundle's sampling defaults."""
     sections = []
     for number, caption in enumerate(captions, 1):
@@ -215,7 +213,7 @@ def sample_sheet(
         numbers = zip(result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
         labels = [f"{score:.3f}  {log_likelihood:.0f} nats" for score, log_likelihood in numbers]
         sections.append((caption, [to_image(image) for image in result.images], labels))
-        report(f"sampled {number}/{len(captions)}: {caption}")
+        say(f"sampled {number}/{len(captions)}: {caption}")
     contact_sheet(sections).save(path)
 
 
@@ -231,11 +229,23 @@ def distinct_captions(data: ShardData, count: int) -> list[str]:
 
 
 def evaluate_bundle(
-    bundle: Path, data: ShardData, report: Report, *, n_captions: int = 5, device: str = "cpu"
+    bundle: Path,
+    data: ShardData,
+    say: Say,
+    *,
+    n_captions: int = 5,
+    device: str = "cpu",
+    also: Measurement | None = None,
 ) -> Evaluation:
     """Measure a bundle and write evaluation.json and samples.png into it.
 
-    Where all captions are of the built-in world, the table of exchanged captions is measured too.
+    Args:
+        bundle: its directory.
+        data: captioned pictures.
+        say: told the measurements.
+        n_captions: captions to sample.
+        device: where to compute: cpu, cuda or cuda:1.
+        also: another measurement, written into evaluation.json beside the others.
 
     Raises:
         FileNotFoundError: a part of the bundle is missing.
@@ -245,13 +255,9 @@ def evaluate_bundle(
         raise ValueError(f"--captions must be at least 1, got {n_captions}")
     pipe = Pipeline.load(bundle, device=device)
     evaluation = evaluate(pipe, data)
-    measured: dict[str, object] = dataclasses.asdict(evaluation)
-    report(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
-    if evaluation.is_of_the_world:
-        exchanged = exchanged_captions_table(pipe.clip)
-        measured["exchanged_captions"] = dataclasses.asdict(exchanged)
-        report(exchanged.table())
-    (bundle / "evaluation.json").write_text(json.dumps(measured, indent=2))
-    sample_sheet(pipe, distinct_captions(data, n_captions), bundle / "samples.png", report)
-    report(f"wrote {bundle / 'evaluation.json'} and {bundle / 'samples.png'}")
+    say(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
+    measured = {**dataclasses.asdict(evaluation), **(also(pipe, data, say) if also is not None else {})}
+    replace_text(bundle / "evaluation.json", json.dumps(measured, indent=2))
+    sample_sheet(pipe, distinct_captions(data, n_captions), bundle / "samples.png", say)
+    say(f"wrote {bundle / 'evaluation.json'} and {bundle / 'samples.png'}")
     return evaluation

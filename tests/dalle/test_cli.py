@@ -14,7 +14,7 @@ from dalle.cli import features, import_dvae
 from dalle.cli.command import resolve_device, run_command
 from dalle.cli.generate import n_bytes, read_captions
 from dalle.cli.main import main
-from dalle.data import pictures
+from dalle.data import pictures, reader
 from dalle.model import DALLE
 from dalle.output.progress import Progress, duration, progress_line
 from dalle.output.sheets import slug
@@ -518,7 +518,7 @@ def test_a_damaged_header_does_not_lose_pictures_silently(bundle, folder, tmp_pa
     damaged = bytearray(shard.read_bytes())
     damaged[fifth : fifth + 100] = b"\xff" * 100
     shard.write_bytes(damaged)
-    words = ("ten.tar has a damaged header at byte", "5 whole members before it", "copy or make it again")
+    words = ("ten.tar has a damaged header at byte", "5 whole samples before it", "copy or make it again")
     assert_one_line_error(capsys, ["reconstruct", shard, "--bundle", bundle, "--out", tmp_path / "out"], *words)
 
 
@@ -529,10 +529,10 @@ def test_links_and_pictures_too_large_in_shards_are_skipped_in_words(folder, tmp
         link = tarfile.TarInfo("3.png")
         link.type, link.linkname = tarfile.SYMTYPE, "0.png"
         tar.addfile(link)
-    monkeypatch.setattr(pictures, "LARGEST_PICTURE_BYTES", len(data) + 99)
+    monkeypatch.setattr(reader, "MAX_PICTURE_BYTES", len(data) + 99)
     found = pictures.Pictures([shard])
     assert [name for name, _ in found] == ["s.tar/0.png"]
-    reasons = ("1.png is a link, a sparse file, or leads out", "2.png is too large", "3.png is a link")
+    reasons = ("1.png is a link, a sparse file, or leads out", "3.png is a link", "2.png is too large")
     assert len(found.skipped) == len(reasons)
     assert all(reason in skipped for reason, skipped in zip(reasons, found.skipped, strict=True))
 

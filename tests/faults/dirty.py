@@ -23,8 +23,7 @@ from PIL import Image
 from runs import STEPS, Course, Fault, last_step, latest, metrics, require, require_equal
 from support import tiny
 
-from dalle.data.reader import ShardData
-from training.data.manifest import Manifest
+from training.data.manifest import Manifest, open_with_manifest
 
 AT_STEP = 6
 DAMAGED = "world-000002.tar"
@@ -118,10 +117,11 @@ def _note_keys(rank: int, *, folder: Path) -> None:
     batches = training.loop.loop.batches
 
     def noted(*arguments: Any, **named: Any) -> Iterator[Any]:
-        first = named["start_step"] * named["accumulation"]
+        share = arguments[2]
+        first = share.start_step * share.accumulation
         with (folder / f"rank{rank}.jsonl").open("a") as file:
             for number, batch in enumerate(batches(*arguments, **named), first):
-                print(json.dumps([number // named["accumulation"] + 1, batch.keys]), file=file, flush=True)
+                print(json.dumps([number // share.accumulation + 1, batch.keys]), file=file, flush=True)
                 yield batch
 
     training.loop.loop.batches = noted
@@ -150,7 +150,7 @@ def _lost(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
     damage(world / DAMAGED)
     said = course.finish(command, f"{name}-end", inject=notes[1])
     require(f"{DAMAGED}: " in said and " samples are left" in said, f"the shard is not named: {said[-600:]}")
-    data = ShardData.open([world], captions=True, manifest=Manifest.open(manifest))
+    data = open_with_manifest([world], Manifest.open(manifest), captions=True)
     lost = {key for key, is_lost in zip(data.keys, data.is_lost, strict=True) if is_lost}
     expected, found = map(_noted_keys, folders)
     require(len(expected) == 4 * STEPS, f"{len(expected)} samples were taken in place of {4 * STEPS}")

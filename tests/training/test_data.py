@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 from support.tiny import samples_of, write_tar
 
-from dalle.data.reader import Sample, ShardData, expand_shards, index_shard, sample_rng
+from dalle.data.index import IMAGE, index_shard
+from dalle.data.names import expand_shards
+from dalle.data.reader import Sample, ShardData, sample_rng
 
 
 @pytest.fixture
@@ -111,7 +113,7 @@ def test_links_devices_and_names_that_lead_outside_are_ignored_and_counted(tmp_p
 
 def test_the_first_of_duplicate_members_counts(tmp_path: Path) -> None:
     index = index_shard(write_tar(tmp_path / "s.tar", [("a.jpg", b"1"), ("a.txt", b"x"), ("a.jpg", b"22")]))
-    assert (index.keys, index.n_duplicates, index.image[0, 1]) == (("a",), 1, 1)
+    assert (index.keys, index.n_duplicates, index.places[0, IMAGE, 1]) == (("a",), 1, 1)
 
 
 def test_a_truncated_shard_is_refused_and_its_whole_samples_can_be_used(
@@ -145,10 +147,10 @@ def test_a_damaged_header_and_joined_tars_do_not_lose_samples_silently(tmp_path:
     whole = write_tar(tmp_path / "whole.tar", samples_of(range(5))).read_bytes()
     (tmp_path / "hurt.tar").write_bytes(whole[: 8 * 512] + b"\xff" * 200 + whole[8 * 512 + 200 :])
     with pytest.raises(ValueError, match=r"damaged header at byte 4,096: 2 whole samples before it"):
-        index_shard(tmp_path / "hurt.tar")
+        ShardData.open([tmp_path / "hurt.tar"], captions=True)
     (tmp_path / "joined.tar").write_bytes(whole + whole)
     with pytest.raises(ValueError, match="two tar files joined"):
-        index_shard(tmp_path / "joined.tar")
+        ShardData.open([tmp_path / "joined.tar"], captions=True)
 
 
 @pytest.mark.parametrize(

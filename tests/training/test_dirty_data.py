@@ -27,9 +27,10 @@ from dalle.data.reader import Sample, ShardData
 from dalle.output.progress import printable
 from dvae import DVAE
 from dvae.images import open_image
-from training.data.batches import batches
-from training.data.check_data import check_data, report
-from training.data.manifest import Manifest
+from training.data.batches import Share, batches
+from training.data.check_data import check_data
+from training.data.check_report import report
+from training.data.manifest import Manifest, open_with_manifest
 from training.data.shards import make_shards
 from training.drawings.shapes import world
 from training.metrics import read_metrics
@@ -99,13 +100,13 @@ def test_exactly_the_200_corrupt_pictures_are_counted_in_an_epoch(tmp_path: Path
     assert len(data) == 500
     for epoch in range(2):
         stream = batches(
-            data, decode, seed=0, micro_batch=10, start_step=50 * epoch, workers=workers, max_bad_fraction=0.4
+            data, decode, Share(seed=0, micro_batch=10, start_step=50 * epoch), workers=workers, max_bad_fraction=0.4
         )
         read = list(islice(stream, 50))
         assert sum(batch.n_bad for batch in read) == N_CORRUPT
         assert not bad & {key for batch in read for key in batch.keys}
     with pytest.raises(ValueError, match=r"--max-bad-fraction 0\.3 allows; most are in .*000000\.tar \(\d+\)"):
-        list(islice(batches(data, decode, seed=0, micro_batch=10, max_bad_fraction=0.3), 100))
+        list(islice(batches(data, decode, Share(seed=0, micro_batch=10), max_bad_fraction=0.3), 100))
 
 
 def test_check_data_finds_exactly_them(tmp_path: Path) -> None:
@@ -151,7 +152,7 @@ def test_training_goes_on_exactly_when_a_shard_is_lost(tmp_path: Path, capsys: p
     assert "from here on their order is another" not in errors
     lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
     # steps 5 to 12 are the rest of the only epoch: what is lost and was not seen before is counted
-    order = ShardData.open([tmp_path / "data"], captions=True, manifest=Manifest.open(tmp_path / "m")).order(0, 0)
+    order = open_with_manifest([tmp_path / "data"], Manifest.open(tmp_path / "m"), captions=True).order(0, 0)
     assert lines[-1]["bad_samples"] == sum(24 <= i < 36 for i in order[16:].tolist()) > 0
 
 
@@ -206,11 +207,7 @@ def keys_by_step(shards: Path, workers: int, rank: int = 0, size: int = 1) -> li
     stream = batches(
         ShardData.open([shards], captions=True),
         decode,
-        seed=5,
-        micro_batch=4 // size,
-        rank=rank,
-        world_size=size,
-        max_steps=14,
+        Share(seed=5, micro_batch=4 // size, rank=rank, world_size=size, max_steps=14),
         workers=workers,
     )
     return [batch.keys for batch in stream]
@@ -324,7 +321,7 @@ def test_hostile_members_are_ignored_or_refused_when_read(hostile: Path, tmp_pat
     data = ShardData.open([hostile], captions=True)
     assert data.keys == ["x", "bomb", "\x1b[2Jevil\nname", "y"]
     assert data.report.n_ignored_members == 11
-    stream = batches(data, decode, seed=0, micro_batch=1, max_bad_fraction=0.5)
+    stream = batches(data, decode, Share(seed=0, micro_batch=1), max_bad_fraction=0.5)
     assert {key for batch in islice(stream, 4) for key in batch.keys} == {"x", "y"}
     assert files_below(tmp_path) == before
 

@@ -15,7 +15,7 @@ from dalle.data.reader import ShardData
 from rerank import CLIP
 from training.data.check_data import check_data
 from training.data.duplicates import Pair, copies, features_of, find_duplicates, near_pairs, nearest
-from training.data.manifest import Manifest
+from training.data.manifest import Manifest, open_with_manifest
 
 
 def unit_vectors(n: int, seed: int) -> Tensor:
@@ -114,7 +114,7 @@ def test_copies_within_data_are_found_listed_shown_and_left_out_of_training(
     assert found.n_excluded == len(left_out)
     assert Image.open(out / "pairs.png").width > 300
     check_data([data], tmp_path / "m", exclude=[out / "excluded.jsonl"])
-    kept = ShardData.open([data], captions=True, manifest=Manifest.open(tmp_path / "m"))
+    kept = open_with_manifest([data], Manifest.open(tmp_path / "m"), captions=True)
     assert set(kept.keys) == {f"a{i}" for i in range(6)} | {f"b{i}" for i in range(6)} - left_out
 
 

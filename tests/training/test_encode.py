@@ -33,7 +33,7 @@ from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.model_directory import directory_hash
-from training.data.batches import batches
+from training.data.batches import Share, batches
 from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
@@ -204,7 +204,7 @@ def test_an_interrupted_encoding_goes_on_and_ends_with_the_same_bytes(
 
     out = tmp_path / "tokens"
     with pytest.raises(
-        Interrupted, match=r"1 of 3 shards are encoded in .*tokens, the same command goes on from there"
+        Interrupted, match=r"1 of 3 shards are encoded in .*tokens, the same command continues from there"
     ):
         encode(shards, out, dvae, batch_size=8, options={"progress": stop})
     (first,) = sorted(out.iterdir())  # no half shard
@@ -257,7 +257,7 @@ def test_a_folder_of_other_crops_or_seed_is_refused_until_encoded_anew(
     with pytest.raises(ValueError, match=rf"made differently \({told}\): give another --out.*or --fresh"):
         encode(shards, encoded_copy, dvae, **changed)
     assert contents(encoded_copy) == before
-    encode(shards, encoded_copy, dvae, options={"fresh": True}, **changed)
+    encode(shards, encoded_copy, dvae, fresh=True, **changed)
     assert contents(encoded_copy).keys() == before.keys()
     assert contents(encoded_copy) != before
 
@@ -278,7 +278,7 @@ def test_a_shard_that_has_changed_since_it_was_encoded_is_noticed(
     change(pictures / "world-000001.tar", reword)
     with pytest.raises(ValueError, match=r"world-000001\.tar was made of another shard than .*--fresh"):
         encode(pictures, encoded_copy, dvae)
-    encode(pictures, encoded_copy, dvae, options={"fresh": True})
+    encode(pictures, encoded_copy, dvae, fresh=True)
     assert "another caption" in " ".join(ShardData.open([encoded_copy], captions=True, encoded=True).captions(8))
 
 
@@ -288,7 +288,7 @@ def test_pictures_are_never_written_over(tmp_path: Path, shards: Path, dvae: Pat
     with pytest.raises(
         ValueError, match=r"world-000000\.tar is no shard of image tokens: give --out a folder of its own"
     ):
-        encode(pictures, pictures, dvae, options={"fresh": fresh})
+        encode(pictures, pictures, dvae, fresh=fresh)
     assert contents(pictures) == contents(shards)
 
 
@@ -297,11 +297,11 @@ def test_fresh_leaves_the_tokens_of_other_pictures_alone(
 ) -> None:
     more = tiny.write_world(tmp_path / "more", 4, seed=1)
     (more / "world-000000.tar").rename(more / "more.tar")
-    encode(more, encoded_copy, dvae, options={"fresh": True})
+    encode(more, encoded_copy, dvae, fresh=True)
     assert len(contents(encoded_copy)) == 4
     assert "holds 3 shards of other pictures too" in caplog.text
     with pytest.raises(ValueError, match="or delete it"):
-        encode(more, encoded_copy, dvae, crops=1, options={"fresh": True})
+        encode(more, encoded_copy, dvae, crops=1, fresh=True)
 
 
 def test_two_shards_of_one_name_are_refused(tmp_path: Path, shards: Path, dvae: Path) -> None:
@@ -346,7 +346,7 @@ def test_the_whole_samples_of_a_truncated_shard_can_be_encoded(tmp_path: Path, s
     cut.write_bytes(whole[: len(whole) // 2])
     with pytest.raises(ValueError, match=r"truncated.*--skip-damaged-shards"):
         encode(cut, tmp_path / "out", dvae)
-    report = encode(cut, tmp_path / "out", dvae, options={"skip_damaged": True})
+    report = encode(cut, tmp_path / "out", dvae, skip_damaged_shards=True)
     assert 0 < report.n_samples < 8
 
 
@@ -578,7 +578,7 @@ def stage(out: Path) -> TransformerStage:
 def test_any_number_of_workers_sees_the_same_tokens(encoded: Path, stage: TransformerStage, workers: int) -> None:
     data = ShardData.open([encoded], captions=True, encoded=True)
     alone, ahead = (
-        list(batches(data, stage.transform, seed=3, micro_batch=5, workers=n, max_steps=8)) for n in (0, workers)
+        list(batches(data, stage.transform, Share(seed=3, micro_batch=5, max_steps=8), workers=n)) for n in (0, workers)
     )
     for ours, theirs in zip(alone, ahead, strict=True):
         assert ours.keys == theirs.keys

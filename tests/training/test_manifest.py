@@ -20,13 +20,17 @@ from torch import Tensor
 
 import training.cli.main
 import training.data.check_data
+import training.data.check_shard
 from dalle.data.index import ShardIndex
 from dalle.data.reader import Sample, ShardData
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
-from training.data.batches import batches, validation_batches
-from training.data.check_data import Summary, check_data, check_shard, report
-from training.data.manifest import Excluded, Manifest, ShardRecord
+from training.data.batches import Share, batches, validation_batches
+from training.data.check_data import check_data
+from training.data.check_report import Summary, report
+from training.data.check_shard import check_shard
+from training.data.exclusions import Excluded
+from training.data.manifest import Manifest, ShardRecord, open_with_manifest
 from training.ranks.world import join_world
 from training.stages.encode import EncodeConfig, encode_shards
 
@@ -59,15 +63,16 @@ def manifest(shards: Path, tmp_path: Path) -> Path:
 
 
 def open_with(manifest: Path, shards: Path, **options: bool) -> ShardData:
-    return ShardData.open([shards], **{"captions": True, **options}, manifest=Manifest.open(manifest))
+    return open_with_manifest([shards], Manifest.open(manifest), **{"captions": True, **options})
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
     return {"length": torch.tensor(len(sample.image_bytes)), "noise": torch.tensor(rng.random())}
 
 
-def keys_of(data: ShardData, count: int = N, **options: float) -> list[str]:
-    stream = batches(data, transform, seed=3, micro_batch=1, max_bad_fraction=0.5, **options)  # type: ignore[arg-type]
+def keys_of(data: ShardData, count: int = N, *, start_step: int = 0, workers: int = 0) -> list[str]:
+    share = Share(seed=3, micro_batch=1, start_step=start_step)
+    stream = batches(data, transform, share, max_bad_fraction=0.5, workers=workers)
     return [batch.keys[0] for batch in islice(stream, count)]
 
 
@@ -197,7 +202,7 @@ def test_what_is_known_is_not_read_again_and_what_changed_is(shards: Path, tmp_p
 def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    original = training.data.check_data.index_shard
+    original = training.data.check_shard.index_shard
 
     def fail_at_one(path: Path, **options: bool) -> ShardIndex:
         if path.name == "000001.tar":
@@ -205,7 +210,7 @@ def test_a_shard_that_cannot_be_read_is_named_and_tried_again(
         return original(path, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(training.data.check_data, "index_shard", fail_at_one)
+        patch.setattr(training.data.check_shard, "index_shard", fail_at_one)
         summary = check_data([shards], tmp_path / "m")
         assert summary.damaged == ("000001.tar cannot be read (Input/output error)",)
         assert (summary.counts["samples"]["pairs"], check_data([shards], tmp_path / "m").n_read) == (20, 1)
@@ -316,7 +321,9 @@ def test_the_order_stays_when_a_shard_loses_samples(
     assert "000001.tar: 4 of 10 samples are left (ends in the middle of a sample (truncated))" in caplog.text
     assert (len(data), data.report.n_lost) == (N, 6)
     lost = {f"k{number:03}" for number in range(14, 20)}
-    stream = list(islice(batches(data, transform, seed=3, micro_batch=1, max_bad_fraction=0.2, workers=workers), 2 * N))
+    stream = list(
+        islice(batches(data, transform, Share(seed=3, micro_batch=1), max_bad_fraction=0.2, workers=workers), 2 * N)
+    )
     assert sum(batch.n_bad for batch in stream) == 12
     for before, batch in zip(whole, stream, strict=True):
         assert batch.keys == [before] if before not in lost else batch.keys[0] not in lost
@@ -343,20 +350,20 @@ def test_more_lost_samples_than_allowed_stop_at_once_and_list_the_shards(shards:
         match=r"16 of the 30 samples .* lost, more than --max-bad-fraction 0\.5 allows: 000001\.tar: 4 of 10 samples "
         r"are left .*; 000002\.tar: 0 of 10 samples are left \(the shard is missing\)",
     ):
-        batches(data, transform, seed=0, micro_batch=1, max_bad_fraction=0.5)
+        batches(data, transform, Share(seed=0, micro_batch=1), max_bad_fraction=0.5)
     with pytest.raises(ValueError, match=r"16 of the 30"):
         next(validation_batches(data, transform, 4, max_bad_fraction=0.1))
     assert keys_of_allowed(data) == 30
 
 
 def keys_of_allowed(data: ShardData) -> int:
-    return len(list(islice(batches(data, transform, seed=0, micro_batch=1, max_bad_fraction=0.6), 30)))
+    return len(list(islice(batches(data, transform, Share(seed=0, micro_batch=1), max_bad_fraction=0.6), 30)))
 
 
 def test_a_missing_shard_is_no_error_by_a_range_or_a_folder(shards: Path, manifest: Path) -> None:
     (shards / "000001.tar").unlink()
     for pattern in (str(shards), f"{shards}/{{000000..000002}}.tar"):
-        data = ShardData.open([pattern], captions=True, manifest=Manifest.open(manifest))
+        data = open_with_manifest([pattern], Manifest.open(manifest), captions=True)
         assert (len(data), data.report.n_lost) == (30, 10)
         with pytest.raises(ValueError, match="the sample is lost"):
             data.read(12)
@@ -402,7 +409,7 @@ def test_a_flipped_bit_in_a_picture_that_still_decodes_is_noticed(shards: Path, 
     data = open_with(manifest, shards)
     with pytest.raises(ValueError, match=r"000000\.tar: k003\.jpg: its bytes are not those that the manifest knows"):
         data.read(3)
-    stream = list(islice(batches(data, transform, seed=0, micro_batch=1, max_bad_fraction=0.1), N))
+    stream = list(islice(batches(data, transform, Share(seed=0, micro_batch=1), max_bad_fraction=0.1), N))
     assert sum(batch.n_bad for batch in stream) == 1
     assert "k003" not in {batch.keys[0] for batch in stream}
 
@@ -491,7 +498,7 @@ def test_copies_in_one_data_set_are_not_left_out_of_another_with_equal_names(tmp
     assert json.loads(line)["shard"] == "a/0.tar"
     both = [tmp_path / "a", tmp_path / "b"]
     check_data(both, tmp_path / "m", exclude=[copies])
-    data = ShardData.open(both, captions=True, manifest=Manifest.open(tmp_path / "m"))
+    data = open_with_manifest(both, Manifest.open(tmp_path / "m"), captions=True)
     assert data.keys == ["k000", "k001", "k002", "k003"]
     copies.write_text('{"shard": "0.tar", "key": "k002"}\n')
     with pytest.raises(
@@ -567,15 +574,17 @@ def keys_of_tokens(data: ShardData) -> list[str]:
 def test_encoding_with_a_manifest_leaves_changed_pictures_out_and_wants_all_shards(tmp_path: Path) -> None:
     shards = tiny.write_world(tmp_path / "world", 16)
     check_data([shards], tmp_path / "m")
-    manifest = Manifest.open(tmp_path / "m")
     key = ShardData.open([shards], captions=True).keys[9]
     flip(shards / "world-000001.tar", place_of(shards / "world-000001.tar", f"{key}.txt").offset_data)
-    dvae, config = DVAE(tiny.recipe().dvae.model), EncodeConfig(crops=1, workers=0, max_bad_fraction=0.1)
-    made = encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join_world(), manifest=manifest)
+    dvae, config = (
+        DVAE(tiny.recipe().dvae.model),
+        EncodeConfig(crops=1, workers=0, max_bad_fraction=0.1, manifest=tmp_path / "m"),
+    )
+    made = encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join_world())
     assert (made.n_samples, made.n_skipped) == (15, 1)
     (shards / "world-000000.tar").unlink()
     with pytest.raises(ValueError, match=r"not those of the manifest .*: world-000000\.tar is missing"):
-        encode_shards([shards], tmp_path / "more", dvae, "hash", config, join_world(), manifest=manifest)
+        encode_shards([shards], tmp_path / "more", dvae, "hash", config, join_world())
 
 
 def test_samples_of_bad_pictures_keep_their_numbers(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import csv
+import dataclasses
 import io
 import json
 import os
@@ -12,8 +13,9 @@ from PIL import Image
 
 from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
-from training.data.batches import batches
-from training.data.shards import RawSample, ShardFilter, ShardReport, make_shards, safe_key, write_shards
+from training.data.batches import Share, batches
+from training.data.filters import ShardFilter
+from training.data.shards import RawSample, ShardReport, make_shards, safe_key, write_shards
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:
@@ -141,7 +143,7 @@ def test_a_folder_makes_shards_that_read_back(tmp_path: Path) -> None:
     assert data.source(1).endswith("c.png")
     assert open_image(data.read(1).image_bytes).getpixel((0, 0)) == (1, 2, 3)
     stream = batches(
-        data, lambda sample, rng: {"image": to_tensor(open_image(sample.image_bytes))}, seed=0, micro_batch=3
+        data, lambda sample, rng: {"image": to_tensor(open_image(sample.image_bytes))}, Share(seed=0, micro_batch=3)
     )
     assert next(stream).tensors["image"].shape == torch.Size([3, 3, 12, 16])
 
@@ -214,7 +216,7 @@ def test_filters_leave_pictures_out_and_say_so(tmp_path: Path) -> None:
     everything = make_shards(source, tmp_path / "all", keep=ShardFilter(need_captions=False))
     assert (everything.n_samples, everything.n_skipped) == (6, 0)
     with pytest.raises(ValueError, match="need check"):
-        make_shards(source, tmp_path / "x", keep=keep, check=False)
+        dataclasses.replace(keep, check=False)
     with pytest.raises(ValueError, match="max_caption_chars"):
         ShardFilter(min_caption_chars=5, max_caption_chars=4)
 
@@ -223,7 +225,7 @@ def test_without_check_pictures_are_not_decoded(tmp_path: Path) -> None:
     whole = picture(kind="JPEG", size=(64, 64))
     put(tmp_path / "s" / "cut.jpg", whole[: len(whole) // 2])
     put(tmp_path / "s" / "cut.txt", "x")
-    assert make_shards(tmp_path / "s", tmp_path / "out", check=False).n_samples == 1
+    assert make_shards(tmp_path / "s", tmp_path / "out", keep=ShardFilter(check=False)).n_samples == 1
 
 
 @pytest.mark.parametrize(

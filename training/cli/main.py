@@ -24,7 +24,7 @@ from rerank import CLIP
 from training.cli.look import DESCRIPTION, PROGRAM, ReportCommand, StatusCommand, read
 from training.config import GradientScaling, Offload, OptimizerKind, Precision, TrainConfig
 from training.data.check_data import check_data
-from training.data.check_data import report as check_report
+from training.data.check_report import report as check_report
 from training.data.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.data.filters import ShardFilter
 from training.data.shards import make_shards
@@ -43,6 +43,7 @@ from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.encode import EncodeConfig
 from training.stages.encoded import encode_data
+from training.stages.exchanged_captions import measure_exchanged
 from training.stages.inputs import Inputs
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
@@ -569,7 +570,8 @@ def _run(command: Command, argv: Sequence[str]) -> None:
         case EvaluateCommand():
             data = ShardData.open(command.data, captions=True)
             device = str(resolve_device(command.device))
-            evaluate_bundle(command.bundle, data, to_stderr, n_captions=command.captions, device=device)
+            n = command.captions
+            evaluate_bundle(command.bundle, data, to_stderr, n_captions=n, device=device, also=measure_exchanged)
         case DemoCommand():
             chosen = recipe("demo").with_seed(command.seed)
             plan = plan_here(chosen, one_at_a_time=command.one_at_a_time)
@@ -679,17 +681,7 @@ def _plan(command: PlanCommand, chosen: Recipe) -> str:
 def _encode(command: EncodeCommand, config: EncodeConfig, world: World, report: Report) -> None:
     if command.device is not None:
         world = dataclasses.replace(world, device=resolve_device(command.device))
-    encode_data(
-        command.data,
-        command.out,
-        command.dvae,
-        config,
-        world,
-        report,
-        fresh=command.fresh,
-        skip_damaged_shards=command.skip_damaged_shards,
-        manifest=command.manifest,
-    )
+    encode_data(command.data, command.out, command.dvae, config, world, report)
 
 
 def _check_data(command: CheckDataCommand) -> None:

@@ -1,9 +1,8 @@
 """The batches of a run: an endless, seeded, exactly resumable sequence of micro-batches, and every sample once.
 
-1. `Batch` is what comes out, `Transform` what makes tensors of a sample.
+1. `Share` selects one rank's part of every optimizer step, `Transform` makes tensors of a sample, `Batch` holds them.
 2. `BadSamples` counts samples that cannot be used, and stops a run that has too many.
-3. Reading processes that outlive Ctrl-C, because the training process wants to save first.
-4. `batches` for training, `validation_batches` and `parts_in_order` for every sample once.
+3. `batches` for training, `validation_batches` and `parts_in_order` for every sample once.
 
 The sample at a position of the sequence is a function of (seed, position) alone, and its randomness one of (seed,
 epoch, key): neither the number of workers nor that of ranks changes what is seen.
@@ -14,11 +13,8 @@ import itertools
 import logging
 import math
 import os
-import signal
-import threading
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 
@@ -29,14 +25,58 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
 from dalle.data.reader import Sample, ShardData, sample_rng
+from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
 
 _REPLACEMENTS = 100  # samples tried in place of an unusable one
 _NAMED_IN_LOG = 20  # unusable samples that are logged by name
-_FEWEST_BAD = 10  # fewer unusable samples say nothing about those not read yet
+_MIN_BAD = 10  # fewer unusable samples say nothing about those not read yet
 
 Transform = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Share:
+    """One rank's part of the endless sequence of samples.
+
+    Optimizer step s takes the positions s·G to (s + 1)·G of the sequence (`ShardData.order`), where G is
+    micro_batch × accumulation × world_size; rank r takes the r-th of world_size equal parts, in micro-batches.
+
+    Raises:
+        ValueError: a number is out of range.
+    """
+
+    seed: int
+    """Of the order and of the transforms, ≥ 0."""
+    micro_batch: int
+    """Samples per batch."""
+    accumulation: int = 1
+    """Micro-batches per optimizer step."""
+    rank: int = 0
+    """Of this process, 0 ≤ rank < world_size."""
+    world_size: int = 1
+    """Processes that share the steps."""
+    start_step: int = 0
+    """Optimizer step to begin with: the number of steps already done."""
+    max_steps: int | None = None
+    """Step before which to end, counted from step 0 of the run; None: never end."""
+
+    def __post_init__(self) -> None:
+        for name, least in (("micro_batch", 1), ("accumulation", 1), ("seed", 0), ("start_step", 0)):
+            if getattr(self, name) < least:
+                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        if not 0 <= self.rank < self.world_size:
+            raise ValueError(f"rank must be at least 0 and below world_size ({self.world_size}), got {self.rank}")
+
+    def positions(self) -> Iterator[range]:
+        """Yield the positions of each micro-batch."""
+        per_rank = self.micro_batch * self.accumulation
+        first_step, end = self.start_step, self.max_steps
+        for step in itertools.count(first_step) if end is None else range(first_step, end):
+            start = (step * self.world_size + self.rank) * per_rank
+            for first in range(start, start + per_rank, self.micro_batch):
+                yield range(first, first + self.micro_batch)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,25 +84,24 @@ class Batch:
     """A micro-batch of B samples."""
 
     tensors: dict[str, Tensor]
-    """What the transform made of the samples, stacked: (B, …) each; empty where none was usable."""
+    """The transform's tensors, stacked: (B, …) each; empty if no sample was usable."""
     numbers: list[int]
     """The B samples, in order, as `ShardData` numbers them."""
     keys: list[str]
     """Their keys."""
     n_bad: int
-    """How many samples that belong here were unusable; in training the next usable one replaces each."""
+    """Unusable samples that belong here; in training the next usable one replaces each."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Read:
-    """What a worker hands over: the tensors and numbers of a batch, and the (number, reason) of each unusable sample.
-
-    No tensors: too many samples in a row were unusable.
-    """
+    """A batch as a worker hands it over."""
 
     tensors: dict[str, Tensor] | None
+    """None if too many samples in a row were unusable."""
     numbers: list[int]
     bad: list[tuple[int, str]]
+    """Number of each unusable sample, and the reason."""
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -159,7 +198,7 @@ class BadSamples:
             )
 
     def name(self, bad: Sequence[tuple[int, str]]) -> None:
-        """Take note of the (number, reason) of unusable samples."""
+        """Count unusable samples, given by number and reason."""
         self._n_bad += len(bad)
         for i, reason in bad:
             if i in self._reasons:
@@ -171,7 +210,7 @@ class BadSamples:
                 logger.warning("further unusable samples are counted, not named")
 
     def add(self, bad: Sequence[tuple[int, str]], n_seen: int) -> None:
-        """Take note of `n_seen` more samples, and of the (number, reason) of each that is unusable.
+        """Count `n_seen` more samples, of which those in `bad` (number, reason) are unusable.
 
         Raises:
             ValueError: there are too many.
@@ -180,14 +219,14 @@ class BadSamples:
         self.name(bad)
         limit = self._max_fraction * self._n_seen
         is_certain = len(self._reasons) > self._max_fraction * len(self._data)
-        is_likely = self._n_bad >= _FEWEST_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
+        is_likely = self._n_bad >= _MIN_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
         # The first condition spares long runs that add up rare failures of the disk or the network.
         if self._n_bad > limit and (is_certain or is_likely):
             n_read = min(self._n_seen, len(self._data))
             raise self.error(f"{len(self._reasons):,} unusable samples after reading {n_read:,} of {len(self._data):,}")
 
     def error(self, what: str) -> ValueError:
-        """Return the error that says what is wrong, where most unusable samples are, and what to do."""
+        """Return an error with the message `what`, the shards with most unusable samples, and the remedy."""
         per_shard = Counter(str(self._data.shard_of(i)) for i in self._reasons)
         worst = ", ".join(f"{shard} ({count:,})" for shard, count in per_shard.most_common(3))
         first = next(iter(self._reasons.values()), "")
@@ -197,56 +236,8 @@ class BadSamples:
         )
 
 
-def _positions(
-    first_step: int, last_step: int | None, micro_batch: int, accumulation: int, rank: int, world_size: int
-) -> Iterator[range]:
-    """Yield the positions of each micro-batch of a rank: its contiguous part of every global batch."""
-    per_rank = micro_batch * accumulation
-    for step in itertools.count(first_step) if last_step is None else range(first_step, last_step):
-        start = (step * world_size + rank) * per_rank
-        for first in range(start, start + per_rank, micro_batch):
-            yield range(first, first + micro_batch)
-
-
-_INTERRUPTS = (signal.SIGINT, signal.SIGTERM)
-
-
-@contextmanager
-def _interrupts_held_back() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread: a process forked meanwhile begins with them blocked."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _obey_the_parent_alone(parent: int, worker: int) -> None:
-    """Leave Ctrl-C and the end of a job, of which workers hear too, to the training process: it saves a checkpoint.
-
-    Runs in a worker forked under `_interrupts_held_back`. Only the training process's own SIGTERM ends it, or its end.
-
-    Args:
-        parent: the training process.
-        worker: the number of the worker, from 0.
-    """
-    if not hasattr(signal, "sigwaitinfo"):  # macOS does not tell who sent a signal
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, _INTERRUPTS)
-        return
-
-    def wait() -> None:
-        while os.getppid() == parent:  # a process killed with -9 tells its children nothing
-            heard = signal.sigtimedwait(_INTERRUPTS, 1.0)
-            if heard is not None and heard.si_signo == signal.SIGTERM and heard.si_pid == parent:
-                break
-        os._exit(0)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
 def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int, *, ahead: int = 1) -> Iterator[_Read]:
-    """Return what `reader` makes of each part, in order; workers are forked processes that read `ahead` or more."""
+    """Read each part, in order; workers are forked processes that read `ahead` parts or more."""
     if workers == 0:
         return map(reader.__getitem__, parts)
     loader = DataLoader(
@@ -256,10 +247,10 @@ def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int,
         num_workers=workers,  # DataLoader gives each worker one torch thread
         prefetch_factor=max(4, math.ceil(ahead / workers)),
         multiprocessing_context="fork",  # shares the index; transforms need not be picklable
-        worker_init_fn=partial(_obey_the_parent_alone, os.getpid()),
+        worker_init_fn=partial(obey_the_parent_alone, os.getpid()),
         generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
     )
-    with _interrupts_held_back():
+    with interrupts_held_back():
         return iter(loader)  # forks the workers
 
 
@@ -278,25 +269,12 @@ def _batch(read: _Read, tensors: dict[str, Tensor], data: ShardData) -> Batch:
 
 
 def batches(
-    data: ShardData,
-    transform: Transform,
-    *,
-    seed: int,
-    micro_batch: int,
-    accumulation: int = 1,
-    rank: int = 0,
-    world_size: int = 1,
-    start_step: int = 0,
-    workers: int = 0,
-    max_bad_fraction: float = 0.01,
-    max_steps: int | None = None,
+    data: ShardData, transform: Transform, share: Share, *, workers: int = 0, max_bad_fraction: float = 0.01
 ) -> Iterator[Batch]:
-    """Return the micro-batches of a training run, for ever.
+    """Return the micro-batches of a training run, without end.
 
-    Optimizer step s takes the positions s·G to (s + 1)·G of the endless sequence (`ShardData.order`), where G
-    is micro_batch × accumulation × world_size; rank r takes the r-th of world_size equal parts, in
-    micro-batches. So what a step sees depends on (seed, step, G) alone: not on the number of workers or
-    ranks, nor on where it was resumed.
+    What a step sees depends on (seed, step, global batch) alone: not on the number of workers or ranks, nor on where
+    it was resumed.
 
     A sample whose reading or transform raises ValueError or OSError is replaced by the next usable one of its
     epoch's order.
@@ -305,36 +283,17 @@ def batches(
         data: the samples.
         transform: makes tensors of a sample; its only randomness is the generator it is given, a function of
             (seed, epoch, key).
-        seed: ≥ 0.
-        micro_batch: samples per batch that is returned.
-        accumulation: micro-batches per optimizer step.
-        rank: of this process, 0 ≤ rank < world_size.
-        world_size: number of processes.
-        start_step: optimizer step to begin with: the number of steps already done.
+        share: selects the samples.
         workers: forked processes that read ahead; 0 reads in this one.
         max_bad_fraction: of all samples that may be unusable, in [0, 1].
-        max_steps: the step before which to end, counted from step 0 of the run; None: never end.
 
     Raises:
         ValueError: an argument is out of range (at once); too many samples are unusable (while iterating).
     """
-    for name, value, least in (
-        ("micro_batch", micro_batch, 1),
-        ("accumulation", accumulation, 1),
-        ("seed", seed, 0),
-    ):
-        if value < least:
-            raise ValueError(f"{name} must be at least {least}, got {value}")
-    if not 0 <= rank < world_size:
-        raise ValueError(f"rank must be at least 0 and below world_size ({world_size}), got {rank}")
-    if start_step < 0 or workers < 0 or not 0 <= max_bad_fraction <= 1:
-        raise ValueError(
-            f"start_step ({start_step}) and workers ({workers}) must be at least 0, "
-            f"max_bad_fraction ({max_bad_fraction}) in [0, 1]"
-        )
-    positions = _positions(start_step, max_steps, micro_batch, accumulation, rank, world_size)
+    if workers < 0 or not 0 <= max_bad_fraction <= 1:
+        raise ValueError(f"workers ({workers}) must be at least 0, max_bad_fraction ({max_bad_fraction}) in [0, 1]")
     # a step's micro-batches are taken at once: they are read ahead while the step before is computed
-    reads = _reads(_Positions(data, transform, seed), positions, workers, ahead=accumulation)
+    reads = _reads(_Positions(data, transform, share.seed), share.positions(), workers, ahead=share.accumulation)
     return _deliver(reads, data, BadSamples(data, max_bad_fraction))
 
 
@@ -346,7 +305,7 @@ def parts_in_order(
     Args:
         data: the samples.
         transform: as in `batches`; its generator depends on the key alone.
-        parts: which samples belong together.
+        parts: numbers of the samples of each batch.
         bad_samples: counts the unusable ones.
         workers: as in `batches`.
 
@@ -377,8 +336,8 @@ def validation_batches(
         batch_size: samples per batch; fewer in the last one, and where unusable samples are left out, even none.
         max_bad_fraction: of the samples that may be unusable, in [0, 1].
         samples: how many, chosen by chance from all shards, but always the same; None: all.
-        rank: whose batches: every `world_size`-th one.
-        world_size: ranks that share the batches out.
+        rank: takes every `world_size`-th batch.
+        world_size: ranks that share the batches.
 
     Raises:
         ValueError: batch_size is below 1; too many samples are unusable, or all where they are not shared out.

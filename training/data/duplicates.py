@@ -31,7 +31,7 @@ from rerank import CLIP
 from rerank.pixels import clip_view
 from rerank.score import embed_images
 from training.data.batches import BadSamples, parts_in_order
-from training.data.manifest import listed_names, sample_line, write_lines
+from training.data.exclusions import listed_names, sample_line, write_lines
 
 logger = logging.getLogger(__name__)
 

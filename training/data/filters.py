@@ -1,4 +1,4 @@
-"""Which captioned pictures `dalle-train shards` keeps: the paper's filters, as far as it says them.
+"""Filters of captioned pictures for `dalle-train shards`: the paper's, as far as it describes them.
 
 Source: Ramesh et al. 2021, C: short captions, captions that mostly consist of boilerplate such as "photographed on
 <date>" in many formats, and aspect ratios outside [1/2, 2] are dropped, as in Sharma et al. 2018. Neither the lengths
@@ -64,22 +64,22 @@ BOILERPLATE = {
     ),
     "web address": r"\b(?:https?://|www\.)\S+",
 }
-"""Regular expressions of what captions say that is not about the picture, by name; case does not matter."""
+"""Regular expressions of phrases that do not describe the picture, by name; case does not matter."""
 WORDS_BESIDE_BOILERPLATE = 3
 """A caption with boilerplate and fewer words than this besides is mostly boilerplate."""
 
 EMPTY, TOO_SHORT, TOO_LONG = "empty caption", "caption too short", "caption too long"
 TOO_FEW, TOO_MANY, MOSTLY = "caption of too few words", "caption of too many words", "caption mostly boilerplate"
 REFUSALS = (EMPTY, TOO_SHORT, TOO_FEW, MOSTLY, TOO_LONG, TOO_MANY)
-"""Why a caption is left out; later ones are nearer to being kept."""
+"""Reasons to leave a caption out; later ones are nearer to being kept."""
 
 _PATTERN = re.compile("|".join(f"(?:{pattern})" for pattern in BOILERPLATE.values()), re.IGNORECASE)
-_LONGEST_SEARCHED = 2000  # characters: longer captions are no boilerplate
+_MAX_SEARCHED = 2000  # characters: longer captions are no boilerplate
 
 
 def is_boilerplate(caption: str) -> bool:
-    """Whether a caption has boilerplate in it and hardly anything else."""
-    if len(caption) > _LONGEST_SEARCHED:
+    """Return whether a caption has boilerplate in it and hardly anything else."""
+    if len(caption) > _MAX_SEARCHED:
         return False
     rest, n_found = _PATTERN.subn(" ", caption)
     return n_found > 0 and len(re.findall(r"[^\W\d_]{2,}", rest)) < WORDS_BESIDE_BOILERPLATE
@@ -87,10 +87,10 @@ def is_boilerplate(caption: str) -> bool:
 
 @dataclass(frozen=True, kw_only=True)
 class ShardFilter:
-    """Which pictures are kept; `ShardFilter.of_the_paper` has the paper's filters."""
+    """Selects the pictures to keep; `ShardFilter.of_the_paper` has the paper's filters."""
 
     need_captions: bool = True
-    """Leave out pictures without a caption; without need, a dVAE can still be trained on them."""
+    """Leave out pictures without a caption; a dVAE can be trained on them, too."""
     min_caption_chars: int = 1
     """Shorter captions are left out."""
     max_caption_chars: int | None = None
@@ -105,6 +105,8 @@ class ShardFilter:
     """Pixels; pictures with a shorter side are left out, as are those that `open_image` finds too small."""
     max_aspect_ratio: float | None = None
     """Longer ÷ shorter side; pictures above it are left out. None keeps them all; the paper's is 2."""
+    check: bool = True
+    """Decode every picture; without, those that cannot be decoded are found in training only."""
 
     def __post_init__(self) -> None:
         for name in ("min_caption_chars", "min_caption_words", "min_side"):
@@ -114,6 +116,8 @@ class ShardFilter:
             least, most = getattr(self, f"min_caption_{unit}"), getattr(self, f"max_caption_{unit}")
             if most is not None and most < least:
                 raise ValueError(f"max_caption_{unit} ({most}) must be at least min_caption_{unit} ({least})")
+        if not self.check and (self.min_side > 1 or self.max_aspect_ratio is not None):
+            raise ValueError("min_side and max_aspect_ratio need check: without it no picture is opened")
         if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
             raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
 

@@ -1,28 +1,27 @@
-"""A manifest: what shards held when they were checked, so that what they lose later is noticed.
+"""A manifest: the contents of shards when they were checked, so that later losses are noticed.
 
 `dalle-train check-data` (`training/data/check_data.py`) writes it, a folder:
 
-    summary.json            the shards in order, and what was found in all of them
+    summary.json            the shards in order, and the counts of all of them
     shards/NAME-HASH.json   `ShardRecord`: for every sample its key, and the places and checksums of its members
     unusable.jsonl, duplicates.jsonl     samples to look at: {"shard", "key", "reason"}, one a line
     excluded.jsonl          samples that training leaves out, in the same form
 
 Each shard has a file of its own: hundreds of millions of samples are not one file.
 
-A manifest changes nothing about shards that are whole: the samples have the numbers that they have without it, so a run
-may begin to use one at any time. When a shard has lost samples, the others keep their numbers, and hence the order of
-training stays what it was; `located` finds what is left. Only excluded samples have no number.
+A manifest changes nothing about whole shards: the samples have the numbers that they have without it, so a run may
+begin to use one at any time. When a shard has lost samples, the others keep their numbers, and hence the order of
+training stays the same; `located` finds the samples that are left. Only excluded samples have no number.
+
+Order of the file: the record of a shard, its samples in the shard as it is now, the folder, the data opened with it.
 """
 
-import contextlib
 import dataclasses
-import hashlib
-import itertools
 import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -31,8 +30,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dalle.data.image_tokens import Description
-from dalle.data.index import ShardIndex, index_shard
-from storage.atomic import replace_file
+from dalle.data.index import ShardIndex, checksum, index_shard
+from dalle.data.names import expand_shards
+from dalle.data.reader import DataReport, ShardData, usable_part
+from training.data.exclusions import Excluded
 
 logger = logging.getLogger(__name__)
 
@@ -41,35 +42,31 @@ FORMAT_VERSION = 1
 SUMMARY, RECORDS, EXCLUDED = "summary.json", "shards", "excluded.jsonl"
 
 Counts = dict[str, Counter[str]]
-"""What was counted, by subject and value: {"shorter side": {"64 to 127": 12}}; those of several shards add up."""
+"""Counts by subject and value: {"shorter side": {"64 to 127": 12}}; those of several shards add up."""
 
-
-def checksum(data: bytes) -> int:
-    """Return 64 bits of BLAKE2b: bytes that differ have different ones, by all that chance allows."""
-    return int.from_bytes(hashlib.blake2b(data, digest_size=8).digest(), "big")
+_NAMED_IN_LOG = 20  # shards that are logged by name
+_READING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ShardRecord:
-    """What one shard held when it was checked."""
+    """The contents of one shard when it was checked."""
 
     index: ShardIndex
-    """Its samples, with checksums; also those that cannot be used."""
+    """All its samples, usable or not, with `has_caption` and `checksums`."""
     changed_ns: int
     """Time of its last change then, in ns: a shard that keeps it and its size is taken to be the same."""
-    has_caption: NDArray[np.bool_]
-    """(n,) whether a sample has a caption that can be read and is not blank."""
     problems: Mapping[int, str]
-    """What is wrong with a sample that cannot be used as a captioned picture."""
+    """The problem of each sample that cannot be used as a captioned picture, by row."""
     counts: Counts
-    """What was counted."""
     tokenizer: str | None
-    """Hash of the tokenizer that counted the captions' tokens, if one did."""
+    """Hash of the tokenizer that counted the captions' tokens; None if they were not counted."""
 
     def to_json(self) -> str:
         """Return the text of its file."""
         index = self.index
         assert index.checksums is not None
+        assert index.has_caption is not None
         record = {
             "format": FORMAT_VERSION,
             "path": str(index.path),
@@ -87,7 +84,7 @@ class ShardRecord:
                 "name": index.image_names,
                 "places": index.places.tolist(),
                 "checksums": [[f"{one:016x}" for one in row] for row in index.checksums.tolist()],
-                "has_caption": self.has_caption.astype(int).tolist(),
+                "has_caption": index.has_caption.astype(int).tolist(),
             },
         }
         # ASCII: names that are not UTF-8 hold halves of surrogate pairs, which a file cannot
@@ -95,17 +92,23 @@ class ShardRecord:
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` made.
+        """Read the text of `to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError, AttributeError, OverflowError: it is something else.
+            ValueError: it is something else, of another format or damaged.
         """
+        try:
+            return cls._from_json(text)
+        except _READING_ERRORS as error:
+            raise ValueError(str(error)) from error
+
+    @classmethod
+    def _from_json(cls, text: str) -> Self:
         record = json.loads(text)
         if record["format"] != FORMAT_VERSION:
             raise ValueError(f"it is of format {record['format']!r}, and this version reads {FORMAT_VERSION}")
         path, samples, tokens = Path(record["path"]), record["samples"], record["tokens"]
         n = len(samples["key"])
-        places = np.array(samples["places"], dtype=np.int64).reshape(n, 3, 2)
         checksums = np.array([[int(one, 16) for one in row] for row in samples["checksums"]], dtype=np.uint64)
         index = ShardIndex(
             path=path,
@@ -113,12 +116,11 @@ class ShardRecord:
             tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
             keys=tuple(map(str, samples["key"])),
             image_names=tuple(map(str, samples["name"])),
-            image=places[:, 0],
-            text=places[:, 1],
-            json=places[:, 2],
+            places=np.array(samples["places"], dtype=np.int64).reshape(n, 3, 2),
             n_ignored=int(record["ignored"]),
             n_duplicates=int(record["duplicates"]),
             damage=record["damage"],
+            has_caption=np.array(samples["has_caption"], dtype=bool),
             checksums=checksums.reshape(n, 3),
         )
         if len(index.image_names) != n or len(samples["has_caption"]) != n:
@@ -126,70 +128,58 @@ class ShardRecord:
         return cls(
             index=index,
             changed_ns=int(record["changed_ns"]),
-            has_caption=np.array(samples["has_caption"], dtype=bool),
             problems={int(i): str(problem) for i, problem in record["problems"].items()},
             counts={subject: Counter(values) for subject, values in record["counts"].items()},
             tokenizer=record["tokenizer"],
         )
 
 
-# -------------------------------------------------------------------------------------------- what became of a shard
-
-
 def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | None]:
     """Find the samples of a record in the shard as it is now.
 
-    A shard that has the size and the time of change of then is taken to be the same without being read: what changed
-    in it nevertheless is noticed when a sample is read. Of any other, the headers are read; where they do not lead to a
-    sample, its old place is read, which still holds it if only a header was damaged.
+    A shard of the same size and time of change is not read: changes in it are noticed when a sample is read. Of any
+    other, the headers are read; where they do not lead to a sample, its old place is read, which still holds it if only
+    a header was damaged.
 
     Args:
-        record: what the shard held.
+        record: the contents when the shard was checked.
         path: where it is now; None if it is missing.
 
     Returns:
-        The index of the same samples, in the same order, with those that are not there marked as lost; and what is
-        wrong with the shard, None if nothing is.
+        The index of the same samples, in the same order, with those that are gone marked as lost; and the damage of the
+        shard, None if it is whole.
     """
     index, n = record.index, len(record.index.keys)
+    all_lost = np.ones(n, dtype=bool)
     try:
         status = path.stat() if path is not None else None
     except OSError:
         status = None
     if path is None or status is None:
-        return dataclasses.replace(index, n_bytes=0, lost=np.ones(n, dtype=bool)), "the shard is missing"
+        return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
     if (status.st_size, status.st_mtime_ns) == (index.n_bytes, record.changed_ns):
-        return dataclasses.replace(index, path=path, lost=np.zeros(n, dtype=bool)), None
+        return dataclasses.replace(index, path=path, lost=~all_lost), None
     try:
-        places, is_lost, damage = _search(index, path)
+        places, lost, damage = _search(index, path)
     except OSError as error:
-        return dataclasses.replace(index, path=path, lost=np.ones(n, dtype=bool)), f"cannot be read ({error})"
+        return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
     if status.st_size != index.n_bytes:
         damage = damage or f"it has {status.st_size:,} bytes, and had {index.n_bytes:,}"
-    elif damage is None and is_lost.any():
+    elif damage is None and lost.any():
         damage = "it holds other samples"
-    found = dataclasses.replace(
-        index,
-        path=path,
-        n_bytes=status.st_size,
-        image=places[:, 0],
-        text=places[:, 1],
-        json=places[:, 2],
-        lost=is_lost,
-    )
-    return found, damage
+    return dataclasses.replace(index, path=path, n_bytes=status.st_size, places=places, lost=lost), damage
 
 
 def _search(index: ShardIndex, path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], str | None]:
-    """Return the places (n, 3, 2) of an index's samples in a shard that has changed, which are lost, and the damage."""
+    """Return the places (n, 3, 2) of an index's samples in a changed shard, which of them are lost, and the damage."""
     assert index.checksums is not None
+    places, lost = index.places.copy(), np.zeros(len(index.keys), dtype=bool)
     rows: dict[str, int] = {}
-    places, is_lost = index.places, np.zeros(len(index.keys), dtype=bool)
-    places_now, damage = places, None
+    places_now = places
     try:
-        now = index_shard(path, skip_damaged=True)
+        now = index_shard(path)
     except ValueError as error:
-        damage = str(error).removeprefix(f"{path} ").partition(":")[0]
+        damage: str | None = str(error).removeprefix(f"{path} ").partition(":")[0]
     else:
         rows, places_now, damage = {key: row for row, key in enumerate(now.keys)}, now.places, now.damage
     with path.open("rb", buffering=0) as file:
@@ -199,8 +189,8 @@ def _search(index: ShardIndex, path: Path) -> tuple[NDArray[np.int64], NDArray[n
             if row is not None and (places_now[row, :, 1] == places[i, :, 1]).all():
                 places[i] = places_now[row]
             else:
-                is_lost[i] = not _are_there(file.fileno(), n_bytes, places[i].tolist(), index.checksums[i].tolist())
-    return places, is_lost, damage
+                lost[i] = not _are_there(file.fileno(), n_bytes, places[i].tolist(), index.checksums[i].tolist())
+    return places, lost, damage
 
 
 def _are_there(file: int, n_bytes: int, places: list[list[int]], checksums: list[int]) -> bool:
@@ -211,9 +201,6 @@ def _are_there(file: int, n_bytes: int, places: list[list[int]], checksums: list
         if offset < 0 or size < 0 or offset + size > n_bytes or checksum(os.pread(file, size, offset)) != expected:
             return False
     return True
-
-
-# ------------------------------------------------------------------------------------------------------ the folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,12 +217,13 @@ class Entry:
     """Keys in it."""
 
 
+@dataclass(frozen=True)
 class Manifest:
     """The records of a folder, read one at a time."""
 
-    def __init__(self, folder: Path, entries: Sequence[Entry], excluded: "Excluded") -> None:
-        """Take what the folder's files say; `Manifest.open` reads them."""
-        self.folder, self.entries, self.excluded = folder, tuple(entries), excluded
+    folder: Path
+    entries: Sequence[Entry]
+    excluded: Excluded
 
     @classmethod
     def open(cls, folder: Path) -> "Manifest":
@@ -257,13 +245,13 @@ class Manifest:
             entries = [Entry(**{**row, "n_samples": int(row["n_samples"])}) for row in summary["shards"]]
             if any(PurePosixPath(entry.record).name != entry.record for entry in entries):
                 raise ValueError("a record lies in another folder")
-        except (ValueError, KeyError, TypeError, RecursionError) as error:
+        except _READING_ERRORS as error:
             raise ValueError(f"{path} cannot be used ({error}): make it again with `dalle-train check-data`") from None
         excluded = folder / EXCLUDED
         return cls(folder, entries, Excluded.read([excluded] if excluded.exists() else []))
 
     def record(self, entry: Entry) -> ShardRecord:
-        """Read what a shard held.
+        """Read the record of a shard.
 
         Raises:
             ValueError: its file is damaged.
@@ -272,7 +260,7 @@ class Manifest:
         path = self.folder / RECORDS / entry.record
         try:
             return ShardRecord.from_json(path.read_text("utf-8"))
-        except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
+        except ValueError as error:
             raise ValueError(f"{path} cannot be used ({error}): make it again with `dalle-train check-data`") from None
 
     def match(self, paths: Sequence[Path]) -> tuple[list[tuple[Entry, Path | None]], list[Path]]:
@@ -306,113 +294,62 @@ class Manifest:
     def part(self, paths: Sequence[Path]) -> "Manifest":
         """Return the manifest of some of its shards."""
         matches, _ = self.match(paths)
-        return Manifest(self.folder, [entry for entry, path in matches if path is not None], self.excluded)
+        return dataclasses.replace(self, entries=[entry for entry, path in matches if path is not None])
 
 
-class Excluded:
-    """Samples that are left out, each by its key, in one shard or in all."""
+def open_with_manifest(
+    shards: Sequence[str | Path],
+    manifest: Manifest,
+    *,
+    captions: bool,
+    encoded: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> ShardData:
+    """Open the samples that a manifest knows, with the numbers that they had when it was made.
 
-    def __init__(self, shards_of: Mapping[str, Sequence[tuple[str, ...]]], lines: Sequence[str]) -> None:
-        """Take the last parts of the shards' paths for each key, none for all shards; `read` reads them."""
-        self._shards_of = shards_of
-        self._found_in: dict[tuple[str, tuple[str, ...]], str] = {}
-        self.lines = lines
-        """As they are in the files."""
+    Samples that are gone are marked as lost, and shards that the manifest does not know are left out; both are logged.
 
-    @classmethod
-    def read(cls, paths: Iterable[Path]) -> "Excluded":
-        """Read files of lines {"shard": "folder/000003.tar", "key": "a"}; without "shard", the key goes in all shards.
-
-        Raises:
-            FileNotFoundError: a file is missing.
-            ValueError: a line is something else.
-        """
-        shards_of: dict[str, list[tuple[str, ...]]] = {}
-        lines = []
-        for path in paths:
-            if not path.is_file():
-                raise FileNotFoundError(f"no file {path}: expected lines such as " + _EXCLUDED_EXAMPLE)
-            for number, line in enumerate(_lines(path), start=1):
-                try:
-                    record = json.loads(line)
-                    key, shard = record["key"], record.get("shard", "")
-                    if not isinstance(key, str) or not isinstance(shard, str):
-                        raise TypeError("key and shard must be texts")
-                except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-                    raise ValueError(
-                        f"{path}, line {number}, cannot be read ({error!r}): expected " + _EXCLUDED_EXAMPLE
-                    ) from None
-                shards_of.setdefault(key, []).append(PurePosixPath(shard).parts)
-                lines.append(line)
-        return cls(shards_of, list(dict.fromkeys(lines)))
-
-    def rows(self, index: ShardIndex, path: str) -> NDArray[np.bool_]:
-        """Return which samples of a shard are left out, (n,).
-
-        Raises:
-            ValueError: a line names a sample of this shard, and one of another shard that was asked about.
-        """
-        return np.array([self._is_left_out(key, path) for key in index.keys], dtype=bool)
-
-    def _is_left_out(self, key: str, path: str) -> bool:
-        parts = PurePosixPath(path).parts
-        found = [shard for shard in self._shards_of.get(key, ()) if not shard or parts[-len(shard) :] == shard]
-        for shard in filter(None, found):
-            other = self._found_in.setdefault((key, shard), path)
-            if other != path:
-                raise ValueError(
-                    f"a line to leave out key {key!r} of shard {'/'.join(shard)!r} means a sample of {other} and one "
-                    f"of {path}: name the shard by more of its path"
-                )
-        return bool(found)
-
-
-_EXCLUDED_EXAMPLE = '{"shard": "000003.tar", "key": "000003017"}'
-
-
-def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): expected lines such as {_EXCLUDED_EXAMPLE}") from None
-
-
-def short_names(paths: Sequence[Path]) -> list[str]:
-    """Return the paths of some shards below the deepest folder that all of them are in: each another name."""
-    resolved = [path.resolve() for path in paths]
-    folder = os.path.commonpath([path.parent for path in resolved]) if resolved else ""
-    return [path.relative_to(folder).as_posix() for path in resolved]
-
-
-def listed_names(paths: Sequence[Path]) -> list[str]:
-    """Return `short_names` below the name of their folder: those of other data with shards of equal names differ."""
-    names = short_names(paths)
-    return [
-        PurePosixPath(*path.resolve().parts[-1 - len(PurePosixPath(name).parts) :]).as_posix()
-        for path, name in zip(paths, names, strict=True)
-    ]
-
-
-def sample_line(shard: str, key: str, reason: str) -> str:
-    """Return a line of a list of samples, which `Excluded` reads; ASCII, whatever the key holds."""
-    return json.dumps({"shard": shard, "key": key, "reason": reason}) + "\n"
-
-
-def write_lines(path: Path, lines: Iterable[str]) -> None:
-    """Write a file of lines that end in newlines, whole or not at all; none are no file.
+    Args:
+        shards: what `expand_shards` takes; missing and damaged ones are no errors.
+        manifest: of these shards.
+        captions: whether samples need captions; those without are left out and counted.
+        encoded: whether shards of image tokens will do, which hold no pictures.
+        progress: called with (shards looked at, shards).
 
     Raises:
-        OSError: it cannot be written.
+        ValueError: the manifest is damaged, or none of its samples is there; the shards hold image tokens where
+            pictures are needed, or tokens that were made in several ways.
     """
-    iterator = iter(lines)
-    first = next(iterator, None)
-    if first is None:
-        with contextlib.suppress(FileNotFoundError):
-            path.unlink()
-        return
+    matches, unknown = manifest.match(expand_shards(shards, skip_missing=True))
+    used: list[ShardIndex] = []
+    report = DataReport()
+    for n_done, (entry, path) in enumerate(matches, start=1):
+        index, damage = located(manifest.record(entry), path)
+        excluded = manifest.excluded.rows(index.keys, entry.path)
+        part, found = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
+        report += found
+        if damage is not None:
+            left = f"{found.n_samples - found.n_lost:,} of {found.n_samples:,} samples are left ({damage})"
+            report += DataReport(damaged_shards=(f"{entry.name}: {left}",))
+        if part.keys:
+            used.append(part)
+        if progress is not None:
+            progress(n_done, len(matches))
+    _log_some("shard", report.damaged_shards)
+    _log_some("shard left out", [f"{path} is not in the manifest {manifest.folder}" for path in unknown])
+    if report.n_lost == report.n_samples:
+        listed = "; ".join(report.damaged_shards[:3])
+        raise ValueError(
+            f"nothing that the manifest {manifest.folder} knows is left: "
+            f"{listed or f'it knows {len(manifest.entries):,} shards and no usable sample'}; check --data, or make a "
+            "manifest of these shards with `dalle-train check-data`"
+        )
+    report.log()
+    return ShardData(used, report, captions=captions)
 
-    def write(partial: Path) -> None:
-        with partial.open("w", encoding="utf-8") as file:
-            file.writelines(itertools.chain([first], iterator))
 
-    replace_file(path, write)
+def _log_some(prefix: str, lines: Sequence[str]) -> None:
+    for line in lines[:_NAMED_IN_LOG]:
+        logger.warning("%s %s", prefix, line)
+    if len(lines) > _NAMED_IN_LOG:
+        logger.warning("and %d more", len(lines) - _NAMED_IN_LOG)

@@ -10,7 +10,6 @@ import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from dalle.data.index import expand_shards
 from dalle.data.reader import ShardData
 from dalle.evaluation.bundle import evaluate
 from dalle.output.progress import duration
@@ -173,7 +172,7 @@ def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[Draw
 def _finish(out: Path, validation: Path, report: Report) -> None:
     """Measure the bundle, check its samples, and write the sheet, the curves and the tables."""
     pipe = Pipeline.load(out)
-    evaluation = evaluate(pipe, ShardData.open(expand_shards([validation]), captions=True))
+    evaluation = evaluate(pipe, ShardData.open([validation], captions=True))
     samples, sections = [], []
     for split in SPLITS:
         captions = different_captions(split, CAPTIONS_PER_SPLIT, share_of_three=SHARE_OF_THREE)

@@ -3,7 +3,7 @@
 import numpy as np
 
 from dalle.data.reader import ShardData
-from training.data.batches import Batch, batches
+from training.data.batches import Batch, Share, batches
 from training.engine.objective import MicroBatch
 from training.loop.outputs import check_skipped, export, log_training, save, show
 from training.loop.run import Run
@@ -25,9 +25,7 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         OSError: something could not be written.
     """
     config, engine, world = run.config, run.engine, run.world
-    stream = batches(
-        data,
-        run.stage.transform,
+    share = Share(
         seed=config.seed,
         micro_batch=engine.micro_batch,
         accumulation=engine.accumulation,
@@ -35,9 +33,9 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         world_size=world.size,
         start_step=start,
         max_steps=config.steps,
-        workers=config.workers,
-        max_bad_fraction=config.max_bad_fraction,
     )
+    workers, max_bad_fraction = config.workers, config.max_bad_fraction
+    stream = batches(data, run.stage.transform, share, workers=workers, max_bad_fraction=max_bad_fraction)
     vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
     timer = Timer(start, config.steps)
     engine.train()

@@ -16,6 +16,7 @@ from training.recipes import Recipe
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
+from training.stages.exchanged_captions import measure_exchanged
 from training.stages.inputs import Inputs, forget_runs
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
@@ -45,7 +46,10 @@ def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Report, *, enco
     train_transformer(recipe, images, world, say)
     if inputs.validation:
         validation = inputs.open_validation(captions=True)
-        on_first_rank(lambda: evaluate_bundle(inputs.out, validation, say, device=str(world.device)), world)
+        device = str(world.device)
+        on_first_rank(
+            lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), world
+        )
 
 
 def _require_crops(encode_crops: int | None) -> None:
@@ -85,7 +89,7 @@ def train_all_side_by_side(
     time_left = TimeLeft(time_of(plan))
     run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
     if inputs.validation:
-        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, device="cpu")
+        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
 
 
 def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:

@@ -3,23 +3,21 @@
 1. Of every picture the centre crop and some random crops are taken, the latter as training takes them (Listing 2):
    crop k is a function of (seed, key, k).
 2. The dVAE encodes them, and each shard of pictures becomes one of tokens, of the same name and with the same keys.
-3. A shard is written under a hidden name and renamed when it is complete, so that the same command goes on after an
-   interruption: the shards that are there are skipped.
+3. A shard is written under a hidden name and renamed when it is complete, so that the same command continues after an
+   interruption: existing shards are skipped.
 
-What a shard of tokens looks like is in `data/image_tokens.py`. Each says itself which dVAE, crops and seed it was
-made with: shards can be moved, named by a pattern and refused one by one, and there is no second file to lose.
+The format is in `dalle/data/image_tokens.py`. Each shard names the dVAE, crops and seed that it was made with, so that
+shards can be moved, named by a pattern and refused one by one, and no second file can be lost.
 
-Several ranks share the shards out. They do not wait for one another before the end.
+Several ranks share the shards. They do not wait for one another before the end.
 
 Legend: N views of a few pictures  V views of one  C,H,W channels, height, width  Y,X grid of tokens
 """
 
 import errno
-import io
 import itertools
 import logging
 import os
-import tarfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,13 +37,14 @@ from dalle.data.image_tokens import (
     pack,
     read_description,
 )
-from dalle.data.index import expand_shards
+from dalle.data.names import expand_shards
 from dalle.data.reader import Sample, ShardData, sample_rng
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
-from storage.atomic import PARTIAL, replace_file
+from storage.atomic import PARTIAL
+from storage.tar import write_tar
 from training.data.batches import BadSamples, Batch, parts_in_order
-from training.data.manifest import Manifest
+from training.data.manifest import Manifest, open_with_manifest
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import LONGEST_WAIT, World, on_first_rank
 
@@ -54,7 +53,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeConfig:
-    """What is encoded, and how."""
+    """Options of encoding."""
 
     crops: int = 4
     """Random crops of each picture, besides the centre crop; 0 makes shards that only validation can use."""
@@ -66,6 +65,13 @@ class EncodeConfig:
     """Processes that read and crop, per rank."""
     max_bad_fraction: float = 0.01
     """Encoding stops when more than this fraction of the pictures is unusable."""
+    fresh: bool = False
+    """Encode anew over existing shards of tokens."""
+    skip_damaged_shards: bool = False
+    """Use the whole samples of truncated shards, and leave out unreadable ones."""
+    manifest: Path | None = None
+    """Folder of the manifest of the shards of pictures: samples that they have lost are unusable, changed bytes are
+    noticed."""
 
     def __post_init__(self) -> None:
         for name, least in (("crops", 0), ("seed", 0), ("batch_size", 1), ("workers", 0)):
@@ -77,14 +83,13 @@ class EncodeConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class EncodeReport:
-    """What has been encoded; counts are of this call, over all ranks."""
+    """The shards of image tokens; counts are of this call, over all ranks."""
 
     encoding: Encoding
-    """How."""
     shards: tuple[Path, ...]
     """The shards of image tokens that the shards of pictures have become, in their order."""
     n_written: int
-    """How many of them were written."""
+    """Shards written by this call."""
     n_samples: int
     """Pictures in those."""
     n_skipped: int
@@ -121,23 +126,17 @@ def encode_shards(
     config: EncodeConfig,
     world: World,
     *,
-    fresh: bool = False,
-    skip_damaged: bool = False,
-    manifest: Manifest | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeReport:
-    """Make shards of image tokens of shards of captioned pictures; those that are there already are kept.
+    """Make shards of image tokens of shards of captioned pictures; existing ones are kept.
 
     Args:
         shards: of pictures with captions; what `expand_shards` takes.
         out: folder for the shards of tokens, made if it is missing; those in it must be of the same encoding.
         dvae: encodes, on the device that it is on.
         dvae_hash: `directory_hash` of its directory.
-        config: what to encode.
+        config: options.
         world: this process's place; every rank encodes its part of the shards, and returns when all are done.
-        fresh: encode anew over shards of tokens that are there.
-        skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
-        manifest: of the shards of pictures: samples that they have lost are unusable, bytes that changed are noticed.
         progress: called with (pictures done, pictures) of this rank.
 
     Raises:
@@ -148,6 +147,7 @@ def encode_shards(
         OSError: something could not be written; complete shards are kept.
     """
     targets = token_shards(expand_shards(shards), out)
+    manifest = None if config.manifest is None else Manifest.open(config.manifest)
     if manifest is not None:
         _require_all(manifest, list(targets))
     encoding = Encoding(
@@ -158,12 +158,14 @@ def encode_shards(
         crops=config.crops,
         seed=config.seed,
     )
-    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=fresh), world)
+    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), world)
     group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if world.size > 1 else None
     counts = [0, 0, 0, 0]
     if mine := list(targets)[world.rank :: world.size]:
-        known = None if manifest is None else manifest.part(mine)
-        data = ShardData.open(mine, captions=True, skip_damaged=skip_damaged, manifest=known)
+        if manifest is None:
+            data = ShardData.open(mine, captions=True, skip_damaged=config.skip_damaged_shards)
+        else:
+            data = open_with_manifest(mine, manifest.part(mine), captions=True)
         with StopSignals() as stop:
             encoder = _Encoder(data, dvae, encoding, config, stop, progress)
             encoder.run(targets)
@@ -171,9 +173,9 @@ def encode_shards(
     n_written, n_samples, n_skipped, n_stopped = _sum_over_ranks(counts, group)
     there = tuple(target for target in targets.values() if target.exists())
     if n_stopped:
-        command = "the same command without --fresh" if fresh else "the same command"
+        command = "the same command without --fresh" if config.fresh else "the same command"
         raise Interrupted(
-            f"stopped: {len(there):,} of {len(targets):,} shards are encoded in {out}, {command} goes on from there"
+            f"stopped: {len(there):,} of {len(targets):,} shards are encoded in {out}, {command} continues from there"
         )
     return EncodeReport(encoding=encoding, shards=there, n_written=n_written, n_samples=n_samples, n_skipped=n_skipped)
 
@@ -199,7 +201,7 @@ def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) ->
     """Make the folder, or check that the shards in it are of the same encoding; with `fresh`, delete the targets.
 
     Raises:
-        ValueError: they are not, or no shards of image tokens.
+        ValueError: a shard is of another encoding, or holds no image tokens.
     """
     there = sorted(out.glob("*.tar"))
     for shard in there:
@@ -244,9 +246,9 @@ class _Encoder:
     Args:
         data: the rank's shards of pictures.
         dvae: encodes.
-        encoding: what is written down about that.
-        config: what to encode.
-        stop: says when to stop.
+        encoding: written into the shards.
+        config: options.
+        stop: tells when to stop.
         progress: called with (pictures done, pictures).
     """
 
@@ -358,27 +360,19 @@ class _StoppedError(Exception):
 
 
 def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
-    """Write a tar file whole or not at all: byte for byte the same for the same members.
+    """Write a shard whole or not at all.
 
     Raises:
         OSError: it could not be written.
     """
-
-    def write(partial: Path) -> None:
-        with tarfile.open(partial, "w", format=tarfile.PAX_FORMAT) as tar:
-            for name, data in members:
-                member = tarfile.TarInfo(name)
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
-
     try:
-        replace_file(path, write)
+        write_tar(path, members)
     except OSError as error:
         code = error.errno or errno.EIO
         raise OSError(
             code,
             f"cannot make {path}: {os.strerror(code)}; the shards before it are kept: free some space, and the same "
-            "command goes on from there",
+            "command continues from there",
         ) from error
 
 

@@ -4,11 +4,10 @@ import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
-from dalle.data.index import expand_shards
+from dalle.data.names import expand_shards
 from dalle.output.progress import Progress
 from dvae import DVAE
 from storage.model_directory import directory_hash
-from training.data.manifest import Manifest
 from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import Recipe
@@ -24,10 +23,6 @@ def encode_data(
     config: EncodeConfig,
     world: World,
     say: Report,
-    *,
-    fresh: bool = False,
-    skip_damaged_shards: bool = False,
-    manifest: Path | None = None,
 ) -> EncodeReport:
     """Encode shards of captioned pictures with the dVAE in a directory, as `encode_shards` does.
 
@@ -43,9 +38,6 @@ def encode_data(
             directory_hash(dvae),
             config,
             world,
-            fresh=fresh,
-            skip_damaged=skip_damaged_shards,
-            manifest=None if manifest is None else Manifest.open(manifest),
             progress=progress.update if world.is_first else None,
         )
     say(f"{made}: {out}")
@@ -55,18 +47,21 @@ def encode_data(
 def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say: Report) -> Inputs:
     """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
     train = recipe.transformer.train
-    config = EncodeConfig(crops=crops, seed=train.seed, workers=train.workers, max_bad_fraction=train.max_bad_fraction)
+    config = EncodeConfig(
+        seed=train.seed,
+        workers=train.workers,
+        max_bad_fraction=train.max_bad_fraction,
+        fresh=inputs.fresh,
+        skip_damaged_shards=inputs.skip_damaged_shards,
+    )
     shards = {
         name: encode_data(
             of.data,
             inputs.out / "encoded" / name,
             inputs.out / "dvae",
-            dataclasses.replace(config, crops=its_crops),
+            dataclasses.replace(config, crops=its_crops, manifest=of.manifest),
             world,
             say,
-            fresh=inputs.fresh,
-            skip_damaged_shards=inputs.skip_damaged_shards,
-            manifest=of.manifest,
         ).shards
         for name, its_crops, of in shards_to_encode(inputs, crops)
     }

@@ -6,14 +6,17 @@ inverse, however well it finds a caption among others (Yuksekgonul et al. 2023, 
 Legend: N pictures and their captions  W wrong captions  E features
 """
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import get_args
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from dalle.data.reader import ShardData
+from dalle.pipeline import Pipeline
 from dvae.images import to_tensor
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
@@ -134,10 +137,27 @@ def _fractions(
 
 
 def is_of_the_world(captions: Sequence[str]) -> bool:
-    """Return whether there are captions and all are of the built-in world, so that the table makes sense."""
+    """Return whether there are captions and all are of the built-in world."""
     try:
         for told in captions:
             parse(told)
     except ValueError:
         return False
     return bool(captions)
+
+
+def measure_exchanged(pipe: Pipeline, data: ShardData, say: Callable[[str], None]) -> Mapping[str, object]:
+    """Measure the table for a bundle if all captions of some data are of the built-in world.
+
+    Returns:
+        The entries "is_of_the_world" and, if so, "exchanged_captions" of evaluation.json.
+    """
+    captions = []
+    for i in range(len(data)):
+        with contextlib.suppress(ValueError, OSError):  # lost or damaged
+            captions.append(data.captions(i)[0])
+    if not is_of_the_world(captions):
+        return {"is_of_the_world": False}
+    exchanged = exchanged_captions_table(pipe.clip)
+    say(exchanged.table())
+    return {"is_of_the_world": True, "exchanged_captions": asdict(exchanged)}

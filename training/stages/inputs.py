@@ -12,7 +12,7 @@ import numpy as np
 
 from dalle.data.reader import ShardData
 from storage.atomic import replace_text
-from training.data.manifest import Manifest
+from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.world import World, on_first_rank
 
@@ -68,13 +68,9 @@ class Inputs:
     def _open(
         self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
     ) -> ShardData:
-        return ShardData.open(
-            patterns,
-            captions=captions,
-            encoded=encoded,
-            skip_damaged=self.skip_damaged_shards,
-            manifest=None if manifest is None else Manifest.open(manifest),
-        )
+        if manifest is not None:
+            return open_with_manifest(patterns, Manifest.open(manifest), captions=captions, encoded=encoded)
+        return ShardData.open(patterns, captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards)
 
     def run_directory(self, stage: str) -> Path:
         """Return the folder of a stage's run."""

@@ -1,0 +1,100 @@
+"""Names of shards to their paths: files, folders, globs and brace ranges."""
+
+import glob
+import itertools
+import re
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+_MAX_BRACE_RANGE = 1_000_000
+
+
+def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False) -> list[Path]:
+    """Return the tar files that names, folders (searched recursively), globs and brace ranges stand for.
+
+    Args:
+        patterns: e.g. `["pictures/", "more/train-{000000..000009}.tar", "other/*.tar"]`.
+        skip_missing: leave out missing shards instead of raising FileNotFoundError.
+
+    Returns:
+        Existing paths in the order given (sorted within a folder or a glob), each once.
+
+    Raises:
+        FileNotFoundError: a pattern matches nothing, or a folder holds no shards.
+        ValueError: nothing was given; a URL, a pipe or a compressed tar.
+    """
+    if isinstance(patterns, str | Path):
+        patterns = [patterns]
+    if not patterns:
+        raise ValueError(
+            "no shards were given: expected .tar files, folders of them, or patterns such as train-{000000..000009}.tar"
+        )
+    shards: dict[Path, Path] = {}
+    for pattern in map(str, patterns):
+        # One slash after the colon is enough: Path("http://x") has lost the other.
+        if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]+:/)", pattern, re.IGNORECASE):
+            raise ValueError(
+                f"{pattern!r} is a URL or a command: shards are read from local files only, never downloaded "
+                "and never through a shell; download them first"
+            )
+        names = [pattern] if Path(pattern).exists() else _expand_braces(pattern)
+        for shard in itertools.chain.from_iterable(_shards_called(name, pattern, skip_missing) for name in names):
+            if shard.name.endswith((".tar.gz", ".tgz")):
+                raise ValueError(f"{shard} is compressed: samples are read at random places, so gunzip it first")
+            shards.setdefault(shard.resolve(), shard)
+    return list(shards.values())
+
+
+def _expand_braces(pattern: str) -> list[str]:
+    """Return the names that `{000..009}` and `{a,b}` stand for; a pattern without braces stands for itself."""
+    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    if match is None:
+        return [pattern]
+    first, last, listed = match.groups()
+    if listed is not None:
+        middles: Iterable[str] = listed.split(",")
+    else:
+        count = int(last) - int(first) + 1
+        if not 1 <= count <= _MAX_BRACE_RANGE:
+            raise ValueError(
+                f"the range {match.group()} of {pattern} has {max(count, 0):,} members, "
+                f"expected 1 to {_MAX_BRACE_RANGE:,}"
+            )
+        middles = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
+    before, after = pattern[: match.start()], _expand_braces(pattern[match.end() :])
+    return [before + middle + rest for middle in middles for rest in after]
+
+
+def _shards_called(name: str, pattern: str, skip_missing: bool) -> list[Path]:
+    """Return the shards of one name without braces."""
+    path = Path(name)
+    matches = [Path(match) for match in sorted(glob.glob(name, recursive=True))] if glob.has_magic(name) else []
+    found = [path] if path.exists() else matches
+    try:
+        if not found:
+            asked = "" if name == pattern else f" (one of {pattern})"
+            raise FileNotFoundError(
+                f"no shard {name}{asked}: expected a .tar file, a folder of them, or a pattern that matches some"
+            )
+        return [shard for match in found for shard in (_shards_in(match) if match.is_dir() else [match])]
+    except FileNotFoundError:
+        if skip_missing:
+            return []
+        raise
+
+
+def _shards_in(folder: Path) -> list[Path]:
+    """Return every tar below a folder, sorted; hidden names are left out: they are being written."""
+    files = [
+        path for path in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+    ]
+    shards = [path for path in files if path.suffix == ".tar" and path.is_file()]
+    if not shards:
+        compressed = [path.name for path in files if path.name.endswith((".tar.gz", ".tgz"))]
+        hint = (
+            f"; {compressed[0]} is compressed: gunzip it first"
+            if compressed
+            else "; make some with `dalle-train shards`"
+        )
+        raise FileNotFoundError(f"no shards in the folder {folder}: expected *.tar in it or below it{hint}")
+    return shards
