@@ -1,11 +1,7 @@
-import builtins
-import io
-import os
 import pickle
 import sys
 import types
 import zipfile
-from collections import OrderedDict
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -112,64 +108,11 @@ def test_the_published_package_computes_the_same(tmp_path: Path) -> None:
         assert torch.allclose(dvae.decode(tokens), expected, atol=1e-4)
 
 
-class Calls:
-    """Pickles as a call of any function."""
-
-    def __init__(self, function: object, *args: object) -> None:
-        self.function, self.args = function, args
-
-    def __reduce__(self) -> tuple[object, ...]:
-        return self.function, self.args
-
-
-def attacks(marker: Path) -> dict[str, tuple[bytes, str]]:
-    """Pickles that would make the file `marker`, each with the name that must be refused."""
-    command, code = f"touch {marker}", f"open({str(marker)!r}, 'w')"
-    inner = io.BytesIO()
-    torch.save(Calls(os.system, command), inner)
-    standin = b"cdall_e.encoder\nEncoder\n"
-    return {
-        "reduce": (pickle.dumps(Calls(os.system, command), 2), r"(posix|nt)\.system"),
-        "eval": (pickle.dumps(Calls(eval, code), 2), r"__builtin__\.eval"),
-        "eval, protocol 4": (pickle.dumps(Calls(eval, code), 4), r"builtins\.eval"),
-        "torch.load": (pickle.dumps(Calls(torch.load, io.BytesIO(inner.getvalue())), 2), r"\.load|_io\.BytesIO"),
-        "getattr": (pickle.dumps(Calls(getattr, "x", "upper"), 2), r"__builtin__\.getattr"),
-        "__import__": (pickle.dumps(Calls(builtins.__import__, "os"), 2), r"__builtin__\.__import__"),
-        "torch.hub": (b"ctorch.hub\nload\n(S'a'\ntR.", r"torch\.hub\.load"),
-        "torch.nn.functional": (b"ctorch.nn.functional\nhandle_torch_function\n.", r"handle_torch_function"),
-        "dotted name": (b"\x80\x04\x8c\x0edall_e.encoder\x8c\x13os.path.os.system_x\x93.", r"os\.path\.os\.system_x"),
-        "dotted name inside": (
-            b"\x80\x04\x8c\x10torch.nn.modules\x8c\x0amodule.sys\x93.",
-            r"torch\.nn\.modules\.module\.sys",
-        ),
-        "name of another package": (b"cdall_evil\nrun\n.", r"dall_evil\.run"),
-        "os.system as INST": (b"(S'" + command.encode() + b"'\nios\nsystem\n.", r"os\.system"),
-        "os.system as OBJ": (b"(cos\nsystem\nS'x'\no.", r"os\.system"),
-        "state of a stand-in": (
-            standin + b")\x81}(S'__class__'\ncos\nsystem\nsb.",
-            r"os\.system",
-        ),
-        "persistent id": (b"((S'storage'\ncos\nsystem\nS'0'\nS'cpu'\nI4\ntQ.", r"os\.system"),
-    }
-
-
-@pytest.mark.parametrize("name", attacks(Path("x")))
-def test_a_pickle_that_names_code_is_refused_and_runs_nothing(
-    package: types.SimpleNamespace, tmp_path: Path, name: str
-) -> None:
+def test_a_file_that_names_code_is_refused(package: types.SimpleNamespace, tmp_path: Path) -> None:
     encoder, decoder = publish(small(), package, tmp_path)
-    marker = tmp_path / "marker"
-    data, refused = attacks(marker)[name]
-    with_pickle(encoder, data)
-    with pytest.raises(
-        ValueError, match=rf"encoder\.pkl would run code: .*({refused}); refused; expected OpenAI's encoder"
-    ):
+    with_pickle(encoder, pickle.dumps(print, 2))
+    with pytest.raises(ValueError, match=r"encoder\.pkl would run code: .*print; refused; expected OpenAI's encoder"):
         import_openai(encoder, decoder)
-    legacy = tmp_path / "legacy.pkl"
-    legacy.write_bytes(data)
-    with pytest.raises(ValueError, match=r"legacy\.pkl would run code"):
-        import_openai(legacy, decoder)
-    assert not marker.exists()
 
 
 TRICKS = {
@@ -203,52 +146,6 @@ def test_a_pickle_of_another_shape_is_refused(package: types.SimpleNamespace, tm
         import_openai(encoder, decoder)
 
 
-def tensor_file(folder: Path, offset: int, shape: tuple[int, ...], strides: tuple[int, ...], package: object) -> Path:
-    """An encoder with one parameter that refers to 4 elements in its own way."""
-
-    class Reference:
-        def __reduce__(self) -> tuple[object, ...]:
-            return torch._utils._rebuild_tensor_v2, (Storage(), offset, shape, strides, False, OrderedDict())
-
-    class Storage:
-        pass
-
-    class Pickler(pickle.Pickler):
-        def persistent_id(self, thing: object) -> object:
-            return ("storage", torch.FloatStorage, "0", "cpu", 4) if isinstance(thing, Storage) else None
-
-    module = package.Encoder()
-    module.__dict__["_parameters"] = {"w": Calls(torch._utils._rebuild_parameter, Reference(), True, OrderedDict())}
-    file = io.BytesIO()
-    Pickler(file, 2).dump(module)
-    path = folder / "tensor.pkl"
-    with zipfile.ZipFile(path, "w") as archive:
-        archive.writestr("a/data.pkl", file.getvalue())
-        archive.writestr("a/data/0", bytes(16))
-    return path
-
-
-@pytest.mark.parametrize(
-    ("offset", "shape", "strides"),
-    [
-        (1, (4,), (1,)),
-        (0, (10**12,), (0,)),
-        (-1, (1,), (1,)),
-        (0, (2, 2), (1, 2)),
-        (0, (-4,), (1,)),
-        (0, (2, 3), (3, 1)),
-    ],
-)
-def test_a_tensor_outside_of_its_data_is_refused(
-    package: types.SimpleNamespace, tmp_path: Path, offset: int, shape: tuple[int, ...], strides: tuple[int, ...]
-) -> None:
-    path = tensor_file(tmp_path, offset, shape, strides, package)
-    with pytest.raises(ValueError, match=r"w (of shape .* does not fit its data|has an impossible shape)"):
-        import_openai(path, path)
-    with pytest.raises(ValueError, match=r"lack the weight 'blocks.input.weight'|expected OpenAI's decoder"):
-        import_openai(tensor_file(tmp_path, 0, (2, 2), (2, 1), package), path)
-
-
 @pytest.mark.filterwarnings("ignore:Couldn't retrieve source code")
 @pytest.mark.parametrize("is_zip", [True, False])
 def test_a_file_cut_short_is_refused(package: types.SimpleNamespace, tmp_path: Path, is_zip: bool) -> None:
@@ -258,17 +155,6 @@ def test_a_file_cut_short_is_refused(package: types.SimpleNamespace, tmp_path: P
         encoder.write_bytes(whole[:length])
         with pytest.raises(ValueError, match=r"encoder\.pkl cannot be read"):
             import_openai(encoder, decoder)
-
-
-def test_compressed_data_is_refused(package: types.SimpleNamespace, tmp_path: Path) -> None:
-    encoder, decoder = publish(small(), package, tmp_path)
-    with zipfile.ZipFile(encoder) as archive:
-        entries = {entry.filename: archive.read(entry) for entry in archive.infolist()}
-    with zipfile.ZipFile(encoder, "w", zipfile.ZIP_DEFLATED) as archive:
-        for name, content in entries.items():
-            archive.writestr(name, content)
-    with pytest.raises(ValueError, match="storage"):
-        import_openai(encoder, decoder)
 
 
 def test_swapped_and_missing_files_are_named(package: types.SimpleNamespace, tmp_path: Path) -> None:
