@@ -198,7 +198,7 @@ def _read_zip(path: Path, allowed: Allowed) -> TorchFile:
         for key, (dtype, n_elements) in unpickler.storages.items():
             entry = entries[f"{root}data/{key}"]
             n_bytes = n_elements * dtype.itemsize
-            # torch.save compresses nothing: what would unpack to more than the file holds is refused unread
+            # torch.save compresses nothing: data that would unpack to more than the file holds is refused unread
             if entry.compress_type != zipfile.ZIP_STORED or entry.file_size != n_bytes:
                 raise ValueError(f"storage {key} has {entry.file_size} bytes instead of {n_bytes}")
             storages[key] = torch.frombuffer(bytearray(archive.read(entry)), dtype=dtype)

@@ -38,7 +38,7 @@ class Member(NamedTuple):
 
 
 def whole_members(path: Path) -> tuple[list[Member], str | None]:
-    """Return the members of a tar file that are there in full, and the damage after them; None if there is none.
+    """Return the members of a tar file that are there in full, and the damage after them, None if it is whole.
 
     Raises:
         DamagedTarError (a ValueError): empty, or no tar file.

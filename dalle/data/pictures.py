@@ -1,7 +1,7 @@
 """Finding the pictures that a user names: single files, folders and the shards of a data set.
 
-A single picture that cannot be read is an error; in a folder or shard it is skipped and its name kept, so
-that the caller can say how many there were.
+A single picture that cannot be read is an error; in a folder or shard it is skipped, and
+`Pictures.skipped` names it.
 """
 
 import os

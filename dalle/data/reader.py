@@ -61,7 +61,7 @@ class Sample:
 
 @dataclass(frozen=True, kw_only=True)
 class DataReport:
-    """Counts of the samples in use, and of what is left out; those of several shards add up."""
+    """Counts of the samples in use and left out; those of several shards add up."""
 
     n_samples: int = 0
     """Samples in use."""

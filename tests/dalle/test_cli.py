@@ -537,6 +537,15 @@ def test_links_and_pictures_too_large_in_shards_are_skipped_in_words(folder, tmp
     assert all(reason in skipped for reason, skipped in zip(reasons, found.skipped, strict=True))
 
 
+def test_what_a_shard_holds_twice_or_empty_is_told(folder, tmp_path):
+    data = (folder / "a.png").read_bytes()
+    shard = make_shard(tmp_path / "s.tar", {"0.png": data, "0.jpg": data, "1.png": b"", "2.IMG": data})
+    found = pictures.Pictures([shard])
+    assert [name for name, _ in found] == ["s.tar/0.png", "s.tar/2.IMG"]
+    assert any("s.tar/1.png is empty" in reason for reason in found.skipped)
+    assert any("1 members whose sample has such a member already" in reason for reason in found.skipped)
+
+
 # import-dvae
 
 

@@ -335,7 +335,7 @@ def validation_batches(
         transform: as in `batches`; its generator depends on the key alone.
         batch_size: samples per batch; fewer in the last one, and where unusable samples are left out, even none.
         max_bad_fraction: of the samples that may be unusable, in [0, 1].
-        samples: how many, chosen by chance from all shards, but always the same; None: all.
+        samples: number of samples, always the same ones, chosen from all shards; None: all.
         rank: takes every `world_size`-th batch.
         world_size: ranks that share the batches.
 

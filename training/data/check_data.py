@@ -1,8 +1,8 @@
 """Checking shards: everything in them is read and decoded once; a report and a manifest come out.
 
 1. `check_shard` (in its own module) makes the record of one shard.
-2. `check_data` does so for many in parallel processes, and keeps each record at once, so that an interrupted check can
-   be repeated. It adds up the counts, and finds keys and pictures that come twice in all shards together.
+2. `check_data` does so for many in parallel processes, and keeps each record at once, so that an interrupted check
+   continues where it was. It adds up the counts, and finds keys and pictures that come twice in all shards together.
 3. `check_report.report` puts them in words.
 """
 
@@ -114,7 +114,7 @@ def _known(out: Path, name: str) -> ShardRecord | None:
 
 
 def _is_of(record: ShardRecord, path: Path) -> bool:
-    """Whether a shard has the size and the time of change that it had when it was checked."""
+    """Return whether a shard has the size and the time of change that it had when it was checked."""
     status = path.stat()
     return (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
 

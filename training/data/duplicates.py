@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 BLOCK = 4096
 """Rows and columns of the cosines that are held at once."""
-MOST_PAIRS = 1_000_000
-"""Pairs that are kept: the nearest ones."""
+MAX_PAIRS = 1_000_000
+"""Pairs to keep, the nearest ones."""
 BELOW_THRESHOLD = 0.04
-"""Pairs this much below the threshold are shown too, so that it can be judged from both sides."""
+"""Cosine below the threshold down to which pairs are shown too, so that it can be judged from both sides."""
 BAND = 0.01
 """Width of the bands of cosines on the sheet."""
 PAIRS_PER_BAND = 6
-MOST_BANDS = 30
+MAX_BANDS = 30
 PAIRS, SHEET, EXCLUDED = "pairs.jsonl", "pairs.png", "excluded.jsonl"
 
 _BATCH = 64
@@ -63,7 +63,7 @@ class Pair(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class DuplicatesReport:
-    """What was found."""
+    """Numbers of pictures and pairs."""
 
     n_pictures: int
     """Pictures of the data that could be embedded."""
@@ -128,7 +128,7 @@ def features_of(
 
 
 def near_pairs(
-    features: Tensor, others: Tensor | None, floor: float, *, most: int = MOST_PAIRS, block: int = BLOCK
+    features: Tensor, others: Tensor | None, floor: float, *, most: int = MAX_PAIRS, block: int = BLOCK
 ) -> list[Pair]:
     """Return the pairs of rows whose cosine is at least `floor`, the nearest first.
 
@@ -180,7 +180,7 @@ def nearest(features: Tensor, others: Tensor, *, block: int = BLOCK) -> list[Pai
 def copies(pairs: Sequence[Pair]) -> dict[int, Pair]:
     """Return which pictures to leave out so that no two of the rest are a pair, each with its pair.
 
-    The earlier one of two stays, unless it is left out itself: a chain of small differences keeps more than one.
+    Keep the earlier of each pair, so that a chain a~b~c keeps a and c.
     """
     earlier: dict[int, list[Pair]] = {}
     for pair in pairs:
@@ -206,15 +206,15 @@ def find_duplicates(
     workers: int = 0,
     progress: Callable[[int, int], None] | None = None,
 ) -> DuplicatesReport:
-    """Find pictures that are nearly the same, and write what was found to a folder.
+    """Find pictures that are nearly the same, and write lists and a sheet of them to a folder.
 
     Args:
-        data: what copies are looked for in, usually the training data; opened without captions.
-        against: other data, usually for validation: pictures of `data` that are near one of these are to be left out;
-            None compares the pictures of `data` among themselves, and the later one of two is to be left out.
+        data: searched for copies, usually the training data; opened without captions.
+        against: other data, usually for validation: lists the pictures of `data` near one of these as excluded; None
+            compares the pictures of `data` among themselves, and lists the later one of two.
         clip: makes the features.
         out: folder for pairs.jsonl, pairs.png and excluded.jsonl; made if it is missing.
-        threshold: cosine from which two pictures are taken to be the same, in (-1, 1].
+        threshold: least cosine of two pictures that count as the same, in (-1, 1].
         workers: processes that read.
         progress: called with (pictures embedded, pictures), for both data one after the other.
 
@@ -261,7 +261,7 @@ def find_duplicates(
 
 
 class _Names:
-    """How samples are called in the files."""
+    """Names of samples in the files."""
 
     def __init__(self, data: ShardData, against: ShardData | None) -> None:
         self._of_data = _sample_names(data)
@@ -290,8 +290,8 @@ def _save_sheet(path: Path, pairs: Sequence[Pair], data: ShardData, others: Shar
         band = bands.setdefault(int(np.floor((pair.cosine - threshold) / BAND + 1e-4)), [])
         if len(band) < PAIRS_PER_BAND:
             band.append(pair)
-    # the lowest bands, below and above the threshold, are those to judge it by
-    chosen = sorted(sorted(bands)[:MOST_BANDS], reverse=True)
+    # a threshold is judged by the lowest bands, below and above it
+    chosen = sorted(sorted(bands)[:MAX_BANDS], reverse=True)
     sections = [Section(_heading(band, threshold), *_pictures(bands[band], data, others)) for band in chosen]
     sections = [section for section in sections if section.images]
     if sections:

@@ -131,7 +131,7 @@ class ShardFilter:
         return cls(min_caption_words=3, drop_boilerplate=True, max_aspect_ratio=2.0)
 
     def kept(self, captions: Sequence[str]) -> tuple[list[str], Counter[str]]:
-        """Return the captions to keep, with single spaces, and how many are left out, by reason."""
+        """Return the captions to keep, with single spaces, and the number left out, by reason."""
         kept: list[str] = []
         left_out: Counter[str] = Counter()
         for caption in captions:

@@ -194,7 +194,7 @@ def _search(index: ShardIndex, path: Path) -> tuple[NDArray[np.int64], NDArray[n
 
 
 def _are_there(file: int, n_bytes: int, places: list[list[int]], checksums: list[int]) -> bool:
-    """Whether the members of a sample are at these places, byte for byte."""
+    """Return whether the members of a sample are at these places, byte for byte."""
     for (offset, size), expected in zip(places, checksums, strict=True):
         if size == 0:
             continue

@@ -165,7 +165,7 @@ def _contents(samples: Iterable[_SampleTuple]) -> Iterator[list[tuple[str, bytes
 
 @dataclass(frozen=True, kw_only=True)
 class ShardReport:
-    """What was made of a source."""
+    """Shards made of a source, and what was left out."""
 
     source: str
     """The folder or file."""

@@ -1,4 +1,4 @@
-"""Captions that are wrong by an exchange: hard negatives for CLIP, and what its table of exchanged captions asks.
+"""Captions that are wrong by an exchange: hard negatives for CLIP, and its table of exchanged captions.
 
 A contrastive batch of random captions never asks for the order of words: nearly every caption of another picture has
 other words. So wrong captions are made of a picture's own, with the same or nearly the same words (Yuksekgonul et al.
@@ -35,7 +35,7 @@ class WrongCaption(Protocol):
     """Makes a caption that is wrong where the given one is right, a function of caption and generator."""
 
     def __call__(self, caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
-        """Return it, or None for a caption of which none can be made.
+        """Return the wrong caption, or None if none can be made.
 
         Args:
             caption: the right one.
@@ -53,13 +53,13 @@ Exchange = Literal["things", "colours", "shapes", "sizes", "relation", "axis"]
 Replacement = Literal["a colour", "a shape", "a size", "the background"]
 
 EXCHANGES: tuple[Exchange, ...] = ("things", "colours", "shapes", "sizes", "relation", "axis")
-"""What two things exchange; or the relation becomes its inverse ("left of" → "right of") or that of the other axis
+"""Two things exchange these; or the relation becomes its inverse ("left of" → "right of") or that of the other axis
 ("left of" → "above")."""
 REPLACEMENTS: tuple[Replacement, ...] = ("a colour", "a shape", "a size", "the background")
-"""What becomes another of its kind."""
+"""One of these becomes another of its kind."""
 KINDS: tuple[Exchange | Replacement, ...] = (*EXCHANGES, *REPLACEMENTS)
 FEW_KINDS: tuple[Exchange | Replacement, ...] = ("things", "a shape")
-"""What is hardest to learn beside all the others: the order of the things, and their shapes."""
+"""The hardest kinds to learn beside all the others: the order of the things, and their shapes."""
 
 _OTHER_AXIS: dict[str, Relation] = {
     "left of": "above",
@@ -83,7 +83,7 @@ def wrong_scene(scene: Scene, kind: Exchange | Replacement, rng: np.random.Gener
     """Return another scene that differs by one exchange or replacement, canonical; all are about as likely.
 
     Returns:
-        None where there is none: nothing of the kind differs, or no such scene exists in this world.
+        None if nothing of the kind differs, or no such scene exists in this world.
     """
     scene = scene.canonical()
     if kind == "relation":
@@ -106,7 +106,7 @@ def wrong_scene(scene: Scene, kind: Exchange | Replacement, rng: np.random.Gener
 
 
 def _changes(things: Sequence[Thing], kind: Exchange | Replacement) -> list[dict[int, dict[str, str]]]:
-    """Return every way of exchanging or replacing: what the things at some places are given."""
+    """Return every way of exchanging or replacing: new attributes of things, by their places."""
     names = _ATTRIBUTES[kind]
     if kind in EXCHANGES:
         told = [{name: str(getattr(thing, name)) for name in names} for thing in things]
@@ -128,8 +128,8 @@ def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
 
     Args:
         caption: of the built-in world.
-        scene: what the result tells.
-        kind: what was exchanged or replaced.
+        scene: told by the result.
+        kind: of the exchange or replacement.
     """
     told = next(name for name in INVERSE if f" {name} " in caption)
     relation = {"relation": INVERSE[told], "axis": _OTHER_AXIS[told]}.get(kind, told)
@@ -145,8 +145,8 @@ def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
 def wrong_world_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
     """Return a wrong caption for a caption of the built-in world: of a scene of another meaning, phrased alike.
 
-    The kinds of exchanges and replacements are equally likely, as far as they are possible. Of combinations that are
-    never trained, wrong captions tell nothing either: a model that had read them as wrong answers only would shun them.
+    The possible kinds of exchanges and replacements are equally likely. Combinations that are never trained do not
+    occur here either: a model that read them as wrong answers only would shun them.
 
     Returns:
         None for a caption that is not of this world.
@@ -204,7 +204,7 @@ _LISTED = re.compile(
     r"|(?:left|right)(?= of\b| side\b)|(?<=\bon the )(?:left|right)(?![\w-]))"
 )
 _JOINERS = re.compile(r"\b(?:and|or|with)\b|[\W_]+")
-"""What may stand between words that describe one thing together, as in "a black and white dog"."""
+"""Joins words that describe one thing together, as in "a black and white dog"."""
 
 # Prepositions after which the other order says something else; "and", "beside" and "near" say the same both ways.
 _ONE_WAY = (

@@ -1,4 +1,4 @@
-"""A table of what a CLIP hears of a caption: how often it prefers the true one to the same with something exchanged.
+"""Measures how often CLIP prefers a true caption to the same with something exchanged.
 
 A CLIP that treats captions as bags of words is at chance, 50%, where things are exchanged or a relation becomes its
 inverse, however well it finds a caption among others (Yuksekgonul et al. 2023, arXiv 2210.01936, 3).
@@ -43,12 +43,12 @@ _MEANINGS: dict[str, str] = {
 
 @dataclass(frozen=True, kw_only=True)
 class ExchangedCaptions:
-    """How often the true caption is nearer to its picture; chance is a half."""
+    """Fractions of pictures whose true caption is nearer than the wrong one; chance is a half."""
 
     scenes: int
     """Pictures of each cell."""
     fractions: Mapping[str, Mapping[Split, float]]
-    """By what was exchanged, then by the split of the scenes, in [0, 1]."""
+    """By kind of exchange, then by the split of the scenes, in [0, 1]."""
 
     def table(self) -> str:
         """Return the fractions as aligned lines."""
@@ -83,10 +83,10 @@ def exchanged_captions_table(
 
     Args:
         clip: the model, with its tokenizer.
-        pictures: what to show it of a scene; drawings of its own picture size, at least 48, if not given.
+        pictures: makes the picture of a scene; None draws it in CLIP's picture size, at least 48 pixels.
         scenes: pictures of each cell, at least 1.
         seed: of scenes, captions and pictures, at least 0.
-        kinds: what to exchange or replace.
+        kinds: of exchanges and replacements.
 
     Raises:
         ValueError: scenes is below 1, or a kind is unknown.
