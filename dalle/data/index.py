@@ -141,7 +141,7 @@ def index_shard(path: Path) -> ShardIndex:
         tokens=tokens,
         # Names that are not UTF-8 come with lone surrogates, which no log and no JSON can hold.
         keys=tuple(key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in samples),
-        image_names=tuple(row[IMAGE].name if row[IMAGE] else "" for row in rows),
+        image_names=tuple(image.name if (image := row[IMAGE]) else "" for row in rows),
         places=np.array(places, dtype=np.int64).reshape(-1, 3, 2),
         n_ignored=len(ignored),
         n_duplicates=n_duplicates,

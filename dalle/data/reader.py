@@ -330,14 +330,14 @@ def _indexed(path: Path, *, skip_damaged: bool) -> tuple[ShardIndex | None, str 
     Raises:
         ValueError: it is damaged, unless `skip_damaged`; or as `index_shard`.
     """
+    index: ShardIndex | None = None
     try:
         index = index_shard(path)
-    except DamagedTarError as error:
-        index, damage = None, str(error)
-    else:
         if index.damage is None:
             return index, None
         damage = f"{path} {index.damage}: {len(index.keys):,} whole samples before it"
+    except DamagedTarError as error:
+        damage = str(error)
     if not skip_damaged:
         raise ValueError(f"{damage}; make it again, or pass --skip-damaged-shards to leave out what is damaged")
     logger.warning("shard left out: %s" if index is None else "%s, which are used", damage)
