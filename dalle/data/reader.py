@@ -12,7 +12,7 @@ import logging
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -175,7 +175,6 @@ class ShardData:
         captions: bool,
         encoded: bool = False,
         skip_damaged: bool = False,
-        progress: Callable[[int, int], None] | None = None,
     ) -> "ShardData":
         """Index shards.
 
@@ -184,7 +183,6 @@ class ShardData:
             captions: whether samples need captions; those without are left out and counted.
             encoded: whether shards of image tokens will do, which hold no pictures.
             skip_damaged: use the whole samples of truncated shards, and leave out unreadable ones.
-            progress: called with (shards indexed, shards).
 
         Raises:
             FileNotFoundError: a shard or folder is missing.
@@ -194,7 +192,7 @@ class ShardData:
         paths = expand_shards(shards)
         used: list[ShardIndex] = []
         report = DataReport()
-        for n_done, path in enumerate(paths, start=1):
+        for path in paths:
             index, damage = _indexed(path, skip_damaged=skip_damaged)
             if damage is not None:
                 report += DataReport(damaged_shards=(damage,))
@@ -205,8 +203,6 @@ class ShardData:
                     used.append(part)
                 elif damage is None:
                     raise ValueError(_nothing_usable(index))
-            if progress is not None:
-                progress(n_done, len(paths))
         if not used:
             raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(report.damaged_shards[:3]))
         report.log()

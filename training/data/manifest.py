@@ -21,7 +21,7 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Self
@@ -303,7 +303,6 @@ def open_with_manifest(
     *,
     captions: bool,
     encoded: bool = False,
-    progress: Callable[[int, int], None] | None = None,
 ) -> ShardData:
     """Open the samples that a manifest knows, with the numbers that they had when it was made.
 
@@ -314,7 +313,6 @@ def open_with_manifest(
         manifest: of these shards.
         captions: whether samples need captions; those without are left out and counted.
         encoded: whether shards of image tokens will do, which hold no pictures.
-        progress: called with (shards looked at, shards).
 
     Raises:
         ValueError: the manifest is damaged, or none of its samples is there; the shards hold image tokens where
@@ -323,7 +321,7 @@ def open_with_manifest(
     matches, unknown = manifest.match(expand_shards(shards, skip_missing=True))
     used: list[ShardIndex] = []
     report = DataReport()
-    for n_done, (entry, path) in enumerate(matches, start=1):
+    for entry, path in matches:
         index, damage = located(manifest.record(entry), path)
         excluded = manifest.excluded.rows(index.keys, entry.path)
         part, found = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
@@ -333,8 +331,6 @@ def open_with_manifest(
             report += DataReport(damaged_shards=(f"{entry.name}: {left}",))
         if part.keys:
             used.append(part)
-        if progress is not None:
-            progress(n_done, len(matches))
     _log_some("shard", report.damaged_shards)
     _log_some("shard left out", [f"{path} is not in the manifest {manifest.folder}" for path in unknown])
     if report.n_lost == report.n_samples:
