@@ -102,7 +102,7 @@ def kill_once(course: Course, command: list[str], bundle: Path, rank: int, momen
         require(codes[other] == 1, f"rank {other} ended with {codes[other]}: {what}")
         require(f"rank {rank} (host" in said and "is gone" in said, f"rank {rank} is not named: {what}")
         tag = f"step{latest(bundle):08d}"
-        named = f"goes on from {bundle}" in said and tag in said
+        named = f"resumes from {bundle}" in said and tag in said
         require(named or latest(bundle) == 0, f"{tag} is not named: {what}")
         require("Traceback" not in said, f"a traceback: {what}")
         tally.slowest_s = max(tally.slowest_s, took_s)

@@ -22,7 +22,7 @@ from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_mem
 from training.metrics import MetricLog, read_metrics, require_wandb
 from training.plan.plan import flops_per_sample
 from training.ranks.stop import Interrupted
-from training.ranks.watchdog import RankLostError, Watch
+from training.ranks.watch import RankLostError, Watch
 from training.ranks.world import join_world
 from training.stages.all import train_all
 from training.stages.inputs import Inputs
@@ -226,7 +226,7 @@ def test_the_reason_why_a_run_failed_is_the_rank_that_is_gone_where_one_is(
     def fail(step: int) -> None:
         raise RuntimeError("[gloo/transport/tcp/pair.cc:544] Connection closed by peer")
 
-    monkeypatch.setattr(Watch, "loss_error", lambda *_: RankLostError("rank 1 is gone"))
+    monkeypatch.setattr(Watch, "lost_rank_error", lambda *_: RankLostError("rank 1 is gone"))
     with pytest.raises(RuntimeError, match="Connection closed"):
         run(tiny.train_config(steps=4), at_step=fail)
     assert json.loads((run.folder / "run" / "state.json").read_text())["reason"] == "rank 1 is gone"

@@ -71,7 +71,7 @@ def clip_gradients(
 
 
 @pytest.mark.parametrize("batch", [clip_batch, hard_batch])
-def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch_with_its_gradient(
+def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch(
     tmp_path: Path, batch: Callable[[], dict[str, torch.Tensor]]
 ) -> None:
     loss, accuracy, gradients = clip_gradients(join_world(), batch)
@@ -284,7 +284,7 @@ def test_two_launched_ranks_train_the_same_bundle_as_one_process(
 
 
 @pytest.mark.parametrize(("launcher", "port"), [("deepspeed", 29615), ("torchrun", 29616)])
-def test_an_error_on_all_ranks_ends_the_launcher_without_a_traceback_of_ours(
+def test_an_error_on_all_ranks_ends_the_launcher_without_a_traceback(
     tmp_path: Path, untrained: Path, launcher: str, port: int
 ) -> None:
     bundle = tmp_path / "bundle"

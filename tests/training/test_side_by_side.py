@@ -12,9 +12,10 @@ import pytest
 from support.waiting import wait_for
 
 import training.ranks.side_by_side
+from training.ranks.environment import PARENT
+from training.ranks.processes import launchers
 from training.ranks.side_by_side import Job, TimeLeft, run_jobs
 from training.ranks.stop import Interrupted
-from training.ranks.watchdog import PARENT, launchers
 
 FAKE = """
 import os, signal, sys, time
@@ -100,9 +101,7 @@ def test_a_stage_that_fails_stops_the_others_and_its_error_is_that_of_all(
     assert not any("error" in line for line in said)
 
 
-def test_an_error_after_which_a_supervisor_goes_on_is_told_and_is_no_failure(
-    run: Callable[..., None], said: list[str]
-) -> None:
+def test_an_error_that_a_supervisor_restarts_after_is_no_failure(run: Callable[..., None], said: list[str]) -> None:
     run(dvae="be-restarted")
     assert said[-1] == "dvae: supervisor: restart 1 of 3 (dvae: a rank is lost)"
 
@@ -163,7 +162,7 @@ def test_a_second_interrupt_ends_at_once(tmp_path: Path, run: Callable[..., None
         run(clip="sleep")
 
 
-def test_what_runs_several_stages_is_watched_and_missed_if_it_is_gone_already(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_parent_of_several_stages_is_a_launcher_even_if_it_is_gone(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(PARENT, str(os.getppid()))
     assert launchers(os.getpid())[-1].pid == os.getppid()
     assert not any(process.is_gone() for process in launchers(os.getpid()))
@@ -177,7 +176,7 @@ def test_no_child_is_left_when_the_process_that_started_them_is_killed(tmp_path:
     script.write_text(
         "from training.ranks.side_by_side import Job, TimeLeft, run_jobs\n"
         "import training.ranks.side_by_side, sys\n"
-        "child = 'from training.ranks.watchdog import Watch; import os, time; watch = Watch(); watch.start(); '\n"
+        "child = 'from training.ranks.watch import Watch; import os, time; watch = Watch(); watch.start(); '\n"
         "child += 'print(os.getpid(), flush=True); time.sleep(99)'\n"
         "training.ranks.side_by_side.PROGRAM = (sys.executable, '-c', child)\n"
         "jobs = [Job(stage=name, arguments=()) for name in ('dvae', 'clip')]\n"

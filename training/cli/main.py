@@ -33,9 +33,10 @@ from training.engine.deepspeed_config import preset_list, preset_path, with_file
 from training.metrics import Report, to_stderr
 from training.plan.machine import MachinePlan, plan_here
 from training.plan.plan import make_plan, recipe_list, text
+from training.ranks.environment import is_supervised, tell_supervisor
 from training.ranks.stop import Interrupted
-from training.ranks.supervisor import is_supervised, supervise
-from training.ranks.watchdog import TIMEOUT_S, tell_supervisor
+from training.ranks.supervisor import supervise
+from training.ranks.watch import TIMEOUT_S
 from training.ranks.world import World, join_world, leave_world
 from training.recipes import DVAERecipe, Recipe, recipe
 from training.stages.all import train_all, train_all_side_by_side
@@ -528,11 +529,11 @@ def _world(timeout_s: float = TIMEOUT_S) -> Iterator[tuple[World, Report]]:
     except BaseException as error:
         if isinstance(error, OSError) and error.errno is not None and error.filename is None and world.watch.run:
             error.filename = str(world.watch.run)  # of a file that was open: the disk is full, or fails
-        lost = world.watch.loss_error(error)
+        lost = world.watch.lost_rank_error(error)
         if lost is None:
             if isinstance(error, ValueError):
                 tell_supervisor("final")
-            world.watch.say_farewell(" ".join(str(error).split()) or type(error).__name__)
+            world.watch.tell_failure(" ".join(str(error).split()) or type(error).__name__)
         else:
             tell_supervisor("lost")
         leave_world(after_error=True)

@@ -77,7 +77,7 @@ def fit(
                 if agree(stop.raised, world):
                     raise Interrupted(f"stopped: {stage.name} is finished, and saved in {spec.directory}")
     finally:
-        world.watch.rest()
+        world.watch.unfollow()
 
 
 def _resume(run: Run) -> int:
@@ -101,7 +101,7 @@ def _log_opened(run: Run, start: int) -> Iterator[None]:
         yield
     except BaseException as error:
         if run.log is not None:
-            run.log.close(*_ending(world.watch.loss_error(error) or error))
+            run.log.close(*_ending(world.watch.lost_rank_error(error) or error))
         raise
     if run.log is not None:
         run.log.close()

@@ -19,7 +19,7 @@ from rerank import CLIP
 from training.config import TrainConfig
 from training.plan.flops import clip_flops, dvae_flops, training_flops
 from training.plan.memory_model import shapes_only
-from training.ranks.watchdog import ATTEMPT
+from training.ranks.environment import ATTEMPT
 from training.recipes import Recipe
 
 TrainedStage = Literal["dvae", "clip", "transformer"]

@@ -1,18 +1,17 @@
-"""Stages as child processes, several at once: the commands that users have, with one output and one end.
+"""Stages as child processes, several at once: the same commands that users run, with one output and one end.
 
 1. Every rank of every stage is a `dalle-train STAGE …` of its own, started as a launcher starts it, in a process group
    of its own: Ctrl-C in a terminal reaches this process alone.
 2. What they say is passed on line by line, and begins with the stage's name.
-3. SIGTERM or Ctrl-C is passed on once, as SIGTERM: all save. When one child fails, the others are stopped so, too, and
-   its error is the error of the whole. Children watch this process (`watchdog.py`): when it is gone they save
-   and end.
+3. SIGTERM or Ctrl-C is passed on once, as SIGTERM: all save. When one child fails, the others are stopped likewise,
+   and its error is the error of the whole. Children watch this process (`watch.py`): when it is gone they save and end.
+4. This process holds the store in which the ranks of a stage meet, as torchrun's agent does. So the system chooses its
+   port, and nobody else can take it before the first rank starts.
 """
 
 import os
 import queue
 import re
-import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -21,18 +20,20 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
+from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but torch hides it from mypy
+
 from dalle.output.progress import duration
 from training.metrics import Report
-from training.ranks.stop import Interrupted, StopSignals
-from training.ranks.watchdog import PARENT
+from training.ranks.environment import AGENT_STORE, PARENT
+from training.ranks.stop import STOPPED_CODES, Interrupted, StopSignals, exit_text, kill_group
 
 PROGRAM: tuple[str, ...] = (sys.executable, "-P", "-m", "training.cli")
-"""`dalle-train`, by another name."""
+"""The command line of `dalle-train`."""
 POLL_S = 0.2
 DRAIN_S = 2.0
-"""How long the last lines of a child that has ended may take, if a process that it started holds its output open."""
-TOLD_EVERY_S = 60.0
-"""Between two lines about the time left in all."""
+"""Seconds to wait for the last lines of a child that has ended: a process that it started may hold its output open."""
+REPORT_EVERY_S = 60.0
+"""Seconds between two lines about the time left in all."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,22 +41,22 @@ class Job:
     """A stage to be run as child processes."""
 
     stage: str
-    """Its name: that of the command, with which the lines about it begin."""
+    """Its name, with which its lines begin."""
     arguments: tuple[str, ...]
-    """Of `dalle-train`."""
+    """Arguments of `dalle-train`."""
     ranks: int = 1
     """Processes, one for each rank."""
     threads: int = 1
-    """Of each rank."""
+    """Threads of each rank."""
 
 
 class TimeLeft:
-    """About how long everything will still take, from what its parts say of themselves.
+    """Estimates the time left for several stages from their lines of progress.
 
     Args:
-        phases: one after the other; the lanes of a phase run side by side, the parts of a lane one after the other.
-            Of each part the seconds that it was planned to take, of which only the proportions matter.
-        now: the clock, in seconds.
+        phases: run one after the other; the lanes of a phase run side by side, the parts of a lane one after the
+            other. A lane maps the names of its parts to their planned seconds, of which only the proportions matter.
+        now: returns the time, in seconds.
     """
 
     def __init__(
@@ -65,27 +66,27 @@ class TimeLeft:
         self._phases = [[[_Part(*part) for part in lane.items()] for lane in lanes] for lanes in phases]
 
     def begin(self, name: str) -> None:
-        """Say that the lane with a part of this name has begun."""
+        """Note that the lane with a part of this name has begun."""
         for lane in self._lanes_with(name):
             lane[0].begin(self._now())
 
     def end(self, name: str) -> None:
-        """Say that a part has ended, and with it those before it in its lane."""
+        """Note that a part has ended, and the parts before it in its lane."""
         for lane in self._lanes_with(name):
             for part in lane[: [part.name for part in lane].index(name) + 1]:
                 part.end(self._now())
 
     def hear(self, line: str) -> None:
-        """Take what a line of progress says: "clip 50/500  loss …", or "clip: resuming from step 50 of 500"."""
+        """Read a line of progress: "clip 50/500  loss …", or "clip: resuming from step 50 of 500"."""
         found = re.match(r"([\w-]+)(?: (\d+)/(\d+)  |: resuming from step (\d+) of (\d+))", line)
         if found is None:
             return
-        name, done, steps, gone_on, of = found.groups()
+        name, done, steps, start, of = found.groups()
         for lane in self._lanes_with(name):
             number = [part.name for part in lane].index(name)
             for part in lane[:number]:
                 part.end(self._now())
-            lane[number].advance(int(done or gone_on) / int(steps or of), self._now(), is_first=done is None)
+            lane[number].advance(int(done or start) / int(steps or of), self._now(), is_first=done is None)
 
     def left_s(self) -> float:
         """Return the estimated seconds until everything is done."""
@@ -109,23 +110,23 @@ class TimeLeft:
         return (part for lanes in self._phases for lane in lanes for part in lane)
 
     def _slowness(self) -> float:
-        """Return how much slower than planned this machine is; parts that take no time are reused, and say nothing."""
+        """Return the ratio of measured to planned seconds. Parts that take no time are reused, and do not count."""
         known = [(part.planned_s, taken) for part in self._parts() if (taken := part.taken_s()) is not None]
         known = [(planned, taken) for planned, taken in known if taken > 0.2 * planned]
         return sum(taken for _, taken in known) / sum(planned for planned, _ in known) if known else 1.0
 
 
 class _Part:
-    """One part: when it began and ended, and how much of it was done when."""
+    """A part of a lane: when it began and ended, and its progress."""
 
     def __init__(self, name: str, planned_s: float) -> None:
         self.name, self.planned_s = name, planned_s
         self._begun_at: float | None = None
         self._ended_at: float | None = None
-        self._gone_on_from = 0.0
-        """Fraction that was done before it began."""
+        self._start = 0.0
+        """Fraction that an earlier run had done."""
         self._marks: list[tuple[float, float]] = []
-        """The first and the last (seconds, fraction done)."""
+        """The first and the last time of a line of progress, with the fraction done: (seconds, fraction)."""
 
     def begin(self, now: float) -> None:
         if self._begun_at is None:
@@ -139,13 +140,13 @@ class _Part:
     def advance(self, fraction: float, now: float, *, is_first: bool) -> None:
         self.begin(now)
         if is_first:
-            self._gone_on_from = fraction
+            self._start = fraction
         self._marks = [(now, fraction)] if is_first else [*self._marks[:1], (now, fraction)]
 
     def taken_s(self) -> float | None:
-        """Return the seconds that all of it takes, as far as that can be told."""
+        """Return the seconds that the whole part takes by its progress; None if there is none yet."""
         if self._begun_at is not None and self._ended_at is not None:
-            return (self._ended_at - self._begun_at) / max(1 - self._gone_on_from, 1e-9)
+            return (self._ended_at - self._begun_at) / max(1 - self._start, 1e-9)
         if len(self._marks) < 2 or self._marks[1][1] <= self._marks[0][1]:
             return None
         (since, before), (until, done) = self._marks
@@ -163,14 +164,23 @@ class _Part:
 
 
 class _Child:
-    """A rank of a job, and a thread that reads what it says."""
+    """A rank of a job, and a thread that reads its output."""
 
-    def __init__(self, job: Job, rank: int, environment: Mapping[str, str], lines: "queue.Queue[_Line]") -> None:
+    def __init__(
+        self,
+        job: Job,
+        rank: int,
+        environment: Mapping[str, str],
+        lines: "queue.Queue[_Line]",
+        store: Store | None = None,
+    ) -> None:
         self.stage, self.rank = job.stage, rank
+        self.store = store
+        """Where the ranks of the job meet; lives as long as they do."""
         self.error: str | None = None
-        """The last error that it has told."""
+        """Its last line that begins with "error: "."""
         self.was_stopped = False
-        """Whether it has said that it was stopped, and goes on when it is started again."""
+        """Whether it has printed that it was stopped and saved."""
         self._lines = lines
         self.process = subprocess.Popen(
             [*PROGRAM, *job.arguments],
@@ -191,13 +201,13 @@ class _Child:
             self._lines.put((self, line.rstrip()))
 
     def hear(self, line: str) -> str | None:
-        """Return a line as it is passed on; None for an error, which is told at the end."""
+        """Return a line as it is passed on; None for an error, which is raised at the end."""
         self.was_stopped |= line.startswith("stopped")
         if line.startswith("error: "):
             self.error = self._named(line.removeprefix("error: "))
             return None
         if line.startswith("supervisor: ") and self.error is not None:
-            line += f" ({self.error})"  # which may not be the last one
+            line += f" ({self.error})"  # a restart follows, so this error is not the end
         return self._named(line)
 
     def _named(self, line: str) -> str:
@@ -205,18 +215,12 @@ class _Child:
         return line if line.startswith(self.stage) and not rank else f"{self.stage}{rank}: {line}"
 
     def has_failed(self, *, was_asked: bool) -> bool:
-        """Return whether its end is a failure; `was_asked` says that a signal was sent, which may come before it saves.
-
-        A supervisor gives 128 + the number of a signal in place of the signal.
-        """
-        harmless = {0, -signal.SIGTERM, 128 + signal.SIGTERM} if was_asked else {0}
-        return self.process.returncode not in harmless
+        """Return whether its end is a failure. SIGTERM may end a child that was asked to stop before it can save."""
+        return self.process.returncode not in ({0} | STOPPED_CODES if was_asked else {0})
 
     def end_words(self) -> str:
-        """Return how it ended, where it has not said so itself."""
-        code = self.process.returncode
-        how = f"ended with code {code}" if code >= 0 else f"was ended by {signal.Signals(-code).name}"
-        return self._named(f"its process {how}")
+        """Return how it ended, for a child without an error of its own."""
+        return self._named(f"its process {exit_text(self.process.returncode)}")
 
 
 _Line = tuple[_Child, str]
@@ -227,19 +231,19 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
 
     Args:
         jobs: independent of each other.
-        time_left: hears of what is done; now and then, a line says it.
-        report: gets the lines.
+        time_left: reads the lines of progress; it is reported every `REPORT_EVERY_S`.
+        report: gets the children's lines.
 
     Raises:
-        Interrupted: SIGINT or SIGTERM came, here or to a child; all children have ended, and what they did is saved.
+        Interrupted: SIGINT or SIGTERM came, here or to a child; all children have saved and ended.
         KeyboardInterrupt: a second SIGINT came; the children were killed.
-        OSError: one has failed, with its error; the others were stopped, and have saved.
+        OSError: a child has failed, with its error; the others were stopped, and have saved.
     """
     lines: queue.Queue[_Line] = queue.Queue()
     running: list[_Child] = []
     failed: list[_Child] = []
-    was_stopped = was_told = False
-    told_at = time.monotonic()
+    was_stopped = was_asked = False
+    reported_at = time.monotonic()
 
     def pass_on(child: _Child, line: str) -> None:
         if not child.rank:
@@ -256,7 +260,7 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
             while running:
                 with suppress(queue.Empty):
                     pass_on(*lines.get(timeout=POLL_S))
-                    for _ in range(lines.qsize()):  # no more: children that never stop talking must be looked at, too
+                    for _ in range(lines.qsize()):  # no more: the ends must be seen, too
                         pass_on(*lines.get_nowait())
                 ended = [child for child in running if child.process.poll() is not None]
                 for child in ended:
@@ -266,44 +270,37 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
                 for child in ended:
                     running.remove(child)
                     was_stopped |= child.was_stopped
-                    if child.has_failed(was_asked=was_told):
+                    if child.has_failed(was_asked=was_asked):
                         failed.append(child)
                     elif not any(other.stage == child.stage for other in running):
                         time_left.end(child.stage)
-                if (stop.raised or was_stopped or failed) and not was_told:
-                    was_told = True
+                if (stop.raised or was_stopped or failed) and not was_asked:
+                    was_asked = True
                     for child in running:
-                        child.process.send_signal(signal.SIGTERM)
-                if time.monotonic() - told_at > TOLD_EVERY_S and running:
-                    told_at = time.monotonic()
+                        child.process.terminate()
+                if time.monotonic() - reported_at > REPORT_EVERY_S and running:
+                    reported_at = time.monotonic()
                     report(str(time_left))
         finally:
             for child in running:  # after a second Ctrl-C, or an error here
-                with suppress(ProcessLookupError):
-                    os.killpg(child.process.pid, signal.SIGKILL)
+                kill_group(child.process.pid)
                 child.process.wait()
     if failed:
         of_stage = [child for child in failed if child.stage == failed[0].stage]
         raise OSError(next((child.error for child in of_stage if child.error), failed[0].end_words()))
     if stop.raised or was_stopped:
-        raise Interrupted("stopped: all is saved, and the same command without --fresh goes on from there")
+        raise Interrupted("stopped: all is saved, and the same command without --fresh resumes from there")
 
 
 def start_job(job: Job, lines: "queue.Queue[_Line] | None" = None) -> list[_Child]:
-    """Start all ranks of a job; what they say comes out of `lines`."""
+    """Start all ranks of a job; their output goes to `lines`."""
     lines = queue.Queue() if lines is None else lines
     common = {**os.environ, PARENT: str(os.getpid()), "PYTHONUNBUFFERED": "1"}
     common |= dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS"), str(job.threads))
     if job.ranks == 1:
         return [_Child(job, 0, common, lines)]
     common |= {"WORLD_SIZE": str(job.ranks), "LOCAL_WORLD_SIZE": str(job.ranks)}
-    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    store = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    common |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(store.port), AGENT_STORE: "True"}
     ranks = [{**common, "RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(job.ranks)]
-    return [_Child(job, rank, environment, lines) for rank, environment in enumerate(ranks)]
-
-
-def _free_port() -> int:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port: int = listener.getsockname()[1]
-        return port
+    return [_Child(job, rank, environment, lines, store) for rank, environment in enumerate(ranks)]

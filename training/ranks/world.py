@@ -1,6 +1,6 @@
-"""The ranks of a run: joining the process group that a launcher describes, and agreeing on things.
+"""The ranks of a run: join the process group that a launcher describes, and agree on values.
 
-One process without a launcher is a world of its own.
+One process without a launcher is a group of one.
 """
 
 import hashlib
@@ -17,22 +17,16 @@ from torch import Tensor
 from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-defined]  # as below
 
 from training.patches import set_group_timeout
-from training.ranks.watchdog import (
-    ATTEMPT,
-    FIRST_STEP_FACTOR,
-    TIMEOUT_S,
-    Member,
-    Watch,
-    first_rank_holds_store,
-    this_process,
-)
+from training.ranks.environment import ATTEMPT, first_rank_holds_store, has_agent_store
+from training.ranks.processes import Member, this_process
+from training.ranks.watch import FIRST_STEP_FACTOR, TIMEOUT_S, Watch
 
 Value = TypeVar("Value")
 
 JOIN_S = 600.0
-"""What the other ranks have to come, after this one."""
-LONGEST_WAIT = timedelta(days=20)
-"""For ranks that have more to do than this one, such as the first one alone; in milliseconds, it fits in 32 bits."""
+"""Seconds to wait for the other ranks to join."""
+MAX_WAIT = timedelta(days=20)
+"""Timeout of collectives: long, because the first rank may work alone for days; under 2³¹ ms."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +37,24 @@ class World:
     size: int
     device: torch.device
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
-    """What this rank watches while it trains; of the ranks that `join_world` has joined, all are known to it."""
+    """The watch of this rank while it trains; it knows all ranks once `join_world` has joined them."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank is the one that writes files and prints."""
+        """Whether this is rank 0, which writes files and prints."""
         return self.rank == 0
 
 
 def join_world(timeout_s: float = TIMEOUT_S) -> World:
     """Join the process group that a launcher (`deepspeed`, `torchrun`) describes, or make one of a single process.
 
-    A second call in the same process returns the group that is there.
+    A second call in the same process returns the same group.
 
     Args:
-        timeout_s: seconds without progress after which the watch, not yet the group, ends a run.
+        timeout_s: seconds without progress in a run after which the watch ends it.
 
     Raises:
-        OSError: the other ranks do not come.
+        OSError: other ranks have not joined within `JOIN_S`.
     """
     # 0.19.8 calls torch.distributed functions that torch 2.13 has renamed; every rank would say so for each of them.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
@@ -89,17 +83,16 @@ def join_world(timeout_s: float = TIMEOUT_S) -> World:
 
 
 def job_store(place: str, *, host: bool) -> Store:
-    """Return a store that all ranks of the job see, at the address that the launcher gives.
+    """Return a part of the store that all ranks of the job see, at the address that the launcher gives.
 
     Args:
-        place: the part of it that is meant; after a restart by torchrun, another one of that name.
-        host: whether this process holds it, unless torchrun's agent does.
+        place: name of the part. After a restart by torchrun, the name means another part.
+        host: whether this process holds the store, unless the launcher does.
     """
-    has_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     store = TCPStore(
         os.environ["MASTER_ADDR"],
         int(os.environ["MASTER_PORT"]),
-        is_master=host and not has_agent,
+        is_master=host and not has_agent_store(),
         timeout=timedelta(seconds=JOIN_S),
         wait_for_workers=False,
         multi_tenant=True,
@@ -108,10 +101,10 @@ def job_store(place: str, *, host: bool) -> Store:
 
 
 def _meet(backend: str, timeout_s: float) -> Watch:
-    """Join the process group of all ranks; returns the watch over them, which has begun.
+    """Join the process group of all ranks; return the watch over them, started.
 
-    An attempt of a supervised job has a place of its own in the store: at that of the one before, the addresses of the
-    dead would be read.
+    Each attempt of a supervised job uses a part of the store of its own: in that of the attempt before, gloo would read
+    the addresses of dead processes.
     """
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and first_rank_holds_store()
@@ -119,23 +112,23 @@ def _meet(backend: str, timeout_s: float) -> Watch:
     members = _introduce(store, rank, size)
     watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
     watch.start()
-    # A rank that is gone breaks the connection, and a run that hangs is for the watch, which leaves stacks. What is no
-    # run, such as training the tokenizer on the first rank, may take as long as it likes.
-    group_timeout = max(LONGEST_WAIT, timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s))
+    # Collectives need no timeout: a rank that is gone breaks the connection, and the watch ends a run that hangs.
+    # Outside runs, the first rank may work alone for as long as it takes, such as to train the tokenizer.
+    group_timeout = max(MAX_WAIT, timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s))
     set_group_timeout(group_timeout)
     dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=group_timeout)
     return watch
 
 
 def _introduce(store: Store, rank: int, size: int) -> list[Member]:
-    """Let all ranks know which processes they are; returns all of them, in order."""
+    """Exchange the processes of all ranks; return all ranks in order."""
     store.set(f"member/{rank}", this_process(rank).to_json())
     members = []
     for other in range(size):
         try:
             members.append(Member.from_json(store.get(f"member/{other}")))
         except RuntimeError as error:
-            raise OSError(f"rank {other} of {size} did not come within {JOIN_S:.0f} s ({error})") from None
+            raise OSError(f"rank {other} of {size} has not joined within {JOIN_S:.0f} s ({error})") from None
     return members
 
 
@@ -143,7 +136,7 @@ def leave_world(*, after_error: bool = False) -> None:
     """Leave the process group; without it gloo aborts at interpreter exit.
 
     Args:
-        after_error: do not wait for the other ranks, which may never come.
+        after_error: do not wait for the other ranks, which may be gone.
     """
     if not dist.is_initialized() or (after_error and dist.get_backend() != "gloo"):
         return  # NCCL would wait for the work that is under way; the launcher ends the other ranks
@@ -153,7 +146,7 @@ def leave_world(*, after_error: bool = False) -> None:
 
 
 def agree(flag: bool, world: World) -> bool:
-    """Return whether any rank raised its flag; every rank gets the same answer."""
+    """Return whether `flag` is true on any rank; the same on all. Collective."""
     if world.size == 1:
         return flag
     votes = torch.tensor(int(flag), device=world.device)
@@ -162,10 +155,10 @@ def agree(flag: bool, world: World) -> bool:
 
 
 def on_first_rank(action: Callable[[], object], world: World) -> None:
-    """Do something on the first rank while the others wait; where it fails, it fails on all of them.
+    """Call a function on the first rank while the others wait. Collective.
 
     Raises:
-        ValueError, OSError: what `action` raises; on the other ranks, an OSError that says so.
+        ValueError, OSError: the error of `action`; on the other ranks, an OSError that says that it failed.
     """
     error: Exception | None = None
     if world.is_first:
@@ -178,10 +171,10 @@ def on_first_rank(action: Callable[[], object], world: World) -> None:
 
 
 def require_same(values: Mapping[str, object], world: World) -> None:
-    """Check that all ranks were given the same, compared by its representation.
+    """Check that values are the same on all ranks, by their `repr`. Collective.
 
     Raises:
-        ValueError: they were not; names what differs.
+        ValueError: some are not; names them.
     """
     if world.size == 1:
         return
@@ -199,7 +192,7 @@ def require_same(values: Mapping[str, object], world: World) -> None:
 
 
 def mean_over_ranks(values: Tensor, world: World) -> Tensor:
-    """Return the mean of a float tensor over all ranks."""
+    """Return the mean of a float tensor over all ranks. Collective."""
     if world.size == 1:
         return values
     total = values.clone()
@@ -208,7 +201,7 @@ def mean_over_ranks(values: Tensor, world: World) -> Tensor:
 
 
 def max_over_ranks(value: float, world: World) -> float:
-    """Return the largest of all ranks' values. Collective."""
+    """Return the maximum of a value over all ranks. Collective."""
     if world.size == 1:
         return value
     largest = torch.tensor(value, dtype=torch.float64, device=world.device)

@@ -46,7 +46,7 @@ from storage.tar import write_tar
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
 from training.ranks.stop import Interrupted, StopSignals
-from training.ranks.world import LONGEST_WAIT, World, on_first_rank
+from training.ranks.world import MAX_WAIT, World, on_first_rank
 
 logger = logging.getLogger(__name__)
 
@@ -159,7 +159,7 @@ def encode_shards(
         seed=config.seed,
     )
     on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), world)
-    group = dist.new_group(backend="gloo", timeout=LONGEST_WAIT) if world.size > 1 else None
+    group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if world.size > 1 else None
     counts = [0, 0, 0, 0]
     if mine := list(targets)[world.rank :: world.size]:
         if manifest is None:
