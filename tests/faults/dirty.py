@@ -1,7 +1,7 @@
 """Shards that are damaged between two parts of a run, unequal shards, and corrupt pictures of many kinds.
 
-Damage between two parts must be refused in words, or be counted; with the shard repaired the run goes on as if nothing
-had been. A manifest (`dalle-train check-data`) lets training know what shards held.
+Damage between two parts must be refused with an error, or be counted; once the shard is repaired the run resumes
+exactly. A manifest (`dalle-train check-data`) tells training what the shards held.
 """
 
 import io
@@ -45,7 +45,7 @@ def _flip_in_pictures(shard: Path) -> None:
 
 
 def _flip_in_captions(shard: Path) -> None:
-    """Change a letter of every caption: each is still a caption."""
+    """Change a letter of every caption, which stays valid."""
     data = bytearray(shard.read_bytes())
     with tarfile.open(shard) as tar:
         for member in tar:
@@ -55,7 +55,7 @@ def _flip_in_captions(shard: Path) -> None:
 
 
 def _flip_in_a_header(shard: Path) -> None:
-    """Flip a bit in the checksum of a member's header: readers that look on drop the rest of the shard."""
+    """Flip a bit in the checksum of a member's header; ordinary readers then drop the rest of the shard."""
     with tarfile.open(shard) as tar:
         offset = tar.getmembers()[4].offset
     data = bytearray(shard.read_bytes())
@@ -80,7 +80,7 @@ def _manifest(world: Path, folder: Path) -> list[object]:
 
 
 def _first_part(course: Course, bundle: Path, command: list[str], name: str, inject: Injection | None = None) -> None:
-    """Stop a run in its middle by SIGTERM."""
+    """Stop a run halfway by SIGTERM."""
     with Job(course.scratch / "logs" / name, command, inject=inject) as job:
         wait_for(lambda: last_step(bundle) >= AT_STEP or not job.is_running(), f"step {AT_STEP}")
         job.send(0, signal.SIGTERM)
@@ -89,7 +89,7 @@ def _first_part(course: Course, bundle: Path, command: list[str], name: str, inj
 
 
 def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) -> tuple[str, str]:
-    """Stop a run, damage a shard, try to go on, repair the shard, and go on."""
+    """Stop a run, damage a shard, try to resume, repair the shard, and resume."""
     world, bundle = copy_of(course.world, course.scratch / "worlds" / name), course.bundle(name)
     more = _manifest(world, course.scratch / "worlds" / f"{name}-manifest") if with_manifest else []
     names = str(world / "world-{000000..000005}.tar")
@@ -111,7 +111,7 @@ def _damaged(course: Course, name: str, *, damage: Damage, with_manifest: bool) 
 
 
 def _note_keys(rank: int, *, folder: Path) -> None:
-    """Let a rank write down the keys of every batch that it takes."""
+    """Let a rank write the keys of its batches to a file."""
     import training.loop.loop
 
     batches = training.loop.loop.batches
@@ -134,7 +134,7 @@ def _noted_keys(folder: Path) -> list[tuple[int, str]]:
 
 
 def _lost(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
-    """Stop a run with a manifest, damage a shard for good, and go on: what is lost is replaced, all else stays."""
+    """Stop a run with a manifest, damage a shard, and resume: lost samples are replaced, all others stay."""
     world, bundles = copy_of(course.world, course.scratch / "worlds" / name), (f"{name}-straight", name)
     manifest = course.scratch / "worlds" / f"{name}-manifest"
     more = [*_manifest(world, manifest), "--max-bad-fraction", 0.5]
@@ -166,7 +166,7 @@ def _lost(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
 
 
 def _unharmed(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
-    """Stop a run with a manifest, damage a shard for good where the manifest knows better, and go on."""
+    """Stop a run with a manifest, damage a shard where the manifest makes up for it, and resume."""
     world, bundle = copy_of(course.world, course.scratch / "worlds" / name), course.bundle(name)
     more = [*_manifest(world, course.scratch / "worlds" / f"{name}-manifest"), "--max-bad-fraction", 0.5]
     command = course.command(bundle, *more, data=world)
@@ -179,7 +179,7 @@ def _unharmed(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
 
 
 def _unequal(course: Course, name: str) -> tuple[str, str]:
-    """Train on the same samples in shards of very different sizes: no rank waits for another, nothing else is seen."""
+    """Train on the same samples in shards of very different sizes: the same samples are seen, without waiting."""
     members: list[tuple[str, bytes]] = []
     for path in sorted(course.world.iterdir()):
         with tarfile.open(path) as tar:
@@ -257,7 +257,7 @@ def _dirty_world(folder: Path) -> Path:
 
 
 def _corrupt(course: Course, name: str) -> tuple[str, str]:
-    """Read all of a dirty world once, straight and in two parts; then refuse it under the usual limit."""
+    """Read all of a dirty data set once, straight and in two parts; then refuse it under the default limit."""
     world = _dirty_world(course.scratch / "worlds" / name)
     steps = (N_CORRUPT + N_WHOLE) // 16
     more = ["--global-batch", 16, "--max-bad-fraction", 0.6]

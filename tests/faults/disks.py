@@ -1,4 +1,4 @@
-"""A full disk, for real: a small file system in memory, which only root may mount."""
+"""A full disk: a real small file system in memory, which only root may mount."""
 
 import contextlib
 import shutil
@@ -19,7 +19,7 @@ def _small_disk(folder: Path, size: int) -> Iterator[Path]:
     """Mount a file system of a size.
 
     Raises:
-        SkippedError: that is not allowed here.
+        SkippedError: mounting is not allowed here.
     """
     folder.mkdir(parents=True, exist_ok=True)
     mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", folder], capture_output=True)
@@ -36,7 +36,7 @@ def _size_of(folder: Path) -> int:
 
 
 def _fill(folder: Path, *, leave: int = 0) -> Path:
-    """Fill a disk but for some bytes; returns the file to delete."""
+    """Fill a disk up to `leave` bytes; return the file that fills it."""
     path = folder / "filler"
     with path.open("ab") as file, contextlib.suppress(OSError):
         while (left := shutil.disk_usage(folder).free - leave) > 0:
@@ -50,7 +50,7 @@ def _error_in(said: str) -> str:
 
 
 def _hit(course: Course, name: str, *, when: str) -> tuple[str, str]:
-    """Fill the disk while a job trains, and go on when there is room again."""
+    """Fill the disk while a job trains, and resume after there is room again."""
     straight = course.straight()
     size = 2 * _size_of(straight) + 64 * MIB
     with _small_disk(course.scratch / "disks" / name, size) as disk:
@@ -71,11 +71,11 @@ def _hit(course: Course, name: str, *, when: str) -> tuple[str, str]:
         filler.unlink()
         course.finish(command, f"{name}-end")
         require_equal(bundle, straight)
-        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command went on from step {kept}"
+        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command resumed from step {kept}"
 
 
 def _export(course: Course, name: str) -> tuple[str, str]:
-    """Fill the disk before the last step: the export at the end fails, and is made up for."""
+    """Fill the disk before the last step: the export fails, and the same command makes up for it."""
     straight = course.straight()
     with _small_disk(course.scratch / "disks" / name, 2 * _size_of(straight) + 64 * MIB) as disk:
         bundle = Path(shutil.copytree(course.scratch / "untrained", disk / "bundle"))
@@ -92,7 +92,7 @@ def _export(course: Course, name: str) -> tuple[str, str]:
         (disk / "filler").unlink()
         course.finish(command, f"{name}-end")
         require_equal(bundle, straight)
-        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command went on from step {LAST_SAVED}"
+        return f"both ranks ended with 1: {_error_in(said)}", f"nothing; the command resumed from step {LAST_SAVED}"
 
 
 FAULTS = [

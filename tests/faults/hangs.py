@@ -39,7 +39,7 @@ def _stopped(course: Course, name: str) -> tuple[str, str]:
 
 
 def _fall_asleep(rank: int) -> None:
-    """Let the second rank sleep for ever in a step."""
+    """Let the second rank sleep in a step."""
     from training.stages.transformer import TransformerStage
 
     original = TransformerStage.loss

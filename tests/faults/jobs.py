@@ -1,4 +1,4 @@
-"""Jobs that faults are injected into: ranks forked with everything imported, launchers, and what is left of either.
+"""Jobs that faults are injected into: ranks forked with everything imported, launchers, and processes left behind.
 
 Every rank runs `dalle-train` as a user would start it: `training.cli.main.main` with a launcher's variables.
 """
@@ -19,10 +19,10 @@ from pathlib import Path
 
 N_RANKS = 2
 PATIENCE_S = 180.0
-"""What anything may take, on a machine that does something else besides."""
+"""Seconds that anything may take, on a busy machine."""
 ROOT = Path(__file__).parents[2]
 MARK = "DALLE_FAULT_SUITE"
-"""Environment variable by which the processes that launchers start are found."""
+"""Environment variable that marks the processes that launchers start."""
 PRELOADED = [
     "torch",
     "deepspeed",
@@ -32,13 +32,13 @@ PRELOADED = [
     "jobs",
 ]
 Injection = Callable[[int], None]
-"""Called in a rank, with its number, before `dalle-train` begins."""
+"""Called in a rank, with its number, before `dalle-train` starts."""
 
 _ports = itertools.count(int(os.environ.get("FAULTS_FIRST_PORT", "30300")))
 
 
 def free_port() -> int:
-    """Return a port that nobody listens on."""
+    """Return a port that is not in use."""
     while True:
         port = next(_ports)
         with socket.socket() as probe:
@@ -65,7 +65,7 @@ def _rank(arguments: list[str], variables: dict[str, str], log: str, inject: Inj
 
 
 class Job:
-    """Two ranks, or as many as are asked for, that run one command. No process is left when the context ends."""
+    """Runs one command on two ranks or more; kills what is left when the context ends."""
 
     def __init__(
         self, folder: Path, arguments: Sequence[object], *, ranks: int = N_RANKS, inject: Injection | None = None
@@ -94,7 +94,7 @@ class Job:
             process.join(PATIENCE_S)
 
     def send(self, rank: int, number: int) -> None:
-        """Send a rank a signal; nothing if it has ended."""
+        """Send a rank a signal, unless it has ended."""
         with contextlib.suppress(ProcessLookupError):
             os.kill(self.processes[rank].pid or 0, number)
 
@@ -103,19 +103,19 @@ class Job:
         return all(process.is_alive() for process in self.processes)
 
     def wait(self, seconds: float = PATIENCE_S) -> list[int | None]:
-        """Return the exit codes of all ranks, once they have ended; None for those that have not."""
+        """Wait for all ranks to end; return their exit codes, None for those that have not ended."""
         deadline = time.monotonic() + seconds
         for process in self.processes:
             process.join(max(0.0, deadline - time.monotonic()))
         return [process.exitcode for process in self.processes]
 
     def said(self, rank: int | None = None) -> str:
-        """Return what a rank, or all of them, have printed."""
+        """Return the output of a rank, or of all."""
         logs = self.logs if rank is None else [self.logs[rank]]
         return "".join(log.read_text(errors="replace") for log in logs if log.exists())
 
     def left_over(self) -> list[int]:
-        """Return the processes of the ranks' groups that live, such as reading processes."""
+        """Return the living processes of the ranks' groups, such as reading processes."""
         groups = {process.pid for process in self.processes}
         return [pid for pid in _all_processes() if _group_of(pid) in groups]
 
@@ -136,7 +136,7 @@ def _group_of(pid: int) -> int | None:
 
 
 class Launched:
-    """A command under a launcher, or plain Python, in a session of its own."""
+    """Runs a command under a launcher, or without one, in a session of its own."""
 
     def __init__(self, folder: Path, program: Sequence[object], arguments: Sequence[object]) -> None:
         folder.mkdir(parents=True, exist_ok=True)
@@ -165,7 +165,7 @@ class Launched:
         self.process.wait(PATIENCE_S)
 
     def living(self) -> list[int]:
-        """Return all processes of the job that live, whoever their parent is."""
+        """Return all living processes of the job, whoever their parent is."""
         found = []
         for pid in _all_processes():
             with contextlib.suppress(OSError):
@@ -202,7 +202,7 @@ class Launched:
         return self.living()
 
     def said(self) -> str:
-        """Return what the job has printed."""
+        """Return the output of the job."""
         return self.log.read_text(errors="replace")
 
 
@@ -210,7 +210,7 @@ def wait_for(condition: Callable[[], bool], what: str, *, every_s: float = 0.005
     """Wait until a condition holds.
 
     Raises:
-        TimeoutError: it does not.
+        TimeoutError: it does not hold within `PATIENCE_S`.
     """
     deadline = time.monotonic() + PATIENCE_S
     while not condition():
@@ -220,7 +220,7 @@ def wait_for(condition: Callable[[], bool], what: str, *, every_s: float = 0.005
 
 
 def prepare_environment(scratch: Path) -> None:
-    """Let forked and launched processes find this checkout, and write nothing elsewhere."""
+    """Let forked and launched processes find this checkout, and write only to `scratch`."""
     folders = [ROOT, ROOT / "tests" / "faults", ROOT / "tests" / "training"]
     rest = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *rest])

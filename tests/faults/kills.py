@@ -23,7 +23,7 @@ from runs import (
 
 MOMENTS, PER_RUN = 20, 5
 SURVIVE_S = 30.0
-"""What the other rank may take to end, at most, on a machine that does something else besides."""
+"""Seconds for the other rank to end, on a busy machine."""
 
 
 @dataclass(frozen=True, kw_only=True, order=True)
@@ -35,11 +35,11 @@ class Moment:
     kind: str
     """step, save, start or end."""
     delay_s: float
-    """Seconds from there on."""
+    """Seconds to wait then."""
 
 
 def moments(rank: int) -> list[list[Moment]]:
-    """Return the moments of one rank, for each of some runs; the same ones every time."""
+    """Return the moments of one rank, by run; the same every time."""
     rng = random.Random(f"kill rank {rank}")
     drawn: list[Moment] = []
     for number in range(MOMENTS):
@@ -66,7 +66,7 @@ def _has_come(moment: Moment, job: Job, bundle: Path, before: object, since: flo
 
 @dataclass(kw_only=True)
 class Tally:
-    """What came of some kills."""
+    """Counts the results of kills."""
 
     n: int = 0
     n_in_saves: int = 0
@@ -75,7 +75,7 @@ class Tally:
 
 
 def kill_once(course: Course, command: list[str], bundle: Path, rank: int, moment: Moment, tally: Tally) -> None:
-    """Start a job, kill a rank of it with -9 at a moment, and check that the other one ends and says why.
+    """Start a job, kill a rank of it with -9 at a moment, and check that the other one ends and names it.
 
     Raises:
         FaultError: it does not.

@@ -1,4 +1,4 @@
-"""NaN in the loss of one rank: once, and from a step on for ever."""
+"""NaN in the loss of one rank: in one step, and in all steps from one on."""
 
 import re
 import shutil

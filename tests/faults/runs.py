@@ -1,6 +1,6 @@
-"""What faults are compared with: a small world, the command that trains on it, and what a run leaves behind.
+"""Runs that faults are compared with: a small data set, the command that trains on it, and the files of a run.
 
-"Nothing lost" means that a run that was hit and resumed has the same metrics at every step as one that was not,
+"Nothing lost" means that a run that was hit and resumed has the same metrics at every step as one without a fault,
 and the same averaged and unaveraged weights, bit for bit.
 """
 
@@ -23,9 +23,9 @@ from training.stages.tokenizer import train_tokenizer
 
 STEPS, CHECKPOINT_EVERY = 18, 4
 LAST_SAVED = (STEPS - 1) // CHECKPOINT_EVERY * CHECKPOINT_EVERY
-"""The last step that is saved before the end."""
+"""The last step with a checkpoint before the end."""
 COMPARED = ("grad_norm", "learning_rate", "bad_samples", "captions_cut", "accuracy")
-"""Besides everything with "loss" in its name: what does not depend on the clock or the memory."""
+"""Metrics that are compared, besides all with "loss" in their names; the others depend on the clock or the memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,11 +36,11 @@ class Row:
     injected: str
     happened: str
     lost: str
-    """What was lost: "nothing", and what was taken again."""
+    """"nothing", with the steps that were repeated."""
     passed: bool | None
-    """None: it could not be run here."""
+    """None if it could not be run here."""
     seconds: float
-    """How long it took."""
+    """Duration in seconds."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +50,7 @@ class Fault:
     name: str
     injected: str
     run: Callable[["Course", str], tuple[str, str]]
-    """Injects it, in runs of the given name; returns what happened and what was lost, or raises FaultError."""
+    """Injects it, in runs of this name; returns what happened and what was lost, or raises FaultError."""
 
 
 class SkippedError(Exception):
@@ -58,7 +58,7 @@ class SkippedError(Exception):
 
 
 class FaultError(AssertionError):
-    """A fault did not end as it must."""
+    """A fault did not end as expected."""
 
 
 def require(condition: object, what: str) -> None:
@@ -68,7 +68,7 @@ def require(condition: object, what: str) -> None:
 
 
 class Course:
-    """A place for runs: the world, an untrained bundle, and the runs that nothing happened to, made once each."""
+    """Holds the data set, an untrained bundle, and runs without a fault, each made once."""
 
     def __init__(self, scratch: Path, *, zero_stage: int = 2) -> None:
         self.scratch, self.zero_stage = scratch, zero_stage
@@ -93,7 +93,7 @@ class Course:
         return [str(word) for word in words]
 
     def straight(self, *more: object, ranks: int = 2, **options: Any) -> Path:
-        """Return a bundle trained by this command, without any fault."""
+        """Return a bundle trained by this command without a fault."""
         key = (str(ranks), *map(str, more), *(f"{name}={value}" for name, value in options.items()))
         if key not in self._straight:
             bundle = self.bundle(f"straight{len(self._straight)}")
@@ -102,10 +102,10 @@ class Course:
         return self._straight[key]
 
     def finish(self, command: list[str], name: str, *, ranks: int = 2, inject: Injection | None = None) -> str:
-        """Run a command to its end; returns what it said.
+        """Run a command to its end; return its output.
 
         Raises:
-            FaultError: it does not end well.
+            FaultError: an exit code is not 0.
         """
         with Job(self.scratch / "logs" / name, command, ranks=ranks, inject=inject) as job:
             codes = job.wait()
@@ -125,13 +125,13 @@ def latest(bundle: Path) -> int:
 
 
 def metrics(bundle: Path) -> list[dict[str, Any]]:
-    """Return the whole lines of metrics.jsonl."""
+    """Return the lines of metrics.jsonl."""
     path = bundle / "training" / "transformer" / "metrics.jsonl"
     return [json.loads(line) for line in path.read_text().splitlines(keepends=True)] if path.is_file() else []
 
 
 def last_step(bundle: Path) -> int:
-    """Return the last step that metrics.jsonl knows of; a line that is being written does not count."""
+    """Return the step of the last complete line of metrics.jsonl; 0 without one."""
     path = bundle / "training" / "transformer" / "metrics.jsonl"
     if not path.is_file():
         return 0
@@ -140,13 +140,13 @@ def last_step(bundle: Path) -> int:
 
 
 def metrics_stamp(bundle: Path) -> tuple[int, int] | None:
-    """Return what changes with every change of metrics.jsonl; None while there is none."""
+    """Return a stamp that changes with metrics.jsonl; None while there is no such file."""
     path = bundle / "training" / "transformer" / "metrics.jsonl"
     return (path.stat().st_mtime_ns, path.stat().st_ino) if path.is_file() else None
 
 
 def in_a_save(bundle: Path, since: float) -> bool:
-    """Return whether a checkpoint is being written: `latest` does not know it, and it is newer than a point in time."""
+    """Return whether a checkpoint is being written: not in `latest` yet, and modified after the time `since`."""
     folder = checkpoints(bundle)
     if not folder.is_dir():
         return False
@@ -159,10 +159,10 @@ def in_a_save(bundle: Path, since: float) -> bool:
 
 
 def curve(bundle: Path) -> dict[tuple[int, str], dict[str, float]]:
-    """Return what is compared of every line of metrics.jsonl, by step and split.
+    """Return the compared metrics of every line of metrics.jsonl, by step and split.
 
     Raises:
-        FaultError: a step is there twice.
+        FaultError: a step occurs twice.
     """
     found: dict[tuple[int, str], dict[str, float]] = {}
     for line in metrics(bundle):
@@ -181,7 +181,7 @@ def _tensors(state: object, name: str = "") -> Iterator[tuple[str, torch.Tensor]
 
 
 def weights(bundle: Path) -> dict[str, str]:
-    """Return digests of the exported weights, and of those in the last checkpoint that are not averaged."""
+    """Return digests of the exported weights, and of the unaveraged ones in the last checkpoint."""
     export = (bundle / "dalle" / "model.safetensors").read_bytes()
     found = {"export": hashlib.sha256(export).hexdigest()}
     folder = checkpoints(bundle) / (checkpoints(bundle) / "latest").read_text().strip()
@@ -198,7 +198,7 @@ def require_equal(bundle: Path, straight: Path) -> None:
     """Check that a run has lost nothing.
 
     Raises:
-        FaultError: it has; says what first.
+        FaultError: something differs; names the first difference.
     """
     found, expected = curve(bundle), curve(straight)
     require(found.keys() == expected.keys(), f"other steps: {sorted(found.keys() ^ expected.keys())[:5]}")
@@ -209,7 +209,7 @@ def require_equal(bundle: Path, straight: Path) -> None:
 
 
 def inject(fault: Fault, course: Course, name: str) -> Row:
-    """Return the row of a fault, injected."""
+    """Inject a fault; return its row."""
     started_at = time.monotonic()
     try:
         happened, lost = fault.run(course, name)

@@ -102,7 +102,7 @@ def _restart(course: Course, name: str, *, launcher: str) -> tuple[str, str]:
         require(code == 0, f"the job ended with {code}: {job.said()[-800:]}")
         require(not job.wait_until_gone(20.0), "processes are left")
     require_equal(bundle, course.straight(ranks=n_ranks))
-    return "the ranks met again after each kill, went on, and the job ended with 0", "nothing; steps were taken again"
+    return "the ranks met again after each kill, resumed, and the job ended with 0", "nothing; steps were taken again"
 
 
 FAULTS = [
