@@ -27,7 +27,8 @@ from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConf
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
-from training.plan.memory_model import Memory, Mode, Run, Sizes, peak, shapes_only
+from training.plan.memory_model import Memory, Run, peak
+from training.plan.state import Mode, Sizes, shapes_only
 from training.ranks.world import World, join_world, leave_world
 from training.schedules import WarmupCosine
 from training.stages.transformer import transformer_loss

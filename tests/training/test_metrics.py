@@ -20,7 +20,7 @@ from training.loop import throughput
 from training.loop.means import Means
 from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
 from training.metrics import MetricLog, read_metrics, require_wandb
-from training.plan.plan import flops_per_sample
+from training.plan.flops import flops_per_sample
 from training.ranks.stop import Interrupted
 from training.ranks.watch import RankLostError, Watch
 from training.ranks.world import join_world

@@ -14,20 +14,12 @@ from training.cli.main import main
 from training.config import Precision
 from training.engine.deepspeed_config import MAX_BUCKET
 from training.plan.activations import Activations, activations
-from training.plan.flops import training_flops
-from training.plan.memory_model import (
-    Memory,
-    Mode,
-    Run,
-    Sizes,
-    host_peak,
-    moments,
-    peak,
-    shapes_only,
-    state_bytes,
-    training_peak,
-)
-from training.plan.plan import GIB, RESERVED_FRACTION, Plan, flops_per_sample, make_plan, modes_of, preset_name, text
+from training.plan.flops import flops_per_sample, training_flops
+from training.plan.memory_model import Memory, Run, host_peak, moments, peak, training_peak
+from training.plan.plan import make_plan
+from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
+from training.plan.text import text
+from training.plan.types import GIB, RESERVED_FRACTION, Plan, PlanOptions
 from training.recipes import recipe
 
 
@@ -224,12 +216,12 @@ def test_a_mode_that_is_not_trained_is_refused(mode: dict[str, object], told: st
 
 @pytest.fixture(scope="module")
 def paper() -> Plan:
-    return make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80)
+    return make_plan(recipe("12b"), PlanOptions(gpus=64, gpu_memory=80))
 
 
 def test_the_largest_micro_batch_fits_and_one_more_does_not() -> None:
     usable = 24 * GIB * (1 - RESERVED_FRACTION)
-    plan = make_plan(recipe("1.3b"), gpus=8, gpu_memory_gib=24)
+    plan = make_plan(recipe("1.3b"), PlanOptions(gpus=8, gpu_memory=24))
     found = {mode.preset: mode.largest_micro_batch for mode in plan.modes}
     assert len(set(found.values())) > 1
     for preset, largest in found.items():
@@ -242,7 +234,7 @@ def test_time_is_arithmetic_over_what_the_gpus_are_assumed_to_do(paper: Plan) ->
     per_s = 64 * 989e12 * 0.4
     assert paper.tokens_per_day == pytest.approx(86_400 * per_s / paper.flops_per_sample * 1280)
     assert paper.days == pytest.approx(430_000 * 1024 * paper.flops_per_sample / per_s / 86_400)
-    faster = make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80, mfu=0.2, peak_tflops=312)
+    faster = make_plan(recipe("12b"), PlanOptions(gpus=64, gpu_memory=80, mfu=0.2, peak_tflops=312))
     assert paper.tokens_per_day / faster.tokens_per_day == pytest.approx(2 * 989 / 312)
 
 
@@ -264,7 +256,7 @@ def test_parts_of_the_other_stages_are_counted(paper: Plan) -> None:
 
 
 def test_the_first_mode_that_fits_is_recommended_with_the_command() -> None:
-    plan = make_plan(recipe("2.8b"), gpus=8, gpu_memory_gib=80)
+    plan = make_plan(recipe("2.8b"), PlanOptions(gpus=8, gpu_memory=80))
     chosen = plan.recommendation
     assert chosen is not None
     fitting = [mode.preset for mode in plan.modes if mode.fits]
@@ -287,7 +279,7 @@ def _options(plan: Plan) -> str:
 
 
 def test_a_smaller_micro_batch_is_recommended_where_the_recipes_does_not_fit() -> None:
-    plan = make_plan(recipe("1.3b"), gpus=64, gpu_memory_gib=8)
+    plan = make_plan(recipe("1.3b"), PlanOptions(gpus=64, gpu_memory=8))
     chosen = plan.recommendation
     assert chosen is not None
     assert not any(mode.fits for mode in plan.modes if mode.mode.offload == "none")
@@ -299,13 +291,13 @@ def test_a_smaller_micro_batch_is_recommended_where_the_recipes_does_not_fit() -
 
 
 def test_where_nothing_fits_it_says_what_would() -> None:
-    plan = make_plan(recipe("12b"), gpus=1, gpu_memory_gib=16)
+    plan = make_plan(recipe("12b"), PlanOptions(gpus=1, gpu_memory=16))
     assert plan.recommendation is None
     assert all(mode.largest_micro_batch == 0 for mode in plan.modes)
     said = text(plan)
     assert "Nothing fits 1 GPU of 16 GiB" in said
     needed = next(line for line in plan.advice if line.startswith("GPUs of"))
-    enough = make_plan(recipe("12b"), gpus=1, gpu_memory_gib=int(needed.split()[2]))
+    enough = make_plan(recipe("12b"), PlanOptions(gpus=1, gpu_memory=int(needed.split()[2])))
     assert enough.recommendation is not None
 
 
@@ -313,18 +305,18 @@ def test_more_gpus_and_checkpointing_are_what_would_fit() -> None:
     base = recipe("1.3b")
     train = dataclasses.replace(base.transformer.train, activation_checkpointing=False)
     greedy = dataclasses.replace(base, transformer=dataclasses.replace(base.transformer, train=train))
-    plan = make_plan(greedy, gpus=1, gpu_memory_gib=7)
+    plan = make_plan(greedy, PlanOptions(gpus=1, gpu_memory=7))
     assert plan.recommendation is None
     advised = [line.split(":")[0] for line in plan.advice]
     assert advised[0] == "activation checkpointing"
     assert advised[1].endswith("GPUs")
-    more = make_plan(base, gpus=int(advised[1].split()[0]), gpu_memory_gib=7)
+    more = make_plan(base, PlanOptions(gpus=int(advised[1].split()[0]), gpu_memory=7))
     assert more.recommendation is not None
 
 
 @pytest.mark.parametrize("name", ["12b", "demo"])
 def test_a_plan_as_json_says_what_the_text_says(name: str) -> None:
-    plan = make_plan(recipe(name), gpus=8, gpu_memory_gib=80)
+    plan = make_plan(recipe(name), PlanOptions(gpus=8, gpu_memory=80))
     content = json.loads(plan.as_json())
     assert content["parameters"]["total"] == plan.parameters["total"]
     assert f"{content['parameters']['total']:,}" in text(plan)
@@ -360,7 +352,7 @@ def test_modes_are_named_as_the_presets_are() -> None:
 )
 def test_what_cannot_be_planned_is_refused(arguments: dict[str, float], told: str) -> None:
     with pytest.raises(ValueError, match=told):
-        make_plan(recipe("1.3b"), 8, 80, **arguments)  # type: ignore[arg-type]
+        make_plan(recipe("1.3b"), PlanOptions(**arguments))  # type: ignore[arg-type]
 
 
 def test_the_command_line_takes_all_of_it(capsys: pytest.CaptureFixture[str]) -> None:
@@ -385,12 +377,12 @@ def test_nothing_is_allocated_for_a_plan(monkeypatch: pytest.MonkeyPatch) -> Non
         original(model, generator)
 
     monkeypatch.setattr(DALLE, "initialise", initialise)
-    make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80)
+    make_plan(recipe("12b"), PlanOptions(gpus=64, gpu_memory=80))
     assert {device.type for device in made} == {"meta"}
 
 
 def test_a_plan_with_muon_says_so_and_needs_less(paper: Plan) -> None:
-    muon = make_plan(recipe("12b"), gpus=64, gpu_memory_gib=80, optimizer="muon")
+    muon = make_plan(recipe("12b"), PlanOptions(gpus=64, gpu_memory=80, optimizer="muon"))
     assert paper.recommendation is not None
     assert muon.recommendation is not None
     assert muon.recommendation.command == f"{paper.recommendation.command} --optimizer muon"

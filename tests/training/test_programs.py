@@ -29,7 +29,11 @@ from training.data.wrong_captions import EXCHANGES
 from training.demo.demo import run_demo
 from training.engine.checkpoints import latest_tag
 from training.metrics import MetricLog, read_metrics
-from training.plan.plan import flops_per_sample, plan, state_bytes
+from training.plan.flops import flops_per_sample
+from training.plan.plan import make_plan
+from training.plan.state import state_bytes
+from training.plan.text import text as plan_text
+from training.plan.types import PlanOptions
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
@@ -641,7 +645,7 @@ def test_the_arithmetic_of_a_step_is_that_counted_by_hand() -> None:
 def test_a_plan_takes_the_recipes_micro_batch_or_the_share_of_a_gpu_if_that_is_less(
     gpus: int, micro_batch: int
 ) -> None:
-    text = plan(recipe("12b"), gpus=gpus, gpu_memory_gib=80)
+    text = plan_text(make_plan(recipe("12b"), PlanOptions(gpus=gpus, gpu_memory=80)))
     assert f"micro-batch {micro_batch}," in text
     assert (f"train with --micro-batch {micro_batch}" in text) == (micro_batch < 8)
 
@@ -649,11 +653,11 @@ def test_a_plan_takes_the_recipes_micro_batch_or_the_share_of_a_gpu_if_that_is_l
 @pytest.mark.parametrize("gpus", [24, 4096])
 def test_a_plan_for_gpus_that_cannot_share_the_batch_is_refused(gpus: int) -> None:
     with pytest.raises(ValueError, match=f"{gpus} GPUs cannot share a batch of 1024 evenly"):
-        plan(recipe("12b"), gpus=gpus, gpu_memory_gib=80)
+        plan_text(make_plan(recipe("12b"), PlanOptions(gpus=gpus, gpu_memory=80)))
 
 
 def test_a_plan_says_what_does_not_fit() -> None:
-    text = plan(recipe("12b"), gpus=8, gpu_memory_gib=80)
+    text = plan_text(make_plan(recipe("12b"), PlanOptions(gpus=8, gpu_memory=80)))
     stages = [line for line in text.splitlines() if line.strip().startswith("ZeRO")]
     assert len(stages) == 4
     assert "does not fit" in stages[0]

@@ -32,7 +32,9 @@ from training.demo.demo import run_demo
 from training.engine.deepspeed_config import preset_list, preset_path, with_files
 from training.metrics import Report, to_stderr
 from training.plan.machine import MachinePlan, plan_here
-from training.plan.plan import make_plan, recipe_list, text
+from training.plan.plan import make_plan
+from training.plan.text import recipe_list, text
+from training.plan.types import PlanOptions
 from training.ranks.environment import is_supervised, tell_supervisor
 from training.ranks.stop import Interrupted
 from training.ranks.supervisor import supervise
@@ -666,16 +668,8 @@ def _overridden(command: DVAECommand, chosen: DVAERecipe) -> DVAERecipe:
 
 def _plan(command: PlanCommand, chosen: Recipe) -> str:
     """Return what `plan` prints."""
-    made = make_plan(
-        chosen,
-        command.gpus,
-        command.gpu_memory,
-        micro_batch=command.micro_batch,
-        precision=command.precision,
-        optimizer=command.optimizer,
-        mfu=command.mfu,
-        peak_tflops=command.peak_tflops,
-    )
+    names = [field.name for field in dataclasses.fields(PlanOptions)]
+    made = make_plan(chosen, PlanOptions(**{name: getattr(command, name) for name in names}))
     return made.as_json() if command.json else text(made)
 
 

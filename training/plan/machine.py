@@ -18,7 +18,7 @@ from dvae import DVAE
 from rerank import CLIP
 from training.config import TrainConfig
 from training.plan.flops import clip_flops, dvae_flops, training_flops
-from training.plan.memory_model import shapes_only
+from training.plan.state import shapes_only
 from training.ranks.environment import ATTEMPT
 from training.recipes import Recipe
 

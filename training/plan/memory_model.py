@@ -1,28 +1,24 @@
 """Bytes that one GPU, and its host, hold at the peak of the transformer's training, for every way to share the state.
 
-Who holds which part of the state follows Rajbhandari et al. 2020, section 3. What DeepSpeed 0.19.8 adds was read in its
-source, in runtime/zero: buckets of gradients and their flattened copies, a float32 copy of the weights that an
-optimizer owns, partitions of gradients that are flattened once more, and the layers that stage 3 has gathered.
+Who holds which part of the state is in state.py. What DeepSpeed 0.19.8 adds was read in its source, in runtime/zero:
+buckets of gradients and their flattened copies, a float32 copy of the weights that an optimizer owns, partitions of
+gradients that are flattened once more, and the layers that stage 3 has gathered.
 
 The peak is the largest of five moments, each a `Memory` of its own: not everything is held at once.
 
 Measured against processes on a CPU by benchmarks/plan.py. Figures for CUDA are derived, not measured.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+import dataclasses
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
-from functools import lru_cache
-from typing import Any
 
-import torch
-from torch.overrides import TorchFunctionMode
-
-from dalle.model import DALLE, DALLEConfig
-from training.config import Offload, OptimizerKind, Precision, TrainConfig
-from training.engine.deepspeed_config import MAX_BUCKET, resolve
-from training.engine.muon import DTYPES, block_matrices
+from dalle.model import DALLEConfig
+from training.config import OptimizerKind
+from training.engine.deepspeed_config import MAX_BUCKET
+from training.engine.muon import DTYPES
 from training.plan.activations import FLOAT, Activations, Device, activations, block_bytes, widths
+from training.plan.state import Mode, Sizes, StateBytes, state_bytes
 
 LIVE = 1_000_000_000
 """Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
@@ -30,150 +26,6 @@ PREFETCH = 50_000_000
 """Parameters that stage 3 gathers at a time (`stage3_prefetch_bucket_size`, its default), unless a tensor has more."""
 SUB_GROUP = 1_000_000_000
 """Parameters that stage 3 updates at a time (`sub_group_size`, its default)."""
-PERSISTENT = 100_000
-"""Tensors of fewer numbers are whole on every GPU at stage 3 (`stage3_param_persistence_threshold`, its default)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Mode:
-    """A way to share the state among GPUs."""
-
-    zero_stage: int
-    """0 to 3: nothing is shared, the optimizer, the gradients too, the weights too."""
-    precision: Precision
-    """Of the run."""
-    offload: Offload = "none"
-    """What lies in the host's memory."""
-
-    def __post_init__(self) -> None:
-        if self.is_half and self.zero_stage == 0:
-            raise ValueError(f"precision {self.precision} is not trained at ZeRO stage 0")
-        if self.offload == "optimizer" and self.zero_stage < 2:
-            raise ValueError(f"offloading the optimizer is planned for ZeRO stages 2 and 3, not {self.zero_stage}")
-        if self.offload == "parameters" and self.zero_stage < 3:
-            raise ValueError(f"offloading weights needs ZeRO stage 3, not {self.zero_stage}")
-
-    @property
-    def is_half(self) -> bool:
-        """Whether the weights are of half precision."""
-        return widths(self.precision).weight < FLOAT
-
-    @property
-    def accumulated(self) -> int:
-        """Bytes of an accumulated gradient, as a run would configure it."""
-        return FLOAT if _accumulates_in_float32(self.precision, self.zero_stage) else widths(self.precision).weight
-
-    @property
-    def has_whole_gradients(self) -> bool:
-        """Whether DeepSpeed keeps a float32 gradient of all weights beside the half-precision one, at all times.
-
-        It does so at stage 1 with float32 accumulation: in its BF16_Optimizer, or as an attribute of the parameters.
-        """
-        return self.zero_stage == 1 and self.is_half and self.accumulated == FLOAT
-
-
-@lru_cache
-def _accumulates_in_float32(precision: Precision, zero_stage: int) -> bool:
-    config = TrainConfig(steps=1, global_batch=1, precision=precision, zero_stage=zero_stage)
-    return bool(resolve(config, 1).deepspeed.get("data_types", {}).get("grad_accum_dtype") == "fp32")
-
-
-class _WithoutDrawing(TorchFunctionMode):
-    """Leaves out the drawing of random weights."""
-
-    def __torch_function__(
-        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        kwargs = kwargs or {}
-        if getattr(func, "__name__", "") in ("normal_", "uniform_", "kaiming_uniform_", "xavier_uniform_"):
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def shapes_only() -> Iterator[None]:
-    """While it lasts, models are constructed without values: on the meta device, and in no time.
-
-    Drawing weights there gives none either, but would first load torch's compiler, which takes seconds.
-    """
-    with torch.device("meta"), _WithoutDrawing():
-        yield
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sizes:
-    """Numbers of parameters of a model."""
-
-    total: int
-    """All."""
-    largest: int
-    """Of the largest tensor."""
-    persistent: int
-    """Of tensors too small for stage 3 to share."""
-    matrices: int
-    """Of the layers' matrices, which Muon can update."""
-    largest_matrix: int
-    """Of the largest of these."""
-
-    @classmethod
-    def of(cls, model: DALLE) -> "Sizes":
-        """Count them."""
-        counts = [parameter.numel() for parameter in model.parameters()]
-        matrices = [matrix.numel() for matrix in block_matrices(model)]
-        return cls(
-            total=sum(counts),
-            largest=max(counts),
-            persistent=sum(n for n in counts if n < PERSISTENT),
-            matrices=sum(matrices),
-            largest_matrix=max(matrices),
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
-class StateBytes:
-    """Bytes that one GPU holds for the model's state."""
-
-    weights: float
-    """Parameters in the precision they compute in."""
-    gradients: float
-    """Gradients, in the precision they are accumulated in."""
-    optimizer: float
-    """AdamW's two moments, or Muon's one, and the float32 weights that the optimizer keeps beside the model's."""
-
-    @property
-    def total(self) -> float:
-        """Sum of the three."""
-        return self.weights + self.gradients + self.optimizer
-
-
-def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int, *, by_muon: int = 0) -> StateBytes:
-    """Return what one of `gpus` GPUs holds at a ZeRO stage.
-
-    Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 and 2 keep a
-    float32 copy of the weights that a GPU updates, also where the weights are float32; stage 3 only of half-precision
-    ones. Gradients that are shared are float32.
-
-    Args:
-        n_parameters: of the model.
-        precision: of the run.
-        zero_stage: 0 to 3.
-        gpus: that share what the stage shares.
-        by_muon: of the parameters, those that Muon updates, which have one moment.
-
-    Raises:
-        ValueError: bf16 at stage 0, which training refuses, or fewer than one GPU.
-    """
-    if gpus < 1:
-        raise ValueError(f"--gpus must be at least 1, got {gpus}")
-    mode = Mode(zero_stage=zero_stage, precision=precision)
-    has_copy = zero_stage in (1, 2) or mode.is_half
-    gradient = FLOAT if zero_stage >= 2 else widths(precision).weight
-    return StateBytes(
-        weights=n_parameters * widths(precision).weight / (gpus if zero_stage >= 3 else 1),
-        gradients=n_parameters * gradient / (gpus if zero_stage >= 2 else 1),
-        optimizer=(n_parameters * (8 + (FLOAT if has_copy else 0)) - FLOAT * by_muon)
-        / (gpus if zero_stage >= 1 else 1),
-    )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -241,6 +93,12 @@ class Run:
 def peak(run: Run) -> tuple[str, Memory]:
     """Return the moment at which a rank holds the most, and what it holds then."""
     return _largest(moments(run))
+
+
+def peak_bytes(run: Run, global_batch: int, micro_batch: int) -> float:
+    """Return the peak with another micro-batch, and as many of them as make the batch."""
+    accumulation = global_batch // (run.gpus * micro_batch)
+    return peak(dataclasses.replace(run, micro_batch=micro_batch, accumulation=accumulation))[1].total
 
 
 def training_peak(run: Run) -> tuple[str, Memory]:

@@ -28,7 +28,7 @@ from storage.model_directory import directory_hash
 from training.engine.objective import MicroBatch, Tensors
 from training.loop.run_folder import refuse_another_run
 from training.metrics import Report
-from training.plan.plan import flops_per_sample
+from training.plan.flops import flops_per_sample
 from training.ranks.world import World, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
 from training.stages.dvae import channels_last
