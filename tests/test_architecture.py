@@ -4,6 +4,7 @@ Every `import` counts wherever it stands, inside functions too. Messages name th
 """
 
 import ast
+import dataclasses
 import importlib
 import inspect
 import json
@@ -13,9 +14,16 @@ from collections import Counter
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 import pytest
+
+from training.cli import data, train
+from training.config import OptimizerConfig, TrainConfig
+from training.data.filters import ShardFilter
+from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
+from training.stages.encode import EncodeConfig
+from training.stages.inputs import Inputs
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
@@ -512,7 +520,7 @@ loaded["dalle"] = [name for name in heavy if name in sys.modules]
 import dvae, rerank
 dalle.Pipeline, dalle.DALLE, dalle.Tokenizer
 loaded["packages"] = [name for name in heavy if name in sys.modules]
-import training.cli.main
+import training.cli.train, training.cli.data, training.cli.look
 loaded["dalle-train"] = [name for name in heavy if name in sys.modules]
 print(json.dumps(loaded))
 """
@@ -522,3 +530,54 @@ print(json.dumps(loaded))
     assert loaded["packages"] == ["torch"], "models and pipeline need torch and nothing else that is heavy"
     late = {"deepspeed", "webdataset", "tensorboard", "wandb"}
     assert not late & set(loaded["dalle-train"]), "imported where they are used"
+
+
+def test_the_overview_of_dalle_train_needs_no_torch() -> None:
+    program = "import sys, training.cli.main as m; code = m.main(['--help']); print(code, 'torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "0 False"
+
+
+CONFIGURATIONS = {
+    "tokenizer": (Inputs,),
+    "dvae": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe),
+    "clip": (Inputs, TrainConfig, OptimizerConfig, CLIPRecipe),
+    "transformer": (Inputs, TrainConfig, OptimizerConfig, TransformerRecipe),
+    "all": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
+    "demo": (TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
+    "encode": (EncodeConfig,),
+    "shards": (ShardFilter,),
+}
+"""What the options of a command of `dalle-train` are put into."""
+
+
+def declarations(kind: type) -> Iterator[tuple[str, type]]:
+    """The options of a command or a group, each with the class that declares it."""
+    hints = get_type_hints(kind)
+    for field in dataclasses.fields(kind):  # type: ignore[arg-type]
+        if dataclasses.is_dataclass(hints[field.name]):
+            yield from declarations(hints[field.name])
+        else:
+            yield from ((field.name, owner) for owner in declaring(kind, field.name))
+
+
+@pytest.mark.parametrize("verb", CONFIGURATIONS)
+def test_an_option_is_declared_once_by_the_class_that_owns_it(verb: str) -> None:
+    options = list(declarations((train.COMMANDS | data.COMMANDS)[verb]))
+    for configuration in CONFIGURATIONS[verb]:
+        hints = get_type_hints(configuration)
+        for field in dataclasses.fields(configuration):
+            owners = declaring(configuration, field.name)
+            assert len(owners) == 1, f"{field.name} is declared in {owners}"
+            # --learning-rate and --optimizer are a number and a word, which change what is a class of its own there
+            if is_simple(hints[field.name]):
+                others = {owner for name, owner in options if name == field.name} - {owners[0]}
+                assert not others, f"--{field.name} of {verb} is declared in {owners[0]} and again in {others}"
+
+
+def declaring(kind: type, name: str) -> list[type]:
+    return [base for base in kind.__mro__ if name in vars(base).get("__annotations__", {})]
+
+
+def is_simple(hint: Any) -> bool:
+    return not any(dataclasses.is_dataclass(kind) for kind in (hint, *get_args(hint)))

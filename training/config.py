@@ -1,7 +1,8 @@
 """What a training run is told: optimizer, schedule, batch, precision, and how often to log, validate, sample and save.
 
-One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one for each, and the command line
-replaces single fields.
+One `TrainConfig` per neural stage; the recipes (`training/recipes.py`) hold one for each. A class whose name ends with
+Options is a group of the command line's options (`training/cli/`): its docstrings are their help. It checks nothing,
+but the configuration that inherits it does.
 """
 
 import math
@@ -20,7 +21,17 @@ HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig:
+class ClippingOptions:
+    """Bounds of the optimizer's step."""
+
+    gradient_clipping: float = 4.0
+    """Largest global norm of the gradient; 0 for no bound."""
+    variance_clip: float | None = None
+    """Largest value of AdamW's running variance; by default there is no bound. The paper's is 5 (B.2)."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(ClippingOptions):
     """AdamW, or Muon beside it. The defaults are the transformer's of the paper (B.2)."""
 
     kind: OptimizerKind = "adamw"
@@ -34,10 +45,6 @@ class OptimizerConfig:
     """Added to the square root of the variance."""
     weight_decay: float = 4.5e-2
     """Decoupled weight decay. Matrices and convolutions only: gains, biases and embeddings are exempt."""
-    gradient_clipping: float = 4.0
-    """Largest global gradient norm; 0 for none."""
-    variance_clip: float | None = None
-    """Largest value of AdamW's running variance; None for no bound. The paper's is 5 (B.2)."""
 
     def __post_init__(self) -> None:
         if not all(0 <= beta < 1 for beta in self.betas):
@@ -51,15 +58,120 @@ class OptimizerConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
-    """One stage's training run."""
+class SizeOptions:
+    """How long a run is, and how many samples a step has."""
 
     steps: int
-    """Number of optimizer steps."""
+    """Optimizer steps. Schedules that end at a step are stretched in proportion."""
     global_batch: int
-    """Samples per optimizer step, over all ranks and accumulation steps."""
+    """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
-    """Samples per rank and forward pass; None for global_batch ÷ ranks. Accumulation is derived."""
+    """Samples per rank and forward pass; by default the global batch ÷ ranks. Accumulation is derived."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """How a run computes, and by what chance."""
+
+    precision: Precision = "fp32"
+    """fp32; autocast (bfloat16 arithmetic, float32 weights); autocast-fp16 (float16 arithmetic in the transformer's
+    residual branches, float32 weights); bf16 or fp16 (half-precision weights, float32 masters, ZeRO 1 to 3; fp16 has a
+    dynamic loss scale)."""
+    seed: int = 0
+    """Seed of the weights, the sample order, the augmentation and the noise."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadingOptions:
+    """How samples are read."""
+
+    workers: int = 1
+    """Processes that read and augment, per rank; 0 reads in the training process."""
+    max_bad_fraction: float = 0.01
+    """Fraction of unusable samples above which training stops."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationOptions:
+    """How often a run is measured."""
+
+    validate_every: int = 0
+    """Steps between two validations; 0 for the end only."""
+    validation_samples: int | None = None
+    """Validation samples to measure, chosen by chance but always the same; by default all."""
+    sample_every: int = 0
+    """Steps between two sample pictures; 0 for the end only."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointOptions:
+    """How often a run is saved. The last step and an interruption are saved too."""
+
+    checkpoint_every: int = 500
+    """Steps between two checkpoints."""
+    keep_last: int = 2
+    """Newest checkpoints to keep."""
+    keep_every: int = 0
+    """Keep for good the checkpoints whose step is a multiple of this; 0 for none."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryOptions:
+    """How ranks share the state."""
+
+    preset: str | None = None
+    """Precision, ZeRO stage and offloading at once: a name that `dalle-train presets` lists. Options that say otherwise
+    are refused."""
+    zero_stage: int = 0
+    """DeepSpeed's ZeRO stage, 0 to 3: ranks share nothing, the optimizer, gradients too, weights too."""
+    offload: Offload = "none"
+    """State to keep and update in the CPU's memory: the optimizer (ZeRO 1, 2 or 3), or the parameters too (ZeRO 3)."""
+    deepspeed_config: Path | None = None
+    """DeepSpeed JSON of your own, merged over what is derived. Options and presets that say otherwise are refused."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class WatchingOptions:
+    """What a run logs, and what stops it."""
+
+    log_every: int = 20
+    """Steps between two lines of metrics."""
+    wandb: str | None = None
+    """Project of Weights & Biases to log to as well; needs `pip install wandb`."""
+    peak_tflops: float | None = None
+    """Arithmetic of a rank's device at best, TFLOP/s, for the logged utilisation (MFU); by default known for common
+    GPUs, and measured on a CPU."""
+    max_skipped_steps: int = 20
+    """Steps in a row that may be skipped because a loss or gradient is not finite; more of them stop training."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class LayerOptions:
+    """How the transformer's layers compute."""
+
+    compile: bool = False
+    """Compile the layers: faster steps, after a minute or so at the start."""
+    activation_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time."""
+    gradient_scaling: GradientScaling = "none"
+    """per-resblock: the paper's gradient scale for each residual branch; needs autocast-fp16 and ZeRO 0 or 1."""
+    powersgd_rank: int = 0
+    """Rank of the factors as which ranks exchange matrix gradients, at ZeRO 0 or 1; 0 for whole gradients."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(
+    SizeOptions,
+    RunOptions,
+    ReadingOptions,
+    ValidationOptions,
+    CheckpointOptions,
+    MemoryOptions,
+    WatchingOptions,
+    LayerOptions,
+):
+    """One stage's training run."""
+
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     """Its settings."""
     learning_rate: Schedule = field(default_factory=WarmupPlateau)
@@ -68,53 +180,6 @@ class TrainConfig:
     """Decay of the averaged weights that are exported."""
     ema_every: int = 25
     """Optimizer steps between two updates of the averaged weights (25 for the paper's transformer, 1 for its dVAE)."""
-    precision: Precision = "fp32"
-    """fp32; autocast: bfloat16 arithmetic on float32 weights and identity path; bf16 and fp16: weights of half
-    precision with float32 masters and float32 accumulation (ZeRO ≥ 1), fp16 with a dynamic loss scale; autocast-fp16:
-    float16 arithmetic in the residual branches, everything else float32 (transformer)."""
-    zero_stage: int = 0
-    """DeepSpeed ZeRO stage, 0 to 3."""
-    offload: Offload = "none"
-    """What is kept and updated in the CPU's memory: the optimizer (ZeRO ≥ 1), or the parameters too (ZeRO 3)."""
-    activation_checkpointing: bool = False
-    """Recompute each block's activations in the backward pass: less memory, about a third more time (transformer)."""
-    compile: bool = False
-    """Compile the layers: faster steps after a minute or so, more where they are small (transformer)."""
-    gradient_scaling: GradientScaling = "none"
-    """per-resblock: the paper's gradient scale for each residual branch (autocast-fp16, ZeRO 0 or 1)."""
-    powersgd_rank: int = 0
-    """Rank of the factors as which matrix gradients cross the ranks (ZeRO 0 or 1); 0 for whole gradients."""
-    seed: int = 0
-    """Of the weights, the sample order, the augmentation and the noise."""
-    log_every: int = 20
-    """Steps between two lines of metrics."""
-    validate_every: int = 0
-    """Steps between two validations; 0 for the end only."""
-    validation_samples: int | None = None
-    """Validation samples that are measured, chosen by chance but always the same; None for all."""
-    sample_every: int = 0
-    """Steps between two sample pictures; 0 for the end only."""
-    checkpoint_every: int = 500
-    """Steps between two checkpoints; the last step and an interruption save one too."""
-    keep_last: int = 2
-    """Newest checkpoints that are kept."""
-    keep_every: int = 0
-    """Checkpoints whose step is a multiple of it are kept for good; 0 for none."""
-    workers: int = 1
-    """Processes that read and augment, per rank."""
-    max_bad_fraction: float = 0.01
-    """Training stops when more than this fraction of the samples read is unusable."""
-    max_skipped_steps: int = 20
-    """Training stops when more than this many steps in a row are skipped because a loss or gradient is not finite."""
-    preset: str | None = None
-    """Name of a DeepSpeed configuration that comes with the program; `deepspeed_config` is merged over it."""
-    deepspeed_config: Path | None = None
-    """A DeepSpeed JSON of the user's, merged over what is derived here."""
-    peak_tflops: float | None = None
-    """What the device of a rank can do at best, TFLOP/s, with which model FLOP/s are compared; None for what is known
-    of common GPUs, and measured on a CPU."""
-    wandb: str | None = None
-    """Project of Weights & Biases to log to as well, if that is installed."""
     said: tuple[str, ...] = ()
     """Names of the fields that the user gave, in options, a preset or a DeepSpeed JSON; the recipe said all others."""
 

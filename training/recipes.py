@@ -44,7 +44,17 @@ class DVAERecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TransformerRecipe:
+class TransformerOptions:
+    """How the transformer is trained."""
+
+    null_caption_probability: float = 0.0
+    """Fraction of captions replaced by the empty one, which guidance needs, such as 0.1; none in the paper."""
+    init_scale: float = 1.0
+    """Factor of the standard deviations of the first weights; 1 for the paper's. A resumed run ignores it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerRecipe(TransformerOptions):
     """The second stage. Defaults: B of the paper."""
 
     model: DALLEConfig = field(default_factory=DALLEConfig)
@@ -53,8 +63,6 @@ class TransformerRecipe:
     """The run."""
     bpe_dropout: float = 0.1
     """Probability of leaving out a merge, in training only."""
-    null_caption_probability: float = 0.0
-    """Fraction of captions replaced by the empty one, which guidance needs; off in the paper."""
     sampling: SamplingDefaults = field(default_factory=SamplingDefaults)
     """How its bundles are sampled and ranked unless told otherwise: kept in the transformer's metadata."""
     first_captions: int = 0
@@ -63,8 +71,6 @@ class TransformerRecipe:
     learnt from these sooner."""
     first_share: float = 0.4
     """Share of the steps, in [0, 1]."""
-    init_scale: float = 1.0
-    """Factor of the first weights' standard deviations; 1 as in the Sparse Transformer. See `DALLE.initialise`."""
     init_from_codebook: bool = False
     """Whether image tokens that look alike begin alike; not in the paper. See `DALLE.initialise_from_codebook`."""
 
@@ -79,15 +85,22 @@ class TransformerRecipe:
 
 
 @dataclass(frozen=True, kw_only=True)
-class CLIPRecipe:
+class CLIPOptions:
+    """How CLIP is trained."""
+
+    hard_negatives: int = 0
+    """Wrong captions per picture, made of its own by exchanging or replacing words, as further negatives. The text
+    tower reads them all: 3 make its work four times as large."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class CLIPRecipe(CLIPOptions):
     """The reranker. Defaults: ViT-B/32 of the CLIP paper."""
 
     model: CLIPConfig = field(default_factory=CLIPConfig)
     """The two towers; `vocab_size` is taken from the captions."""
     train: TrainConfig
     """The run."""
-    hard_negatives: int = 0
-    """Wrong captions made of each picture's own, for the picture to be told from; none in the CLIP paper."""
     wrong_captions: Source = "words"
     """How they are made: words, of any English captions by exchanging listed words; world, of the built-in world's."""
     paraphrases: bool = False
@@ -126,24 +139,6 @@ class Recipe:
     dvae: DVAERecipe
     transformer: TransformerRecipe
     clip: CLIPRecipe
-
-    def with_seed(self, seed: int) -> "Recipe":
-        """Return the recipe with one seed for all stages.
-
-        Raises:
-            ValueError: the seed is below 0.
-        """
-
-        def seeded(train: TrainConfig) -> TrainConfig:
-            return dataclasses.replace(train, seed=seed)
-
-        dvae, clip = self.dvae, self.clip
-        return dataclasses.replace(
-            self,
-            dvae=dataclasses.replace(dvae, train=seeded(dvae.train), warmup=dvae.warmup and seeded(dvae.warmup)),
-            transformer=dataclasses.replace(self.transformer, train=seeded(self.transformer.train)),
-            clip=dataclasses.replace(clip, train=seeded(clip.train), warmup=clip.warmup and seeded(clip.warmup)),
-        )
 
 
 CLIP_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, gradient_clipping=0.0)

@@ -23,13 +23,18 @@ class Cosine:
         if self.steps < 1:
             raise ValueError(f"a cosine schedule needs at least 1 step, got {self.steps}")
 
+    @property
+    def peak(self) -> float:
+        """The highest value."""
+        return max(self.start, self.end)
+
     def stretched(self, factor: float) -> Self:
         """Return the schedule over `factor` times as many steps."""
         return replace(self, steps=max(1, round(self.steps * factor)))
 
     def with_peak(self, peak: float) -> Self:
         """Return the schedule with another value at its highest point, and all others in proportion."""
-        factor = peak / max(self.start, self.end)
+        factor = peak / self.peak
         return replace(self, start=self.start * factor, end=self.end * factor)
 
     def at(self, step: int) -> float:

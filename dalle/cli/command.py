@@ -3,12 +3,16 @@
 Importing it does not import torch, so that commands without models answer at once.
 """
 
+import dataclasses
+import shutil
 import sys
+import textwrap
 import traceback
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_args, get_origin
 
 import tyro
+from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from dalle.cli.terminal import error_line, is_out_of_memory, set_up_logging
 from dalle.output.progress import printable
@@ -17,40 +21,105 @@ if TYPE_CHECKING:
     import torch
 
 
-def run_program(
-    commands: Any,
-    run: Callable[[Any], None],
-    argv: Sequence[str] | None = None,
-    *,
-    prog: str,
-    description: str,
-) -> int:
-    """Parse a command line and run the command; `--debug` anywhere shows tracebacks.
+MAX_WIDTH = 100
+"""Characters of a line of a command's description."""
+
+
+class Command(Protocol):
+    """A command line that was read."""
+
+    def run(self) -> None:
+        """Do what it says."""
+
+
+def run_program(read: Callable[[list[str]], Command], argv: Sequence[str] | None = None) -> int:
+    """Read a command line and run its command; `--debug` anywhere shows tracebacks.
 
     Args:
-        commands: a union of dataclasses, one per verb, as tyro reads it.
-        run: does what the parsed dataclass says.
+        read: returns the command that the arguments say, mostly by `parse`.
         argv: the arguments; by default those of the process.
-        prog: the name of the program.
-        description: the first lines of its help.
 
     Returns:
         The exit code: 0, or 1 after any error, also one of usage.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    debug = "--debug" in arguments
-    arguments = [argument for argument in arguments if argument != "--debug"]
     try:
-        command = tyro.cli(
-            commands,
-            args=arguments,
-            prog=prog,
-            description=f"{description} Add --debug to see the traceback of an error.",
-            config=(tyro.conf.FlagCreatePairsOff,),
-        )
+        return run_command(lambda: read(arguments).run(), debug="--debug" in arguments)
     except SystemExit as stop:  # help, or a usage error that tyro has explained on stderr
         return 1 if stop.code else 0
-    return run_command(lambda: run(command), debug=debug)
+
+
+def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:
+    """Return what the arguments say, as an instance of a dataclass or of one of a union of them, one per verb.
+
+    Args:
+        kind: the dataclass or union, as tyro reads it.
+        arguments: of the command line; --debug is left out.
+        prog: the name of the program, with the verb.
+        description: the first lines of its help.
+        default: an instance whose values are the defaults; by default those of the dataclass.
+
+    Raises:
+        SystemExit: after help, code 0; after an error of usage, which is explained on stderr, code 2.
+    """
+    return tyro.cli(
+        kind,
+        args=[argument for argument in arguments if argument != "--debug"],
+        prog=prog,
+        description=_wrapped(description),
+        default=tyro.MISSING_NONPROP if default is None else default,
+        config=(tyro.conf.DisallowNone,),
+        registry=_registry(),
+    )
+
+
+def _wrapped(text: str) -> str:
+    """Return a text in lines for the terminal; they begin with a space because tyro joins those that do not."""
+    width = min(shutil.get_terminal_size().columns, MAX_WIDTH)
+    return textwrap.fill(
+        " ".join(text.split()), width, initial_indent=" ", subsequent_indent=" ", break_on_hyphens=False
+    )
+
+
+def _registry() -> ConstructorRegistry:
+    """Return tyro's rule for dataclasses with our words: see `_in_our_words`."""
+    registry = ConstructorRegistry()
+    inside = False
+
+    @registry.struct_rule
+    def of_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+        nonlocal inside
+        if inside or not dataclasses.is_dataclass(info.type):
+            return None
+        inside = True  # so that tyro's own rule is asked
+        try:
+            spec = ConstructorRegistry.get_struct_spec(info)
+        finally:
+            inside = False
+        assert isinstance(spec, StructConstructorSpec)
+        return dataclasses.replace(spec, fields=tuple(map(_in_our_words, spec.fields)))
+
+    return registry
+
+
+def _in_our_words(field: StructFieldSpec) -> StructFieldSpec:
+    """Return an option whose help is one paragraph, without a default of None, () or False; "PATH ..." for many."""
+    kind, *own = get_args(field.type) if get_origin(field.type) is Annotated else [field.type]
+    words: dict[str, Any] = {}
+    if field.default is None or field.default is False or field.default == ():
+        words["help_behavior_hint"] = ""
+    if get_origin(kind) in (tuple, Sequence):
+        words["metavar"] = "PATH ..."
+    if field.default is None:
+        kind |= None
+
+    def in_a_paragraph() -> str | None:
+        text = field.helptext() if callable(field.helptext) else field.helptext
+        return None if text is None else " ".join(text.split())
+
+    # what the field says itself comes last, and goes before
+    annotated = Annotated[kind, tyro.conf.arg(**words), *own]  # type: ignore[valid-type]
+    return dataclasses.replace(field, type=annotated, helptext=in_a_paragraph)  # type: ignore[arg-type]
 
 
 def run_command(function: Callable[[], None], *, debug: bool = False) -> int:

@@ -6,9 +6,9 @@ Results go to files and stdout, messages to stderr. An error that the user cause
 from collections.abc import Sequence
 from typing import Annotated
 
-from tyro.conf import subcommand
+from tyro.conf import FlagCreatePairsOff, subcommand
 
-from dalle.cli.command import run_program
+from dalle.cli.command import parse, run_program
 from dalle.cli.generate import Generate
 from dalle.cli.import_dvae import ImportDVAE
 from dalle.cli.rank import Rank
@@ -26,5 +26,9 @@ Commands = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run `dalle`; returns the exit code."""
-    description = "Generates pictures from captions; ranks, searches and reconstructs pictures."
-    return run_program(Commands, lambda command: command.run(), argv, prog="dalle", description=description)
+    description = (
+        "Generates pictures from captions; ranks, searches and reconstructs pictures. "
+        "Add --debug to see the traceback of an error."
+    )
+    kinds = FlagCreatePairsOff[Commands]
+    return run_program(lambda arguments: parse(kinds, arguments, prog="dalle", description=description), argv)

@@ -29,6 +29,7 @@ PRELOADED = [
     "deepspeed.runtime.zero.muon.muon_optimizer",
     "torch.utils.tensorboard",
     "training.cli.main",
+    "training.cli.train",
     "jobs",
 ]
 Injection = Callable[[int], None]

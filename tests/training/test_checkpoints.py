@@ -19,6 +19,8 @@ from support.engines import Bomb, Objective, config, data, engine_of, train
 from support.runs import NewRun, Run, send
 
 import training.cli.main
+import training.cli.train
+import training.ranks.job
 from training.config import OptimizerConfig
 from training.engine.checkpoints import digest_of, latest_tag, read_manifest, resumable_tags, write_manifest
 from training.engine.optimizer import settings_of
@@ -522,8 +524,8 @@ def test_the_command_line_has_the_options_of_keeping_and_resuming(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[tuple[Any, Inputs]] = []
-    monkeypatch.setattr(training.cli.main, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
-    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.cli.train, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
+    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
     command = ["clip", "demo", "--data", str(shards), "--out", str(tmp_path)]
     options = ["--keep-last", "3", "--keep-every", "500", "--resume-from", TAGS[0], "--resume"]
     assert training.cli.main.main([*command, *options]) == 0

@@ -20,7 +20,9 @@ from support.ranks import on_ranks
 from support.tiny import write_tar
 from torch import Tensor
 
+import training.cli.data
 import training.cli.main
+import training.ranks.job
 import training.recipes
 from dalle.cli.terminal import set_up_logging
 from dalle.data.reader import Sample, ShardData
@@ -46,7 +48,7 @@ N_CORRUPT = 200
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
 
 
 def world_members(numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> list[tuple[str, bytes]]:
@@ -245,7 +247,7 @@ def test_two_ranks_share_unequal_shards_and_none_waits(tmp_path: Path, workers: 
 
 
 def fail_on_rank(_: World, shards: Path, out: Path) -> str:
-    with training.cli.main._world() as (world, report):
+    with training.ranks.job.joined() as (world, report):
         recipe = tiny.recipe(steps=8, global_batch=8, max_bad_fraction=0.1)
         train_clip(recipe, Inputs(data=[shards], out=out), world, report)
     return "done"
@@ -366,7 +368,7 @@ def test_no_shard_name_is_a_command(
         "duplicates": ["duplicates", "--clip", "dvae", "--out", "out"],
     }[command]
     if command == "duplicates":
-        monkeypatch.setattr(training.cli.main.CLIP, "load", lambda path: torch.nn.Identity())
+        monkeypatch.setattr(training.cli.data.CLIP, "load", lambda path: torch.nn.Identity())
     assert training.cli.main.main([*options, "--data", name]) == 1
     assert "is a URL or a command: shards are read from local files only" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()

@@ -22,6 +22,7 @@ from support import tiny
 from support.tiny import write_tar
 
 import training.cli.main
+import training.ranks.job
 import training.recipes
 import training.stages.all
 import training.stages.encode
@@ -50,7 +51,7 @@ CROPS, SEED = 3, 5
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
 
 
 def run(*arguments: object) -> int:

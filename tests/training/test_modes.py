@@ -33,6 +33,7 @@ from dalle.sampling import Sampling, sample
 from dalle.stream import text_row
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
+from training.cli.options import changed_run
 from training.config import OptimizerConfig, TrainConfig
 from training.engine.deepspeed_config import PRESETS, preset_path, resolve, with_files
 from training.engine.ema import EMA
@@ -193,9 +194,8 @@ def test_a_contradiction_names_both_sides(
 ) -> None:
     if content is not None:
         options = {**options, "deepspeed_config": user_json(tmp_path, content)}
-    command = training.cli.main.TransformerCommand(recipe="tiny", data=("shards",), out=tmp_path, **options)
     with pytest.raises(ValueError, match=message):
-        command.override(config())
+        changed_run(config(), options)
 
 
 def test_a_json_may_change_what_the_recipe_says_and_a_line_tells_each_change(tmp_path: Path) -> None:
@@ -247,18 +247,13 @@ def test_engine_log_and_config_json_have_the_precision_and_stage_of_a_preset(
 
 def test_what_a_preset_makes_possible_is_not_refused_for_the_recipe_that_it_replaces() -> None:
     recipe = config(precision="bf16", zero_stage=2)
-    command = training.cli.main.TransformerCommand(
-        recipe="tiny", data=("shards",), out=Path("out"), preset="autocast", powersgd_rank=64
-    )
-    changed, _ = with_files(command.override(recipe))
+    changed, _ = with_files(changed_run(recipe, {"preset": "autocast", "powersgd_rank": 64}))
     assert (changed.precision, changed.zero_stage, changed.powersgd_rank) == ("autocast", 0, 64)
 
 
 def test_options_that_agree_with_a_preset_are_no_contradiction() -> None:
-    command = training.cli.main.TransformerCommand(
-        recipe="tiny", data=("shards",), out=Path("out"), preset="zero2-bf16", precision="bf16", zero_stage=2
-    )
-    changed, _ = with_files(command.override(config()))
+    options = {"preset": "zero2-bf16", "precision": "bf16", "zero_stage": 2}
+    changed, _ = with_files(changed_run(config(), options))
     assert (changed.precision, changed.zero_stage) == ("bf16", 2)
 
 

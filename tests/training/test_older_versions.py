@@ -12,6 +12,7 @@ from support import tiny
 
 import training.cli.main
 import training.plan.machine
+import training.ranks.job
 import training.recipes
 from dalle.pipeline import Pipeline
 from training.metrics import read_metrics
@@ -35,7 +36,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
     return Path("v0.1")
 
 

@@ -16,10 +16,11 @@ from training.engine.deepspeed_config import MAX_BUCKET
 from training.plan.activations import Activations, activations
 from training.plan.flops import flops_per_sample, training_flops
 from training.plan.memory_model import Memory, Run, host_peak, moments, peak, training_peak
+from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
 from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.text import text
-from training.plan.types import GIB, RESERVED_FRACTION, Plan, PlanOptions
+from training.plan.types import GIB, RESERVED_FRACTION, Plan
 from training.recipes import recipe
 
 

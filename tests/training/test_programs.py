@@ -12,8 +12,10 @@ from PIL import Image
 from support import tiny
 
 import training.cli.main
+import training.cli.train
 import training.demo.demo
 import training.plan.machine
+import training.ranks.job
 import training.recipes
 import training.stages.program
 from dalle.data.reader import ShardData
@@ -30,10 +32,10 @@ from training.demo.demo import run_demo
 from training.engine.checkpoints import latest_tag
 from training.metrics import MetricLog, read_metrics
 from training.plan.flops import flops_per_sample
+from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
 from training.plan.state import state_bytes
 from training.plan.text import text as plan_text
-from training.plan.types import PlanOptions
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
@@ -65,7 +67,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, of this process alone, which keeps its process group: DeepSpeed cannot join a second."""
     monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.cli.main, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
 
 
 def run(*arguments: object) -> int:
@@ -121,7 +123,7 @@ def test_the_command_line_says_how_many_hard_negatives(tmp_path: Path, shards: P
 def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, shards: Path) -> None:
     shutil.rmtree(bundle_copy / "training" / "transformer")
     options = ["--steps", 2, "--global-batch", 6, "--micro-batch", 3, "--seed", 5, "--log-every", 2, "--workers", 1]
-    more = ["--null-caption-probability", 0.1, "--activation-checkpointing", "True", "--zero-stage", 1]
+    more = ["--null-caption-probability", 0.1, "--activation-checkpointing", "--zero-stage", 1]
     command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, *options, *more]
     assert run(*command, "--precision", "bf16") == 0
     record = json.loads((bundle_copy / "training" / "transformer" / "config.json").read_text())["training"]
@@ -244,7 +246,7 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     given: list[Recipe] = []
-    monkeypatch.setattr(training.cli.main, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
+    monkeypatch.setattr(training.cli.train, "train_dvae", lambda chosen, *_, **__: given.append(chosen))
     for steps in (50, 400):
         assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
         before, after = recipe("demo").dvae, given[-1].dvae
@@ -285,7 +287,7 @@ def test_an_interrupted_training_ends_with_0_because_the_same_command_goes_on(
     def interrupted(*_: object, **__: object) -> None:
         raise Interrupted("stopped at step 3: the same command goes on from there")
 
-    monkeypatch.setattr(training.cli.main, "train_clip", interrupted)
+    monkeypatch.setattr(training.cli.train, "train_clip", interrupted)
     assert run("clip", "tiny", "--data", shards, "--out", tmp_path) == 0
     assert "the same command goes on" in capsys.readouterr().err
 
@@ -402,15 +404,6 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
     before, after = DVAE.load(bundle / "dvae").state_dict(), DVAE.load(tmp_path / "dvae").state_dict()
     distances = [float(((before[name] - after[name]) / (1 + before[name].abs())).abs().max()) for name in before]
     assert 0 < max(distances) < 0.01
-
-
-def test_one_seed_goes_to_all_stages_of_a_recipe() -> None:
-    seeded = recipe("demo").with_seed(3)
-    warmups = [seeded.dvae.warmup, seeded.clip.warmup]
-    trains = [seeded.dvae.train, seeded.transformer.train, seeded.clip.train, *filter(None, warmups)]
-    assert len(trains) == 5
-    assert [train.seed for train in trains] == [3] * 5
-    assert seeded.with_seed(0) == recipe("demo")
 
 
 def test_only_recipes_of_the_built_in_world_have_hard_negatives() -> None:
@@ -679,7 +672,7 @@ def test_train_configs_of_all_recipes_share_their_batch_among_8_ranks_or_2_cores
 @pytest.mark.slow
 def test_compiled_training_is_training(bundle_copy: Path, shards: Path) -> None:
     losses = []
-    for extra in ([], ["--compile", "True"]):
+    for extra in ([], ["--compile"]):
         shutil.rmtree(bundle_copy / "training" / "transformer", ignore_errors=True)
         command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, "--steps", 3, "--log-every", 1]
         assert run(*command, "--fresh", *extra) == 0

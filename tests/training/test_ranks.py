@@ -17,6 +17,7 @@ from support.engines import Objective, config, data, engine_of
 from support.ranks import launch, losses_of, on_ranks, transformer_command
 
 import training.cli.main
+import training.ranks.job
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP
@@ -223,7 +224,7 @@ def fail_alone(world: World, shards: Path, out: Path) -> None:
         return original(self, batch, step)
 
     CLIPStage.loss = loss  # type: ignore[method-assign]
-    with training.cli.main._world():
+    with training.ranks.job.joined():
         train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
 
 
@@ -259,7 +260,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, sha
 def losses_of_one(untrained: Path) -> list[float]:
     bundle = shutil.copytree(untrained / "bundle", untrained / "one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.cli.main, "leave_world", lambda **_: None)
+        patch.setattr(training.ranks.job, "leave_world", lambda **_: None)
         assert training.cli.main.main(transformer_command(untrained, bundle, 0)) == 0
     return losses_of(bundle)
 

@@ -197,8 +197,7 @@ def test_ctrl_c_ends_watching_quietly(folder: NewFolder, monkeypatch: pytest.Mon
 def test_status_does_not_wait_for_torch(folder: NewFolder) -> None:
     run = folder("läuft").config().lines(40)
     program = (
-        "import sys; from training.cli.start import main\n"
-        "code = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
+        "import sys; from training.cli.main import main\ncode = main(sys.argv[1:]); print(code, 'torch' in sys.modules)"
     )
     environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
     done = subprocess.run(

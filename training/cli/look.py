@@ -1,52 +1,131 @@
-"""The commands that only read what runs have written: status and report. They answer without torch."""
+"""The commands of `dalle-train` that look at something: evaluate, status, report, plan, presets.
 
+What needs torch is imported by the command that needs it: status and report answer without.
+"""
+
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import tyro
 
+from dalle.cli.command import parse, resolve_device
+from dalle.cli.options import Device
+from training.plan.options import PlanOptions
 from training.report.report import write_report
 from training.report.status import show_status
 
-PROGRAM = "dalle-train"
-DESCRIPTION = "Train every part of a bundle: tokenizer, dVAE, transformer and CLIP."
+RunPath = Annotated[
+    Path,
+    tyro.conf.Positional,
+    tyro.conf.arg(
+        metavar="RUN",
+        help="Directory of a run, such as runs/mine/training/transformer, of a bundle, or of several of those.",
+    ),
+]
 
 
 @dataclass(frozen=True, kw_only=True)
 class StatusCommand:
     """Show how a run is going: state, losses, validation, speed, checkpoints. Only reads what the run has written."""
 
-    run: tyro.conf.Positional[Path]
-    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
+    path: RunPath
     watch: float | None = None
-    """Show it again every so many seconds, until all runs there have ended, or Ctrl-C."""
+    """Seconds after which to show it again, until all runs there have ended, or Ctrl-C; by default it is shown once."""
+
+    def run(self) -> None:
+        """Show it."""
+        show_status(self.path, watch_s=self.watch)
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReportCommand:
     """Write a run as one HTML page with curves and pictures, which needs no network and runs no script."""
 
-    run: tyro.conf.Positional[Path]
-    """A run's directory, such as runs/mine/training/transformer, a bundle's, or a folder of those."""
+    path: RunPath
     out: Path | None = None
-    """The file; RUN/report.html if not given."""
+    """File to write; by default RUN/report.html."""
+
+    def run(self) -> None:
+        """Write it."""
+        print(write_report(self.path, self.out))
 
 
-Command = (
-    Annotated[StatusCommand, tyro.conf.subcommand("status")] | Annotated[ReportCommand, tyro.conf.subcommand("report")]
-)
+@dataclass(frozen=True, kw_only=True)
+class EvaluateCommand:
+    """Measure a bundle on captioned pictures it was not trained on, and sample a sheet."""
+
+    bundle: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
+    """Directory of the bundle."""
+    data: tuple[str, ...]
+    """Shards to measure on."""
+    captions: int = 5
+    """Captions of these shards to sample for the sheet."""
+    device: Device = "auto"
+
+    def run(self) -> None:
+        """Measure it."""
+        from dalle.data.reader import ShardData
+        from dalle.evaluation.bundle import evaluate_bundle
+        from training.metrics import to_stderr
+        from training.stages.exchanged_captions import measure_exchanged
+
+        data = ShardData.open(self.data, captions=True)
+        device = str(resolve_device(self.device))
+        n = self.captions
+        evaluate_bundle(self.bundle, data, to_stderr, n_captions=n, device=device, also=measure_exchanged)
 
 
-def read(command: StatusCommand | ReportCommand) -> None:
-    """Do what a command says that only reads.
+@dataclass(frozen=True, kw_only=True)
+class PlanCommand:
+    """Show what a recipe needs: parameters, arithmetic, bytes per GPU in every mode, time, and what to train with."""
 
-    Raises:
-        FileNotFoundError: there is no run.
-        ValueError, OSError: as `show_status` and `write_report`.
-    """
-    match command:
-        case StatusCommand():
-            show_status(command.run, watch_s=command.watch)
-        case ReportCommand():
-            print(write_report(command.run, command.out))
+    recipe: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[RECIPE]")] = None
+    """Name of a recipe; by default all are listed."""
+    options: Annotated[PlanOptions, tyro.conf.arg(name="")]
+    json: Annotated[bool, tyro.conf.FlagCreatePairsOff] = False
+    """Print it as JSON, sizes in bytes."""
+
+    def run(self) -> None:
+        """Print it."""
+        from training.plan.plan import make_plan
+        from training.plan.text import recipe_list, text
+        from training.recipes import recipe
+
+        if self.recipe is None:
+            print(recipe_list())
+            return
+        made = make_plan(recipe(self.recipe), self.options)
+        print(made.as_json() if self.json else text(made))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PresetsCommand:
+    """List the DeepSpeed configurations that --preset takes, or print one to be copied and changed."""
+
+    name: Annotated[str | None, tyro.conf.Positional, tyro.conf.arg(metavar="[NAME]")] = None
+    """Name of a preset; by default all are listed."""
+
+    def run(self) -> None:
+        """Print them, or one."""
+        from training.engine.deepspeed_config import preset_list, preset_path
+
+        print(preset_list() if self.name is None else preset_path(self.name).read_text().rstrip())
+
+
+Command = EvaluateCommand | StatusCommand | ReportCommand | PlanCommand | PresetsCommand
+COMMANDS: dict[str, type[Command]] = {
+    "evaluate": EvaluateCommand,
+    "status": StatusCommand,
+    "report": ReportCommand,
+    "plan": PlanCommand,
+    "presets": PresetsCommand,
+}
+
+
+def read(verb: str, arguments: Sequence[str]) -> Command:
+    """Return the command that the arguments after the verb say."""
+    kind = COMMANDS[verb]
+    command: Command = parse(kind, arguments, prog=f"dalle-train {verb}", description=kind.__doc__ or "")
+    return command

@@ -86,25 +86,32 @@ def is_boilerplate(caption: str) -> bool:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardFilter:
+class FilterOptions:
+    """Limits of the captioned pictures to keep."""
+
+    min_caption_chars: int = 1
+    """Captions of fewer characters are left out."""
+    max_caption_chars: int | None = None
+    """Captions of more characters are left out; by default none, since the tokenizer cuts them."""
+    min_caption_words: int = 1
+    """Captions of fewer words are left out; words are what spaces separate."""
+    max_caption_words: int | None = None
+    """Captions of more words are left out; by default none."""
+    drop_boilerplate: bool = False
+    """Leave out captions such as "photographed on 3 March 2019" or "stock photo", with hardly a word besides."""
+    min_side: int = 1
+    """Pictures with a side of fewer pixels are left out, as are those that are too small to open."""
+    max_aspect_ratio: float | None = None
+    """Pictures whose longer side is more than this times the shorter are left out; by default none. The paper's is
+    2."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardFilter(FilterOptions):
     """Selects the pictures to keep; `ShardFilter.of_the_paper` has the paper's filters."""
 
     need_captions: bool = True
     """Leave out pictures without a caption; a dVAE can be trained on them, too."""
-    min_caption_chars: int = 1
-    """Shorter captions are left out."""
-    max_caption_chars: int | None = None
-    """Longer captions are left out; None keeps them all (the tokenizer cuts them)."""
-    min_caption_words: int = 1
-    """Captions of fewer words are left out; words are what spaces separate."""
-    max_caption_words: int | None = None
-    """Captions of more words are left out; None keeps them all."""
-    drop_boilerplate: bool = False
-    """Leave out captions that are mostly boilerplate, as `is_boilerplate` finds."""
-    min_side: int = 1
-    """Pixels; pictures with a shorter side are left out, as are those that `open_image` finds too small."""
-    max_aspect_ratio: float | None = None
-    """Longer ÷ shorter side; pictures above it are left out. None keeps them all; the paper's is 2."""
     check: bool = True
     """Decode every picture; without, those that cannot be decoded are found in training only."""
 

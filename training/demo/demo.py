@@ -7,7 +7,7 @@ also for combinations never trained.
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dalle.data.reader import ShardData
@@ -57,6 +57,7 @@ def run_demo(
     *,
     fresh: bool = False,
     plan: MachinePlan | None = None,
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Make the world, train everything on it, and write bundle, sheet and table to `out`; what is there is reused.
 
@@ -68,6 +69,7 @@ def run_demo(
         fresh: make everything anew.
         plan: which stages are trained side by side, in child processes; None, or one without phases, for one at a
             time, in this process.
+        options: of the command of each stage, by its name, which say what `recipe` says besides its name.
 
     Raises:
         ValueError: there is more than one rank.
@@ -91,7 +93,7 @@ def run_demo(
     time_left.end("world")
     inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
     if plan.phases:
-        run_phases(recipe, inputs, plan, time_left, report, options=("--seed", str(recipe.transformer.train.seed)))
+        run_phases(recipe, inputs, plan, time_left, report, options=options)
     else:
         _train_here(recipe, inputs, place, report, time_left, begin)
     begin("samples", "sampling, reranking and checking")

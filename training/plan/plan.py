@@ -18,8 +18,9 @@ from training.engine.muon import block_matrices
 from training.plan.advice import advice, divisors, recommended
 from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
 from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
+from training.plan.options import PlanOptions
 from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
-from training.plan.types import GIB, RESERVED_FRACTION, ModePlan, OtherStage, Plan, PlanOptions
+from training.plan.types import GIB, RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
 
 MAX_SAMPLES = 32

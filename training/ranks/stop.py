@@ -14,6 +14,18 @@ class Interrupted(Exception):  # noqa: N818  # not an error
     """The program was asked to stop. Its work is saved, and the same command resumes from there."""
 
 
+class Ended(Exception):  # noqa: N818  # not an error
+    """A supervisor has run the whole command as child processes.
+
+    Args:
+        code: exit code of the last one.
+    """
+
+    def __init__(self, code: int) -> None:
+        super().__init__(code)
+        self.code = code
+
+
 class SignalHandler:
     """A context in which a function handles SIGINT and SIGTERM, called with the signal's number."""
 

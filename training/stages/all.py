@@ -4,7 +4,7 @@ A bundle is one directory: tokenizer.json, dvae/, dalle/ and clip/ for use, and 
 them.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dalle.evaluation.bundle import evaluate_bundle
@@ -67,7 +67,7 @@ def train_all_side_by_side(
     say: Report,
     *,
     encode_crops: int | None = None,
-    options: Sequence[str] = (),
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Train as `train_all` does, in child processes as the plan says; results are equal but for rounding.
 
@@ -77,7 +77,7 @@ def train_all_side_by_side(
         plan: has phases.
         say: told how far it is.
         encode_crops: as for `train_all`.
-        options: more options of the neural stages' commands, besides those of `inputs`.
+        options: more options of each neural stage's command, by its name, besides those of `inputs`.
 
     Raises:
         ValueError: encode_crops is below 1.
@@ -114,20 +114,20 @@ def run_phases(
     say: Report,
     *,
     encode_crops: int | None = None,
-    options: Sequence[str] = (),
+    options: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
     """Train all stages in child processes; arguments and errors as those of `train_all_side_by_side`."""
     for shares in plan.phases:
         beside = ", beside ".join(str(share) for share in shares)
         say(f"\n{beside} ({time_left})")
-        jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options)]
+        jobs = [job for share in shares for job in _jobs(recipe, inputs, share, encode_crops, options or {})]
         run_jobs(jobs, time_left, say)
         for share in shares:
             time_left.end(share.stage)  # a stage that was there has no job
 
 
 def _jobs(
-    recipe: Recipe, inputs: Inputs, share: Share, encode_crops: int | None, options: Sequence[str]
+    recipe: Recipe, inputs: Inputs, share: Share, encode_crops: int | None, options: Mapping[str, Sequence[str]]
 ) -> Iterator[Job]:
     """Yield the commands of a stage; none for a tokenizer that exists."""
 
@@ -150,7 +150,7 @@ def _jobs(
                 yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)
         case stage:
             images = encoded_inputs(inputs) if stage == "transformer" and encode_crops is not None else inputs
-            yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options)
+            yield job(stage, stage, recipe.name, *_arguments(images, inputs.out), *options.get(stage, ()))
 
 
 def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator[object]:

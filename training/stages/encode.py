@@ -47,31 +47,32 @@ from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import MAX_WAIT, World, on_first_rank
+from training.stages.inputs import ShardOptions
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class EncodeConfig:
+class EncodeOptions:
     """Options of encoding."""
 
     crops: int = 4
     """Random crops of each picture, besides the centre crop; 0 makes shards that only validation can use."""
     seed: int = 0
-    """Of the random crops."""
+    """Seed of the random crops."""
     batch_size: int = 16
     """Crops that the dVAE encodes at once."""
     workers: int = 1
-    """Processes that read and crop, per rank."""
+    """Processes that read and crop, per rank; 0 reads in the encoding process."""
     max_bad_fraction: float = 0.01
-    """Encoding stops when more than this fraction of the pictures is unusable."""
+    """Fraction of unusable pictures above which encoding stops."""
     fresh: bool = False
-    """Encode anew over existing shards of tokens."""
-    skip_damaged_shards: bool = False
-    """Use the whole samples of truncated shards, and leave out unreadable ones."""
-    manifest: Path | None = None
-    """Folder of the manifest of the shards of pictures: samples that they have lost are unusable, changed bytes are
-    noticed."""
+    """Encode anew, over shards of image tokens that are there."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncodeConfig(EncodeOptions, ShardOptions):
+    """The options, checked, and how the shards of pictures are read."""
 
     def __post_init__(self) -> None:
         for name, least in (("crops", 0), ("seed", 0), ("batch_size", 1), ("workers", 0)):

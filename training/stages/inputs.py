@@ -20,27 +20,52 @@ logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Inputs:
-    """What every stage is given."""
+class BundleOptions:
+    """Shards to train on, and the bundle to make."""
 
     data: Sequence[str | Path]
-    """Shards to train on: files, folders, globs or brace ranges."""
-    validation: Sequence[str | Path] = ()
-    """Shards to validate on."""
+    """Shards to train on: files, folders, globs or brace ranges such as shards/{000000..000099}.tar."""
     out: Path
-    """The bundle's directory."""
+    """Directory of the bundle: tokenizer.json, dvae/, dalle/ and clip/ for use, training/ with the runs behind them."""
     fresh: bool = False
-    """Start anew although there is a checkpoint."""
-    resume: bool = False
-    """Go on from a checkpoint: there must be one."""
-    resume_from: str | None = None
-    """The checkpoint to go back to, such as step00000500; None for the newest."""
+    """Start anew, over what is there; without it, a run resumes from its newest checkpoint."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions:
+    """How to read shards that have changed or are damaged."""
+
+    manifest: Path | None = None
+    """Folder that `dalle-train check-data --out` wrote about the shards of --data. With it, samples that shards have
+    lost and bytes that have changed are noticed, and the order of all other samples stays."""
     skip_damaged_shards: bool = False
     """Use the whole samples of truncated shards instead of stopping."""
-    manifest: Path | None = None
-    """Folder that `dalle-train check-data` wrote about the shards to train on."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ValidationShardOptions:
+    """Shards to validate on."""
+
+    validation: Sequence[str | Path] = ()
+    """Shards to validate on."""
     validation_manifest: Path | None = None
-    """The same about the shards to validate on."""
+    """Folder that `dalle-train check-data --out` wrote about the shards of --validation."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResumeOptions:
+    """The checkpoint to resume from."""
+
+    resume: bool = False
+    """Stop unless there is a checkpoint to resume from; without this option, a run that has none begins."""
+    resume_from: str | None = None
+    """Checkpoint to go back to, such as step00000500; by default the newest. Later ones are deleted when the run saves
+    again."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions):
+    """What every stage is given."""
 
     def __post_init__(self) -> None:
         if self.fresh and (self.resume or self.resume_from is not None):

@@ -1,6 +1,5 @@
 """Every precision, ZeRO stage and offloading."""
 
-import training.cli.main
 import training.loop.fit
 import training.recipes
 
