@@ -22,6 +22,8 @@ from typing import Any
 
 import torch
 
+from dalle.output.text import aligned
+
 ROOT = Path(__file__).parents[1]
 RESULTS = Path(__file__).parent / "results"
 MIB = 2**20
@@ -339,14 +341,8 @@ def figure(value: Cell) -> str:
 def text_table(table: Table) -> str:
     """Return a table as aligned text."""
     rows = [[figure(cell) for cell in row] for row in (table.columns, *table.rows)]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(table.columns))]
-    lines = [
-        "  ".join(
-            cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-        )
-        for row in rows
-    ]
-    return "\n".join([table.title, lines[0], "-" * len(lines[0]), *lines[1:]])
+    head, *lines = aligned(rows, "<>").splitlines()
+    return "\n".join([table.title, head, "-" * max(map(len, [head, *lines])), *lines])
 
 
 # ------------------------------------------------------------------------------------------------ programs

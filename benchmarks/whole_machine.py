@@ -18,12 +18,13 @@ from pathlib import Path
 
 import torch
 
+from dalle.output.text import aligned
 from dvae import DVAE
 from training.data.shards import write_shards
 from training.drawings.drawing import draw_world
-from training.metrics import read_metrics
 from training.ranks.side_by_side import Job, start_job
 from training.recipes import recipe
+from training.run_files import read_metrics
 from training.stages.inputs import Inputs
 from training.stages.tokenizer import train_tokenizer
 
@@ -74,7 +75,7 @@ def measured(folder: Path, chosen: Alternative, seconds: float, precision: str) 
 
     def moment() -> list[tuple[int, float, float]]:
         """Return the last step of every stage, when it was, and the most processor time of one of its ranks."""
-        lines = [read_metrics(out / "training" / stage / "metrics.jsonl") for stage, _, _ in chosen]
+        lines = [read_metrics(out / "training" / stage) for stage, _, _ in chosen]
         spent = [max(processor_s(child.process.pid) for child in of_stage) for of_stage in children]
         return [
             (line[-1]["step"], line[-1]["time"], s) if line else (0, 0.0, s)
@@ -124,13 +125,14 @@ def main() -> None:
                 found = measured(Path(folder), chosen, options.seconds, options.precision)
                 pairs = zip(found, best.get(chosen, found), strict=True)
                 best[chosen] = [(min(a[0], b[0]), min(a[1], b[1])) for a, b in pairs]
-    print(f"{'stage':<44} {'s/step':>8} {'processor s/step/rank':>22}")
+    rows = [["stage", "s/step", "processor s/step/rank"]]
     for chosen, found in best.items():
         for (stage, ranks, threads), (wall, processor) in zip(chosen, found, strict=True):
             beside = (
                 f", beside {' and '.join(name for name, _, _ in chosen if name != stage)}" if len(chosen) > 1 else ""
             )
-            print(f"{f'{stage} {ranks} × {threads}{beside}':<44} {wall:>8.3f} {processor:>22.3f}")
+            rows.append([f"{stage} {ranks} × {threads}{beside}", f"{wall:.3f}", f"{processor:.3f}"])
+    print(aligned(rows, "<>"))
 
 
 if __name__ == "__main__":

@@ -23,6 +23,7 @@ from torch import Tensor
 from dalle.data.reader import ShardData
 from dalle.loss import stream_loss
 from dalle.output.sheets import contact_sheet
+from dalle.output.text import aligned
 from dalle.pipeline import Pipeline
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 from dvae.metrics import code_usage, psnr, ssim
@@ -88,7 +89,7 @@ class Evaluation:
                 f"{self.retrieval:.1%} right of {self.retrieval_size} captions (chance {1 / self.retrieval_size:.1%})",
             ),
         ]
-        return "\n".join(f"  {name:<20} {value}" for name, value in rows)
+        return aligned(rows, indent=2)
 
 
 @dataclass(frozen=True, kw_only=True)

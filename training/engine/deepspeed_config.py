@@ -14,6 +14,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+from dalle.output.text import aligned
 from training.config import HALF_PRECISIONS, Offload, Precision, TrainConfig
 
 # DeepSpeed's documented top-level options that make sense here; anything else is probably a typing error.
@@ -77,9 +78,8 @@ PRESETS = Path(__file__).parent / "presets"
 def preset_list() -> str:
     """Return a line for each preset, with its name and purpose, and the folder."""
     paths = sorted(PRESETS.glob("*.json"))
-    width = max(len(path.stem) for path in paths)
-    lines = [f"{path.stem:<{width}}  {json.loads(path.read_text())['purpose']}" for path in paths]
-    return "\n".join([*lines, "", f"`dalle-train presets NAME` prints one; they are in {PRESETS}"])
+    table = aligned([(path.stem, json.loads(path.read_text())["purpose"]) for path in paths])
+    return "\n".join([table, "", f"`dalle-train presets NAME` prints one; they are in {PRESETS}"])
 
 
 def preset_path(name: str) -> Path:

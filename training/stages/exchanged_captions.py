@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.reader import ShardData
+from dalle.output.text import aligned
 from dalle.pipeline import Pipeline
 from dvae.images import to_tensor
 from rerank import CLIP
@@ -53,10 +54,10 @@ class ExchangedCaptions:
     def table(self) -> str:
         """Return the fractions as aligned lines."""
         title = f"CLIP prefers the true caption ({self.scenes} scenes a cell, chance 50%)"
-        lines = [f"{title:<64}" + "".join(f"{split:>10}" for split in SPLITS)]
+        rows = [[title, *SPLITS]]
         for kind, row in self.fractions.items():
-            lines.append(f"  {_MEANINGS[kind]:<62}" + "".join(f"{row[split]:>10.1%}" for split in SPLITS))
-        return "\n".join(lines)
+            rows.append([f"  {_MEANINGS[kind]}", *(f"{row[split]:.1%}" for split in SPLITS)])
+        return aligned(rows, "<>")
 
 
 def drawn_pictures(size: int) -> PictureSource:
