@@ -24,9 +24,9 @@ from typing import Any, get_args
 from benchmarks.measure import RESULTS, ROOT, commit, machine, say, versions
 from dalle.model import DALLE
 from training.config import OptimizerConfig, OptimizerKind
-from training.metrics import read_metrics
 from training.ranks.world import join_world
 from training.recipes import Recipe, recipe
+from training.run_files import read_metrics
 from training.stages.inputs import Inputs
 from training.stages.transformer import train_transformer
 
@@ -97,7 +97,7 @@ def measured(trial: Trial, arguments: argparse.Namespace) -> dict[str, list[floa
             chosen, inputs, join_world(), say, tokenizer=bundle / "tokenizer.json", dvae=bundle / "dvae"
         )
         tokens = chosen.transformer.train.global_batch * DALLE.load(directory).config.stream.length
-        return curve(read_metrics(inputs.run_directory("transformer") / "metrics.jsonl"), tokens)
+        return curve(read_metrics(inputs.run_directory("transformer")), tokens)
 
 
 def best_rate(runs: Sequence[dict[str, Any]]) -> float:

@@ -6,6 +6,8 @@ from functools import lru_cache
 
 import torch
 
+from storage.errors import reason_of
+
 logger = logging.getLogger(__name__)
 
 VARIANTS = 64
@@ -30,7 +32,7 @@ def _can_compile(device_type: str) -> bool:
             compiled = torch.compile(lambda x: (x.sin() + 1).sum())
             compiled(torch.ones(64, device=device_type))
     except Exception as error:  # torch documents no type for what a missing or broken compiler raises
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        reason = reason_of(error, 200)
         logger.warning("torch.compile does not work here (%s): nothing is compiled, which only costs speed", reason)
         return False
     return True

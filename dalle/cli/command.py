@@ -15,7 +15,7 @@ import tyro
 from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 from dalle.cli.terminal import error_line, is_out_of_memory, set_up_logging
-from dalle.output.progress import printable
+from dalle.output.text import printable
 
 if TYPE_CHECKING:
     import torch

@@ -3,6 +3,7 @@
 import dataclasses
 import logging
 import re
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +15,10 @@ from dalle.best_of_n import Request, Result
 from dalle.cli.command import resolve_device
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
 from dalle.data.bundle import Precision
-from dalle.output.progress import Progress, duration
+from dalle.output.progress import part_of, progress_bar
 from dalle.output.results import ResultWriter
 from dalle.output.sheets import Section, contact_sheet, save_png
+from dalle.output.text import duration
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking, Sampling, SamplingDefaults
 from dvae.images import open_image, to_image
@@ -178,7 +180,8 @@ class Generate:
         writer = ResultWriter(self.out)
         logger.info("sampling at %s", chosen)
         sections = []
-        with Progress("candidates") as progress:
+        started_at = time.monotonic()
+        with progress_bar("candidates") as progress:
             for i, request in enumerate(requests):
                 result = pipe.best(
                     request,
@@ -186,12 +189,12 @@ class Generate:
                     rank=chosen.rank,
                     prefix=prefix,
                     batch_size=batch_size,
-                    progress=progress.after(i * self.n, len(requests) * self.n),
+                    progress=part_of(progress, i * self.n, len(requests) * self.n),
                 )
                 writer.add(result, settings, pipe.hashes)
                 if i < SHEET_CAPTIONS:
                     sections.append(_section(result))
-            elapsed_s = progress.elapsed_s()
+        elapsed_s = time.monotonic() - started_at
         if len(requests) > SHEET_CAPTIONS:
             logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(requests))
         save_png(contact_sheet(sections, title=self._title(chosen)), self.out / "sheet.png")

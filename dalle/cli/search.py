@@ -12,7 +12,7 @@ from dalle.cli.features import folder_features
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Caption, Device, JSONLines, OwnCLIP, check_writable
 from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, thumbnail, write_ranking
 from dalle.cli.terminal import warn_of_skipped
-from dalle.output.progress import Progress
+from dalle.output.progress import progress_bar
 from dvae.images import open_image
 from rerank.score import embed_captions
 from storage.model_directory import directory_hash
@@ -44,8 +44,8 @@ class Search:
         check_writable(self.out)
         clip = load_clip(self.clip, self.bundle, self.device)
         clip_hash = directory_hash(self.clip or self.bundle / "clip")
-        with Progress("pictures") as progress:
-            found = folder_features(clip, clip_hash, self.folder, progress=progress.update)
+        with progress_bar("pictures") as progress:
+            found = folder_features(clip, clip_hash, self.folder, progress=progress)
         warn_of_skipped(found.unreadable)
         logger.info("%d pictures, %d of them new or changed", len(found.files), found.n_embedded)
         caption_E = embed_captions(clip, [self.caption])[0].cpu()

@@ -4,12 +4,15 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dalle.output.progress import CLEAR_LINE, printable
+from dalle.output.text import printable_line
+from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
 OUR_PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
 SHOWN_REASONS = 5
+CLEAR_LINE = "\r\x1b[K"
+"""Removes a progress line from a terminal."""
 
 
 def error_line(error: BaseException) -> str:
@@ -20,7 +23,7 @@ def error_line(error: BaseException) -> str:
         return f"not enough memory on the device, use a smaller batch size ({error})".split(". ")[0]
     if isinstance(error, OSError) and error.strerror is not None:
         return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
-    return " ".join(str(error).split()) or type(error).__name__
+    return reason_of(error)
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -35,7 +38,7 @@ class _StderrHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         prefix = "warning" if record.levelno >= logging.WARNING else "note"
         clear = CLEAR_LINE if sys.stderr.isatty() else ""
-        print(f"{clear}{prefix}: {printable(' '.join(record.getMessage().split()))}", file=sys.stderr)
+        print(f"{clear}{prefix}: {printable_line(record.getMessage())}", file=sys.stderr)
 
 
 def set_up_logging() -> None:

@@ -1,100 +1,78 @@
-"""How far a command is: one line on stderr with the speed and the time left."""
+"""Progress of a command on stderr, by tqdm: how much is done, the time left and the speed."""
 
 import sys
-import time
-from collections.abc import Callable
-from typing import Self, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TextIO
+
+from tqdm.std import tqdm
+
+OnProgress = Callable[[float, int], None]
+"""To call with (units done, begun ones in part; units there are)."""
 
 TERMINAL_INTERVAL_S = 0.2
-"""Least time between two drawings of the line on a terminal."""
+"""Shortest time between two drawings of the line on a terminal."""
 LOG_INTERVAL_S = 10.0
-"""Least time between two lines in a file or a pipe, where lines stay."""
-CLEAR_LINE = "\r\x1b[K"
+"""Shortest time between two lines in a file or a pipe, where lines stay."""
 
 
-class Progress:
-    """A progress line; use it in a `with` statement, which removes it at the end.
+@contextmanager
+def progress_bar(unit: str, *, stream: TextIO | None = None) -> Iterator[OnProgress]:
+    """Yield a function that shows progress: a line that is removed at the end, or in a file a line now and then.
+
+    Work that ends at once shows nothing. Speed is measured from the first call: preparations, such as compiling, do not
+    count.
 
     Args:
         unit: what is counted, in the plural ("candidates").
         stream: where the line goes; stderr by default.
     """
+    bar: _Bar | None = None
 
-    def __init__(self, unit: str, *, stream: TextIO | None = None) -> None:
-        self._unit = unit
-        self._stream = stream if stream is not None else sys.stderr
-        self._is_terminal = self._stream.isatty()
-        self._started_at = time.monotonic()
-        # nothing is said about work that ends at once
-        self._shown_at = self._started_at
-        self._first: tuple[float, float] | None = None
+    def show(done: float, total: int) -> None:
+        nonlocal bar
+        if bar is None:
+            bar = _Bar(unit, done, total, sys.stderr if stream is None else stream)
+        bar.update(done - bar.n)
 
-    def __enter__(self) -> Self:
-        return self
+    try:
+        yield show
+    finally:
+        if bar is not None:
+            bar.close()
 
-    def __exit__(self, *_: object) -> None:
+
+def part_of(progress: OnProgress, n_before: int, total: int) -> OnProgress:
+    """Return the function to call in a part of the work, before which `n_before` of the `total` units were done."""
+    return lambda done, _: progress(n_before + done, total)
+
+
+class _Bar(tqdm):  # type: ignore[misc]  # tqdm says no types
+    monitor_interval = 0
+    """No thread of tqdm's: processes are forked while a bar is shown."""
+
+    def __init__(self, unit: str, done: float, total: int, stream: TextIO) -> None:
+        self._is_terminal = stream.isatty()
+        interval_s = TERMINAL_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S
+        line = "{n:.0f}/{total}{unit}, {remaining} left, {rate_noinv_fmt}"
+        super().__init__(
+            total=total,
+            initial=done,
+            unit=f" {unit}",
+            file=stream,
+            leave=False,
+            delay=interval_s,
+            mininterval=interval_s,
+            miniters=0,
+            smoothing=0,
+            dynamic_ncols=self._is_terminal,
+            bar_format="{bar:20} " + line if self._is_terminal else line,
+        )
+
+    def display(self, msg: str | None = None, pos: int | None = None) -> bool:
+        """Draw the line in its place; where that is no terminal, below the last one."""
         if self._is_terminal:
-            self._stream.write(CLEAR_LINE)
-            self._stream.flush()
-
-    def elapsed_s(self) -> float:
-        """Seconds since the work began."""
-        return time.monotonic() - self._started_at
-
-    def after(self, n_before: int, total: int) -> Callable[[float, int], None]:
-        """An `update` for a part of the work, before which `n_before` of the `total` units were done."""
-
-        def update(done: float, _: int) -> None:
-            self.update(n_before + done, total)
-
-        return update
-
-    def update(self, done: float, total: int) -> None:
-        """Say that `done` of `total` units, begun ones in part, are done; drawn only now and then.
-
-        Speed is measured from the first call: preparations, such as compiling, do not count.
-        """
-        now = time.monotonic()
-        if self._first is None:
-            self._first = (now, done)
-        if now - self._shown_at < (TERMINAL_INTERVAL_S if self._is_terminal else LOG_INTERVAL_S):
-            return
-        self._shown_at = now
-        first_at, before = self._first
-        line = progress_line(done, total, self._unit, now - first_at, before=before)
-        self._stream.write(f"{CLEAR_LINE}{line}" if self._is_terminal else f"{line}\n")
-        self._stream.flush()
-
-
-def progress_line(done: float, total: int, unit: str, elapsed_s: float, *, before: float = 0.0) -> str:
-    """Return the line itself: "12/64 candidates, 3.4 candidates/s, 15 s left".
-
-    Args:
-        done: units done.
-        total: units there are.
-        unit: their name, in the plural.
-        elapsed_s: seconds since the clock began.
-        before: units done by then.
-    """
-    line = f"{int(done)}/{total} {unit}"
-    if done <= before or elapsed_s <= 0:
-        return line
-    rate = (done - before) / elapsed_s
-    return f"{line}, {rate:.3g} {unit}/s, {duration((total - done) / rate)} left"
-
-
-def duration(seconds: float) -> str:
-    """A duration for people: "42 s", "3:05", "2:14:09"."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    if hours:
-        return f"{hours}:{minutes:02}:{s:02}"
-    return f"{minutes}:{s:02}" if minutes else f"{s} s"
-
-
-def printable(text: str) -> str:
-    """The text with its control characters, which could steer a terminal, written out as in Python; newlines stay.
-
-    Names and captions in data are other people's.
-    """
-    return "".join(c if c.isprintable() or c == "\n" else repr(c)[1:-1] for c in text)
+            return bool(super().display(msg, pos))
+        if msg is None:
+            print(self, file=self.fp, flush=True)
+        return False

@@ -16,7 +16,6 @@ from dalle.cli.generate import n_bytes, read_captions
 from dalle.cli.main import main
 from dalle.data import pictures, reader
 from dalle.model import DALLE
-from dalle.output.progress import Progress, duration, progress_line
 from dalle.output.sheets import slug
 from dalle.pipeline import Pipeline
 from dvae import DVAE
@@ -633,43 +632,3 @@ def test_a_gpu_that_is_not_there_is_refused():
     assert resolve_device("cpu") == torch.device("cpu")
     with pytest.raises(ValueError, match="cuda:99"):
         resolve_device("cuda:99")
-
-
-def test_the_progress_line_says_speed_and_time_left():
-    assert progress_line(16, 64, "candidates", 8.0) == "16/64 candidates, 2 candidates/s, 24 s left"
-    assert progress_line(0, 64, "candidates", 0.0) == "0/64 candidates"
-    assert progress_line(17, 65, "candidates", 8.0, before=1) == "17/65 candidates, 2 candidates/s, 24 s left"
-    assert [duration(s) for s in (5, 185, 8049)] == ["5 s", "3:05", "2:14:09"]
-
-
-def test_progress_is_drawn_again_and_again_on_a_terminal_and_removed_at_the_end(monkeypatch):
-    class Terminal(io.StringIO):
-        def isatty(self) -> bool:
-            return True
-
-    monkeypatch.setattr("dalle.output.progress.TERMINAL_INTERVAL_S", 0.0)
-    terminal = Terminal()
-    with Progress("pictures", stream=terminal) as progress:
-        progress.update(1, 4)
-        progress.after(1, 4)(1, 2)
-    drawn = terminal.getvalue().split("\r\x1b[K")
-    assert drawn[1].startswith("1/4 pictures")
-    assert drawn[2].startswith("2/4 pictures")
-    assert drawn[-1] == ""
-
-
-def test_the_speed_does_not_count_what_came_before_the_first_step(monkeypatch):
-    now = iter([0.0, 60.0, 80.0])  # a minute of compiling, and then 2 candidates/s
-    monkeypatch.setattr("dalle.output.progress.time.monotonic", lambda: next(now))
-    pipe = io.StringIO()
-    with Progress("candidates", stream=pipe) as progress:
-        progress.update(2, 60)
-        progress.update(42, 60)
-    assert pipe.getvalue().splitlines() == ["2/60 candidates", "42/60 candidates, 2 candidates/s, 9 s left"]
-
-
-def test_nothing_is_drawn_in_a_pipe_about_work_that_ends_at_once():
-    pipe = io.StringIO()
-    with Progress("pictures", stream=pipe) as progress:
-        progress.update(1, 4)
-    assert pipe.getvalue() == ""

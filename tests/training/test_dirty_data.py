@@ -26,7 +26,7 @@ import training.ranks.job
 import training.recipes
 from dalle.cli.terminal import set_up_logging
 from dalle.data.reader import Sample, ShardData
-from dalle.output.progress import printable
+from dalle.output.text import printable
 from dvae import DVAE
 from dvae.images import open_image
 from training.data.batches import Share, batches
@@ -35,8 +35,8 @@ from training.data.check_report import report
 from training.data.manifest import Manifest, open_with_manifest
 from training.data.shards import make_shards
 from training.drawings.shapes import world
-from training.metrics import read_metrics
 from training.ranks.world import World, join_world
+from training.run_files import read_metrics
 from training.stages.clip import train_clip
 from training.stages.encode import EncodeConfig, encode_shards
 from training.stages.inputs import Inputs
@@ -129,7 +129,7 @@ def test_training_goes_on_over_200_corrupt_pictures_and_its_metrics_count_them(
     command = ["clip", "tiny", "--data", str(tmp_path / "data"), "--steps", "60", "--global-batch", "8"]
     options = ["--log-every", "20", "--manifest", str(tmp_path / "m"), "--out", str(tmp_path / "out")]
     assert training.cli.main.main([*command, *options, "--max-bad-fraction", "0.45"]) == 0
-    lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "out" / "training" / "clip")
     assert [line["step"] for line in lines] == [20, 40, 60]
     assert lines[-1]["bad_samples"] == N_CORRUPT
     assert training.cli.main.main([*command, "--fresh", *options]) == 1
@@ -152,7 +152,7 @@ def test_training_goes_on_exactly_when_a_shard_is_lost(tmp_path: Path, capsys: p
     assert "2.tar: 0 of 12 samples are left (the shard is missing)" in errors
     assert "resuming from step 4 of 12" in errors
     assert "from here on their order is another" not in errors
-    lines = read_metrics(tmp_path / "out" / "training" / "clip" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "out" / "training" / "clip")
     # steps 5 to 12 are the rest of the only epoch: what is lost and was not seen before is counted
     order = open_with_manifest([tmp_path / "data"], Manifest.open(tmp_path / "m"), captions=True).order(0, 0)
     assert lines[-1]["bad_samples"] == sum(24 <= i < 36 for i in order[16:].tolist()) > 0

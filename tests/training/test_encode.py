@@ -35,10 +35,10 @@ from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.model_directory import directory_hash
 from training.data.batches import Share, batches
-from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import Recipe
+from training.run_files import read_metrics
 from training.stages.codebook import initialise_codebook
 from training.stages.encode import EncodeConfig, EncodeReport, encode_shards
 from training.stages.inputs import Inputs
@@ -528,7 +528,7 @@ def out(tmp_path: Path, bundle: Path, dvae: Path) -> Path:
 def train(inputs: Inputs, recipe: Recipe | None = None) -> list[dict[str, Any]]:
     """Train the transformer, and return its metrics without the times."""
     train_transformer(recipe or tiny.recipe(), inputs, join_world(), lambda line: None)
-    lines = read_metrics(inputs.run_directory("transformer") / "metrics.jsonl")
+    lines = read_metrics(inputs.run_directory("transformer"))
     return [{name: line.get(name) for name in ("step", "split", "loss", "image_loss", "text_loss")} for line in lines]
 
 
@@ -656,7 +656,7 @@ def test_damaged_tokens_are_counted_while_training_and_too_many_stop_it(out: Pat
         train(Inputs(data=[encoded_copy], out=out), tiny.recipe(steps=8))
     recipe = tiny.recipe(steps=8, max_bad_fraction=0.1)
     train(Inputs(data=[encoded_copy], out=out, fresh=True), recipe)
-    lines = read_metrics(out / "training" / "transformer" / "metrics.jsonl")
+    lines = read_metrics(out / "training" / "transformer")
     assert lines[-1]["bad_samples"] >= 2
 
 

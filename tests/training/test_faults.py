@@ -16,10 +16,10 @@ from support.waiting import wait_for
 import training.ranks.news
 import training.ranks.watch
 import training.ranks.world
-from training.metrics import read_metrics
 from training.ranks.processes import this_process
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
+from training.run_files import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
 
@@ -33,7 +33,7 @@ from runs import Course, inject, last_step, latest, require_equal
 
 
 def lines_of(run: Run) -> list[tuple[int, str, float]]:
-    lines = read_metrics(run.folder / "run" / "metrics.jsonl")
+    lines = read_metrics(run.folder / "run")
     return [(line["step"], line["split"], line["loss"]) for line in lines]
 
 

@@ -19,9 +19,9 @@ from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
 from training.engine.checkpoints import read_checkpoint
 from training.engine.engine import Engine
-from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
+from training.run_files import read_metrics
 from training.schedules import WarmupPlateau
 
 
@@ -239,7 +239,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_told_and_the_run_goes
     told = [line for line in spoilt.said if "is skipped" in line]
     assert [line.split(",")[0] for line in told] == [f"colours: step {n} is skipped" for n in (3, 4, 5)]
     assert told[0].partition("its samples are ")[2].count(",") == 3, "four samples"
-    lines = read_metrics(spoilt.folder / "run" / "metrics.jsonl")
+    lines = read_metrics(spoilt.folder / "run")
     assert [line["skipped_steps"] for line in lines] == [0, 2, 3, 3]
     assert [line["loss"] is None for line in lines] == [False, True, False, False]
     assert read_checkpoint(spoilt.folder / "run" / "checkpoints")["state"]["skipped_steps"] == 3
@@ -252,7 +252,7 @@ def test_steps_that_are_not_finite_are_skipped_counted_and_told_and_the_run_goes
         resumed(tiny.train_config(steps=8, log_every=2), at_step=spoil_and_stop)
     resumed(tiny.train_config(steps=8, log_every=2), at_step=spoil_losses(resumed, range(2, 5)))
     assert resumed.weights == spoilt.weights
-    assert [line["skipped_steps"] for line in read_metrics(resumed.folder / "run" / "metrics.jsonl")] == [0, 2, 3, 3]
+    assert [line["skipped_steps"] for line in read_metrics(resumed.folder / "run")] == [0, 2, 3, 3]
 
 
 def test_a_plateau_does_not_see_losses_that_are_not_finite(new_run: NewRun) -> None:
@@ -308,7 +308,7 @@ def test_bad_samples_are_counted_from_the_first_step_of_the_run(new_run: NewRun,
                 tar.addfile(member, io.BytesIO(content))
 
     def counts(run: Run) -> list[float]:
-        return [line["bad_samples"] for line in read_metrics(run.folder / "run" / "metrics.jsonl")]
+        return [line["bad_samples"] for line in read_metrics(run.folder / "run")]
 
     config = tiny.train_config(steps=6, max_bad_fraction=1.0)
     straight, stopped = new_run("straight"), new_run("stopped")
@@ -341,7 +341,7 @@ def test_too_many_unusable_pictures_stop_training(tmp_path: Path, new_run: NewRu
 def test_validation_weighs_every_picture_alike(new_run: NewRun, data: ShardData) -> None:
     run = new_run("a")
     run(tiny.train_config(steps=2, global_batch=10, validate_every=1), validation=data)  # 24 pictures: 10, 10 and 4
-    lines = [line for line in read_metrics(run.folder / "run" / "metrics.jsonl") if line["split"] == "validation"]
+    lines = [line for line in read_metrics(run.folder / "run") if line["split"] == "validation"]
     pictures = [to_tensor(open_image(data.read(index).image_bytes)) for index in range(len(data))]
     assert [line["step"] for line in lines] == [1, 2]
     assert lines[0]["brightness"] == pytest.approx(float(torch.stack(pictures).mean()), rel=1e-5)

@@ -14,9 +14,9 @@ import training.plan.machine
 from dalle.pipeline import Pipeline
 from training.demo.demo import _world_shards
 from training.drawings.drawing import draw_world
-from training.metrics import read_metrics
 from training.plan.machine import MachinePlan, costs, machine_plan, plan_here, seconds_alone
 from training.recipes import recipe
+from training.run_files import read_metrics
 
 PLENTY_GIB = 64.0
 
@@ -151,7 +151,7 @@ def train_all(shards: Path, out: Path, *options: str, n_cores: int) -> str:
 
 def losses_of(bundle: Path) -> dict[str, list[float]]:
     stages = ("dvae-warmup", "dvae", "clip", "transformer")
-    return {s: [line["loss"] for line in read_metrics(bundle / "training" / s / "metrics.jsonl")] for s in stages}
+    return {s: [line["loss"] for line in read_metrics(bundle / "training" / s)] for s in stages}
 
 
 needs_two_cores = pytest.mark.skipif(len(os.sched_getaffinity(0)) < 2, reason="side by side needs two cores")

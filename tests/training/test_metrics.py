@@ -18,12 +18,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from dalle.data.reader import ShardData
 from training.loop import throughput
 from training.loop.means import Means
+from training.loop.metrics import MetricLog
+from training.loop.sinks import require_wandb
 from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
-from training.metrics import MetricLog, read_metrics, require_wandb
 from training.plan.flops import flops_per_sample
 from training.ranks.stop import Interrupted
 from training.ranks.watch import RankLostError, Watch
 from training.ranks.world import join_world
+from training.run_files import read_metrics
 from training.stages.all import train_all
 from training.stages.inputs import Inputs
 
@@ -94,7 +96,7 @@ def test_every_number_goes_to_every_sink_and_lists_number_by_number(tmp_path: Pa
     Image.new("RGB", (3, 2)).save(tmp_path / "sheet.png")
     log.picture(1, tmp_path / "sheet.png")
     log.close()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path)
     assert [(line["split"], line["loss"]) for line in lines] == [("train", 2.0), ("validation", 3.0)]
     assert lines[0]["by_row"] == [1.0, None]
     assert scalars(tmp_path) == {
@@ -122,13 +124,13 @@ def test_a_resumed_run_goes_on_in_the_same_place_and_sends_nothing_twice(tmp_pat
 
     steps(0, 6)
     steps(3, 9)
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == list(range(1, 9))
+    assert [line["step"] for line in read_metrics(tmp_path)] == list(range(1, 9))
     assert [step for _, step, _ in wandb.logged] == list(range(1, 9))
     assert len({name for name, _, _ in wandb.logged}) == 1
     assert wandb.runs[1]["resume"] == "allow"
     steps(0, 2)  # anew
     assert len({settings["id"] for settings in wandb.runs}) == 2
-    assert [line["step"] for line in read_metrics(tmp_path / "metrics.jsonl")] == [1]
+    assert [line["step"] for line in read_metrics(tmp_path)] == [1]
 
 
 @pytest.mark.usefixtures("no_wandb")
@@ -334,7 +336,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, l
     recipe = tiny.recipe(steps=2, peak_tflops=0.5, validation_samples=10)
     train_all(recipe, Inputs(data=[shards], validation=[shards], out=out), join_world(), lambda line: None)
     stages = ("dvae-warmup", "dvae", "clip", "transformer")
-    return {stage: read_metrics(out / "training" / stage / "metrics.jsonl") for stage in stages}
+    return {stage: read_metrics(out / "training" / stage) for stage in stages}
 
 
 def test_every_stage_says_how_fast_it_is_and_what_it_takes(lines: dict[str, list[dict[str, Any]]]) -> None:

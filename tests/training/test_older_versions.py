@@ -15,8 +15,8 @@ import training.plan.machine
 import training.ranks.job
 import training.recipes
 from dalle.pipeline import Pipeline
-from training.metrics import read_metrics
 from training.report.status import show_status
+from training.run_files import read_metrics
 
 FIXTURE = Path(__file__).parents[1] / "fixtures" / "v0.1"
 CAPTION = "a small red circle above a large blue square on a white background"
@@ -49,7 +49,7 @@ def test_a_bundle_gives_the_same_pictures(old: Path) -> None:
 def test_a_run_with_a_manifest_goes_on(old: Path) -> None:
     options = ("--data", "v0.1/shards", "--manifest", "v0.1/manifest", "--out", "v0.1/bundle", "--steps", "8")
     assert training.cli.main.main(["transformer", "tiny", *options]) == 0
-    lines = read_metrics(old / "bundle" / "training" / "transformer" / "metrics.jsonl")
+    lines = read_metrics(old / "bundle" / "training" / "transformer")
     assert [line["step"] for line in lines] == list(range(1, 9))
     assert [line["loss"] for line in lines][4:] == pytest.approx(LOSSES, abs=1e-4)
 

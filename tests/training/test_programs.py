@@ -30,7 +30,7 @@ from training.config import TrainConfig
 from training.data.wrong_captions import EXCHANGES
 from training.demo.demo import run_demo
 from training.engine.checkpoints import latest_tag
-from training.metrics import MetricLog, read_metrics
+from training.loop.metrics import MetricLog
 from training.plan.flops import flops_per_sample
 from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
@@ -39,6 +39,7 @@ from training.plan.text import text as plan_text
 from training.ranks.stop import Interrupted
 from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
+from training.run_files import read_metrics
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
 from training.stages.all import train_all
 from training.stages.clip import train_clip
@@ -86,7 +87,7 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
     assert pipe.dalle.metadata["step"] == 4
     assert pipe.defaults == tiny.recipe().transformer.sampling != SamplingDefaults()
     for stage in ("dvae-warmup", "dvae", "clip", "transformer"):
-        lines = read_metrics(bundle / "training" / stage / "metrics.jsonl")
+        lines = read_metrics(bundle / "training" / stage)
         assert [line["step"] for line in lines if line["split"] == "train"] == [1, 2, 3, 4]
         assert [line["step"] for line in lines if line["split"] == "validation"] == [4]
     assert (bundle / "samples.png").is_file()
@@ -115,7 +116,7 @@ def test_captions_of_another_world_have_no_table_of_exchanged_ones(tmp_path: Pat
 def test_the_command_line_says_how_many_hard_negatives(tmp_path: Path, shards: Path) -> None:
     command = ["clip", "tiny", "--data", shards, "--out", tmp_path, "--steps", 2, "--log-every", 1]
     assert run(*command, "--hard-negatives", 2) == 0
-    lines = read_metrics(tmp_path / "training" / "clip" / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "training" / "clip")
     assert all(0 <= line["hard_negatives_right"] <= 1 for line in lines)
     assert run(*command, "--fresh", "--hard-negatives", -1) == 1
 
@@ -166,7 +167,7 @@ def test_the_scale_of_the_first_weights_is_that_of_the_recipe(bundle_copy: Path,
 @pytest.mark.parametrize("precision", [["autocast"], ["bf16", "--zero-stage", 2]])
 def test_stages_train_in_lower_precision(tmp_path: Path, shards: Path, stage: str, precision: Sequence[object]) -> None:
     assert run(stage, "tiny", "--data", shards, "--out", tmp_path, "--steps", 2, "--precision", *precision) == 0
-    lines = read_metrics(tmp_path / "training" / stage / "metrics.jsonl")
+    lines = read_metrics(tmp_path / "training" / stage)
     assert len(lines) == 2
     assert all(line["loss"] is not None for line in lines)
 
@@ -393,7 +394,7 @@ def test_a_dvae_learns_the_same_at_every_zero_stage(tmp_path: Path, shards: Path
     for stage in (zero_stage, 0):
         out = tmp_path / f"stage{stage}"
         assert run(*command, "--out", out, "--zero-stage", stage) == 0
-        lines = read_metrics(out / "training" / "dvae" / "metrics.jsonl")
+        lines = read_metrics(out / "training" / "dvae")
         losses.append([line["loss"] for line in lines if line["split"] == "train"])
     assert losses[0] == pytest.approx(losses[1], rel=1e-4)
 
@@ -587,7 +588,7 @@ def test_metrics_of_later_steps_are_dropped_and_a_torn_last_line_is_ignored(tmp_
     log = MetricLog(tmp_path, 3)
     log.write(4, "train", {"loss": 40.0})
     log.close()
-    lines = read_metrics(tmp_path / "metrics.jsonl")
+    lines = read_metrics(tmp_path)
     assert [(line["step"], line["loss"]) for line in lines] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 40.0)]
     assert lines[0]["bad"] is None
 
@@ -676,6 +677,6 @@ def test_compiled_training_is_training(bundle_copy: Path, shards: Path) -> None:
         shutil.rmtree(bundle_copy / "training" / "transformer", ignore_errors=True)
         command = ["transformer", "tiny", "--data", shards, "--out", bundle_copy, "--steps", 3, "--log-every", 1]
         assert run(*command, "--fresh", *extra) == 0
-        lines = read_metrics(bundle_copy / "training" / "transformer" / "metrics.jsonl")
+        lines = read_metrics(bundle_copy / "training" / "transformer")
         losses.append([line["loss"] for line in lines if "loss" in line])
     assert losses[1] == pytest.approx(losses[0], rel=1e-4)

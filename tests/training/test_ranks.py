@@ -21,10 +21,10 @@ import training.ranks.job
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP
-from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world, on_first_rank, require_same
 from training.recipes import recipe
+from training.run_files import read_metrics
 from training.stages.clip import clip_loss, train_clip
 from training.stages.encode import EncodeConfig, encode_shards
 from training.stages.inputs import Inputs
@@ -85,7 +85,7 @@ def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch(
 
 def clip_losses(world: World, shards: Path, out: Path) -> list[float]:
     train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
-    return [line["loss"] for line in read_metrics(out / "training" / "clip" / "metrics.jsonl")]
+    return [line["loss"] for line in read_metrics(out / "training" / "clip")]
 
 
 def test_clip_trained_by_two_ranks_is_clip_trained_by_one(tmp_path: Path, shards: Path) -> None:

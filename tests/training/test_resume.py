@@ -25,9 +25,9 @@ import training.loop.loop
 from training.config import OptimizerConfig, TrainConfig
 from training.data.batches import Batch
 from training.engine.checkpoints import UNIVERSAL, read_manifest
-from training.metrics import read_metrics
 from training.ranks.stop import Interrupted
 from training.ranks.world import World, join_world
+from training.run_files import read_metrics
 from training.schedules import WarmupCosine
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
@@ -240,7 +240,7 @@ def train_models(world: World, shards: Path, out: Path, stage: int, steps: int) 
     inputs = Inputs(data=[shards], out=out)
     train_clip(recipe, inputs, world, lambda line: None)
     train_dvae(recipe, inputs, world, lambda line: None)
-    runs = {name: inputs.run_directory(name) / "metrics.jsonl" for name in ("clip", "dvae")}
+    runs = {name: inputs.run_directory(name) for name in ("clip", "dvae")}
     return {
         name: [line["loss"] for line in read_metrics(path) if line["split"] == "train"] for name, path in runs.items()
     }

@@ -29,9 +29,9 @@ from training.drawings.shapes import parse
 from training.engine.objective import MicroBatch, Objective
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
-from training.metrics import read_metrics
 from training.ranks.world import join_world
 from training.recipes import DVAERecipe, TransformerRecipe
+from training.run_files import read_metrics
 from training.schedules import Cosine, WarmupCosine
 from training.stages.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.stages.codebook import POSTERIOR_ENTROPY, _kmeans, _rarity, initialise_codebook
@@ -54,7 +54,7 @@ def spec(folder: Path) -> RunSpec:
 
 
 def metric(folder: Path, name: str) -> list[float]:
-    lines = read_metrics(folder / "run" / "metrics.jsonl")
+    lines = read_metrics(folder / "run")
     return [line[name] for line in lines if line["split"] == "train"]
 
 
@@ -133,7 +133,7 @@ def test_a_warm_up_learns_to_reconstruct_without_tokens(warm_run: Path, warm: DV
     assert learned[-1] > learned[0] + 4
     with torch.no_grad():
         _, metrics = autoencoder_loss(warm, images)
-    (validated,) = (line for line in read_metrics(warm_run / "run" / "metrics.jsonl") if line["split"] == "validation")
+    (validated,) = (line for line in read_metrics(warm_run / "run") if line["split"] == "validation")
     assert metrics["psnr"].item() == pytest.approx(validated["psnr"], rel=1e-4)
     assert not (warm_run / "run" / "samples").exists()
 

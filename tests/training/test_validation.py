@@ -17,8 +17,8 @@ from dalle.data.reader import Sample, ShardData
 from training.data.batches import validation_batches
 from training.loop.means import Means
 from training.loop.throughput import total_peak_flops
-from training.metrics import read_metrics
 from training.ranks.world import World, join_world, max_over_ranks
+from training.run_files import read_metrics
 from training.stages.clip import train_clip
 from training.stages.inputs import Inputs
 
@@ -60,7 +60,7 @@ def test_a_part_of_the_samples_is_the_same_part_whatever_the_batches_and_ranks(d
 
 
 def validation_lines(run: Run) -> list[dict[str, Any]]:
-    lines = read_metrics(run.folder / "run" / "metrics.jsonl")
+    lines = read_metrics(run.folder / "run")
     return [line for line in lines if line["split"] == "validation"]
 
 
@@ -112,7 +112,7 @@ def test_samples_that_cannot_be_used_are_left_out_of_the_mean(new_run: Callable[
 def clip_validation(world: World, shards: Path, out: Path, changes: dict[str, Any]) -> list[dict[str, Any]]:
     inputs = Inputs(data=[shards], validation=[shards], out=out)
     train_clip(tiny.recipe(global_batch=8, **changes), inputs, world, lambda line: None)
-    lines = read_metrics(out / "training" / "clip" / "metrics.jsonl")
+    lines = read_metrics(out / "training" / "clip")
     return [line for line in lines if line["split"] == "validation"]
 
 
@@ -165,7 +165,7 @@ def test_a_rank_whose_validation_fails_does_not_leave_the_other_waiting(
 
 
 def a_log_that_cannot_be_written(world: World, shards: Path, out: Path) -> None:
-    from training.metrics import MetricLog
+    from training.loop.metrics import MetricLog
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")

@@ -14,7 +14,8 @@ import tyro
 from dalle.cli.command import parse, resolve_device
 from dalle.cli.options import Device
 from dalle.data.reader import ShardData
-from dalle.output.progress import Progress, printable
+from dalle.output.progress import progress_bar
+from dalle.output.text import printable
 from rerank import CLIP
 from training.cli.options import Switch, given_options
 from training.data.check_data import check_data
@@ -52,7 +53,7 @@ class ShardsCommand:
 
     def run(self) -> None:
         """Make them."""
-        with Progress("pictures") as progress:
+        with progress_bar("pictures") as progress:
             made = make_shards(
                 self.source,
                 self.out,
@@ -60,7 +61,7 @@ class ShardsCommand:
                 samples_per_shard=self.samples_per_shard,
                 keep=self.keep(),
                 overwrite=self.overwrite,
-                progress=progress.update,
+                progress=progress,
             )
         print(printable(made.table()))
 
@@ -102,7 +103,7 @@ class CheckDataCommand:
             out = self.out
             if out is None:
                 out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            progress = stack.enter_context(Progress("shards"))
+            progress = stack.enter_context(progress_bar("shards"))
             summary = check_data(
                 self.data,
                 out,
@@ -110,7 +111,7 @@ class CheckDataCommand:
                 tokenizer=self.tokenizer,
                 exclude=self.exclude_keys,
                 overwrite=self.overwrite,
-                progress=progress.update,
+                progress=progress,
             )
         print(printable(check_report(summary, self.out)))
 
@@ -144,7 +145,7 @@ class DuplicatesCommand:
         clip = CLIP.load(directory).to(resolve_device(self.device)).eval()
         data = ShardData.open(self.data, captions=False)
         against = ShardData.open(self.against, captions=False) if self.against else None
-        with Progress("pictures") as progress:
+        with progress_bar("pictures") as progress:
             found = find_duplicates(
                 data,
                 against,
@@ -152,7 +153,7 @@ class DuplicatesCommand:
                 self.out,
                 threshold=self.threshold,
                 workers=self.workers,
-                progress=progress.update,
+                progress=progress,
             )
         print(f"{found}\nto choose the threshold, look at {self.out / SHEET}")
         if found.n_excluded:

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dalle.data.reader import ShardData
 from dalle.evaluation.bundle import evaluate
-from dalle.output.progress import duration
 from dalle.output.sheets import save_png
+from dalle.output.text import duration
 from dalle.pipeline import Pipeline
 from storage.atomic import replace_text
 from training.data.shards import write_shards
@@ -34,6 +34,7 @@ from training.plan.machine import MachinePlan, seconds_alone, usable_cores
 from training.ranks.side_by_side import TimeLeft
 from training.ranks.world import World
 from training.recipes import Recipe
+from training.run_files import CHECKPOINTS
 from training.stages.all import run_phases, time_of
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
@@ -150,7 +151,7 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
             f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
             f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
         )
-    if not note.is_file() and any((folder.parent / "training").glob("*/checkpoints")):
+    if not note.is_file() and any((folder.parent / "training").glob(f"*/{CHECKPOINTS}")):
         raise ValueError(f"{folder.parent} holds runs that are not a demonstration's: give another --out")
     if fresh:
         forget_runs(folder.parent)

@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import pickle
-import re
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 
 from storage.atomic import flush_names, replace_text
 from training.ranks.world import World, from_all_ranks
+from training.run_files import CHECKPOINTS, LATEST, is_tag, named_latest, step_of, tags_in
 
 logger = logging.getLogger(__name__)
 
@@ -49,34 +49,13 @@ FileDigest = dict[str, Any]
 # -------------------------------------------------------------------------------------------------------- names
 
 
-def checkpoint_tag(step: int) -> str:
-    """Return the name of the checkpoint of a step."""
-    return f"step{step:08d}"
-
-
-def is_tag(name: str) -> bool:
-    """Return whether a name is that of a checkpoint; false for every path."""
-    return re.fullmatch(r"step\d{8,18}", name, re.ASCII) is not None
-
-
-def step_of(tag: str) -> int:
-    """Return the step that a checkpoint is named for."""
-    return int(tag.removeprefix("step"))
-
-
-def tags_in(directory: Path) -> list[str]:
-    """Return the names of the checkpoints in `directory`, complete or not, newest first."""
-    names = [path.name for path in directory.iterdir() if path.is_dir()] if directory.is_dir() else []
-    return sorted(filter(is_tag, names), key=step_of, reverse=True)
-
-
 def resumable_tags(directory: Path) -> list[str]:
     """Return the names of the checkpoints that a run may resume from, newest first.
 
     They are the one that `latest` names, complete or not, and the complete ones before it. If `latest` names none, they
     are all complete ones.
     """
-    named = _named(directory)
+    named = named_latest(directory)
     complete = [tag for tag in tags_in(directory) if (directory / tag / MANIFEST).is_file()]
     if named is None:
         return complete
@@ -103,15 +82,6 @@ def require_tag(directory: Path, tag: str) -> None:
     if not is_tag(tag) or not (directory / tag / MANIFEST).is_file():
         there = ", ".join(tag for tag in tags_in(directory) if (directory / tag / MANIFEST).is_file()) or "none"
         raise ValueError(f"no checkpoint {tag!r} in {directory}: there are {there}")
-
-
-def _named(directory: Path) -> str | None:
-    """Return the name in `latest`; None if it is not that of a checkpoint."""
-    try:
-        tag = (directory / "latest").read_text(encoding="utf-8", errors="replace").strip()
-    except OSError:
-        return None
-    return tag if is_tag(tag) else None
 
 
 # -------------------------------------------------------------------------------------- manifests and digests
@@ -261,7 +231,7 @@ def publish(directory: Path, tag: str, manifest: Mapping[str, Any], *, keep_last
     complete = [other for other in resumable_tags(directory) if (directory / other / MANIFEST).is_file()]
     write_manifest(folder, manifest)
     flush_names(directory)
-    replace_text(directory / "latest", tag)
+    replace_text(directory / LATEST, tag)
     earlier = [other for other in complete if step_of(other) < step_of(tag)]
     kept = {tag, *earlier[: keep_last - 1]}
     if keep_every:
@@ -277,11 +247,11 @@ def publish(directory: Path, tag: str, manifest: Mapping[str, Any], *, keep_last
 
 def set_latest(directory: Path, tag: str) -> None:
     """Let `latest` name the checkpoint that was loaded; newer ones are ignored, and deleted at the next save."""
-    named = _named(directory)
+    named = named_latest(directory)
     if named is None:
-        logger.warning("%s did not name a checkpoint; now it names %s, which was loaded", directory / "latest", tag)
+        logger.warning("%s did not name a checkpoint; now it names %s, which was loaded", directory / LATEST, tag)
     if named != tag:
-        replace_text(directory / "latest", tag)
+        replace_text(directory / LATEST, tag)
 
 
 # ------------------------------------------------------------------------------------------------------ reading
@@ -291,6 +261,6 @@ def set_latest(directory: Path, tag: str) -> None:
 def plain_path(directory: Path) -> Iterator[Path]:
     """Give a folder a path without special characters while it lasts: 0.19.8 reads paths as patterns."""
     with tempfile.TemporaryDirectory() as folder:
-        link = Path(folder) / "checkpoints"
+        link = Path(folder) / CHECKPOINTS
         link.symlink_to(directory.resolve(), target_is_directory=True)
         yield link

@@ -17,12 +17,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.atomic import write_public
+from storage.errors import reason_of
 from training.engine import resharding
 from training.engine.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
     FileDigest,
-    checkpoint_tag,
     digest_of,
     drop,
     first_good,
@@ -52,6 +52,7 @@ from training.patches import (
     writes_recorded,
 )
 from training.ranks.world import World, agree, from_all_ranks, on_first_rank
+from training.run_files import LATEST, checkpoint_tag
 
 logger = logging.getLogger(__name__)
 
@@ -308,7 +309,7 @@ class Engine:
         if good is None:
             raise ValueError(
                 f"the checkpoint {', '.join(str(directory / bad) for bad in tags)} cannot be loaded "
-                f"({'; '.join(wrong)}): put back a good one and name it in {directory / 'latest'}, or start anew "
+                f"({'; '.join(wrong)}): put back a good one and name it in {directory / LATEST}, or start anew "
                 "with --fresh"
             )
         if wrong and self.world.is_first:
@@ -359,7 +360,7 @@ class Engine:
             reason = first_line(error) if error else "by another rank"
             raise ValueError(
                 f"the checkpoint {folder} cannot be loaded ({reason}): its files are as they were written, so it is "
-                f"of another model, precision or program. Name another one in {directory / 'latest'}, or start anew "
+                f"of another model, precision or program. Name another one in {directory / LATEST}, or start anew "
                 "with --fresh"
             ) from error
 
@@ -381,8 +382,7 @@ def _initialize(
     except Exception as error:
         if user_path is None:
             raise
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
-        raise ValueError(f"DeepSpeed refuses {user_path}: {reason}") from error
+        raise ValueError(f"DeepSpeed refuses {user_path}: {reason_of(error, 300)}") from error
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         scaler.raise_error_at_min_scale = False  # `fit` stops, and names the checkpoint to go back to

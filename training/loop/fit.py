@@ -8,20 +8,24 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dalle.data.reader import ShardData
+from storage.errors import reason_of
 from training.config import TrainConfig
-from training.engine.checkpoints import latest_tag, step_of
+from training.engine.checkpoints import latest_tag
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.loop.loop import train_steps
+from training.loop.metrics import MetricLog
 from training.loop.outputs import finish
 from training.loop.run import Run, TrainState
 from training.loop.run_folder import RunSpec, claim
+from training.loop.sinks import require_wandb
 from training.loop.stage import Stage
 from training.loop.throughput import has_bfloat16_arithmetic
-from training.metrics import MetricLog, Report, RunState, require_wandb
+from training.metrics import Report
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import World, agree, on_first_rank, require_same
+from training.run_files import RunState, step_of
 
 
 def fit(
@@ -109,5 +113,4 @@ def _log_opened(run: Run, start: int) -> Iterator[None]:
 
 def _ending(error: BaseException) -> tuple[RunState, str]:
     """Return how an error ends a run, and why."""
-    reason = " ".join(str(error).split()) or type(error).__name__
-    return "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed", reason
+    return "stopped" if isinstance(error, Interrupted | KeyboardInterrupt) else "failed", reason_of(error)

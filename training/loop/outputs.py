@@ -11,13 +11,14 @@ from typing import Any
 
 import torch
 
-from dalle.output.progress import duration
 from dalle.output.sheets import save_png
-from training.engine.checkpoints import checkpoint_tag, latest_tag, resumable_tags, step_of
+from dalle.output.text import duration
+from training.engine.checkpoints import latest_tag, resumable_tags
 from training.loop.run import Run
 from training.loop.throughput import Timer, peak_memory_gib
 from training.loop.validation import validate
 from training.ranks.world import agree, max_over_ranks, on_first_rank
+from training.run_files import checkpoint_tag, sheet_path, step_of
 
 logger = logging.getLogger(__name__)
 
@@ -89,8 +90,7 @@ def draw_samples(run: Run, done: int) -> None:
             logger.warning("no sample sheet: the whole model does not fit beside what training holds")
             return
         if picture is not None:
-            path = run.spec.directory / "samples" / f"{checkpoint_tag(done)}.png"
-            path.parent.mkdir(exist_ok=True)
+            path = sheet_path(run.spec.directory, done)
             save_png(picture, path)
             assert run.log is not None
             run.log.picture(done, path)

@@ -11,11 +11,12 @@ from dalle.data.reader import ShardData
 from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.loop.means import Means
+from training.loop.metrics import MetricLog
 from training.loop.run_folder import RunSpec
 from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
-from training.metrics import MetricLog, Report
+from training.metrics import Report
 from training.ranks.world import World, from_all_ranks, mean_over_ranks
 from training.schedules import LearningRate
 

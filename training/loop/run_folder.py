@@ -1,22 +1,18 @@
-"""A run's folder: who may train in it, and config.json.
-
-It holds config.json, metrics.jsonl, state.json, tensorboard/, checkpoints/ and samples/.
-"""
+"""A run and its folder: where it is, who may train in it, and what is written down when it starts."""
 
 import dataclasses
 import json
 import platform
-import shutil
 import subprocess
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from storage.atomic import replace_text
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag, require_tag
 from training.ranks.world import World, agree, on_first_rank
+from training.run_files import CHECKPOINTS, clear, read_description, write_config
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -39,7 +35,7 @@ class RunSpec:
     @property
     def checkpoints(self) -> Path:
         """The folder of checkpoints."""
-        return self.directory / "checkpoints"
+        return self.directory / CHECKPOINTS
 
     @property
     def has_run(self) -> bool:
@@ -88,9 +84,9 @@ def refuse_another_run(spec: RunSpec) -> None:
     Raises:
         ValueError: it is a run of another model or recipe.
     """
-    path = spec.directory / "config.json"
-    if path.is_file() and spec.has_run:
-        described, found = spec.described(), _description_in(path)
+    found = read_description(spec.directory) if spec.has_run else None
+    if found is not None:
+        described = spec.described()
         different = sorted(key for key in described.keys() | found.keys() if described.get(key) != found.get(key))
         if different:
             raise ValueError(
@@ -99,19 +95,10 @@ def refuse_another_run(spec: RunSpec) -> None:
             )
 
 
-def _description_in(path: Path) -> dict[str, Any]:
-    try:
-        run = json.loads(path.read_text())["run"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is damaged ({error}): delete it, or use --fresh to train anew") from None
-    return dict(run)
-
-
 def _write_config(spec: RunSpec, config: TrainConfig, world: World) -> None:
     spec.directory.mkdir(parents=True, exist_ok=True)
     if spec.fresh:
-        for name in ("checkpoints", "samples", "stacks", "tensorboard"):
-            shutil.rmtree(spec.directory / name, ignore_errors=True)
+        clear(spec.directory)
     record = {
         "run": spec.described(),
         "training": dataclasses.asdict(config),
@@ -121,7 +108,7 @@ def _write_config(spec: RunSpec, config: TrainConfig, world: World) -> None:
         "python": platform.python_version(),
         "git": _git_commit(),
     }
-    replace_text(spec.directory / "config.json", json.dumps(record, indent=2, default=str))
+    write_config(spec.directory, record)
 
 
 def _git_commit() -> str | None:

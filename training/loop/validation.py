@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.reader import ShardData
-from dalle.output.progress import Progress
+from dalle.output.progress import progress_bar
 from training.data.batches import validation_batches
 from training.engine.objective import MicroBatch
 from training.loop.means import Means
@@ -52,7 +52,7 @@ def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
         except (ValueError, OSError) as caught:
             error = caught
         _agree_on(error, world)
-    with Progress("validation samples") as progress:
+    with progress_bar("validation samples") as progress:
         for turn in range(rounds):
             weight = 0
             try:
@@ -69,7 +69,7 @@ def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
             n_measured += weight
             world.watch.touch()
             if world.is_first:
-                progress.update(min(n_chosen, (turn + 1) * world.size * batch_size), n_chosen)
+                progress(min(n_chosen, (turn + 1) * world.size * batch_size), n_chosen)
     return _result(means, n_measured, error, world)
 
 

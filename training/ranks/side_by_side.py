@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but torch hides it from mypy
 
-from dalle.output.progress import duration
+from dalle.output.text import duration
 from training.metrics import Report
 from training.ranks.environment import AGENT_STORE, PARENT
 from training.ranks.stop import STOPPED_CODES, Interrupted, StopSignals, exit_text, kill_group

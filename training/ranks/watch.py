@@ -20,11 +20,13 @@ from typing import TypeVar
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
-from training.metrics import to_stderr, write_state
+from storage.errors import reason_of
+from training.metrics import to_stderr
 from training.ranks.environment import tell_supervisor
 from training.ranks.news import HEARTBEAT_S, MAX_SILENCE_S, POLL_S, LostRank, News, RankPosition, ranks_behind
 from training.ranks.processes import Member, Process, launchers, this_process
 from training.ranks.stop import stop_this_process
+from training.run_files import STACKS, stacks_path, write_state
 
 T = TypeVar("T")
 
@@ -157,7 +159,7 @@ class Watch:
                 time.sleep(2 * POLL_S)  # let the news out: ranks on other hosts see no processes of this one
             return RankLostError(self._lost_line(self.lost))
         if is_elsewhere:
-            text = " ".join(str(error).split())[:200]
+            text = reason_of(error, 200)
             return RankLostError(f"another rank is gone, unknown which ({text}): {self._how_to_resume()}")
         return None
 
@@ -220,7 +222,7 @@ class Watch:
     def _write_stacks(self) -> None:
         if self.run is None:
             return
-        path = self.run / "stacks" / f"rank{self.rank:05d}.txt"
+        path = stacks_path(self.run, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
             who = self.members[self.rank] if self.members else this_process(self.rank)
@@ -240,7 +242,7 @@ class Watch:
             who = f"{len(ranks)} of {len(self.members)} ranks fell behind: {named}"
         else:
             who = f"all ranks stand at the same place, after step {max(self._step, 0)}"
-        where = f"; the stacks of every rank that could write are in {self.run / 'stacks'}" if self.run else ""
+        where = f"; the stacks of every rank that could write are in {self.run / STACKS}" if self.run else ""
         return f"{what}: {who}{where}; {self._how_to_resume()}"
 
     def _named(self, rank: int, position: RankPosition | None) -> str:

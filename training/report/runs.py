@@ -1,28 +1,38 @@
-"""A run's directory, read back: what it was told, its metrics, checkpoints and samples, and how it is going.
+"""A run read from its folder: options, metrics, checkpoints, samples, and whether it is going on.
 
-Nothing here imports torch: `dalle-train status` answers at once. Everything is read as it is found, also while a run is
-going on, or after a crash: what is damaged is counted and left out.
+Nothing here imports torch: `dalle-train status` answers at once. A run may be going on, or have crashed: damaged lines
+are counted and left out.
 """
 
 import itertools
 import math
-import re
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from training.metrics import read_metrics, read_object
+from training.run_files import (
+    CHECKPOINTS,
+    is_run,
+    named_latest,
+    parse_metrics,
+    read_config,
+    read_state,
+    sheets_in,
+    started_at,
+    step_of,
+    tags_in,
+)
 
 RECENT_LINES = 50
 """Lines of metrics from which the time of a step is estimated."""
 PAUSE_FACTOR = 10
-"""Between two lines more than this many times the usual time lies an interruption, which no estimate counts."""
-LONGEST_SILENCE = 5
+"""More than this many times the usual time between two lines is an interruption, which no estimate counts."""
+SILENCE_FACTOR = 5
 """A run that has not written for this many times the usual time shows no sign of life."""
-LEAST_SILENCE_S, SILENCE_AT_START_S = 120.0, 600.0
-"""But not before the first; and until the usual time is known, the second."""
+MIN_SILENCE_S, SILENCE_AT_START_S = 120.0, 600.0
+"""Seconds that any run may be silent, and a run whose usual time is not known yet."""
 
 Points = list[tuple[int, float]]
 """Step and value."""
@@ -38,12 +48,12 @@ class SavedCheckpoint:
     saved_at: float
     """Seconds since 1970."""
     is_latest: bool
-    """Whether the run would go on from it."""
+    """Whether the run would continue from it."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What there is of a run."""
+    """Everything that a run has written."""
 
     directory: Path
     config: dict[str, Any]
@@ -51,32 +61,32 @@ class Run:
     lines: list[dict[str, Any]]
     """The readable lines of metrics.jsonl."""
     n_damaged: int
-    """How many lines are not readable."""
+    """Lines of metrics.jsonl that are not readable."""
     checkpoints: list[SavedCheckpoint]
     """In the order of their steps."""
     samples: list[tuple[int, Path]]
     """Step and picture, in the order of the steps."""
-    said: dict[str, Any]
+    last_state: dict[str, Any]
     """state.json; empty for a run that left none."""
 
     @property
     def stage(self) -> str:
-        """The stage that is trained."""
+        """The stage: dvae, clip, transformer."""
         return str(self.described.get("stage", self.directory.name))
 
     @property
     def described(self) -> dict[str, Any]:
-        """What config.json says of the run: stage, recipe, model."""
+        """The run as config.json describes it: stage, recipe, model."""
         return _dictionary(self.config.get("run"))
 
     @property
     def steps(self) -> int | None:
-        """Optimizer steps that it was told to take."""
+        """Optimizer steps of the whole run."""
         return _whole(_dictionary(self.config.get("training")).get("steps"))
 
     @property
     def step(self) -> int:
-        """The last step that there is a line or a checkpoint of."""
+        """The last step with a line or a checkpoint."""
         return max([0, *(int(line["step"]) for line in self.lines), *(saved.step for saved in self.checkpoints)])
 
     def split(self, name: str) -> list[dict[str, Any]]:
@@ -88,18 +98,18 @@ class Run:
         return [(line["step"], line[name]) for line in self.split(split) if is_number(line.get(name))]
 
     def rows(self, split: str, name: str) -> list[tuple[int, list[float]]]:
-        """Return the values of a metric that has several numbers, all of the same length and finite."""
+        """Return the values of a metric with several numbers a step; only finite ones, as many as in the last step."""
         found = [(line["step"], line[name]) for line in self.split(split) if isinstance(line.get(name), list)]
         found = [(step, row) for step, row in found if row and all(is_number(value) for value in row)]
         return [(step, row) for step, row in found if len(row) == len(found[-1][1])]
 
     def names(self) -> list[str]:
-        """Return the names of all metrics that have a number somewhere."""
+        """Return the names of all metrics with a number in any line."""
         return sorted({name for line in self.lines for name, value in line.items() if is_number(value)} - _NO_METRICS)
 
     @property
     def seconds_per_step(self) -> float | None:
-        """Seconds that a step takes, of late, with validation and all; None if that cannot be told yet."""
+        """Seconds that a step takes of late, validation included; None without enough lines."""
         lines = [line for line in self.split("train") if is_number(line.get("time"))][-RECENT_LINES:]
         pairs = [
             (later["time"] - earlier["time"], later["step"] - earlier["step"])
@@ -114,28 +124,28 @@ class Run:
 
     @property
     def left_s(self) -> float | None:
-        """Seconds until the last step at this speed."""
+        """Seconds to the last step at this speed; None if not known."""
         if self.steps is None or self.seconds_per_step is None:
             return None
         return max(0, self.steps - self.step) * self.seconds_per_step
 
     @property
     def last_sign_at(self) -> float | None:
-        """When something was written last, in seconds since 1970."""
+        """Time of the last write, in seconds since 1970."""
         times = [line["time"] for line in self.lines if is_number(line.get("time"))]
         times += [saved.saved_at for saved in self.checkpoints]
-        times += [self.said["time"]] if is_number(self.said.get("time")) else []
+        times += [self.last_state["time"]] if is_number(self.last_state.get("time")) else []
         return max(times, default=None)
 
     def state(self, now: float) -> str:
-        """Return running, finished, stopped, failed, or silent: it should have written something since.
+        """Return running, finished, stopped, failed, or silent if it is overdue to write something.
 
         Args:
             now: seconds since 1970.
         """
         newest = max((saved.step for saved in self.checkpoints if saved.is_latest), default=0)
         is_done = self.steps is not None and newest >= self.steps
-        said = self.said.get("state")
+        said = self.last_state.get("state")
         if said in ("finished", "stopped", "failed"):
             return "finished" if is_done and said == "stopped" else str(said)
         if is_done and said is None:
@@ -147,7 +157,7 @@ class Run:
         log_every = _whole(_dictionary(self.config.get("training")).get("log_every"))
         if self.seconds_per_step is None or log_every is None:
             return SILENCE_AT_START_S
-        return max(LEAST_SILENCE_S, LONGEST_SILENCE * log_every * self.seconds_per_step)
+        return max(MIN_SILENCE_S, SILENCE_FACTOR * log_every * self.seconds_per_step)
 
 
 _NO_METRICS = {"step", "time", "samples"}
@@ -166,63 +176,49 @@ def find_runs(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}: give a run's, a bundle's, or a folder of those")
-    if _is_run(path):
+    if is_run(path):
         return [path]
     for pattern in ("training/*", "*", "*/training/*"):
-        found = [folder for folder in path.glob(pattern) if _is_run(folder)]
+        found = [folder for folder in path.glob(pattern) if is_run(folder)]
         if found:
-            return sorted(found, key=lambda folder: (folder.parent, _started_at(folder), folder.name))
+            return sorted(found, key=lambda folder: (folder.parent, started_at(folder), folder.name))
     raise FileNotFoundError(
         f"there is no run in {path}: expected a run's directory, with config.json and metrics.jsonl in it, a bundle's, "
         "or a folder of those"
     )
 
 
-def _is_run(path: Path) -> bool:
-    return path.is_dir() and ((path / "metrics.jsonl").is_file() or "run" in read_object(path / "config.json"))
-
-
-def _started_at(run: Path) -> float:
-    """When a run was started: config.json is written then."""
-    config = run / "config.json"
-    return config.stat().st_mtime if config.is_file() else 0.0
-
-
 def read_run(directory: Path) -> Run:
-    """Return what there is of a run now.
+    """Return a run as its folder shows it now.
 
     Raises:
         OSError: a file is there and cannot be read.
     """
-    lines = read_metrics(directory / "metrics.jsonl")
+    lines, n_damaged = parse_metrics(directory)
     return Run(
         directory=directory,
-        config=read_object(directory / "config.json"),
+        config=read_config(directory),
         lines=lines,
-        n_damaged=_count_lines(directory / "metrics.jsonl") - len(lines),
-        checkpoints=_checkpoints(directory / "checkpoints"),
-        samples=_samples(directory / "samples"),
-        said=read_object(directory / "state.json"),
+        n_damaged=n_damaged,
+        checkpoints=_checkpoints(directory / CHECKPOINTS),
+        samples=sheets_in(directory),
+        last_state=read_state(directory),
     )
 
 
-def _count_lines(path: Path) -> int:
-    if not path.is_file():
-        return 0
-    return sum(1 for line in path.read_bytes().splitlines() if line.strip())
-
-
 def _checkpoints(folder: Path) -> list[SavedCheckpoint]:
-    latest = folder / "latest"
-    name_of_latest = latest.read_text(errors="replace").strip() if latest.is_file() else ""
-    found = []
-    for path, step in _by_step(folder, r"step(\d+)"):
-        sizes = list(_file_sizes(path))
+    latest, found = named_latest(folder), []
+    for tag in reversed(tags_in(folder)):
+        sizes = list(_file_sizes(folder / tag))
         if sizes:
-            saved_at = max(modified_at for _, modified_at in sizes)
-            size = sum(size for size, _ in sizes)
-            is_latest = path.name == name_of_latest
-            found.append(SavedCheckpoint(name=path.name, step=step, bytes=size, saved_at=saved_at, is_latest=is_latest))
+            checkpoint = SavedCheckpoint(
+                name=tag,
+                step=step_of(tag),
+                bytes=sum(size for size, _ in sizes),
+                saved_at=max(modified_at for _, modified_at in sizes),
+                is_latest=tag == latest,
+            )
+            found.append(checkpoint)
     return found
 
 
@@ -235,18 +231,6 @@ def _file_sizes(folder: Path) -> Iterator[tuple[int, float]]:
             continue
         if path.is_file():
             yield status.st_size, status.st_mtime
-
-
-def _samples(folder: Path) -> list[tuple[int, Path]]:
-    return [(step, path) for path, step in _by_step(folder, r"step(\d+)\.png")]
-
-
-def _by_step(folder: Path, pattern: str) -> Sequence[tuple[Path, int]]:
-    """Return what a folder holds whose name is a step, in the order of the steps."""
-    if not folder.is_dir():
-        return []
-    named = [(path, re.fullmatch(pattern, path.name)) for path in folder.iterdir()]
-    return sorted(((path, int(match[1])) for path, match in named if match), key=lambda found: found[1])
 
 
 def _dictionary(value: Any) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dalle.output.progress import duration, printable
+from dalle.output.text import duration, printable
 from training.report.runs import Points, Run, find_runs, is_number, read_run
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"

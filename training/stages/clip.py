@@ -28,6 +28,7 @@ from training.engine.objective import MicroBatch, Tensors
 from training.metrics import Report
 from training.ranks.world import World, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
+from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, all_captions
 from training.stages.program import Program
 
@@ -284,7 +285,7 @@ def _clip_tokenizer(program: Program, vocab_size: int) -> CLIPTokenizer:
     path = run / "tokenizer.json"
     unreadable = np.flatnonzero(data.is_lost).tolist()
     tokenizer = CLIPTokenizer.train(all_captions(data, unreadable), vocab_size=vocab_size)
-    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / "checkpoints") is not None:
+    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / CHECKPOINTS) is not None:
         return CLIPTokenizer.load(path)
 
     def save() -> None:

@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dalle.data.names import expand_shards
-from dalle.output.progress import Progress
+from dalle.output.progress import progress_bar
 from dvae import DVAE
 from storage.model_directory import directory_hash
 from training.metrics import Report
@@ -30,7 +30,7 @@ def encode_data(
         FileNotFoundError: the dVAE is missing; and as `encode_shards`.
     """
     coder = channels_last(DVAE.load(dvae, world.device))
-    with Progress("pictures") as progress:
+    with progress_bar("pictures") as progress:
         made = encode_shards(
             data,
             out,
@@ -38,7 +38,7 @@ def encode_data(
             directory_hash(dvae),
             config,
             world,
-            progress=progress.update if world.is_first else None,
+            progress=progress if world.is_first else None,
         )
     say(f"{made}: {out}")
     return made

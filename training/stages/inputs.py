@@ -1,6 +1,5 @@
 """The data and the folders that every stage is given, and which samples a run was trained on."""
 
-import json
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -11,10 +10,10 @@ from typing import Any
 import numpy as np
 
 from dalle.data.reader import ShardData
-from storage.atomic import replace_text
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.world import World, on_first_rank
+from training.run_files import CHECKPOINTS, read_data, write_data
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +103,7 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
 
 def forget_runs(out: Path) -> None:
     """Delete the checkpoints of all stages and the image tokens, so that nothing resumes from them."""
-    for made in (*(out / "training").glob("*/checkpoints"), *out.glob("encoded")):
+    for made in (*(out / "training").glob(f"*/{CHECKPOINTS}"), *out.glob("encoded")):
         shutil.rmtree(made)
 
 
@@ -128,16 +127,16 @@ def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
     Sample order depends on the number of samples and the order of shards. Shards may be moved.
     """
     refuse_another_run(spec)
-    path = spec.directory / "data.json"
     counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
     order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
     now = {"samples": len(data), "shards": counts, "order": order}
 
     def note() -> None:
-        if path.is_file() and spec.has_run:
-            _warn_of_another_order(json.loads(path.read_text("utf-8")), now)
+        before = read_data(spec.directory) if spec.has_run else None
+        if before is not None:
+            _warn_of_another_order(before, now)
         spec.directory.mkdir(parents=True, exist_ok=True)
-        replace_text(path, json.dumps(now, indent=1) + "\n")
+        write_data(spec.directory, now)
 
     on_first_rank(note, world)
 

@@ -13,6 +13,7 @@ from training.loop.run_folder import RunSpec
 from training.loop.stage import Stage
 from training.metrics import Report
 from training.ranks.world import World, on_first_rank
+from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, note_data
 
 
@@ -56,7 +57,7 @@ class Program:
 
         Otherwise a command interrupted in a fresh warm-up would later resume from the stage's old checkpoint.
         """
-        checkpoints = self.inputs.run_directory(stage) / "checkpoints"
+        checkpoints = self.inputs.run_directory(stage) / CHECKPOINTS
         if self.inputs.fresh:
             on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), self.world)
         return self.inputs.fresh or latest_tag(checkpoints) is None

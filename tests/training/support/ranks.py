@@ -13,8 +13,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.metrics import read_metrics
 from training.ranks.world import join_world
+from training.run_files import read_metrics
 
 N_RANKS = 2
 PATIENCE_S = 300
@@ -74,7 +74,7 @@ def transformer_command(folder: Path, bundle: Path, stage: int) -> list[str]:
 
 
 def losses_of(bundle: Path) -> list[float]:
-    lines = read_metrics(bundle / "training" / "transformer" / "metrics.jsonl")
+    lines = read_metrics(bundle / "training" / "transformer")
     return [line["loss"] for line in lines if line["split"] == "train"]
 
 

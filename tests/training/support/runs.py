@@ -16,8 +16,8 @@ from training.config import TrainConfig
 from training.engine.objective import MicroBatch
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
-from training.metrics import read_metrics
 from training.ranks.world import World
+from training.run_files import read_metrics
 
 AtStep = Callable[[int], None]
 
@@ -89,7 +89,7 @@ class Run:
 
     @property
     def losses(self) -> dict[int, float]:
-        lines = [line for line in read_metrics(self.folder / "run" / "metrics.jsonl") if line["split"] == "train"]
+        lines = [line for line in read_metrics(self.folder / "run") if line["split"] == "train"]
         assert len({line["step"] for line in lines}) == len(lines), "each step has one line"
         return {line["step"]: line["loss"] for line in lines}
 
