@@ -63,6 +63,14 @@ def test_every_dependency_has_a_tested_version_in_the_constraints() -> None:
     assert distributions([*PROJECT["dependencies"], *PROJECT["optional-dependencies"]["dev"]]) - pinned == set()
 
 
+def test_every_file_beside_the_code_is_installed() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]
+    patterns = [f"{name.replace('.', '/')}/{one}" for name, some in settings["package-data"].items() for one in some]
+    installed = {path for pattern in patterns for path in ROOT.glob(pattern)}
+    files = {path for name in PACKAGES for path in (ROOT / name).rglob("*.*") if path.is_file()}
+    assert {path for path in files if path.suffix not in (".py", ".pyc")} == installed
+
+
 def test_the_changelog_has_an_entry_for_this_version() -> None:
     changelog = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
     entry = re.search(rf"^## \[{re.escape(PROJECT['version'])}\].*?\n(.*?)(?=^## |\Z)", changelog, re.M | re.S)

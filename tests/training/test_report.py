@@ -15,11 +15,12 @@ from support.status import NOW, RunFolder
 
 import training.cli.main
 from training.ranks.world import join_world
-from training.report.curves import Curve, chart, heat_map
-from training.report.report import MOST_SHEETS, page, write_report
+from training.report.curves import MAX_COLUMNS, MAX_POINTS, Curve, chart, heat_map, label
+from training.report.report import MAX_SHEETS, page, write_report
 from training.report.runs import read_run
 
 VOID = {"meta", "input", "img", "br"}
+PICTURES = ("data:image/jpeg;base64,", "data:image/png;base64,")
 ATTACK = '<script>alert(1)</script><img src="http://evil/x" onerror="alert(2)">"\'&'
 
 
@@ -58,7 +59,7 @@ class Checker(HTMLParser):
             assert tag not in ("script", "iframe", "object", "embed", "link", "base", "form")
             assert not any(name.startswith("on") for name in attributes), attributes
             for name in ("src", "href", "xlink:href", "action"):
-                assert (attributes.get(name) or "#").startswith(("#", "data:image/jpeg;base64,")), attributes
+                assert (attributes.get(name) or "#").startswith(("#", *PICTURES)), attributes
 
 
 @pytest.fixture
@@ -106,10 +107,10 @@ def test_a_page_shows_curves_perplexities_samples_checkpoints_and_the_configurat
         '"n_layers": 2',
     ):
         assert expected in text, expected
-    classes = [attributes.get("class") for tag, attributes in checker.tags if tag == "polyline"]
-    assert classes.count("train") == 2 * 3, "each metric once with linear and once with logarithmic steps"
-    assert classes.count("validation") == 2
-    assert [tag for tag, _ in checker.tags].count("rect") == 4 * 10
+    styles = [attributes.get("style") or "" for tag, attributes in checker.tags if tag == "path"]
+    drawn = {split: sum(f"stroke: var(--{split})" in style for style in styles) for split in ("train", "validation")}
+    assert drawn == {"train": 2 * 3, "validation": 2}, "each metric once with linear and once with logarithmic steps"
+    assert [tag for tag, _ in checker.tags].count("image") == 1
 
 
 def test_a_page_forbids_scripts_and_requests(folder: Any) -> None:
@@ -142,9 +143,9 @@ def test_sample_sheets_are_small_pictures_in_the_page_spread_over_the_steps(fold
     html = html_of(run)
     checker = Checker(html)
     images = [attributes for tag, attributes in checker.tags if tag == "img"]
-    assert len(images) == MOST_SHEETS - 1
+    assert len(images) == MAX_SHEETS - 1
     assert "step00000031.png cannot be read" in html
-    assert images[-1]["alt"] == "samples at step 1"
+    assert images[-1]["alt"] == "transformer: samples at step 1"
     for image in images:
         with Image.open(io.BytesIO(base64.b64decode((image["src"] or "").partition(",")[2]))) as picture:
             assert picture.format == "JPEG"
@@ -188,21 +189,66 @@ def test_a_page_of_a_real_run(tmp_path: Path, shards: Path) -> None:
     target = write_report(tmp_path / "run")
     checker = Checker(target.read_text())
     checker.require_harmless()
-    assert {"samples at step 3", "samples at step 6"} <= {attributes.get("alt") for _, attributes in checker.tags}
+    told = {(attributes.get("alt") or "").rpartition(": ")[2] for _, attributes in checker.tags}
+    assert {"samples at step 3", "samples at step 6"} <= told
     assert "finished" in "".join(checker.text)
+
+
+def test_pictures_and_quality_come_first_on_a_page(folder: Any) -> None:
+    first = full(folder("all", "mine", "training", "dvae"))
+    second = full(folder("all", "mine", "training", "transformer"))
+    html = html_of(first, second)
+    positions = [html.index(part) for part in ("validation: loss 3", "<img ", "<main>", "Earlier samples", "state")]
+    assert positions[:4] == sorted(positions[:4])
+    shown = [attributes["alt"] for tag, attributes in Checker(html).tags if tag == "img"]
+    assert [alt.rpartition(" ")[2] for alt in shown] == ["100", "100", "50", "50"], (
+        "the newest of each run, then others"
+    )
+
+
+def test_a_page_fits_a_narrow_screen(folder: Any) -> None:
+    checker = Checker(html_of(full(folder())))
+    style = checker.text[next(i for i, text in enumerate(checker.text) if "color-scheme" in text)]
+    assert "overflow-x" not in style
+    assert "overflow-wrap: anywhere" in style
+    assert "white-space: pre-wrap" in style
+    tags = [tag for tag, _ in checker.tags]
+    assert tags.count("pre") == 1, "config.json alone; the status is a table, whose cells wrap"
+    for tag, attributes in checker.tags:
+        assert tag != "svg" or not {"width", "height"} & attributes.keys(), "it is as wide as its place"
+
+
+def test_a_page_has_colours_for_light_and_dark_screens_in_its_curves_too(folder: Any) -> None:
+    html = html_of(full(folder()))
+    assert "@media (prefers-color-scheme: dark)" in html
+    svgs = "".join(re.findall(r"<svg.*?</svg>", html, flags=re.S))
+    assert set(re.findall(r"#[0-9a-f]{6}\b", svgs)) == set()
+    used = set(re.findall(r"var\((--\w+)\)", svgs))
+    assert used == {"--faint", "--rule", "--train", "--validation"}
+    assert all(html.count(f"{name}: #") == 2 for name in used)
+
+
+def test_no_id_is_used_twice_on_a_page(folder: Any) -> None:
+    checker = Checker(html_of(full(folder("a")), full(folder("b"))))
+    ids = [attributes["id"] for _, attributes in checker.tags if "id" in attributes]
+    assert len(ids) == len(set(ids))
 
 
 # --------------------------------------------------------------------------------------------------------- curves
 
 
 def places(svg: str, kind: str) -> list[tuple[float, float]]:
-    match = re.search(rf'<polyline class="{kind}" points="([^"]*)"', svg)
+    match = re.search(rf'<path d="([^"]*)"[^>]*style="fill: none; stroke: var\(--{kind}\)', svg)
     assert match is not None
-    return [(float(x), float(y)) for x, _, y in (pair.partition(",") for pair in match[1].split())]
+    return [(float(x), float(y)) for x, y in re.findall(r"[ML] ([\d.]+) ([\d.]+)", match[1])]
+
+
+def curve(points: list[tuple[int, float]]) -> list[Curve]:
+    return [Curve(kind="train", points=points)]
 
 
 def test_a_curve_that_falls_goes_down_and_to_the_right() -> None:
-    svg = chart("loss", [Curve(name="train", kind="train", points=[(1, 4.0), (2, 3.0), (3, 2.0)])], log_x=False)
+    svg = chart(curve([(1, 4.0), (2, 3.0), (3, 2.0)]), log_x=False)
     (x0, y0), (x1, y1), (x2, y2) = places(svg, "train")
     assert x0 < x1 < x2
     assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
@@ -211,45 +257,77 @@ def test_a_curve_that_falls_goes_down_and_to_the_right() -> None:
 
 
 def test_on_logarithmic_axes_equal_factors_are_equal_distances() -> None:
-    curve = Curve(name="train", kind="train", points=[(1, 1.0), (10, 100.0), (100, 10_000.0)])
-    svg = chart("loss", [curve], log_x=True)
+    svg = chart(curve([(1, 1.0), (10, 100.0), (100, 10_000.0)]), log_x=True)
     (x0, y0), (x1, y1), (x2, y2) = places(svg, "train")
     assert x2 - x1 == pytest.approx(x1 - x0, abs=0.2)
     assert y2 - y1 == pytest.approx(y1 - y0, abs=0.2)
-    assert "(logarithmic)" in svg
 
 
 def test_a_long_curve_keeps_its_peaks_as_a_band() -> None:
     points = [(step, 100.0 if step == 5000 else 10.0) for step in range(1, 10_001)]
-    svg = chart("loss", [Curve(name="train", kind="train", points=points)], log_x=False)
-    assert len(places(svg, "train")) <= 240
-    assert "band train" in svg
+    svg = chart(curve(points), log_x=False)
+    assert len(places(svg, "train")) <= MAX_POINTS
     assert len(svg) < 20_000
-    assert min(float(y) for y in re.findall(r",([\d.]+)", svg.split("band train")[1].split("/>")[0])) < 30
+    band = re.search(r'<path d="([^"]*)"[^>]*style="fill: var\(--train\)', svg)
+    assert band is not None
+    assert min(float(y) for y in re.findall(r"[ML] [\d.]+ ([\d.]+)", band[1])) < 30
 
 
 @pytest.mark.parametrize("value", [0.0, -3.0, 1e-12, 1e30, 5])
 @pytest.mark.parametrize("log_x", [True, False])
 def test_a_single_or_constant_value_is_drawn_too(value: float, log_x: bool) -> None:
     for points in ([(7, value)], [(0, value), (7, value), (9, value)]):
-        svg = chart("loss", [Curve(name="train", kind="train", points=points)], log_x=log_x)
+        svg = chart(curve(points), log_x=log_x)
         assert Checker(svg).wrong == []
         assert "nan" not in svg
         assert "inf" not in svg
-    assert chart("loss", [Curve(name="train", kind="train", points=[])], log_x=log_x) == ""
+    assert chart(curve([]), log_x=log_x) == ""
+
+
+def test_marks_of_axes_are_numbers_that_people_read() -> None:
+    labels = {0: "0", 3e-4: "0.0003", 1e-6: "1e-06", 0.1 + 0.2: "0.3", 1500: "1500", 12_500: "12.5k", 2.5e6: "2.5M"}
+    assert {value: label(value) for value in labels} == labels
+    assert label(-3e9) == "-3G"
+
+
+@pytest.mark.parametrize("scale", [1e-5, 1.0, 1500.0, 123_456.0, 9e14])
+def test_no_mark_of_an_axis_is_cut_off(scale: float) -> None:
+    svg = chart(curve([(step, scale * (1 + step / 1000)) for step in range(0, 1000, 7)]), log_x=False)
+    (width,) = re.findall(r'viewBox="0 0 ([\d.]+) ', svg)
+    marks = re.findall(r"<text ([^>]*)>([^<]+)</text>", svg)
+    assert len(marks) >= 6
+    for attributes, text in marks:
+        left = mark_start(attributes, text)
+        assert left >= 0, (text, attributes)
+        assert left + LETTER * len(text) <= float(width) + LETTER, (text, attributes)
+
+
+LETTER = 5.2
+"""Units that a digit of the charts' text is wide, at most."""
+
+
+def mark_start(attributes: str, text: str) -> float:
+    (x,) = re.findall(r'x="([\d.]+)"', attributes)
+    anchor = re.findall(r"text-anchor: (\w+)", attributes)
+    share = {"end": 1.0, "middle": 0.5}.get(anchor[0], 0.0) if anchor else 0.0
+    return float(x) - share * LETTER * len(text)
+
+
+def pixels_of(svg: str) -> Image.Image:
+    (data,) = re.findall(r'xlink:href="data:image/png;base64,([^"]*)"', svg)
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
 def test_a_heat_map_is_dark_where_values_are_low() -> None:
-    svg = heat_map("rows", [(10, [1.0, 100.0]), (20, [10.0, 10.0])])
-    fills = re.findall(r'fill="(#[0-9a-f]{6})"', svg)
-    assert fills[0] == "#440154"
-    assert fills[1] == "#fde725"
-    assert fills[2] == fills[3] == "#21918c"
+    svg = heat_map([(10, [1.0, 100.0]), (20, [10.0, 10.0])])
+    pixels = pixels_of(svg)
+    assert pixels.size == (2, 2)
+    assert sorted(colour for _, colour in pixels.getcolors() or []) == [(32, 144, 140), (68, 1, 84), (253, 231, 36)]
     assert Checker(svg).wrong == []
-    assert heat_map("rows", []) == ""
+    assert heat_map([]) == ""
 
 
 def test_a_heat_map_of_a_long_run_stays_small() -> None:
-    svg = heat_map("rows", [(step, [float(row + 1) for row in range(32)]) for step in range(1, 20_000)])
-    assert svg.count("<rect") == 80 * 32
-    assert len(svg) < 300_000
+    svg = heat_map([(step, [float(row + 1) for row in range(32)]) for step in range(1, 20_000)])
+    assert pixels_of(svg).size == (MAX_COLUMNS, 32)
+    assert len(svg) < 30_000

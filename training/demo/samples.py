@@ -17,6 +17,7 @@ from torch import Tensor
 
 from dalle.best_of_n import rank_order
 from dalle.output.sheets import Section, contact_sheet
+from dalle.output.text import aligned
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking
 from dvae.images import to_image
@@ -24,6 +25,7 @@ from rerank import score
 from training.drawings.shape_checker import check
 from training.drawings.shapes import Split, caption, random_scene
 from training.metrics import Report
+from training.report.curves import save_panels
 
 CANDIDATES = 16
 CAPTIONS_PER_SPLIT = 64
@@ -148,23 +150,16 @@ def samples_sheet(sections: Sequence[Section], pipe: Pipeline) -> Image.Image:
 def table_of(samples: Sequence[CheckedSamples]) -> str:
     """Return the fractions right as two aligned tables: by ranking at best of N, and along best of 1, 2, 4 … N."""
     n = samples[0].right.shape[1]
-    width = max(map(len, SPLITS.values()))
-    lines = [
-        f"{'right by the checker':<{width}}  captions  best of 1   best of {n} by: "
-        + " ".join(f"{HEADS[ranking]:>10}" for ranking in RANKINGS)
-    ]
+    heads = [HEADS[ranking] for ranking in RANKINGS]
+    rows = [["right by the checker", "captions", "best of 1", f"best of {n} by:", *heads]]
     for checked in samples:
-        shares = " ".join(f"{checked.share_right(ranking, n):>10.1%}" for ranking in RANKINGS)
-        lines.append(
-            f"{SPLITS[checked.split]:<{width}}  {len(checked.captions):>8}  {checked.right.mean():>9.1%}   "
-            f"{'':>{len(f'best of {n} by: ')}}{shares}"
-        )
+        shares = [f"{checked.share_right(ranking, n):.1%}" for ranking in RANKINGS]
+        rows.append([SPLITS[checked.split], str(len(checked.captions)), f"{checked.right.mean():.1%}", "", *shares])
+    curves: list[list[str]] = []
     for checked in samples:
-        curves = {ranking: checked.curve(ranking) for ranking in RANKINGS}
-        lines += ["", f"{SPLITS[checked.split]:<{width}}  " + " ".join(f"{f'best of {k}':>10}" for k in curves[ORACLE])]
-        for ranking, curve in curves.items():
-            lines.append(f"  {HEADS[ranking]:<{width}}" + " ".join(f"{share:>10.1%}" for share in curve.values()))
-    return "\n".join(lines)
+        curves += [[], [SPLITS[checked.split], *(f"best of {k}" for k in checked.curve(ORACLE))]]
+        curves += [[f"  {HEADS[r]}", *(f"{share:.1%}" for share in checked.curve(r).values())] for r in RANKINGS]
+    return f"{aligned(rows, '<>')}\n{aligned(curves, '<>')}"
 
 
 def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
@@ -173,23 +168,13 @@ def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
     Raises:
         OSError: it cannot be written.
     """
-    from matplotlib import ticker  # slow to import
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(4 * len(samples), 3.2), layout="tight")
-    panels = figure.subplots(1, len(samples), sharey=True, squeeze=False)
-    for panel, checked in zip(panels[0], samples, strict=True):
-        for ranking in RANKINGS:
-            curve = checked.curve(ranking)
-            panel.plot(list(curve), [100 * share for share in curve.values()], marker="o", label=HEADS[ranking])
-        panel.set_xscale("log", base=2)
-        panel.xaxis.set_major_formatter(ticker.ScalarFormatter())
-        panel.set(title=SPLITS[checked.split], xlabel="best of N", ylim=(-3, 103))
-        panel.title.set_fontsize(9)
-        panel.grid(alpha=0.3)
-    panels[0][0].set_ylabel("right, %")
-    panels[0][-1].legend(title="ranked by", fontsize=8, title_fontsize=8)
-    figure.savefig(path, dpi=110)
+    panels = {
+        SPLITS[checked.split]: {
+            HEADS[ranking]: [(k, 100 * share) for k, share in checked.curve(ranking).items()] for ranking in RANKINGS
+        }
+        for checked in samples
+    }
+    save_panels(panels, path, x_label="best of N", y_label="right, %", legend="ranked by")
 
 
 def summary(samples: Sequence[CheckedSamples]) -> list[dict[str, object]]:

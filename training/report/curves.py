@@ -1,37 +1,47 @@
-"""Curves and heat maps as SVG, to be put into an HTML page: no script, no network, readable in black and white.
+"""Curves and heat maps as SVG elements for an HTML page, drawn by matplotlib.
 
-Colours and sizes of lines and text are those of the page's style sheet: see the classes in `training/report/report.py`.
+They have no scripts, no titles and no legends, which are the page's; text stays text. Their colours are the page's
+variables (`COLOURS`), so that they suit light and dark pages; curves differ in black and white, too.
 """
 
+import io
 import itertools
-import math
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
-from html import escape
+from pathlib import Path
+from typing import Any, Literal, get_args
 
 from training.report.runs import Points
 
-WIDTH, HEIGHT = 480, 240
-"""Of a chart, in its own units."""
-LEFT, RIGHT, TOP, BOTTOM = 62, 12, 26, 28
-"""Margins."""
-MOST_POINTS = 240
-"""Of a curve: more are drawn as means, with a band from the lowest to the highest."""
-LOG_Y_FROM = 30
+COLOURS = {
+    "#010101": "var(--faint)",
+    "#020202": "var(--rule)",
+    "#030303": "var(--train)",
+    "#040404": "var(--validation)",
+}
+"""Colours that matplotlib draws with, and the page's variables that replace them."""
+FAINT, RULE, TRAIN, VALIDATION = COLOURS
+WIDTH, HEIGHT, FONT, LETTER = 288, 158, 9, 5.7
+"""Size of a chart, of its text and of a digit in points, which are pixels of the narrowest page."""
+MAX_POINTS = 240
+"""Points of a curve: more are drawn as means, with a band from the lowest to the highest."""
+LOG_Y_RATIO = 30
 """A chart whose largest value is more than this many times its smallest has a logarithmic axis."""
-MOST_COLUMNS = 80
-"""Of a heat map: more steps are drawn as means."""
+MAX_COLUMNS = 80
+"""Columns of a heat map: more steps are drawn as means."""
 
-Scale = Callable[[float], float]
+
+Split = Literal["train", "validation"]
+SPLITS: tuple[Split, ...] = get_args(Split)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Curve:
     """A line of a chart."""
 
-    name: str
-    kind: str
-    """Its class in the style sheet: train or validation."""
+    kind: Split
     points: Points
 
 
@@ -44,194 +54,192 @@ class _Bin:
 
 
 def _bins(points: Points) -> list[_Bin]:
-    """Return a curve's points, the ones that are near each other together."""
-    count = min(MOST_POINTS, len(points))
-    edges = [len(points) * number // count for number in range(count + 1)]
+    """Return a curve's points, neighbours together where there are more than `MAX_POINTS`."""
     bins = []
-    for first, last in itertools.pairwise(edges):
-        values = [value for _, value in points[first:last]]
-        x = sum(step for step, _ in points[first:last]) / len(values)
+    for group in _groups(points, MAX_POINTS):
+        values = [value for _, value in group]
+        x = sum(step for step, _ in group) / len(group)
         bins.append(_Bin(x=x, low=min(values), mean=sum(values) / len(values), high=max(values)))
     return bins
 
 
-def chart(title: str, curves: Sequence[Curve], *, log_x: bool) -> str:
+def _groups(items: Sequence[Any], limit: int) -> Iterator[Sequence[Any]]:
+    """Yield items in at most `limit` groups of neighbours."""
+    count = min(limit, len(items))
+    edges = [len(items) * number // count for number in range(count + 1)]
+    yield from (items[first:last] for first, last in itertools.pairwise(edges))
+
+
+def has_log_values(curves: Sequence[Curve]) -> bool:
+    """Return whether a chart of these curves has a logarithmic axis of values."""
+    values = [value for curve in curves for _, value in curve.points]
+    return bool(values) and min(values) > 0 and max(values) / min(values) > LOG_Y_RATIO
+
+
+def chart(curves: Sequence[Curve], *, log_x: bool) -> str:
     """Return a chart as an SVG element; "" if there is nothing to draw.
 
     Args:
-        title: drawn above it.
         curves: of the same metric.
-        log_x: draw steps on a logarithmic axis.
+        log_x: draw steps on a logarithmic axis; step 0 is left out.
     """
-    visible = [(curve, [point for point in curve.points if point[0] > 0 or not log_x]) for curve in curves]
-    drawn = [(curve, _bins(points)) for curve, points in visible if points]
+    shown = [(curve.kind, [(x, y) for x, y in curve.points if x > 0 or not log_x]) for curve in curves]
+    drawn = [(kind, _bins(points)) for kind, points in shown if points]
     if not drawn:
         return ""
-    bins = [one for _, found in drawn for one in found]
-    low, high = min(one.low for one in bins), max(one.high for one in bins)
-    log_y = low > 0 and high / low > LOG_Y_FROM
-    x = _scale(min(one.x for one in bins), max(one.x for one in bins), LEFT, WIDTH - RIGHT, is_log=log_x)
-    y = _scale(low, high, HEIGHT - BOTTOM, TOP, is_log=log_y)
-    parts = [
-        f'<svg class="chart {"log" if log_x else "linear"}" viewBox="0 0 {WIDTH} {HEIGHT}" role="img">',
-        f"<title>{escape(title)}</title>",
-        f'<text class="title" x="{LEFT}" y="16">{escape(title)}{" (logarithmic)" if log_y else ""}</text>',
-        *_horizontal_lines(low, high, y, is_log=log_y),
-        *_step_marks(min(one.x for one in bins), max(one.x for one in bins), x, is_log=log_x),
-    ]
-    for curve, found in drawn:
-        parts += _drawn(curve, found, x, y)
-    return "".join([*parts, *_legend([curve for curve, _ in drawn]), "</svg>"])
+    with _axes() as (axes, save):
+        for kind, bins in drawn:
+            _draw(axes, kind, bins)
+        if log_x:
+            _make_logarithmic(axes, "x")
+        if has_log_values(curves):
+            _make_logarithmic(axes, "y")
+        axes.grid(axis="y", color=RULE, linewidth=0.8, clip_on=False)
+        return save()
 
 
-def _scale(low: float, high: float, start: float, end: float, *, is_log: bool) -> Scale:
-    """Return the function from values to places; a single value is in the middle."""
-    if is_log:
-        low, high = math.log(max(low, 1e-300)), math.log(max(high, 1e-300))
-    span = high - low
-
-    def place(value: float) -> float:
-        position = math.log(max(value, 1e-300)) if is_log else value
-        return start + (end - start) * ((position - low) / span if span > 0 else 0.5)
-
-    return place
-
-
-def _drawn(curve: Curve, bins: Sequence[_Bin], x: Scale, y: Scale) -> list[str]:
-    """Return the elements of one curve."""
-    parts = []
+def _draw(axes: Any, kind: str, bins: Sequence[_Bin]) -> None:
+    colour, style = (TRAIN, "-") if kind == "train" else (VALIDATION, (0, (5, 2)))
+    x = [one.x for one in bins]
     if any(one.high > one.low for one in bins):
-        outline = [(one.x, one.high) for one in bins] + [(one.x, one.low) for one in reversed(bins)]
-        parts.append(f'<polygon class="band {curve.kind}" points="{_places(outline, x, y)}"/>')
-    if len(bins) == 1:
-        parts.append(f'<circle class="{curve.kind}" cx="{x(bins[0].x):.1f}" cy="{y(bins[0].mean):.1f}" r="2.5"/>')
-    else:
-        line = _places([(one.x, one.mean) for one in bins], x, y)
-        parts.append(f'<polyline class="{curve.kind}" points="{line}"/>')
-    return parts
+        outline = [one.high for one in bins] + [one.low for one in reversed(bins)]
+        axes.fill(x + x[::-1], outline, color=colour, alpha=0.2, linewidth=0, clip_on=False)
+    marker = "o" if len(bins) == 1 else ""
+    axes.plot(x, [one.mean for one in bins], color=colour, linestyle=style, marker=marker, markersize=4, clip_on=False)
 
 
-def _places(points: Sequence[tuple[float, float]], x: Scale, y: Scale) -> str:
-    return " ".join(f"{x(step):.1f},{y(value):.1f}" for step, value in points)
+def _make_logarithmic(axes: Any, name: str) -> None:
+    """Make an axis logarithmic, with marks at powers of ten, and at 2 and 5 times those where they would be few."""
+    from matplotlib.ticker import LogLocator
+
+    axis = getattr(axes, f"{name}axis")
+    low, high = axis.get_data_interval()
+    axes.set(**{f"{name}scale": "log"})
+    axis.set_major_locator(LogLocator(subs=(1,) if high >= 100 * low else (1, 2, 5), numticks=6))
+    axis.set_minor_locator(LogLocator(subs=()))
 
 
-def _horizontal_lines(low: float, high: float, y: Scale, *, is_log: bool) -> list[str]:
-    parts = []
-    for value in _powers(low, high) if is_log else _round_numbers(low, high):
-        place = y(value)
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{place:.1f}" y2="{place:.1f}"/>')
-        parts.append(f'<text class="mark end" x="{LEFT - 6}" y="{place + 4:.1f}">{_label(value)}</text>')
-    return parts
-
-
-def _step_marks(low: float, high: float, x: Scale, *, is_log: bool) -> list[str]:
-    values = _powers(low, high) if is_log else _round_numbers(low, high)
-    bottom = HEIGHT - BOTTOM
-    return [
-        f'<line class="grid" x1="{x(value):.1f}" x2="{x(value):.1f}" y1="{bottom}" y2="{bottom + 4}"/>'
-        f'<text class="mark middle" x="{x(value):.1f}" y="{bottom + 17}">{_label(value)}</text>'
-        for value in values
-    ]
-
-
-def _legend(curves: Sequence[Curve]) -> list[str]:
-    return [
-        f'<text class="mark end {curve.kind}" x="{WIDTH - RIGHT - 72 * place}" y="16">{escape(curve.name)}</text>'
-        for place, curve in enumerate(reversed(curves))
-    ]
-
-
-def _round_numbers(low: float, high: float) -> list[float]:
-    """Return 2 to 7 round numbers in a range; its only value if it has no extent."""
-    span = high - low
-    if not span > abs(high) * 1e-12:
-        return [low]
-    unit = 10 ** math.floor(math.log10(span / 4))
-    step = next(unit * factor for factor in (1, 2, 5, 10) if span / (unit * factor) <= 6)
-    first = math.ceil(low / step - 1e-9)
-    return [number * step for number in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _powers(low: float, high: float) -> list[float]:
-    """Return the powers of ten in a range, with their doubles and fivefolds if there would be fewer than two."""
-    low, high = max(low, 1e-300), max(high, 1e-300)
-    exponents = range(math.floor(math.log10(low)), math.ceil(math.log10(high)) + 1)
-    for factors in ((1,), (1, 2, 5)):
-        found = [
-            factor * 10.0**exponent
-            for exponent in exponents
-            for factor in factors
-            if low * (1 - 1e-9) <= factor * 10.0**exponent <= high * (1 + 1e-9)
-        ]
-        if len(found) >= 2:
-            return found[:: math.ceil(len(found) / 6)]
-    return [low, high] if high > low else [low]
-
-
-def _label(value: float) -> str:
-    if value == 0:
-        return "0"
-    for limit, unit in ((1e9, "G"), (1e6, "M"), (1e4, "k")):
-        if abs(value) >= limit:
-            return f"{value / (1e3 if unit == 'k' else limit):.3g}{unit}"
-    return f"{value:.3g}"
-
-
-def heat_map(title: str, rows: Sequence[tuple[int, Sequence[float]]]) -> str:
-    """Return a map of several numbers over the steps as an SVG element, dark where they are low; "" if there are none.
+def heat_map(rows: Sequence[tuple[int, Sequence[float]]]) -> str:
+    """Return a map of several numbers over the steps as an SVG element, dark where they are low; "" without any.
 
     Args:
-        title: drawn above it.
         rows: step, and at each as many numbers above 0: the first one is drawn at the top.
     """
     if not rows:
         return ""
-    columns = _columns(rows)
-    values = [value for _, column in columns for value in column]
-    low, high = min(values), max(values)
-    n_lines = len(columns[0][1])
-    width, height = (WIDTH - LEFT - RIGHT) / len(columns), (HEIGHT - TOP - BOTTOM) / n_lines
-    shade = _scale(low, high, 0, 1, is_log=True)
-    parts = [
-        f'<svg class="chart" viewBox="0 0 {WIDTH} {HEIGHT}" role="img"><title>{escape(title)}</title>',
-        f'<text class="title" x="{LEFT}" y="16">{escape(title)}</text>',
-        f'<text class="mark end" x="{WIDTH - RIGHT}" y="16">{_label(low)} (dark) to {_label(high)}</text>',
+    from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
+
+    columns = [_mean([row for _, row in group]) for group in _groups(rows, MAX_COLUMNS)]
+    first, last, n_lines = rows[0][0], rows[-1][0], len(columns[0])
+    with _axes() as (axes, save):
+        axes.imshow(
+            list(zip(*columns, strict=True)),
+            norm=LogNorm(),
+            cmap="viridis",
+            aspect="auto",
+            interpolation="none",
+            extent=(first, max(last, first + 1), n_lines - 0.5, -0.5),
+            clip_on=False,
+        )
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
+        return save()
+
+
+def _mean(rows: Sequence[Sequence[float]]) -> list[float]:
+    return [sum(values) / len(values) for values in zip(*rows, strict=True)]
+
+
+@contextmanager
+def _axes() -> Iterator[tuple[Any, Callable[[], str]]]:
+    """Yield the axes of a new figure, and the function that returns the figure as an SVG element."""
+    from matplotlib import rc_context  # slow to import
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, MaxNLocator
+
+    settings = {"svg.fonttype": "none", "svg.hashsalt": None, "font.size": FONT, "font.family": "DejaVu Sans"}
+    with rc_context(settings):
+        figure = Figure(figsize=(WIDTH / 72, HEIGHT / 72))
+        axes = figure.add_subplot()
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+        axes.spines[:].set_visible(False)
+
+        def save() -> str:
+            for axis in (axes.xaxis, axes.yaxis):
+                axis.set_major_formatter(FuncFormatter(lambda value, _: label(value)))
+            axes.tick_params(length=0, labelcolor=FAINT)
+            _leave_room(figure, axes)
+            return _element(figure)
+
+        yield axes, save
+
+
+def _leave_room(figure: Any, axes: Any) -> None:
+    """Make the margins as wide as the marks; a layout of matplotlib's would double the time of a page."""
+    widest = [
+        LETTER * max((len(label(tick)) for tick in ticks), default=0)
+        for ticks in (axes.get_xticks(), axes.get_yticks())
     ]
-    for number, (step, column) in enumerate(columns):
-        for line, value in enumerate(column):
-            place = f'x="{LEFT + number * width:.2f}" y="{TOP + line * height:.2f}"'
-            size = f'width="{width + 0.3:.2f}" height="{height + 0.3:.2f}"'
-            note = f"<title>step {step:,}, row {line}: {value:.4g}</title>" if len(columns) * n_lines <= 600 else ""
-            parts.append(f'<rect {place} {size} fill="{_colour(shade(value))}">{note}</rect>')
-    bottom = HEIGHT - BOTTOM + 17
-    parts += [
-        f'<text class="mark end" x="{LEFT - 6}" y="{TOP + 10}">row 0</text>',
-        f'<text class="mark end" x="{LEFT - 6}" y="{HEIGHT - BOTTOM}">{n_lines - 1}</text>',
-        f'<text class="mark" x="{LEFT}" y="{bottom}">step {_label(columns[0][0])}</text>',
-        f'<text class="mark end" x="{WIDTH - RIGHT}" y="{bottom}">{_label(columns[-1][0])}</text>',
-    ]
-    return "".join([*parts, "</svg>"])
+    figure.subplots_adjust(
+        left=(6 + widest[1]) / WIDTH,
+        right=1 - (2 + widest[0] / 2) / WIDTH,
+        bottom=2 * FONT / HEIGHT,
+        top=1 - FONT / HEIGHT,
+    )
 
 
-def _columns(rows: Sequence[tuple[int, Sequence[float]]]) -> list[tuple[int, list[float]]]:
-    """Return the columns of a heat map: means of neighbouring steps where there are too many."""
-    count = min(MOST_COLUMNS, len(rows))
-    edges = [len(rows) * number // count for number in range(count + 1)]
-    columns = []
-    for first, last in itertools.pairwise(edges):
-        group = rows[first:last]
-        means = [sum(values) / len(values) for values in zip(*(row for _, row in group), strict=True)]
-        columns.append((group[-1][0], means))
-    return columns
+def _element(figure: Any) -> str:
+    """Return a figure as an SVG element without what a page must not have: a size, a style sheet, ids used twice."""
+    buffer = io.StringIO()
+    nothing = dict.fromkeys(("Creator", "Date", "Format", "Type"))
+    figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    text = buffer.getvalue()
+    text = re.sub(r"<defs>\s*<style.*?</style>\s*</defs>", "", text[text.index("<svg") :], flags=re.S)
+    text = re.sub(r' (?:width|height)="[\d.]+pt"', "", text)
+    used = set(re.findall(r"#([\w-]+)[\")]", text))
+    text = re.sub(r' id="([^"]*)"', lambda match: match[0] if match[1] in used else "", text)
+    for colour, variable in COLOURS.items():
+        text = text.replace(colour, variable)
+    return re.sub(r">\s+<", "><", text).strip()
 
 
-PALETTE = ((68, 1, 84), (59, 82, 139), (33, 145, 140), (94, 201, 98), (253, 231, 37))
-"""Five colours of viridis (matplotlib), which stay in order in grey and for colour-blind eyes."""
+def label(value: float) -> str:
+    """Return a number as a mark of an axis has it: "0.0003", "1500", "15k", "2.5M"."""
+    for limit, divisor, unit in ((1e9, 1e9, "G"), (1e6, 1e6, "M"), (1e4, 1e3, "k")):
+        if limit <= abs(value) < 1e15:
+            return f"{value / divisor:.6g}{unit}"
+    return f"{value:.6g}"
 
 
-def _colour(value: float) -> str:
-    """Return the colour of a number in [0, 1]."""
-    place = min(max(value, 0.0), 1.0) * (len(PALETTE) - 1)
-    index = min(int(place), len(PALETTE) - 2)
-    mixed = (a + (b - a) * (place - index) for a, b in zip(PALETTE[index], PALETTE[index + 1], strict=True))
-    return "#" + "".join(f"{round(part):02x}" for part in mixed)
+def save_panels(
+    panels: Mapping[str, Mapping[str, Points]], path: Path, *, x_label: str, y_label: str, legend: str
+) -> None:
+    """Draw fractions in percent as a PNG: a panel for each title, in it a line for each name.
+
+    Args:
+        panels: x, drawn to base 2, and percent, by title and name.
+        path: the file.
+        x_label: of all panels.
+        y_label: of all panels.
+        legend: title of the list of names.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    from matplotlib.figure import Figure  # slow to import
+    from matplotlib.ticker import ScalarFormatter
+
+    figure = Figure(figsize=(4 * len(panels), 3.2), layout="tight")
+    row = figure.subplots(1, len(panels), sharey=True, squeeze=False)[0]
+    for axes, (title, lines) in zip(row, panels.items(), strict=True):
+        for name, points in lines.items():
+            axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
+        axes.set_xscale("log", base=2)
+        axes.xaxis.set_major_formatter(ScalarFormatter())
+        axes.set(xlabel=x_label, ylim=(-3, 103))
+        axes.set_title(title, fontsize=9)
+        axes.grid(alpha=0.3)
+    row[0].set_ylabel(y_label)
+    row[-1].legend(title=legend, fontsize=8, title_fontsize=8)
+    figure.savefig(path, dpi=110)

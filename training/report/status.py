@@ -1,7 +1,4 @@
-"""`dalle-train status`: how a run is going, in a terminal or a pipe.
-
-Written from what the run leaves in its directory (`training/report/runs.py`); the run itself is not disturbed.
-"""
+"""`dalle-train status`: prints how a run is going, read from its folder; the run itself is not disturbed."""
 
 import itertools
 import shutil
@@ -11,21 +8,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TextIO
 
-from dalle.output.text import duration, printable
+from dalle.output.text import aligned, duration, printable_line
 from training.report.runs import Points, Run, find_runs, is_number, read_run
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.-~=+*#"
 SPARKLINE_WIDTH = 60
 CHANGE_LINES = 5
-"""Lines of metrics whose mean is compared with that of as many before."""
+"""Lines of metrics whose mean is compared with the mean of as many lines before."""
 CLEAR_SCREEN = "\x1b[2J\x1b[H"
 LOSSES = ("loss", "text_loss", "image_loss", "nll", "kl", "psnr", "hard_psnr", "codes_used", "perplexity", "accuracy")
-"""Metrics that are shown with their change, where a run has them."""
+"""Metrics shown with their change, where a run has them."""
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
 def show_status(path: Path, *, watch_s: float | None = None, out: TextIO | None = None) -> None:
-    """Print how the runs in a directory are going; with `watch_s`, again and again until they have ended, or Ctrl-C.
+    """Print how the runs in a directory are going; with `watch_s`, again and again until they end, or Ctrl-C.
 
     Args:
         path: a run's directory, a bundle's, or a folder of those.
@@ -55,7 +52,7 @@ def show_status(path: Path, *, watch_s: float | None = None, out: TextIO | None 
 
 
 def _blocks(stream: TextIO) -> str:
-    """Return the characters of a sparkline that a stream can take."""
+    """Return the characters of a sparkline that a stream can encode."""
     try:
         BLOCKS.encode(stream.encoding or "utf-8")
     except (UnicodeEncodeError, LookupError):
@@ -64,24 +61,32 @@ def _blocks(stream: TextIO) -> str:
 
 
 def _for_stream(text: str, stream: TextIO) -> str:
-    """Return a text in which a stream has all characters; names can have others."""
+    """Return a text with characters that a stream cannot encode replaced; names can have any."""
     encoding = stream.encoding or "utf-8"
     return text.encode(encoding, "replace").decode(encoding)
 
 
 def summary(run: Run, now: float, *, blocks: str = BLOCKS) -> str:
-    """Return what a terminal shows of a run, several lines.
+    """Return a run's summary for a terminal, several lines.
 
     Args:
         run: as it was read.
         now: seconds since 1970.
         blocks: the characters of a sparkline, from low to high.
     """
+    recipe = run.described.get("recipe")
+    heading = f"{run.directory}: {run.stage}" + (f", recipe {recipe}" if recipe else "")
+    rows = [(label, printable_line(text)) for label, text in summary_rows(run, now, blocks)]
+    return f"{printable_line(heading)}\n{aligned(rows, indent=2)}"
+
+
+def summary_rows(run: Run, now: float, blocks: str = "") -> list[tuple[str, str]]:
+    """Return a run's summary as labels and texts; with the curve of the loss if there are `blocks` to draw it."""
     rows = [
         ("state", state_line(run, now)),
         ("progress", _progress(run, now)),
-        *((name.replace("_", " "), _with_change(run.series("train", name))) for name in LOSSES),
-        ("", sparkline([value for _, value in run.series("train", "loss")], blocks)),
+        *((name, _with_change(points)) for name, points in _losses(run, "train")),
+        ("", sparkline([value for _, value in run.series("train", "loss")], blocks) if blocks else ""),
         ("validation", _validation(run)),
         ("optimizer", _optimizer(run)),
         ("speed", _speed(run)),
@@ -90,21 +95,14 @@ def summary(run: Run, now: float, *, blocks: str = BLOCKS) -> str:
         ("disk", f"{size(shutil.disk_usage(run.directory).free)} free"),
         ("damaged", f"{run.n_damaged} lines of metrics.jsonl cannot be read" if run.n_damaged > 1 else ""),
     ]
-    recipe = run.described.get("recipe")
-    heading = f"{run.directory}: {run.stage}" + (f", recipe {recipe}" if recipe else "")
-    return "\n".join([_in_a_line(heading), *(f"  {label:<13}{_in_a_line(text)}" for label, text in rows if text)])
-
-
-def _in_a_line(text: str) -> str:
-    """Return a text in one line, its control characters, which a name could use to command the terminal, escaped."""
-    return printable(" ".join(text.split()))
+    return [(label, text) for label, text in rows if text]
 
 
 def state_line(run: Run, now: float) -> str:
     """Return whether a run is going on, or how and when it ended."""
     state, since = run.state(now), run.last_sign_at
     when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}, {ago(now - since)}" if since else "never"
-    reason = f": {run.said['reason']}" if run.said.get("reason") else ""
+    reason = f": {run.last_state['reason']}" if run.last_state.get("reason") else ""
     if state == "running":
         return f"running, last sign of life {ago(now - since)}" if since else "running"
     if state == "silent":
@@ -124,7 +122,7 @@ def _progress(run: Run, now: float) -> str:
 
 
 def _with_change(points: Points) -> str:
-    """Return the last value of a metric, and how it has changed."""
+    """Return the last value of a metric, and its change."""
     if not points:
         return ""
     text = f"{points[-1][1]:.4g}"
@@ -152,14 +150,23 @@ def _validation(run: Run) -> str:
     lines = run.split("validation")
     if not lines:
         return ""
-    shown = [f"{name.replace('_', ' ')} {_with_change(points)}" for name in LOSSES if (points := _of(run, name))]
     count = lines[-1].get("samples")
     on = f", {count:,} samples" if is_number(count) else ""
+    shown = [f"{name} {_with_change(points)}" for name, points in _losses(run, "validation")]
     return f"step {lines[-1]['step']:,}{on}: {', '.join(shown)}"
 
 
-def _of(run: Run, name: str) -> Points:
-    return run.series("validation", name)
+def _losses(run: Run, split: str) -> list[tuple[str, Points]]:
+    found = [(name.replace("_", " "), run.series(split, name)) for name in LOSSES]
+    return [(name, points) for name, points in found if points]
+
+
+def quality(run: Run) -> str:
+    """Return the last losses of a run: on validation samples, or in training where there are none."""
+    for split in ("validation", "train"):
+        if found := _losses(run, split):
+            return f"{split}: " + ", ".join(f"{name} {points[-1][1]:.4g}" for name, points in found)
+    return ""
 
 
 def _optimizer(run: Run) -> str:
@@ -211,7 +218,7 @@ def _has_latest(run: Run) -> bool:
 
 
 def size(n_bytes: float) -> str:
-    """A number of bytes for people: "1.2 GiB"."""
+    """Return a number of bytes for people: "1.2 GiB"."""
     for unit in BINARY_UNITS[:-1]:
         if n_bytes < 1024:
             return f"{n_bytes:.0f} {unit}" if unit == "B" else f"{n_bytes:.1f} {unit}"
@@ -220,7 +227,7 @@ def size(n_bytes: float) -> str:
 
 
 def ago(seconds: float) -> str:
-    """How long ago something was, for people: "42 s ago", "3 days ago"."""
+    """Return an age for people: "42 s ago", "3 days ago"."""
     if seconds < 0:
         return "in the future by this clock"
     for limit, unit, name in ((120, 1, "s"), (7200, 60, "min"), (172_800, 3600, "h")):
