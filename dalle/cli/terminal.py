@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dalle.output.text import printable_line
+from dalle.output.text import aligned, printable_line
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -52,10 +52,7 @@ def set_up_logging() -> None:
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns: numbers to the right, and the last column, which is a name, to the left."""
-    widths = [max(len(row[i]) for row in [heads, *rows]) for i in range(len(heads) - 1)]
-    for row in [heads, *rows]:
-        cells = [cell.rjust(width) for cell, width in zip(row, widths, strict=False)]
-        print("  ".join([*cells, row[-1]]))
+    print(aligned([heads, *rows], ">" * (len(heads) - 1) + "<"))
 
 
 def warn_of_skipped(reasons: Sequence[str]) -> None:

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from dalle.output.text import aligned
 from training.data.check_shard import ASPECT_RATIOS
 from training.data.manifest import Counts
 
@@ -48,12 +49,11 @@ def report(summary: Summary, out: Path | None) -> str:
     """
     samples = summary.counts["samples"]
     rows = [
-        ("shards", summary.n_shards, f"{summary.n_bytes / 1e9:,.2f} GB; {summary.n_read:,} of them read now"),
-        ("samples", samples["keys"], ""),
-        ("pictures with a caption", samples["pairs"], ""),
+        ("shards", f"{summary.n_shards:,}", f"{summary.n_bytes / 1e9:,.2f} GB; {summary.n_read:,} of them read now"),
+        ("samples", f"{samples['keys']:,}", ""),
+        ("pictures with a caption", f"{samples['pairs']:,}", ""),
     ]
-    width = max(len(name) for name, _, _ in rows)
-    lines = [f"{name:<{width}}  {count:>13,}  {note}".rstrip() for name, count, note in rows]
+    lines = [aligned(rows, "<><")]
     for subject in ("caption characters", "caption words", "caption tokens"):
         if summary.counts[subject]:
             lines.append(f"{subject}: {_quantiles(summary.counts[subject])}")

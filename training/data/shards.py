@@ -26,6 +26,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from dalle.output.text import aligned
 from dvae.images import open_image
 from storage.atomic import replace_text
 from storage.tar import write_tar
@@ -190,17 +191,16 @@ class ShardReport:
     def table(self) -> str:
         """Return the report as lines of text."""
         note = f"pictures, {self.n_captions:,} captions, {len(self.shards):,} shards"
-        rows = [("written", self.n_samples, note), ("skipped", self.n_skipped, "pictures")]
+        rows = [("written", f"{self.n_samples:,}", note), ("skipped", f"{self.n_skipped:,}", "pictures")]
         for reason, count in self.skipped.items():
             more = ", …" if count > len(self.examples[reason]) else ""
             names = " ".join(", ".join(self.examples[reason]).split())
-            rows.append((f"  {reason}", count, names + more))
+            rows.append((f"  {reason}", f"{count:,}", names + more))
         if self.captions_left_out:
             note = "captions of pictures that were written"
-            rows.append(("left out", sum(self.captions_left_out.values()), note))
-            rows += [(f"  {reason}", count, "") for reason, count in self.captions_left_out.items()]
-        width = max(len(name) for name, _, _ in rows)
-        return "\n".join(f"{name:<{width}}  {count:>9,}  {note}".rstrip() for name, count, note in rows)
+            rows.append(("left out", f"{sum(self.captions_left_out.values()):,}", note))
+            rows += [(f"  {reason}", f"{count:,}", "") for reason, count in self.captions_left_out.items()]
+        return aligned(rows, "<><")
 
 
 class _Tally:
