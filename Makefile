@@ -21,7 +21,7 @@ test-all: $(STAMP)
 faults: $(STAMP)
 	$(BIN)/python tests/faults
 
-# Every program compares in one process of its own; about half an hour on two cores. See docs/performance.md.
+# Every program compares in one process of its own; about half an hour on two cores. See benchmarks/README.md.
 bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.attention
 	$(BIN)/python -m benchmarks.train_step

@@ -155,9 +155,22 @@ def test_no_results_are_an_error_in_words(tmp_path: Path) -> None:
         summary.results(tmp_path)
 
 
-def test_every_place_of_the_page_belongs_to_a_benchmark() -> None:
-    page = summary.PAGE.read_text(encoding="utf-8")
-    places = {line[5:-4] for line in page.splitlines() if line.startswith("<!-- ")} - {"end"}
-    assert places <= {*summary.BENCHMARKS, "machine", "lines", "rates"}
-    assert {name for name in summary.BENCHMARKS if (summary.RESULTS / f"{name}.json").exists()} <= places
-    assert all(f"images/{file}" in page for file, *_ in summary.PLOTS.values())
+def test_every_place_of_the_pages_belongs_to_a_benchmark() -> None:
+    pages = [page.read_text(encoding="utf-8") for page in summary.PAGES]
+    for_users, every_table = (
+        {line[5:-4] for line in page.splitlines() if line.startswith("<!-- ")} - {"end"} for page in pages
+    )
+    assert for_users == {"ratios", "machine"}
+    assert every_table <= {*summary.BENCHMARKS, "machine", "lines", "rates"}
+    assert {name for name in summary.BENCHMARKS if (summary.RESULTS / f"{name}.json").exists()} <= every_table
+    assert all(f"images/{file}" in pages[1] for file, *_ in summary.PLOTS.values())
+    assert pages[0].count("](images/") == 3
+
+
+def test_the_pages_say_what_the_results_say() -> None:
+    made = summary.blocks(summary.results())
+    for page in summary.PAGES:
+        text = page.read_text(encoding="utf-8")
+        assert summary.filled(text, made) == text
+    shown = {(line.what, line.against) for line in summary.lines(summary.results())}
+    assert set(summary.HEADLINES) <= shown
