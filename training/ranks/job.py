@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from storage.errors import reason_of
 from training.metrics import Report, to_stderr
 from training.ranks.environment import is_supervised, tell_supervisor
 from training.ranks.stop import Ended, Interrupted
@@ -71,7 +72,7 @@ def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> 
         if lost is None:
             if isinstance(error, ValueError):
                 tell_supervisor("final")
-            world.watch.tell_failure(" ".join(str(error).split()) or type(error).__name__)
+            world.watch.tell_failure(reason_of(error))
         else:
             tell_supervisor("lost")
         leave_world(after_error=True)
