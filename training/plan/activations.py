@@ -1,9 +1,9 @@
-"""Bytes of activations that a training step of the transformer keeps for its backward pass, and what it works in.
+"""Computes the bytes of activations that a training step of the transformer keeps for its backward pass, and works in.
 
-Derived term by term from what the layers of dalle/model.py, the ways to attend of dalle/sparse_attention.py and the
-loss of dalle/cross_entropy.py save. On a CPU the terms are what autograd is seen to save, and tests hold them to it; on
-CUDA, where FlexAttention takes the place of the CPU's two ways, they are derived, not measured. Layers that are
-compiled may keep less. Masked attention, which heads narrower than 16 fall back to on CUDA, is not modelled.
+The terms are derived from the layers of dalle/model.py, the attention of dalle/sparse_attention.py and the loss of
+dalle/cross_entropy.py. On a CPU they are what autograd saves, and tests hold them to it; on CUDA, with FlexAttention in
+place of the CPU's two ways, they are derived, not measured. Compiled layers may keep less. Masked attention, which
+heads narrower than 16 fall back to on CUDA, is not modelled.
 
 Legend: B samples of a micro-batch  S stream = T+I  T text positions  I image positions  D width  H heads
         W width of the grid  L image keys that a block of the grid may see  V vocabulary
@@ -27,10 +27,10 @@ FLOAT, ID = 4, 8
 
 @dataclass(frozen=True, kw_only=True)
 class Widths:
-    """Bytes of a number, by what it belongs to."""
+    """Bytes of a number, by its use."""
 
     weight: int
-    """A parameter, and its gradient as the backward pass makes it."""
+    """Parameters, and gradients as the backward pass makes them."""
     stream: int
     """The residual stream between layers."""
     branch: int
@@ -53,26 +53,26 @@ class Activations:
     kept: float
     """Kept between forward and backward pass."""
     logits: float
-    """The logits that exist at a time, while the loss is computed; gone before the backward pass."""
+    """Logits that exist at a time while the loss is computed; freed before the backward pass."""
     in_loss: float
-    """What else the loss works in, besides the logits: copies of its inputs, gradients in the making."""
+    """Working memory of the loss besides the logits: copies of its inputs, unfinished gradients."""
     layer: float
-    """What the backward pass of one layer works in, besides what is kept; recomputed activations included."""
+    """Working memory of one layer's backward pass, recomputed activations included."""
     casts: float
-    """16-bit copies of the weights, which autocast keeps; a part of `kept` unless layers are recomputed."""
+    """16-bit copies of the weights that autocast keeps; a part of `kept` unless layers are recomputed."""
 
 
 def activations(
     config: DALLEConfig, precision: Precision, micro_batch: int, *, checkpointing: bool, device: Device = "cuda"
 ) -> Activations:
-    """Return what one forward and backward pass of a micro-batch keeps and works in.
+    """Return the bytes that one forward and backward pass of a micro-batch keeps and works in.
 
     Args:
-        config: of the transformer.
+        config: the transformer.
         precision: of its run.
         micro_batch: B, samples on this device.
         checkpointing: whether the backward pass recomputes each layer.
-        device: which of the ways to attend is used; "cuda" is derived only.
+        device: determines how attention is computed; "cuda" is derived only.
     """
     blocks = {
         kind: (n, block_bytes(config, kind, precision, micro_batch, device))
@@ -99,7 +99,7 @@ def activations(
 
 
 def block_bytes(config: DALLEConfig, kind: Kind, precision: Precision, micro_batch: int, device: Device) -> float:
-    """Return what one layer keeps: without its weights, and copies of them.
+    """Return the bytes that one layer keeps, without its weights and copies of them.
 
     Both norms keep their input and two numbers a position; the projection to queries, keys and values and the MLP's
     first layer their input; GELU and the MLP's second layer theirs, 4·D wide each; and attention, see there.
@@ -112,7 +112,7 @@ def block_bytes(config: DALLEConfig, kind: Kind, precision: Precision, micro_bat
 
 
 def attention_bytes(config: DALLEConfig, kind: Kind, precision: Precision, micro_batch: int, device: Device) -> float:
-    """Return what attention keeps, the input of the output projection included.
+    """Return the bytes that attention keeps, the input of the output projection included.
 
     The fused ways (two calls in float32 on a CPU, FlexAttention on CUDA, one causal call where attention is dense):
     queries, keys, values, output, and one float32 a query and head. The written-out way of a CPU (bfloat16, and grids
@@ -145,7 +145,7 @@ def _written_out(config: DALLEConfig, kind: Kind, micro_batch: int) -> float:
 
 
 def outside_bytes(config: DALLEConfig, precision: Precision, micro_batch: int) -> float:
-    """Return what is kept outside of the layers: ids, the final norm, and the gradients that the loss has made.
+    """Return the bytes kept outside of the layers: ids, the final norm, and the gradients that the loss has made.
 
     `linear_cross_entropy` keeps no logits but, computed in the forward pass, the gradients of its input and of both
     heads.
@@ -159,7 +159,7 @@ def outside_bytes(config: DALLEConfig, precision: Precision, micro_batch: int) -
 
 
 def _loss_bytes(config: DALLEConfig, precision: Precision, micro_batch: int, device: Device) -> tuple[float, float]:
-    """Return the bytes of the logits that exist at a time, and of what else the larger of the two losses works in."""
+    """Return the bytes of the logits that exist at a time, and the other working bytes, of the larger loss."""
     width = widths(precision)
     D = config.d_model
     chunk = CPU_CHUNK if device == "cpu" else GPU_CHUNK
@@ -176,7 +176,7 @@ def _loss_bytes(config: DALLEConfig, precision: Precision, micro_batch: int, dev
 
 
 def _backward_bytes(config: DALLEConfig, precision: Precision, micro_batch: int) -> float:
-    """Return what the MLP's backward pass works in: gradients of stream, branch and hidden values, and of a matrix."""
+    """Return the working bytes of the MLP's backward pass: gradients of stream, branch, hidden values, a matrix."""
     width = widths(precision)
     matrix = 4 * config.d_model**2 * (width.weight + (width.branch if width.branch != width.weight else 0))
     return float(micro_batch * config.stream.length * config.d_model * (2 * width.stream + 4 * width.branch) + matrix)

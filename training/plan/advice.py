@@ -17,9 +17,9 @@ GPUS_PER_NODE = 8
 def recommended(
     recipe: Recipe, gpus: int, micro_batch: int, modes: tuple[ModePlan, ...], optimizer: OptimizerKind
 ) -> Recommendation | None:
-    """Return the first mode that fits the micro-batch, else the one that fits the largest; None if none fits any.
+    """Return the first mode that fits the micro-batch, else the one that fits the largest; None if none fits.
 
-    Nothing is offloaded where a smaller micro-batch will do: that costs less time than the way to the host and back.
+    A smaller micro-batch is preferred to offloading: it costs less time than the way to the host and back.
     """
     on_gpu = [mode for mode in modes if mode.mode.offload == "none" and mode.largest_micro_batch]
     candidates = on_gpu or [mode for mode in modes if mode.largest_micro_batch]
@@ -53,7 +53,7 @@ def _meaning(mode: Mode) -> str:
 
 
 def _command(recipe: Recipe, chosen: ModePlan, micro_batch: int, gpus: int) -> str:
-    """Return the command that trains so; several nodes need a hostfile."""
+    """Return the shell command; several nodes need a hostfile."""
     launcher = f"--num_gpus {gpus}" if gpus <= GPUS_PER_NODE else "--hostfile HOSTS"
     return (
         f"deepspeed {launcher} --no_python --no_local_rank dalle-train transformer {recipe.name} --data SHARDS "
@@ -62,7 +62,7 @@ def _command(recipe: Recipe, chosen: ModePlan, micro_batch: int, gpus: int) -> s
 
 
 def _options(mode: Mode) -> str:
-    """Return the options that choose a mode: its preset, or, where none comes with the program, one by one."""
+    """Return the options that choose a mode: its preset if there is one, or single options."""
     preset = preset_name(mode)
     if (PRESETS / f"{preset}.json").is_file():
         return f"--preset {preset}"
@@ -71,7 +71,7 @@ def _options(mode: Mode) -> str:
 
 
 def advice(run: Run, precision: Precision, global_batch: int, gpu_memory_gib: float) -> Iterator[str]:
-    """Yield what would fit, a line each: recomputing layers, more GPUs, larger ones."""
+    """Yield settings that would fit, a line each: recomputing layers, more GPUs, larger GPUs."""
     usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
 
     def least(run: Run) -> tuple[float, str]:

@@ -1,4 +1,4 @@
-"""Operations that the models' arithmetic cannot do without, from the configuration alone.
+"""Counts the operations that the models' arithmetic needs, from the configuration alone.
 
 A matrix product of m×k by k×n is 2·m·k·n. Attention is counted with the keys that the mask allows, twice (scores,
 values). A backward pass has one product for the gradient of each factor, twice the forward pass; that of attention
@@ -28,7 +28,7 @@ def block_weights(config: DALLEConfig) -> int:
 
 
 def linear_flops(config: DALLEConfig) -> int:
-    """Return the operations of one sample's forward pass but for attention: layers, and each position's head."""
+    """Return the operations of one sample's forward pass without attention: layers, and each position's head."""
     stream, d = config.stream, config.d_model
     heads = 2 * d * (config.text_len * config.text_vocab + stream.n_image * config.image_vocab)
     return 2 * block_weights(config) * stream.length + heads
@@ -60,7 +60,7 @@ def flops_per_sample(config: DALLEConfig, n_block_parameters: int) -> float:
 
 
 def dvae_flops(config: DVAEConfig) -> int:
-    """Return the operations of a picture's way through a dVAE, encoder and decoder, forward."""
+    """Return the operations of one picture's forward pass through a dVAE, encoder and decoder."""
     side, narrow = config.image_size**2, config.grid**2
     n_in, counted = config.n_hid, 7 * 7 * 3 * config.n_hid * side
     for group in range(config.n_groups):
@@ -75,7 +75,7 @@ def dvae_flops(config: DVAEConfig) -> int:
         width, positions = config.n_hid * 2**group, side // 4**group
         for block in range(config.n_blocks):
             first, others = _block_weights(n_in, width, (1, 3, 3, 3))
-            # what comes first in a group is computed before the picture is enlarged: see `Block.forward_enlarged`
+            # a group's first layers are computed before the picture is enlarged: see `Block.forward_enlarged`
             is_before = block == 0 and group < config.n_groups - 1
             counted += (positions // 4 if is_before else positions) * first + positions * others
             n_in = width
@@ -91,11 +91,11 @@ def _block_weights(n_in: int, n_out: int, kernels: tuple[int, int, int, int]) ->
 
 
 def clip_flops(config: CLIPConfig, captions: int = 1) -> int:
-    """Return the operations of a pair's way through CLIP's towers, forward; attention between all positions.
+    """Return the operations of one pair's forward pass through CLIP's towers; attention between all positions.
 
     Args:
         config: the model.
-        captions: that the text tower reads for each picture, wrong ones and paraphrases included.
+        captions: captions that the text tower reads for each picture, wrong ones and paraphrases included.
     """
     pixels = config.n_patches * 3 * config.patch_size**2 * config.vision_width
     towers = (

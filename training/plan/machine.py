@@ -1,4 +1,4 @@
-"""How the cores of a machine without a GPU are shared among the stages of a recipe: a pure function, `machine_plan`.
+"""Shares the cores of a machine without a GPU among the stages of a recipe: a pure function, `machine_plan`.
 
 CLIP needs neither tokenizer nor dVAE, and may be trained beside them; the transformer needs both. The cores of a stage
 are shared among ranks, which divide its batch, or among the threads of a rank: whatever takes less time.
@@ -31,25 +31,25 @@ START_S = 8.0
 FLOPS = {"dvae": 31e9, "clip": 62e9, "transformer": 41e9}
 """Operations per second of one thread in the part of a step that ranks share."""
 STEP_S = {"dvae": 0.08, "clip": 0.35, "transformer": 0.25}
-"""Seconds of a step that every rank of one thread spends, however few its samples are.
+"""Seconds of a step that every rank of one thread spends, whatever its number of samples.
 
 Both are fitted to steps of the demonstration's recipe on two cores of an AMD EPYC without bfloat16, in float32
 (2026-11-26). With 1 and 2 ranks: the warm-up of the dVAE 0.28 and 0.18 s, CLIP with 64 pictures 1.24 and 1.07 s, with
 32 pictures 0.64 and 0.52 s, the transformer 0.87 and 0.56 s. `python -m benchmarks.whole_machine` measures them.
 """
 SERIAL = 0.15
-"""Share of a rank's work that a second thread does not help with: the transformer with two threads takes 0.50 s."""
+"""Share of a rank's work that more threads do not speed up: the transformer with two threads takes 0.50 s."""
 PROCESS_GIB = 1.0
-"""Of a rank and the process that reads for it, beside the state of its model."""
+"""GiB of a rank and the process that reads for it, without the state of its model."""
 BYTES_PER_PARAMETER = 20
-"""Weight, gradient, two moments and average, in float32."""
+"""Float32 weight, gradient, two moments and average."""
 USABLE = 0.5
-"""Of the memory that is available; activations are not counted."""
+"""Fraction of the available memory to use; the rest is for activations, which are not counted."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Cost:
-    """What a part of the work takes, in seconds of one core."""
+    """The time of a part of the work, in seconds of one core."""
 
     fixed_s: float
     """Spent by every rank."""
@@ -57,7 +57,7 @@ class Cost:
     """Shared among the ranks."""
 
     def seconds(self, ranks: int, threads: int = 1) -> float:
-        """Return how long it takes by as many ranks, of as many threads each."""
+        """Return the seconds that it takes on some ranks with some threads each."""
         return (self.fixed_s + self.shared_s / ranks) * (SERIAL + (1 - SERIAL) / threads)
 
 
@@ -70,7 +70,7 @@ class Share:
     ranks: int = 1
     """Processes that train it together."""
     threads: int = 1
-    """Of each of them."""
+    """Threads of each process."""
 
     def __str__(self) -> str:
         threads = f" of {self.threads} threads" if self.threads > 1 else ""
@@ -79,18 +79,18 @@ class Share:
 
 @dataclass(frozen=True, kw_only=True)
 class MachinePlan:
-    """Which stages are trained at the same time, and by how many processes."""
+    """The stages to train at the same time, and the processes of each."""
 
     phases: tuple[tuple[Share, ...], ...] = ()
     """One after the other; the stages of a phase run side by side. None: everything in this process, one at a time."""
     seconds: dict[str, float] = field(default_factory=dict)
-    """About how long each part takes on its share; "dvae-warmup" is a part of "dvae", and so of "clip"."""
+    """Estimated seconds of each part on its share; "dvae-warmup" is a part of "dvae", and so of "clip"."""
     reason: str = ""
-    """Why it is one at a time, for the user; empty where nothing need be said."""
+    """Reason for one stage at a time, for the user; may be empty."""
 
 
 def costs(recipe: Recipe) -> dict[str, Cost]:
-    """Return what every part of a recipe takes."""
+    """Return the cost of every part of a recipe."""
     runs = {"dvae": recipe.dvae.train, "clip": recipe.clip.train, "transformer": recipe.transformer.train}
     for stage, warmup in (("dvae", recipe.dvae.warmup), ("clip", recipe.clip.warmup)):
         if warmup is not None:
@@ -112,15 +112,15 @@ def costs(recipe: Recipe) -> dict[str, Cost]:
 
 
 def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bool = False) -> MachinePlan:
-    """Return the fastest way to train a recipe's stages, by `costs`, that the memory allows.
+    """Return the fastest plan, by `costs`, that the memory allows.
 
-    First tokenizer, dVAE and CLIP, side by side or one after the other, then the transformer on all cores, which needs
-    them. The ranks of a stage divide its batch evenly; CLIP's batch is not accumulated.
+    Tokenizer, dVAE and CLIP come first, side by side or one after the other; then the transformer on all cores. The
+    ranks of a stage divide its batch evenly; CLIP's batch is not accumulated.
 
     Args:
-        n_cores: that may be used.
-        memory_gib: that is available.
-        recipe: of all stages.
+        n_cores: cores to use.
+        memory_gib: available memory, GiB.
+        recipe: the recipe.
         encodes: whether the pictures are encoded once, before the transformer.
     """
     if n_cores < 2:
@@ -133,7 +133,7 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
         return sum(cost[part].seconds(share.ranks, share.threads) for part in parts if part in cost)
 
     def shares(stage: TrainedStage, cores: int) -> list[Share]:
-        """Return how a stage can use some of the cores."""
+        """Return the ways of a stage to use some cores."""
         return [Share(stage=stage, ranks=n, threads=cores // n) for n in _ranks(recipe, stage, cores)]
 
     def fits(*beside: Share) -> bool:
@@ -170,9 +170,9 @@ def machine_plan(n_cores: int, memory_gib: float, recipe: Recipe, *, encodes: bo
 
 
 def plan_here(recipe: Recipe, *, encodes: bool = False, one_at_a_time: bool = False) -> MachinePlan:
-    """Return the plan of this machine.
+    """Return the plan for this machine.
 
-    One stage at a time under a launcher or a supervisor, and on GPUs, which every stage has for itself.
+    It trains one stage at a time under a launcher or a supervisor, and on GPUs, where a stage uses all of them.
     """
     is_launched = "WORLD_SIZE" in os.environ or ATTEMPT in os.environ
     on_gpu = torch.cuda.is_available() and os.environ.get("DS_ACCELERATOR", "cuda") == "cuda"
@@ -182,7 +182,7 @@ def plan_here(recipe: Recipe, *, encodes: bool = False, one_at_a_time: bool = Fa
 
 
 def usable_cores() -> int:
-    """Return how many cores this process may use: OMP_NUM_THREADS, a CPU affinity or a container may say fewer."""
+    """Return the number of cores to use: OMP_NUM_THREADS, a CPU affinity or a container may lower it."""
     limits = [len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1]
     if os.environ.get("OMP_NUM_THREADS", "").isdecimal():
         limits.append(int(os.environ["OMP_NUM_THREADS"]))
@@ -193,7 +193,7 @@ def usable_cores() -> int:
 
 
 def available_gib() -> float:
-    """Return the memory that is available, of the machine or the container; without end where neither says."""
+    """Return the available GiB of the machine or the container; infinity if neither is known."""
     limits = [float("inf")]
     for line in _words(Path("/proc/meminfo"), "\n"):
         if line.startswith("MemAvailable:"):
@@ -202,7 +202,7 @@ def available_gib() -> float:
     if most and taken and most[0].isdecimal():
         counts = _words(Path("/sys/fs/cgroup/memory.stat"))
         cached = int(counts[counts.index("inactive_file") + 1]) if "inactive_file" in counts else 0
-        limits.append(int(most[0]) - int(taken[0]) + cached)  # what files left in memory gives way
+        limits.append(int(most[0]) - int(taken[0]) + cached)  # cached files give way
     return min(limits) / GIB
 
 
@@ -214,12 +214,12 @@ def _words(path: Path, separator: str | None = None) -> list[str]:
 
 
 def seconds_alone(recipe: Recipe) -> dict[str, float]:
-    """Return about how long each part takes in one process."""
+    """Return the estimated seconds of each part in one process."""
     return {part: cost.seconds(1) for part, cost in costs(recipe).items()}
 
 
 def _ranks(recipe: Recipe, stage: TrainedStage, n_cores: int) -> Iterator[int]:
-    """Yield the powers of two, up to the number of cores, among which a stage's batch can be divided."""
+    """Yield the numbers of ranks that divide a stage's batch: powers of two, at most `n_cores`."""
     ranks, chosen = 1, getattr(recipe, stage)
     runs = [run for run in (chosen.train, getattr(chosen, "warmup", None)) if run is not None]
     while ranks <= n_cores:
@@ -236,7 +236,7 @@ def _divides(run: TrainConfig, ranks: int, *, may_accumulate: bool) -> bool:
 
 
 def _rank_gib(recipe: Recipe) -> dict[str, float]:
-    """Return the GiB that a rank of every stage takes."""
+    """Return the GiB of a rank of each stage."""
     with shapes_only():
         dvae = sum(weight.numel() for weight in DVAE(recipe.dvae.model).parameters())
         clip = sum(weight.numel() for weight in CLIP(recipe.clip.model).parameters())

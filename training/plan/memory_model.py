@@ -1,4 +1,4 @@
-"""Bytes that one GPU, and its host, hold at the peak of the transformer's training, for every way to share the state.
+"""Computes the peak bytes of the transformer's training on one GPU and its host, for every way to share the state.
 
 Who holds which part of the state is in state.py. What DeepSpeed 0.19.8 adds was read in its source, in runtime/zero:
 buckets of gradients and their flattened copies, a float32 copy of the weights that an optimizer owns, partitions of
@@ -30,36 +30,36 @@ SUB_GROUP = 1_000_000_000
 
 @dataclass(frozen=True, kw_only=True)
 class Memory:
-    """Bytes at one moment, on the device of one rank (the first, which has the most), and in its host's memory."""
+    """Bytes at one moment on the device of the first rank, which has the most, and in its host's memory."""
 
     weights: float = 0.0
     """The transformer's parameters, and the frozen dVAE's, which encodes the pictures."""
     gradients: float = 0.0
-    """Of all micro-batches so far."""
+    """Gradients of all micro-batches so far."""
     optimizer: float = 0.0
     """Moments, and the float32 weights beside the model's."""
     averages: float = 0.0
-    """The averaged weights that are exported; on the first rank only."""
+    """Averaged weights for export; on the first rank only."""
     activations: float = 0.0
-    """Kept for the backward pass."""
+    """Activations kept for the backward pass."""
     logits: float = 0.0
-    """Those that exist at a time."""
+    """Logits that exist at a time."""
     working: float = 0.0
-    """What a layer, the loss or the dVAE works in."""
+    """Working memory of a layer, the loss or the dVAE."""
     deepspeed: float = 0.0
     """Buckets of gradients, flattened copies, gathered weights."""
     host: float = 0.0
-    """Not on the device, but in the memory of its host."""
+    """Bytes in the host's memory; not in `total`."""
 
     @property
     def total(self) -> float:
-        """On the device."""
+        """Bytes on the device."""
         return sum(float(getattr(self, field.name)) for field in fields(self) if field.name != "host")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Run:
-    """What the memory of a rank depends on."""
+    """The settings that determine the memory of a rank."""
 
     config: DALLEConfig
     """The transformer."""
@@ -76,13 +76,13 @@ class Run:
     checkpointing: bool
     """Whether the backward pass recomputes each layer."""
     device: Device = "cuda"
-    """Where it trains. On a CPU, device and host are one."""
+    """Device of the training; a CPU is its own host."""
     optimizer: OptimizerKind = "adamw"
-    """Of the layers' matrices."""
+    """Optimizer of the layers' matrices."""
     dvae_weights: float = 0.0
-    """Bytes of the dVAE beside it; 0 where the pictures were encoded before."""
+    """Bytes of the dVAE; 0 if the pictures were encoded before."""
     dvae_working: float = 0.0
-    """Bytes that it works in to encode one picture."""
+    """Working bytes of the dVAE per picture."""
 
     @property
     def by_muon(self) -> int:
@@ -91,7 +91,7 @@ class Run:
 
 
 def peak(run: Run) -> tuple[str, Memory]:
-    """Return the moment at which a rank holds the most, and what it holds then."""
+    """Return the moment at which a rank holds the most, and its memory then."""
     return _largest(moments(run))
 
 
@@ -102,7 +102,7 @@ def peak_bytes(run: Run, global_batch: int, micro_batch: int) -> float:
 
 
 def training_peak(run: Run) -> tuple[str, Memory]:
-    """Return the same of the moments of a step, the start left out."""
+    """Return the same without the start: the peak of a step."""
     return _largest({name: memory for name, memory in moments(run).items() if name != "start"})
 
 
@@ -112,12 +112,12 @@ def _largest(found: Mapping[str, Memory]) -> tuple[str, Memory]:
 
 
 def host_peak(run: Run) -> float:
-    """Return the most that a rank holds in its host's memory."""
+    """Return the peak bytes of a rank in its host's memory."""
     return max(memory.host for memory in moments(run).values())
 
 
 def moments(run: Run) -> dict[str, Memory]:
-    """Return what a rank holds at each of the moments that can be the peak.
+    """Return a rank's memory at each moment that can be the peak.
 
     "start": DeepSpeed takes over the model. "encoding": the dVAE encodes a micro-batch. "loss": the end of the forward
     pass. "backward": the pass through the last layer, or the first. "reduction": gradients are summed over the
@@ -147,7 +147,7 @@ def _sum(parts: Iterable[Memory]) -> Memory:
 
 
 def _on_one_machine(run: Run, memory: Memory) -> Memory:
-    """Return it with the host's bytes counted as the optimizer's on the device, if the device is the host."""
+    """Return `memory`; on a CPU, the host's bytes count as the optimizer's."""
     if run.device != "cpu":
         return memory
     values = {field.name: getattr(memory, field.name) for field in fields(Memory)}
@@ -158,7 +158,7 @@ def _on_one_machine(run: Run, memory: Memory) -> Memory:
 
 
 def _fixed(run: Run) -> Memory:
-    """Return what is held at every moment of a step: weights, optimizer, averages."""
+    """Return the memory held at every moment of a step: weights, optimizer, averages."""
     n, mode, stage = run.sizes.total, run.mode, run.mode.zero_stage
     state = state_bytes(n, mode.precision, stage, run.gpus, by_muon=run.by_muon)
     weights = state.weights
@@ -193,14 +193,14 @@ def _offloaded(run: Run, state: StateBytes) -> float:
 
 
 def _gathered(run: Run) -> float:
-    """Return the bytes of whole layers at stage 3: those in use, and those that it expects to need again soon."""
+    """Return the bytes of the layers that stage 3 keeps gathered."""
     if run.mode.zero_stage < 3:
         return 0.0
     return float(min(run.sizes.total, LIVE) * widths(run.mode.precision).weight)
 
 
 def _fetched(run: Run) -> float:
-    """Return the bytes of a message of gathered weights at stage 3, which they are copied out of."""
+    """Return the bytes of the buffer that stage 3 gathers weights into, before they are copied out."""
     if run.mode.zero_stage < 3:
         return 0.0
     n = min(run.sizes.total, max(PREFETCH, run.sizes.largest))
@@ -233,7 +233,7 @@ def _whole_gradients(run: Run) -> float:
 
 
 def _own_gradients(run: Run) -> float:
-    """Return the bytes of the gradients that a rank accumulates for its own part of the weights."""
+    """Return the bytes of the gradients of a rank's own part of the weights."""
     if run.mode.offload != "none" and (run.mode.zero_stage == 3 or not run.mode.is_half):
         return 0.0  # in the host's memory
     return run.sizes.total * run.mode.accumulated / run.gpus
@@ -243,7 +243,7 @@ def _own_gradients(run: Run) -> float:
 
 
 def _start(run: Run) -> Memory:
-    """Every rank builds the whole model in float32 on its host; stages 1 and 2 flatten it, stage 3 parts it."""
+    """Return the memory at the start: every rank builds the model in float32; stages 1, 2 flatten it, 3 parts it."""
     n, width, stage = run.sizes.total, widths(run.mode.precision).weight, run.mode.zero_stage
     whole = float(FLOAT * n)
     flat = {0: 0.0, 1: width * n + FLOAT * n / run.gpus, 2: width * n + FLOAT * n / run.gpus, 3: width * n / run.gpus}

@@ -1,4 +1,4 @@
-"""What a plan is asked: known without torch, so that the command line is."""
+"""The options of a plan; imports no torch, for the command line."""
 
 from dataclasses import dataclass
 

@@ -1,7 +1,7 @@
-"""What a recipe needs, before anything is allocated: parameters, arithmetic, bytes per GPU in every mode, and time.
+"""Plans a recipe before anything is allocated: parameters, arithmetic, bytes per GPU in every mode, and time.
 
-Models are constructed on the meta device, so that the 12-billion-parameter recipe is planned in a second on a laptop.
-The bytes are those of training/plan/memory_model.py.
+Models are built on the meta device: the 12-billion-parameter recipe is planned in a second on a laptop. The bytes come
+from training/plan/memory_model.py.
 """
 
 import dataclasses
@@ -26,11 +26,11 @@ from training.recipes import Recipe
 MAX_SAMPLES = 32
 """Largest micro-batch that the plan shows beside its own."""
 H100_TFLOPS = {False: 989.0, True: 67.0}
-"""Dense matrix products of one H100 (SXM) by its data sheet: in 16 bits, and in float32."""
+"""Dense TFLOP/s of one H100 (SXM) by its data sheet, by whether they are in float32."""
 
 
 def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
-    """Return what a recipe's transformer needs, and a little about its dVAE and CLIP.
+    """Plan a recipe's transformer, and parameters, arithmetic and state of its dVAE and CLIP.
 
     Raises:
         ValueError: an option is impossible, the GPUs cannot share the batch evenly, or the micro-batch does not divide
@@ -93,10 +93,10 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
 
 
 def _micro_batch(train: TrainConfig, gpus: int, wanted: int | None) -> int:
-    """Return the samples per GPU and forward pass: those wanted, or the recipe's, or fewer if many share the batch.
+    """Return the samples per GPU and forward pass: as wanted, or the recipe's, or fewer if many GPUs share the batch.
 
     Raises:
-        ValueError: the GPUs cannot share the batch evenly, or the samples wanted do not divide the share of one.
+        ValueError: the GPUs cannot share the batch evenly, or `wanted` does not divide the share of one.
     """
     share, rest = divmod(train.global_batch, gpus)
     if rest:
@@ -114,7 +114,7 @@ def _micro_batch(train: TrainConfig, gpus: int, wanted: int | None) -> int:
 
 
 def _dvae_working(config: DVAEConfig) -> float:
-    """Return the bytes that the encoder works in per picture: in its first group a block's input, branch and sum."""
+    """Return the encoder's working bytes per picture: input, branch and sum of a block of its first group."""
     return 4.0 * 3 * config.n_hid * config.image_size**2
 
 

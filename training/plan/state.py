@@ -16,7 +16,7 @@ from training.engine.muon import block_matrices
 from training.plan.activations import FLOAT, widths
 
 PERSISTENT = 100_000
-"""Tensors of fewer numbers are whole on every GPU at stage 3 (`stage3_param_persistence_threshold`, its default)."""
+"""Parameters of a tensor below which stage 3 does not share it (`stage3_param_persistence_threshold`, its default)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -26,9 +26,9 @@ class Mode:
     zero_stage: int
     """0 to 3: nothing is shared, the optimizer, the gradients too, the weights too."""
     precision: Precision
-    """Of the run."""
+    """Precision of the run."""
     offload: Offload = "none"
-    """What lies in the host's memory."""
+    """Part of the state in the host's memory."""
 
     def __post_init__(self) -> None:
         if self.is_half and self.zero_stage == 0:
@@ -45,7 +45,7 @@ class Mode:
 
     @property
     def accumulated(self) -> int:
-        """Bytes of an accumulated gradient, as a run would configure it."""
+        """Bytes of an accumulated gradient."""
         return FLOAT if _accumulates_in_float32(self.precision, self.zero_stage) else widths(self.precision).weight
 
     @property
@@ -64,9 +64,9 @@ def _accumulates_in_float32(precision: Precision, zero_stage: int) -> bool:
 
 
 def modes_of(precision: Precision) -> tuple[Mode, ...]:
-    """Return the modes that are compared, from the least communication to the least memory.
+    """Return the modes to compare, from the least communication to the least memory.
 
-    Half precision is not trained at stage 0: that row is autocast.
+    Stage 0 does not train half precision: that row is autocast.
     """
     return (
         Mode(zero_stage=0, precision=precision if precision == "fp32" else "autocast"),
@@ -87,7 +87,7 @@ def preset_name(mode: Mode) -> str:
 
 
 class _WithoutDrawing(TorchFunctionMode):
-    """Leaves out the drawing of random weights."""
+    """Skips the drawing of random weights."""
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: Mapping[str, Any] | None = None
@@ -100,9 +100,9 @@ class _WithoutDrawing(TorchFunctionMode):
 
 @contextmanager
 def shapes_only() -> Iterator[None]:
-    """While it lasts, models are constructed without values: on the meta device, and in no time.
+    """Build models without values, on the meta device.
 
-    Drawing weights there gives none either, but would first load torch's compiler, which takes seconds.
+    Drawing weights there draws nothing either, but would first load torch's compiler, which takes seconds.
     """
     with torch.device("meta"), _WithoutDrawing():
         yield
@@ -113,19 +113,19 @@ class Sizes:
     """Numbers of parameters of a model."""
 
     total: int
-    """All."""
+    """All parameters."""
     largest: int
-    """Of the largest tensor."""
+    """Parameters of the largest tensor."""
     persistent: int
-    """Of tensors too small for stage 3 to share."""
+    """Parameters of tensors too small for stage 3 to share."""
     matrices: int
-    """Of the layers' matrices, which Muon can update."""
+    """Parameters of the layers' matrices, which Muon can update."""
     largest_matrix: int
-    """Of the largest of these."""
+    """Parameters of the largest of these matrices."""
 
     @classmethod
     def of(cls, model: DALLE) -> "Sizes":
-        """Count them."""
+        """Return the sizes of a model."""
         counts = [parameter.numel() for parameter in model.parameters()]
         matrices = [matrix.numel() for matrix in block_matrices(model)]
         return cls(
@@ -155,18 +155,18 @@ class StateBytes:
 
 
 def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int, *, by_muon: int = 0) -> StateBytes:
-    """Return what one of `gpus` GPUs holds at a ZeRO stage.
+    """Return the bytes of the state on one of `gpus` GPUs at a ZeRO stage.
 
     Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 and 2 keep a
     float32 copy of the weights that a GPU updates, also where the weights are float32; stage 3 only of half-precision
     ones. Gradients that are shared are float32.
 
     Args:
-        n_parameters: of the model.
+        n_parameters: parameters of the model.
         precision: of the run.
         zero_stage: 0 to 3.
-        gpus: that share what the stage shares.
-        by_muon: of the parameters, those that Muon updates, which have one moment.
+        gpus: ranks that share the state.
+        by_muon: parameters that Muon updates, with one moment in place of two.
 
     Raises:
         ValueError: bf16 at stage 0, which training refuses, or fewer than one GPU.

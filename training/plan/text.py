@@ -1,14 +1,15 @@
-"""A plan as a text with its tables, and the list of the recipes."""
+"""A plan as text with its tables, and the list of recipes."""
 
 from collections.abc import Iterator
 
+from dalle.output.text import aligned
 from training.plan.state import Mode
 from training.plan.types import GIB, RESERVED_FRACTION, OtherStage, Plan
 from training.recipes import RECIPES
 
 
 def text(plan: Plan) -> str:
-    """Return a plan as a text with its tables."""
+    """Return a plan as text for a terminal."""
     config, checkpointed = plan.model, plan.checkpointing
     tera = plan.flops_per_sample / 1e12
     more = " (a third more with checkpointing)" if checkpointed else ""
@@ -21,7 +22,7 @@ def text(plan: Plan) -> str:
         f"batch {plan.global_batch}, {plan.steps:,} steps, {plan.precision}, {plan.optimizer}",
         "",
         "  parameters",
-        *(f"    {name:<22}{count:>18,}" for name, count in plan.parameters.items()),
+        aligned([(name, f"{count:,}") for name, count in plan.parameters.items()], "<>", indent=4),
         "",
         f"  {tera:.3g} TFLOP per sample and training step{more}; {plan.sparse_flops_per_sample / 1e12:.3g} with only "
         "the keys that the masks allow",
@@ -60,7 +61,7 @@ _COLUMNS = {
     "working": "working",
     "deepspeed": "DeepSpeed",
 }
-"""Parts of a `Memory`, as the table calls them."""
+"""Fields of `Memory`, and their heads in the table."""
 
 
 def _label(mode: Mode) -> str:
@@ -69,36 +70,36 @@ def _label(mode: Mode) -> str:
 
 
 def _memory_table(plan: Plan) -> Iterator[str]:
-    """Yield the table of bytes per GPU, a line for each mode."""
+    """Yield the table of bytes per GPU by mode."""
     recipes = RECIPES[plan.recipe]().transformer.train.micro_batch if plan.recipe in RECIPES else None
     advice = "" if recipes in (None, plan.micro_batch) else f"; train with --micro-batch {plan.micro_batch}"
     yield (
         f"  GiB per GPU at the peak, on {_gpus(plan)} of {plan.gpu_memory_gib:g} GiB, micro-batch {plan.micro_batch}, "
         f"activation checkpointing {'on' if plan.checkpointing else 'off'}{advice}"
     )
-    heads = "".join(f"{name:>10}" for name in _COLUMNS.values())
-    yield f"    {'':<21}{heads}{'total':>8} at         {'start':>7}{'host':>7}  largest micro-batch"
+    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host", "largest micro-batch"]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
-        cells = "".join(f"{getattr(row.peak, name) / GIB:>10.2f}" for name in _COLUMNS)
-        yield (
-            f"    {_label(row.mode):<21}{cells}{row.total / GIB:>8.2f} {row.moment:<10}{row.start / GIB:>8.1f}"
-            f"{row.host / GIB:>7.1f}  {row.largest_micro_batch or 'does not fit'}"
-        )
+        parts = [f"{getattr(row.peak, name) / GIB:.2f}" for name in _COLUMNS]
+        at_start = [f"{row.start / GIB:.1f}", f"{row.host / GIB:.1f}"]
+        largest = str(row.largest_micro_batch or "does not fit")
+        rows.append([_label(row.mode), *parts, f"{row.total / GIB:.2f}", row.moment, *at_start, largest])
+    yield aligned(rows, "<" + ">" * (len(_COLUMNS) + 1) + "<>><", indent=4)
     yield (
-        f"  Of the first rank, which has the averages; {RESERVED_FRACTION:.0%} of a GPU are kept free. Start: before "
+        f"  Of the first rank, which has the averages; {RESERVED_FRACTION:.0%} of a GPU is kept free. Start: before "
         "ZeRO has shared out the model."
     )
-    yield "  Host: of its memory, for this rank; every one needs as much as the model in float32 there while it starts."
+    yield "  Host: memory of this rank there; while it starts, every rank needs as much as the model in float32."
     yield "  Derived for CUDA, not measured; the same model on a CPU is held to measured peaks (benchmarks/plan.py)."
 
 
 def _micro_batch_table(plan: Plan) -> Iterator[str]:
     usable = plan.gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
     yield "  GiB per GPU by micro-batch; in parentheses what does not fit"
-    yield f"    {'':<21}{''.join(f'{n:>10}' for n in plan.modes[0].totals)}"
+    rows = [["", *map(str, plan.modes[0].totals)]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         cells = (f"{total / GIB:.1f}" if total <= usable else f"({total / GIB:.1f})" for total in row.totals.values())
-        yield f"    {row.preset:<21}{''.join(f'{cell:>10}' for cell in cells)}"
+        rows.append([row.preset, *cells])
+    yield aligned(rows, "<>", indent=4)
 
 
 def _recommendation_lines(plan: Plan) -> Iterator[str]:
@@ -123,4 +124,4 @@ def _stage_lines(title: str, stage: OtherStage, unit: str) -> Iterator[str]:
 
 def recipe_list() -> str:
     """Return the recipes, a line each."""
-    return "\n".join(f"  {name:<12}{make().purpose}" for name, make in RECIPES.items())
+    return aligned([(name, make().purpose) for name, make in RECIPES.items()], indent=2)

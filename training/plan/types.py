@@ -1,4 +1,4 @@
-"""What a plan says."""
+"""The data of a plan: its modes, recommendation and advice."""
 
 import dataclasses
 import json
@@ -11,66 +11,66 @@ from training.plan.state import Mode, StateBytes
 
 GIB = 1 << 30
 RESERVED_FRACTION = 0.08
-"""Of a GPU's memory, for the CUDA context, NCCL's buffers and fragmentation."""
+"""Fraction of a GPU's memory kept for the CUDA context, NCCL's buffers and fragmentation."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModePlan:
-    """One way to share the state, and what it needs."""
+    """The bytes that one way to share the state needs."""
 
     preset: str
-    """Name of the preset that trains so."""
+    """Name of its preset."""
     mode: Mode
-    """Stage, precision, and what lies in the host's memory."""
+    """ZeRO stage, precision and offload."""
     moment: str
-    """When the peak of a step is."""
+    """Moment of the step's peak; see `moments`."""
     peak: Memory
-    """Bytes on one GPU then, at the plan's micro-batch."""
+    """Bytes on one GPU at that moment, at the plan's micro-batch."""
     total: float
-    """Their sum."""
+    """Sum of `peak`, bytes."""
     start: float
     """Bytes on one GPU while training starts, before ZeRO has shared out the model."""
     host: float
-    """Bytes in the host's memory, at most, of the first of its ranks."""
+    """Peak bytes of the first rank in its host's memory."""
     fits: bool
     """Whether the plan's micro-batch fits."""
     totals: dict[int, float]
     """Peak bytes by micro-batch, of start or step."""
     largest_micro_batch: int
-    """Of those that divide a GPU's share of the batch, the largest that fits; 0 if none does."""
+    """Largest micro-batch that fits and divides a GPU's share of the batch; 0 if none fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Recommendation:
-    """What to train with."""
+    """The settings to train with."""
 
     preset: str
     """The mode's name."""
     micro_batch: int
     """Samples per GPU and forward pass."""
     reason: str
-    """Why, in a line."""
+    """One line."""
     command: str
-    """What to type."""
+    """Shell command."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class OtherStage:
-    """What the dVAE or CLIP needs, without its activations."""
+    """The needs of the dVAE or CLIP, without activations."""
 
     parameters: dict[str, int]
-    """By part; and "total"."""
+    """Count by part, and "total"."""
     flops_per_sample: float
-    """Of forward and backward pass: three times the forward's products and convolutions."""
+    """Forward and backward pass: three times the forward's products and convolutions."""
     precision: Precision
-    """Of its run."""
+    """Precision of its run."""
     state: dict[int, StateBytes]
     """Bytes on one GPU, by ZeRO stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """What a recipe needs on a number of GPUs."""
+    """The needs of a recipe on a number of GPUs."""
 
     recipe: str
     purpose: str
@@ -79,9 +79,9 @@ class Plan:
     gpus: int
     gpu_memory_gib: float
     precision: Precision
-    """Of the run; at stage 0 bf16 is autocast."""
+    """Precision of the run; at stage 0 bf16 becomes autocast."""
     optimizer: OptimizerKind
-    """Of the layers' matrices."""
+    """Optimizer of the layers' matrices."""
     checkpointing: bool
     """Whether the backward pass recomputes each layer."""
     micro_batch: int
@@ -91,21 +91,21 @@ class Plan:
     global_batch: int
     steps: int
     parameters: dict[str, int]
-    """By group; and "total"."""
+    """Count by group, and "total"."""
     flops_per_sample: float
     """See `flops_per_sample`."""
     sparse_flops_per_sample: float
-    """With only the keys of attention that the masks allow; see `training_flops`."""
+    """The same with only the keys that the masks allow; see `training_flops`."""
     mfu: float
-    """The fraction of the GPUs' arithmetic that is assumed to be used."""
+    """Assumed model FLOP/s utilisation, in (0, 1]."""
     peak_tflops: float
-    """Of one GPU."""
+    """Peak of one GPU, TFLOP/s."""
     modes: tuple[ModePlan, ...]
-    """What each way to share the state needs."""
+    """Each way to share the state, from the least communication to the least memory."""
     recommendation: Recommendation | None
     """None if nothing fits."""
     advice: tuple[str, ...]
-    """What would fit, where nothing does."""
+    """Settings that would fit, a line each, if nothing does."""
     dvae: OtherStage
     clip: OtherStage
 
@@ -116,17 +116,17 @@ class Plan:
 
     @property
     def tokens_per_day(self) -> float:
-        """At the assumed fraction of the arithmetic."""
+        """Tokens trained on in a day, at the assumed utilisation."""
         flops_per_day = self.gpus * self.peak_tflops * 1e12 * self.mfu * 86_400
         return flops_per_day / self.flops_per_sample * self.tokens_per_sample
 
     @property
     def days(self) -> float:
-        """For all steps."""
+        """Days for all steps."""
         return self.steps * self.global_batch * self.tokens_per_sample / self.tokens_per_day
 
     def as_json(self) -> str:
-        """Return everything; sizes are in bytes. `measured` says that CUDA's are not."""
+        """Return the plan as JSON, sizes in bytes; `measured` is false: figures for CUDA are derived."""
         derived = {
             "flops_per_token": self.flops_per_sample / self.tokens_per_sample,
             "flops_per_step": self.flops_per_sample * self.global_batch,
