@@ -23,7 +23,7 @@ from torch import Tensor
 from dalle.data.reader import ShardData
 from dalle.loss import stream_loss
 from dalle.output.sheets import contact_sheet
-from dalle.output.text import aligned
+from dalle.output.text import Say, aligned
 from dalle.pipeline import Pipeline
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 from dvae.metrics import code_usage, psnr, ssim
@@ -33,7 +33,6 @@ from storage.atomic import replace_text
 
 logger = logging.getLogger(__name__)
 
-Say = Callable[[str], None]
 Measurement = Callable[[Pipeline, ShardData, Say], Mapping[str, object]]
 """Measures a bundle on some data, says what it found, and returns it for evaluation.json."""
 

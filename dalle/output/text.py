@@ -1,6 +1,15 @@
-"""Text for people: aligned tables, durations, and other people's text that is safe to print."""
+"""Text for people: aligned tables, durations, other people's text that is safe to print, and where a line is said."""
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Sequence
+
+Say = Callable[[str], None]
+"""Shows a line to whoever watches."""
+
+
+def to_stderr(line: str) -> None:
+    """Print a line on stderr."""
+    print(printable(line), file=sys.stderr, flush=True)
 
 
 def aligned(rows: Sequence[Sequence[str]], columns: str = "<", *, indent: int = 0) -> str:

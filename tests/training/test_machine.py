@@ -127,7 +127,7 @@ def test_the_shards_of_the_world_are_the_same_bytes_by_one_and_two_processes(
     drawn = []
     for cores in (1, 2):
         monkeypatch.setattr(training.demo.demo, "usable_cores", lambda cores=cores: cores)
-        folders = _world_shards(tmp_path / str(cores), 32, fresh=False, report=lambda line: None)
+        folders = _world_shards(tmp_path / str(cores), 32, fresh=False, say=lambda line: None)
         drawn.append([shard.read_bytes() for folder in folders for shard in sorted(folder.glob("*.tar"))])
     assert drawn[0] == drawn[1]
 

@@ -68,7 +68,7 @@ class EvaluateCommand:
         """Measure it."""
         from dalle.data.reader import ShardData
         from dalle.evaluation.bundle import evaluate_bundle
-        from training.metrics import to_stderr
+        from dalle.output.text import to_stderr
         from training.stages.exchanged_captions import measure_exchanged
 
         data = ShardData.open(self.data, captions=True)

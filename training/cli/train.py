@@ -11,6 +11,7 @@ import tyro
 
 from dalle.cli.command import parse, resolve_device
 from dalle.cli.options import Device
+from dalle.output.text import to_stderr
 from training.cli.options import (
     STAGES,
     AllOptions,
@@ -52,7 +53,6 @@ from training.config import (
     WatchingOptions,
 )
 from training.demo.demo import run_demo
-from training.metrics import to_stderr
 from training.plan.machine import MachinePlan, plan_here
 from training.ranks.job import JobOptions, joined, to_stderr_if_open
 from training.ranks.stop import Interrupted

@@ -13,7 +13,7 @@ from pathlib import Path
 from dalle.data.reader import ShardData
 from dalle.evaluation.bundle import evaluate
 from dalle.output.sheets import save_png
-from dalle.output.text import duration
+from dalle.output.text import Say, duration
 from dalle.pipeline import Pipeline
 from storage.atomic import replace_text
 from training.data.shards import write_shards
@@ -29,7 +29,6 @@ from training.demo.samples import (
 )
 from training.drawings.drawing import DrawnSample, draw_world
 from training.drawings.shapes import WORLD_VERSION
-from training.metrics import Report
 from training.plan.machine import MachinePlan, seconds_alone, usable_cores
 from training.ranks.side_by_side import TimeLeft
 from training.ranks.world import World
@@ -54,7 +53,7 @@ def run_demo(
     recipe: Recipe,
     out: Path,
     place: World,
-    report: Report,
+    say: Say,
     *,
     fresh: bool = False,
     plan: MachinePlan | None = None,
@@ -66,7 +65,7 @@ def run_demo(
         recipe: of all stages.
         out: the bundle's directory.
         place: of this process, the only one.
-        report: told how far it is.
+        say: told how far it is.
         fresh: make everything anew.
         plan: which stages are trained side by side, in child processes; None, or one without phases, for one at a
             time, in this process.
@@ -82,32 +81,32 @@ def run_demo(
         )
     plan = plan or MachinePlan(seconds=seconds_alone(recipe))
     if plan.reason:
-        report(plan.reason)
+        say(plan.reason)
     time_left = TimeLeft([[{"world": WORLD_S}], *time_of(plan), [{"samples": SAMPLES_S}]])
 
     def begin(part: str, what: str) -> None:
-        report(f"\n{what} ({time_left})")
+        say(f"\n{what} ({time_left})")
         time_left.begin(part)
 
     begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
-    train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, report=report)
+    train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, say=say)
     time_left.end("world")
     inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
     if plan.phases:
-        run_phases(recipe, inputs, plan, time_left, report, options=options)
+        run_phases(recipe, inputs, plan, time_left, say, options=options)
     else:
-        _train_here(recipe, inputs, place, report, time_left, begin)
+        _train_here(recipe, inputs, place, say, time_left, begin)
     begin("samples", "sampling, reranking and checking")
-    _finish(out, validation, report)
+    _finish(out, validation, say)
     took = duration(time_left.elapsed_s())
-    report(f"\nthe demonstration took {took} (this time; finished parts are reused)")
+    say(f"\nthe demonstration took {took} (this time; finished parts are reused)")
 
 
 def _train_here(
     recipe: Recipe,
     inputs: Inputs,
     place: World,
-    report: Report,
+    say: Say,
     time_left: TimeLeft,
     begin: Callable[[str, str], None],
 ) -> None:
@@ -115,7 +114,7 @@ def _train_here(
 
     def heard(line: str) -> None:
         time_left.hear(line)
-        report(line)
+        say(line)
 
     begin("tokenizer", "training the tokenizer")
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
@@ -132,7 +131,7 @@ def _train_here(
     time_left.end("transformer")
 
 
-def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tuple[Path, Path]:
+def _world_shards(folder: Path, size: int, *, fresh: bool, say: Say) -> tuple[Path, Path]:
     """Draw the world into shards, unless they are there. Drawn afresh, all that was trained on them is forgotten.
 
     It is forgotten on the disk, and first, so that a demonstration interrupted later never goes on from it.
@@ -144,7 +143,7 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
     made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
     note = folder / "world.json"
     if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
-        report(f"the world is in {folder}")
+        say(f"the world is in {folder}")
         return folder / "train", folder / "validation"
     if note.is_file() and not fresh:
         raise ValueError(
@@ -158,28 +157,28 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, report: Report) -> tu
         (folder.parent / "tokenizer.json").unlink(missing_ok=True)
         note.unlink(missing_ok=True)
     for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
-        write_shards(_drawings(count, seed, size, report), folder / name, "world", 4_000, overwrite=True)
+        write_shards(_drawings(count, seed, size, say), folder / name, "world", 4_000, overwrite=True)
     replace_text(note, json.dumps(made_of))
-    report(f"drew the world into {folder}")
+    say(f"drew the world into {folder}")
     return folder / "train", folder / "validation"
 
 
-def _drawings(count: int, seed: int, size: int, report: Report) -> Iterator[DrawnSample]:
+def _drawings(count: int, seed: int, size: int, say: Say) -> Iterator[DrawnSample]:
     drawn = draw_world(count, seed, size=size, share_of_three=SHARE_OF_THREE, processes=usable_cores())
     for number, sample in enumerate(drawn, 1):
         yield sample
         if number % 4_000 == 0:
-            report(f"drew {number:,}/{count:,}")
+            say(f"drew {number:,}/{count:,}")
 
 
-def _finish(out: Path, validation: Path, report: Report) -> None:
+def _finish(out: Path, validation: Path, say: Say) -> None:
     """Measure the bundle, check its samples, and write the sheet, the curves and the tables."""
     pipe = Pipeline.load(out)
     evaluation = evaluate(pipe, ShardData.open([validation], captions=True))
     samples, sections = [], []
     for split in SPLITS:
         captions = different_captions(split, CAPTIONS_PER_SPLIT, share_of_three=SHARE_OF_THREE)
-        checked, shown = check_samples(pipe, split, captions, report)
+        checked, shown = check_samples(pipe, split, captions, say)
         samples.append(checked)
         sections += shown
     save_png(samples_sheet(sections, pipe), out / "sheet.png")
@@ -195,5 +194,5 @@ def _finish(out: Path, validation: Path, report: Report) -> None:
         "evaluation": dataclasses.asdict(evaluation),
     }
     replace_text(out / "table.json", json.dumps(numbers, indent=2))
-    report(f"\n{table}\n")
-    report(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")
+    say(f"\n{table}\n")
+    say(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")

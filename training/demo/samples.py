@@ -17,14 +17,13 @@ from torch import Tensor
 
 from dalle.best_of_n import rank_order
 from dalle.output.sheets import Section, contact_sheet
-from dalle.output.text import aligned
+from dalle.output.text import Say, aligned
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking
 from dvae.images import to_image
 from rerank import score
 from training.drawings.shape_checker import check
 from training.drawings.shapes import Split, caption, random_scene
-from training.metrics import Report
 from training.report.curves import save_panels
 
 CANDIDATES = 16
@@ -96,7 +95,7 @@ def different_captions(split: Split, count: int, *, share_of_three: float) -> li
 
 
 def check_samples(
-    pipe: Pipeline, split: Split, captions: Sequence[str], report: Report, *, n: int = CANDIDATES
+    pipe: Pipeline, split: Split, captions: Sequence[str], say: Say, *, n: int = CANDIDATES
 ) -> tuple[CheckedSamples, list[Section]]:
     """Sample captions of one kind as the bundle does by default, and let the checker decide.
 
@@ -121,7 +120,7 @@ def check_samples(
                 sections.append(
                     _section(f"{SPLITS[split]}: {told}", pictures, rights[-1], order[:SHEET_PICTURES].tolist())
                 )
-        report(f"{SPLITS[split]}: checked {min(start + CAPTIONS_AT_ONCE, len(captions))}/{len(captions)} captions")
+        say(f"{SPLITS[split]}: checked {min(start + CAPTIONS_AT_ONCE, len(captions))}/{len(captions)} captions")
     checked = CheckedSamples(
         split=split,
         captions=list(captions),

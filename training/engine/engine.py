@@ -16,6 +16,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from dalle.output.text import Say
 from storage.atomic import write_public
 from storage.errors import reason_of
 from training.engine import resharding
@@ -42,7 +43,6 @@ from training.engine.objective import Tensors, not_finite_throughout, on_device,
 from training.engine.optimizer import build_optimizer, restore_settings, settings_of
 from training.engine.random_states import random_file, random_states, restore_random_states
 from training.engine.reduction import Reduction
-from training.metrics import Report
 from training.patches import (
     WRITE_ERRORS,
     any_shape_broadcast,
@@ -286,7 +286,7 @@ class Engine:
             write_public(written[-1], lambda path: save_file(average, path))
         return {path.name: digest_of(path) for path in written}
 
-    def load(self, directory: Path, tag: str | None = None, say: Report = logger.info) -> dict[str, Any]:
+    def load(self, directory: Path, tag: str | None = None, say: Say = logger.info) -> dict[str, Any]:
         """Resume from a checkpoint; returns the state given to `save`. Collective.
 
         Passes over damaged checkpoints to the newest good one, and lets `latest` name it. Restores random states if as
@@ -319,7 +319,7 @@ class Engine:
         on_first_rank(lambda: set_latest(directory, good), self.world)
         return dict(manifest["state"])
 
-    def _load_from(self, directory: Path, tag: str, manifest: Mapping[str, Any], say: Report) -> None:
+    def _load_from(self, directory: Path, tag: str, manifest: Mapping[str, Any], say: Say) -> None:
         """Load a checkpoint whose files are good; raises ValueError if it does not fit."""
         folder = directory / tag
         # checkpoints of version 0.1 do not name it

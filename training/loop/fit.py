@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dalle.data.reader import ShardData
+from dalle.output.text import Say
 from storage.errors import reason_of
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag
@@ -22,7 +23,6 @@ from training.loop.run_folder import RunSpec, claim
 from training.loop.sinks import require_wandb
 from training.loop.stage import Stage
 from training.loop.throughput import has_bfloat16_arithmetic
-from training.metrics import Report
 from training.ranks.stop import Interrupted, StopSignals
 from training.ranks.world import World, agree, on_first_rank, require_same
 from training.run_files import RunState, step_of
@@ -35,7 +35,7 @@ def fit(
     train: ShardData,
     validation: ShardData | None,
     spec: RunSpec,
-    say: Report,
+    say: Say,
 ) -> None:
     """Train a stage, from its newest good checkpoint if there is one, and export the averaged weights.
 

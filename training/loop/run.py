@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.reader import ShardData
+from dalle.output.text import Say
 from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.loop.means import Means
@@ -16,7 +17,6 @@ from training.loop.run_folder import RunSpec
 from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
-from training.metrics import Report
 from training.ranks.world import World, from_all_ranks, mean_over_ranks
 from training.schedules import LearningRate
 
@@ -57,7 +57,7 @@ class Run:
     spec: RunSpec
     engine: Engine
     validation: ShardData | None
-    say: Report
+    say: Say
     """Told how far the run is."""
     log: MetricLog | None = None
     """Of the first rank."""

@@ -5,12 +5,13 @@ anyway, at a line of metrics or before a checkpoint.
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+from dalle.output.text import Say
 from training.ranks.world import World, from_all_ranks
 
 MAX_NAMED = 20
@@ -43,7 +44,7 @@ class SkippedSteps:
         say: told of each skipped step on the first rank.
     """
 
-    def __init__(self, limit: int, world: World, say: Callable[[str], None]) -> None:
+    def __init__(self, limit: int, world: World, say: Say) -> None:
         self.n = 0
         """Skipped steps up to the last `check`."""
         self.n_in_row = 0

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 
+from dalle.output.text import Say, to_stderr
 from storage.errors import reason_of
-from training.metrics import Report, to_stderr
 from training.ranks.environment import is_supervised, tell_supervisor
 from training.ranks.stop import Ended, Interrupted
 from training.ranks.supervisor import supervise
@@ -37,8 +37,8 @@ class JobOptions:
 
 
 @contextmanager
-def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> Iterator[tuple[World, Report]]:
-    """Join the ranks; inside, the `Report` prints on the first one alone.
+def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> Iterator[tuple[World, Say]]:
+    """Join the ranks; inside, the second value prints lines on the first rank alone.
 
     Args:
         options: the defaults if None.
@@ -55,7 +55,7 @@ def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> 
     if options.auto_restart and not is_supervised():
         raise Ended(supervise(arguments, options.auto_restart))
     world = join_world(options.timeout)
-    say: Report = to_stderr_if_open if world.is_first else (lambda _line: None)
+    say: Say = to_stderr_if_open if world.is_first else (lambda _line: None)
     world.watch.start()
     hook, threading.excepthook = threading.excepthook, _warn_of_thread
     try:

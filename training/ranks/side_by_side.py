@@ -22,8 +22,7 @@ from dataclasses import dataclass
 
 from torch.distributed import Store, TCPStore  # type: ignore[attr-defined]  # public, but torch hides it from mypy
 
-from dalle.output.text import duration
-from training.metrics import Report
+from dalle.output.text import Say, duration
 from training.ranks.environment import AGENT_STORE, PARENT
 from training.ranks.stop import STOPPED_CODES, Interrupted, StopSignals, exit_text, kill_group
 
@@ -226,13 +225,13 @@ class _Child:
 _Line = tuple[_Child, str]
 
 
-def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
+def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, say: Say) -> None:
     """Run jobs side by side, and wait for their ends.
 
     Args:
         jobs: independent of each other.
         time_left: reads the lines of progress; it is reported every `REPORT_EVERY_S`.
-        report: gets the children's lines.
+        say: gets the children's lines.
 
     Raises:
         Interrupted: SIGINT or SIGTERM came, here or to a child; all children have saved and ended.
@@ -250,7 +249,7 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
             time_left.hear(line)
         shown = child.hear(line)
         if shown:
-            report(shown)
+            say(shown)
 
     with StopSignals() as stop:
         try:
@@ -280,7 +279,7 @@ def run_jobs(jobs: Sequence[Job], time_left: TimeLeft, report: Report) -> None:
                         child.process.terminate()
                 if time.monotonic() - reported_at > REPORT_EVERY_S and running:
                     reported_at = time.monotonic()
-                    report(str(time_left))
+                    say(str(time_left))
         finally:
             for child in running:  # after a second Ctrl-C, or an error here
                 kill_group(child.process.pid)

@@ -20,8 +20,8 @@ from typing import TypeVar
 
 from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
 
+from dalle.output.text import to_stderr
 from storage.errors import reason_of
-from training.metrics import to_stderr
 from training.ranks.environment import tell_supervisor
 from training.ranks.news import HEARTBEAT_S, MAX_SILENCE_S, POLL_S, LostRank, News, RankPosition, ranks_behind
 from training.ranks.processes import Member, Process, launchers, this_process

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from dalle.evaluation.bundle import evaluate_bundle
-from training.metrics import Report
+from dalle.output.text import Say
 from training.plan.machine import MachinePlan, Share
 from training.ranks.side_by_side import Job, TimeLeft, run_jobs
 from training.ranks.world import World, on_first_rank
@@ -22,7 +22,7 @@ from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
 
-def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Report, *, encode_crops: int | None = None) -> None:
+def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, encode_crops: int | None = None) -> None:
     """Train all stages, one after the other, and evaluate the bundle on the validation data.
 
     Args:
@@ -64,7 +64,7 @@ def train_all_side_by_side(
     recipe: Recipe,
     inputs: Inputs,
     plan: MachinePlan,
-    say: Report,
+    say: Say,
     *,
     encode_crops: int | None = None,
     options: Mapping[str, Sequence[str]] | None = None,
@@ -111,7 +111,7 @@ def run_phases(
     inputs: Inputs,
     plan: MachinePlan,
     time_left: TimeLeft,
-    say: Report,
+    say: Say,
     *,
     encode_crops: int | None = None,
     options: Mapping[str, Sequence[str]] | None = None,

@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.data.reader import Sample
+from dalle.output.text import Say
 from dvae.images import open_image, square_crop, to_tensor
 from rerank.loss import contrastive_loss
 from rerank.model import CLIP
@@ -25,7 +26,6 @@ from rerank.tokenizer import CLIPTokenizer
 from training.data.wrong_captions import SOURCES
 from training.engine.checkpoints import latest_tag
 from training.engine.objective import MicroBatch, Tensors
-from training.metrics import Report
 from training.ranks.world import World, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
 from training.run_files import CHECKPOINTS
@@ -251,7 +251,7 @@ def check_negatives(accumulation: int) -> None:
         )
 
 
-def train_clip(recipe: Recipe, inputs: Inputs, world: World, say: Report) -> Path:
+def train_clip(recipe: Recipe, inputs: Inputs, world: World, say: Say) -> Path:
     """Train CLIP, with a BPE of its own; returns its directory. It is warmed up first if the recipe says so."""
     stage_recipe = recipe.clip
     check_negatives(stage_recipe.train.batch_of(world.size)[1])

@@ -17,12 +17,12 @@ from torch import Tensor
 
 from dalle.data.reader import Sample, ShardData
 from dalle.output.sheets import side_by_side
+from dalle.output.text import Say
 from dvae import DVAE
 from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_crop, to_image, to_tensor, unmap_pixels
 from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
 from training.engine.objective import MicroBatch, Tensors
-from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
@@ -178,7 +178,7 @@ class WarmupStage(DVAEStage):
         return None
 
 
-def train_dvae(recipe: Recipe, inputs: Inputs, world: World, say: Report, *, init: Path | None = None) -> Path:
+def train_dvae(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, init: Path | None = None) -> Path:
     """Train a dVAE, from scratch or from the directory `init`; returns its directory.
 
     From scratch, it is warmed up first if the recipe says so.

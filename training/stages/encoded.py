@@ -6,9 +6,9 @@ from pathlib import Path
 
 from dalle.data.names import expand_shards
 from dalle.output.progress import progress_bar
+from dalle.output.text import Say
 from dvae import DVAE
 from storage.model_directory import directory_hash
-from training.metrics import Report
 from training.ranks.world import World
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
@@ -22,7 +22,7 @@ def encode_data(
     dvae: Path,
     config: EncodeConfig,
     world: World,
-    say: Report,
+    say: Say,
 ) -> EncodeReport:
     """Encode shards of captioned pictures with the dVAE in a directory, as `encode_shards` does.
 
@@ -44,7 +44,7 @@ def encode_data(
     return made
 
 
-def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say: Report) -> Inputs:
+def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say: Say) -> Inputs:
     """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
     train = recipe.transformer.train
     config = EncodeConfig(

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.reader import ShardData
-from dalle.output.text import aligned
+from dalle.output.text import Say, aligned
 from dalle.pipeline import Pipeline
 from dvae.images import to_tensor
 from rerank import CLIP
@@ -147,7 +147,7 @@ def is_of_the_world(captions: Sequence[str]) -> bool:
     return bool(captions)
 
 
-def measure_exchanged(pipe: Pipeline, data: ShardData, say: Callable[[str], None]) -> Mapping[str, object]:
+def measure_exchanged(pipe: Pipeline, data: ShardData, say: Say) -> Mapping[str, object]:
     """Measure the table for a bundle if all captions of some data are of the built-in world.
 
     Returns:

@@ -6,12 +6,12 @@ from dataclasses import dataclass
 from typing import Any, Self
 
 from dalle.data.reader import ShardData
+from dalle.output.text import Say
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.loop.stage import Stage
-from training.metrics import Report
 from training.ranks.world import World, on_first_rank
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, note_data
@@ -26,11 +26,11 @@ class Program:
     """Samples to train on."""
     validation: ShardData | None
     world: World
-    say: Report
+    say: Say
     """Told how far the run is."""
 
     @classmethod
-    def open(cls, inputs: Inputs, world: World, say: Report, *, captions: bool, encoded: bool = False) -> Self:
+    def open(cls, inputs: Inputs, world: World, say: Say, *, captions: bool, encoded: bool = False) -> Self:
         """Open the data; arguments and errors as those of `Inputs.open`."""
         data, validation = inputs.open(captions=captions, encoded=encoded)
         return cls(inputs=inputs, data=data, validation=validation, world=world, say=say)

@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
+from dalle.output.text import Say
 from dalle.tokenizer import Tokenizer
-from training.metrics import Report
 from training.recipes import Recipe
 from training.stages.inputs import Inputs, all_captions
 
 
-def train_tokenizer(recipe: Recipe, inputs: Inputs, say: Report) -> Path:
+def train_tokenizer(recipe: Recipe, inputs: Inputs, say: Say) -> Path:
     """Train the BPE on all captions of the shards; returns the file.
 
     Raises:

@@ -19,6 +19,7 @@ from dalle.data.reader import Sample, ShardData
 from dalle.loss import training_loss
 from dalle.model import DALLE
 from dalle.output.sheets import contact_sheet
+from dalle.output.text import Say
 from dalle.sampling import candidate_seed, check_top_k, sample
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
@@ -27,7 +28,6 @@ from storage.atomic import copy_folder
 from storage.model_directory import directory_hash
 from training.engine.objective import MicroBatch, Tensors
 from training.loop.run_folder import refuse_another_run
-from training.metrics import Report
 from training.plan.flops import flops_per_sample
 from training.ranks.world import World, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
@@ -177,7 +177,7 @@ def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
     world: World,
-    say: Report,
+    say: Say,
     *,
     tokenizer: Path | None = None,
     dvae: Path | None = None,
