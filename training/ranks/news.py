@@ -18,6 +18,7 @@ from training.ranks.processes import Member
 POLL_S = 0.5
 """Seconds between two looks at the other ranks."""
 HEARTBEAT_S = 5.0
+"""Seconds between two heartbeats of a rank."""
 MAX_SILENCE_S = 60.0
 """Seconds without a heartbeat after which a rank on another host counts as lost."""
 ANSWER_S = 3.0
