@@ -496,13 +496,13 @@ def test_fresh_and_resume_contradict_each_other(shards: Path, tmp_path: Path) ->
 def test_resume_goes_on_with_a_warm_up_too(
     shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
 ) -> None:
-    def stop_at(step: int) -> Callable[..., Any]:
+    def stop_at(last: int) -> Callable[..., Any]:
         original = WarmupStage.loss
 
-        def loss(self: WarmupStage, batch: Any, at: int) -> Any:
-            if at == step:
+        def loss(self: WarmupStage, batch: Any, step: int) -> Any:
+            if step == last:
                 os.kill(os.getpid(), signal.SIGTERM)
-            return original(self, batch, at)
+            return original(self, batch, step)
 
         return loss
 

@@ -27,13 +27,13 @@ DEFECTS = [
     ),
     (  # not a defect: the place where gradients can be changed
         "deepspeed.runtime.engine",
-        "DeepSpeedEngine.allreduce_gradients",
+        "",
         "self.buffered_allreduce_fallback(grads=grads, elements_per_buffer=bucket_size)",
         "around_all_reduce",
     ),
     (
         "deepspeed.runtime.engine",
-        "DeepSpeedEngine.allreduce_gradients",
+        "",
         "self.optimizer.reduce_gradients(pipeline_parallel=self.pipeline_parallelism)",
         "around_partitioning",
     ),
