@@ -59,8 +59,8 @@ def test_the_overview_names_every_command_and_a_wrong_one_is_refused(capsys: pyt
     said = capsys.readouterr().out
     assert all(f"  {verb} " in said for verb in VERBS)
     assert main([]) == 1
-    assert main(["transfromer", "demo"]) == 1
-    assert "no command 'transfromer': did you mean 'transformer'?" in capsys.readouterr().err
+    assert main(["transformerr", "demo"]) == 1
+    assert "no command 'transformerr': did you mean 'transformer'?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("verb", VERBS)
