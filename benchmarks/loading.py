@@ -20,7 +20,7 @@ from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from training.data.batches import Batch, Share, batches
 from training.data.shards import write_shards
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 from training.recipes import recipe
 from training.stages.encode import EncodeConfig, encode_shards
 from training.stages.transformer import TransformerStage
@@ -54,7 +54,7 @@ def encoded(shards: Path, folder: Path) -> ShardData:
         dvae,
         "0" * 16,
         EncodeConfig(crops=4, workers=0),
-        World(rank=0, size=1, device=torch.device("cpu")),
+        Ranks(rank=0, size=1, device=torch.device("cpu")),
     )
     return ShardData.open([folder], captions=True, encoded=True)
 

@@ -24,7 +24,7 @@ from typing import Any, get_args
 from benchmarks.measure import RESULTS, ROOT, commit, machine, say, versions
 from dalle.model import DALLE
 from training.config import OptimizerConfig, OptimizerKind
-from training.ranks.world import join_world
+from training.ranks.ranks import join
 from training.recipes import Recipe, recipe
 from training.run_files import read_metrics
 from training.stages.inputs import Inputs
@@ -94,7 +94,7 @@ def measured(trial: Trial, arguments: argparse.Namespace) -> dict[str, list[floa
     with tempfile.TemporaryDirectory() as folder:
         inputs = Inputs(data=arguments.data, validation=arguments.validation, out=Path(folder))
         directory = train_transformer(
-            chosen, inputs, join_world(), say, tokenizer=bundle / "tokenizer.json", dvae=bundle / "dvae"
+            chosen, inputs, join(), say, tokenizer=bundle / "tokenizer.json", dvae=bundle / "dvae"
         )
         tokens = chosen.transformer.train.global_batch * DALLE.load(directory).config.stream.length
         return curve(read_metrics(inputs.run_directory("transformer")), tokens)

@@ -29,7 +29,7 @@ from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.plan.memory_model import Memory, Run, peak
 from training.plan.state import Mode, Sizes, shapes_only
-from training.ranks.world import World, join_world, leave_world
+from training.ranks.ranks import Ranks, join, leave
 from training.schedules import WarmupCosine
 from training.stages.transformer import transformer_loss
 
@@ -168,21 +168,21 @@ def main(name: str, rank: str, store: str) -> None:
     """Train one rank of a case, and print the peak above what it held with everything imported."""
     case = CASES[name]
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=int(rank), world_size=case.ranks)
-    world = join_world()
+    ranks = join()
     # three layers, one of each kind, of the same shapes: what the matrix library keeps for a shape is not the model's
-    _train(dataclasses.replace(case, config=dataclasses.replace(case.config, n_layers=3)), world)
+    _train(dataclasses.replace(case, config=dataclasses.replace(case.config, n_layers=3)), ranks)
     gc.collect()
     peak_memory = PeakMemory()
-    _train(case, world)
+    _train(case, ranks)
     print(peak_memory.bytes())
-    leave_world()
+    leave()
 
 
-def _train(case: Case, world: World) -> None:
+def _train(case: Case, ranks: Ranks) -> None:
     torch.manual_seed(0)
     model = DALLE(case.config)
     model.activation_checkpointing = case.checkpointing
-    engine = Engine(Objective(model, partial(transformer_loss, model)), resolve(case.train_config(), world.size), world)
+    engine = Engine(Objective(model, partial(transformer_loss, model)), resolve(case.train_config(), ranks.size), ranks)
     engine.train()
     for step in range(STEPS):
         engine.step(_micro_batches(case), 1e-4, step)

@@ -176,9 +176,9 @@ training.data.check_data:check_data(shards, out, workers, exclude)
 training.data.duplicates:find_duplicates(data, against, clip, out, threshold)
 training.data.manifest:Manifest.open(folder)
 training.data.manifest:open_with_manifest(shards, manifest, captions, encoded)
-training.stages.encode:encode_shards(shards, out, dvae, dvae_hash, config, world)
-training.engine.engine:Engine(objective, config, world)
-training.loop.fit:fit(stage, config, world, train, validation, spec, say)
+training.stages.encode:encode_shards(shards, out, dvae, dvae_hash, config, ranks)
+training.engine.engine:Engine(objective, config, ranks)
+training.loop.fit:fit(stage, config, ranks, train, validation, spec, say)
 training.recipes:recipe(name)
 training.drawings.shapes:world(n, seed)
 training.drawings.shape_checker:check(image, caption)
@@ -294,7 +294,7 @@ def test_imports_point_one_way() -> None:
         ("dvae.model", "dalle.model"),
         ("dvae.images", "dvae.model"),
         ("storage.model_directory", "dvae.images"),
-        ("training.ranks.world", "training.engine.engine"),
+        ("training.ranks.ranks", "training.engine.engine"),
         ("training.engine.engine", "training.loop.fit"),
         ("dalle.data.reader", "training.data.manifest"),
         ("training.data.batches", "training.loop.fit"),

@@ -25,8 +25,8 @@ from training.config import OptimizerConfig
 from training.engine.checkpoints import digest_of, latest_tag, read_manifest, resumable_tags, write_manifest
 from training.engine.optimizer import settings_of
 from training.patches import tensors_only
+from training.ranks.ranks import Ranks, join
 from training.ranks.stop import Interrupted
-from training.ranks.world import World, join_world
 from training.stages.dvae import WarmupStage, train_dvae
 from training.stages.inputs import Inputs
 
@@ -34,8 +34,8 @@ TAGS = ["step00000001", "step00000002", "step00000003"]
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
 @pytest.fixture
@@ -43,15 +43,15 @@ def new_run(tmp_path: Path, shards: Path) -> NewRun:
     def make(name: str) -> Run:
         folder = tmp_path / name
         folder.mkdir()
-        return Run(folder, tiny.open_world(shards), join_world())
+        return Run(folder, tiny.open_world(shards), join())
 
     return make
 
 
 @pytest.fixture
-def saved(tmp_path: Path, world: World) -> Path:
+def saved(tmp_path: Path, ranks: Ranks) -> Path:
     """A folder with the checkpoints of steps 1, 2 and 3."""
-    engine = engine_of(Objective(), config(keep_last=3), world)
+    engine = engine_of(Objective(), config(keep_last=3), ranks)
     for step in (1, 2, 3):
         train(engine, range(step - 1, step))
         engine.save(tmp_path, step, {"n": step})
@@ -59,7 +59,7 @@ def saved(tmp_path: Path, world: World) -> Path:
 
 
 def loaded(folder: Path, tag: str | None = None, **changes: Any) -> dict[str, Any]:
-    return engine_of(Objective(seed=1), config(**changes), join_world()).load(folder, tag)
+    return engine_of(Objective(seed=1), config(**changes), join()).load(folder, tag)
 
 
 def names(folder: Path) -> list[str]:
@@ -88,34 +88,34 @@ def test_every_file_is_listed_with_its_size_and_digest_and_no_script_is_left(sav
     [(1, 0, [7]), (2, 0, [6, 7]), (1, 3, [3, 6, 7]), (2, 4, [4, 6, 7]), (3, 1, [1, 2, 3, 4, 5, 6, 7])],
 )
 def test_the_newest_are_kept_and_multiples_for_good(
-    tmp_path: Path, world: World, keep_last: int, keep_every: int, kept: list[int]
+    tmp_path: Path, ranks: Ranks, keep_last: int, keep_every: int, kept: list[int]
 ) -> None:
-    engine = engine_of(Objective(), config(keep_last=keep_last, keep_every=keep_every), world)
+    engine = engine_of(Objective(), config(keep_last=keep_last, keep_every=keep_every), ranks)
     for step in range(1, 8):
         engine.save(tmp_path, step, {})
     assert names(tmp_path) == ["latest", *(f"step{step:08d}" for step in kept)]
 
 
-def test_incomplete_folders_are_neither_counted_as_kept_nor_offered(saved: Path, world: World) -> None:
+def test_incomplete_folders_are_neither_counted_as_kept_nor_offered(saved: Path, ranks: Ranks) -> None:
     (saved / TAGS[1] / "checkpoint.json").unlink()  # as a deletion that was interrupted leaves it
     shutil.copytree(saved / TAGS[2], saved / "step00000009")  # complete, but its save never came to `latest`
     (saved / "step00000012").mkdir()
     assert resumable_tags(saved) == [TAGS[2], TAGS[0]]
-    engine_of(Objective(), config(keep_last=3), world).save(saved, 4, {})
+    engine_of(Objective(), config(keep_last=3), ranks).save(saved, 4, {})
     assert names(saved) == ["latest", TAGS[0], TAGS[2], "step00000004"]
 
 
-def test_folders_of_other_names_are_left_alone(saved: Path, world: World) -> None:
+def test_folders_of_other_names_are_left_alone(saved: Path, ranks: Ranks) -> None:
     others = ["step1", "step00000001.bak", "mine"]
     for name in others:
         (saved / name).mkdir()
-    engine_of(Objective(), config(keep_last=1), world).save(saved, 4, {})
+    engine_of(Objective(), config(keep_last=1), ranks).save(saved, 4, {})
     assert names(saved) == sorted(["latest", "step00000004", *others])
 
 
 @pytest.mark.parametrize("call", ["os.open", "os.fsync", "training.engine.checkpoints.tags_in"])
 def test_what_latest_names_is_kept_whatever_fails_after_that(
-    saved: Path, world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
+    saved: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, call: str
 ) -> None:
     replace = os.replace
 
@@ -127,7 +127,7 @@ def test_what_latest_names_is_kept_whatever_fails_after_that(
         if Path(target).name == "latest":
             monkeypatch.setattr(call, fail)
 
-    engine = engine_of(Objective(), config(keep_last=1), world)
+    engine = engine_of(Objective(), config(keep_last=1), ranks)
     with monkeypatch.context() as patch:
         patch.setattr(os, "replace", replace_and_fail_from_now_on)
         engine.save(saved, 4, {"n": 4})
@@ -166,9 +166,9 @@ def test_a_damaged_checkpoint_is_passed_over_for_the_newest_good_one(
     assert not caplog.text, "it is not offered again"
 
 
-def test_a_broken_checkpoint_is_gone_when_the_run_has_saved_again(saved: Path, world: World) -> None:
+def test_a_broken_checkpoint_is_gone_when_the_run_has_saved_again(saved: Path, ranks: Ranks) -> None:
     flip_a_byte(saved / TAGS[2] / FILES[0])
-    engine = engine_of(Objective(), config(keep_last=5), world)
+    engine = engine_of(Objective(), config(keep_last=5), ranks)
     engine.load(saved)
     engine.save(saved, 7, {"n": 7})
     assert names(saved) == ["latest", *TAGS[:2], "step00000007"]
@@ -182,9 +182,9 @@ def test_without_any_good_checkpoint_the_error_names_all_that_are_bad(saved: Pat
         loaded(saved)
 
 
-def test_a_folder_with_special_characters_in_its_name_is_resumed_from(tmp_path: Path, world: World) -> None:
+def test_a_folder_with_special_characters_in_its_name_is_resumed_from(tmp_path: Path, ranks: Ranks) -> None:
     folder = tmp_path / "b [c+d]*?"
-    engine_of(Objective(), config(), world).save(folder, 1, {"n": 1})
+    engine_of(Objective(), config(), ranks).save(folder, 1, {"n": 1})
     assert loaded(folder) == {"n": 1}
 
 
@@ -259,11 +259,11 @@ def test_a_number_changed_in_the_manifest_is_noticed(saved: Path) -> None:
     assert loaded(saved) == {"n": 2}
 
 
-def test_random_states_go_on_where_they_were(tmp_path: Path, world: World) -> None:
+def test_random_states_go_on_where_they_were(tmp_path: Path, ranks: Ranks) -> None:
     def draw() -> list[float]:
         return [random.random(), random.gauss(0, 1), np.random.rand(), np.random.randn(), torch.rand(1).item()]
 
-    engine = engine_of(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), ranks)
     random.seed(7)
     np.random.seed(7)
     torch.manual_seed(7)
@@ -276,13 +276,13 @@ def test_random_states_go_on_where_they_were(tmp_path: Path, world: World) -> No
 
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
-def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, world: World, before: int, after: int) -> None:
-    straight = engine_of(Objective(), config(zero_stage=before), world)
+def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, ranks: Ranks, before: int, after: int) -> None:
+    straight = engine_of(Objective(), config(zero_stage=before), ranks)
     expected = train(straight, range(6))
-    first = engine_of(Objective(), config(zero_stage=before), world)
+    first = engine_of(Objective(), config(zero_stage=before), ranks)
     train(first, range(3))
     first.save(tmp_path, 3, {})
-    second = engine_of(Objective(seed=1), config(zero_stage=after), world)
+    second = engine_of(Objective(seed=1), config(zero_stage=after), ranks)
     second.load(tmp_path)
     assert train(second, range(3, 6)) == pytest.approx(expected[3:], rel=1e-6)
 
@@ -291,9 +291,9 @@ def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, world: World, before
     ("before", "after", "use"), [(0, 1, "0"), (0, 3, "0"), (2, 0, "1 or 2"), (3, 1, "3"), (2, 3, "1 or 2")]
 )
 def test_other_moves_between_stages_are_refused_in_words(
-    tmp_path: Path, world: World, before: int, after: int, use: str
+    tmp_path: Path, ranks: Ranks, before: int, after: int, use: str
 ) -> None:
-    engine_of(Objective(), config(zero_stage=before), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(zero_stage=before), ranks).save(tmp_path, 1, {})
     with pytest.raises(
         ValueError, match=f"saved at ZeRO stage {before}, this run is at {after}: use --zero-stage {use}"
     ):
@@ -305,15 +305,15 @@ def test_other_moves_between_stages_are_refused_in_words(
 )
 @pytest.mark.parametrize("clips", [(0.5, None), (None, 0.5), (None, None)])
 def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_with(
-    tmp_path: Path, world: World, stage: int, precision: str, clips: tuple[float | None, float | None]
+    tmp_path: Path, ranks: Ranks, stage: int, precision: str, clips: tuple[float | None, float | None]
 ) -> None:
     mode = {"zero_stage": stage, "precision": precision}
     before = OptimizerConfig(gradient_clipping=0.0, weight_decay=0.5, variance_clip=clips[0])
     after = OptimizerConfig(
         gradient_clipping=1e-3, weight_decay=0.0, betas=(0.5, 0.6), eps=1e-3, variance_clip=clips[1]
     )
-    engine_of(Objective(), config(optimizer=before, **mode), world).save(tmp_path, 1, {})
-    engine = engine_of(Objective(seed=1), config(optimizer=after, **mode), world)
+    engine_of(Objective(), config(optimizer=before, **mode), ranks).save(tmp_path, 1, {})
+    engine = engine_of(Objective(seed=1), config(optimizer=after, **mode), ranks)
     own = settings_of(engine._engine.optimizer)
     engine.load(tmp_path)
     assert settings_of(engine._engine.optimizer) == own
@@ -329,9 +329,9 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.CaptureFixture[str], stage: int) -> None:
-    engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world).save(tmp_path, 1, {})
-    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world)
+def test_resuming_prints_nothing(tmp_path: Path, ranks: Ranks, capfd: pytest.CaptureFixture[str], stage: int) -> None:
+    engine_of(Objective(), config(zero_stage=stage, precision="bf16"), ranks).save(tmp_path, 1, {})
+    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), ranks)
     capfd.readouterr()
     engine.load(tmp_path)
     assert capfd.readouterr().out == ""
@@ -341,8 +341,8 @@ def test_resuming_prints_nothing(tmp_path: Path, world: World, capfd: pytest.Cap
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])
-def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Path, world: World, stage: int) -> None:
-    engine = engine_of(Objective(), config(zero_stage=stage), world)
+def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Path, ranks: Ranks, stage: int) -> None:
+    engine = engine_of(Objective(), config(zero_stage=stage), ranks)
     engine.save(tmp_path, 1, {})
     folder = tmp_path / "step00000001"
     files = list(read_manifest(folder)["files"])
@@ -362,9 +362,9 @@ def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Pat
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 @pytest.mark.parametrize("content", [5, None, [], {}, {"module": 5, "optimizer_state_dict": []}], ids=str)
 def test_harmless_things_of_wrong_types_are_an_error_in_words(
-    tmp_path: Path, world: World, stage: int, content: object
+    tmp_path: Path, ranks: Ranks, stage: int, content: object
 ) -> None:
-    engine_of(Objective(), config(zero_stage=stage), world).save(tmp_path, 1, {})
+    engine_of(Objective(), config(zero_stage=stage), ranks).save(tmp_path, 1, {})
     folder = tmp_path / "step00000001"
     for name in [name for name in read_manifest(folder)["files"] if name.endswith(".pt")]:
         good = (folder / name).read_bytes()
@@ -394,9 +394,9 @@ def test_no_reader_that_asks_for_free_unpickling_gets_it_while_deepspeed_reads(t
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_save_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path, world: World, stage: int) -> None:
+def test_a_save_killed_at_any_moment_leaves_a_checkpoint_that_loads(tmp_path: Path, ranks: Ranks, stage: int) -> None:
     start = tmp_path / "start"
-    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), world)
+    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), ranks)
     engine.save(start, 1, {"n": 1})
     outcomes = []
     for moment in itertools.count():
@@ -420,7 +420,7 @@ def step_gone_on_from(folder: Path, stage: int) -> int:
     """Load, save the next step, and load that; returns the step that was loaded first."""
     step = int(loaded(folder, zero_stage=stage)["n"])
     after = step + 1
-    engine_of(Objective(), config(zero_stage=stage, keep_last=1), join_world()).save(folder, after, {"n": after})
+    engine_of(Objective(), config(zero_stage=stage, keep_last=1), join()).save(folder, after, {"n": after})
     assert {name for name in names(folder) if not name.startswith(".")} == {"latest", f"step{after:08d}"}
     assert loaded(folder, zero_stage=stage) == {"n": after}
     return step
@@ -494,7 +494,7 @@ def test_fresh_and_resume_contradict_each_other(shards: Path, tmp_path: Path) ->
 
 
 def test_resume_goes_on_with_a_warm_up_too(
-    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, world: World
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: Ranks
 ) -> None:
     def stop_at(last: int) -> Callable[..., Any]:
         original = WarmupStage.loss
@@ -510,12 +510,12 @@ def test_resume_goes_on_with_a_warm_up_too(
     inputs = Inputs(data=[shards], out=tmp_path)
     resumed = dataclasses.replace(inputs, resume=True)
     with pytest.raises(ValueError, match=r"dvae-warmup/checkpoints to --resume from"):
-        train_dvae(tiny.recipe(), resumed, world, said.append)
+        train_dvae(tiny.recipe(), resumed, ranks, said.append)
     with monkeypatch.context() as patch:
         patch.setattr(WarmupStage, "loss", stop_at(1))
         with pytest.raises(Interrupted):
-            train_dvae(tiny.recipe(), inputs, world, said.append)
-    train_dvae(tiny.recipe(), resumed, world, said.append)
+            train_dvae(tiny.recipe(), inputs, ranks, said.append)
+    train_dvae(tiny.recipe(), resumed, ranks, said.append)
     assert any(line.startswith("dvae-warmup: resuming from step 2") for line in said)
     assert latest_tag(tmp_path / "training" / "dvae" / "checkpoints") == "step00000004"
 
@@ -525,7 +525,7 @@ def test_the_command_line_has_the_options_of_keeping_and_resuming(
 ) -> None:
     given: list[tuple[Any, Inputs]] = []
     monkeypatch.setattr(training.cli.train, "train_clip", lambda recipe, inputs, *_: given.append((recipe, inputs)))
-    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
     command = ["clip", "demo", "--data", str(shards), "--out", str(tmp_path)]
     options = ["--keep-last", "3", "--keep-every", "500", "--resume-from", TAGS[0], "--resume"]
     assert training.cli.main.main([*command, *options]) == 0

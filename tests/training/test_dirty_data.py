@@ -35,7 +35,7 @@ from training.data.check_report import report
 from training.data.manifest import Manifest, open_with_manifest
 from training.data.shards import make_shards
 from training.drawings.shapes import world
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 from training.run_files import read_metrics
 from training.stages.clip import train_clip
 from training.stages.encode import EncodeConfig, encode_shards
@@ -48,7 +48,7 @@ N_CORRUPT = 200
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
 
 
 def world_members(numbers: Sequence[int], broken: Mapping[int, bytes] | None = None) -> list[tuple[str, bytes]]:
@@ -227,12 +227,12 @@ def test_unequal_shards_give_every_step_the_same_samples_however_they_are_read(
     assert sorted(key for step in whole[:7] for key in step) == [f"k{i:04}" for i in range(28)]
 
 
-def keys_on_rank(world: World, shards: Path, workers: int) -> list[list[str]]:
-    return keys_by_step(shards, workers, world.rank, world.size)
+def keys_on_rank(ranks: Ranks, shards: Path, workers: int) -> list[list[str]]:
+    return keys_by_step(shards, workers, ranks.rank, ranks.size)
 
 
-def train_on_rank(world: World, shards: Path, out: Path, workers: int) -> str:
-    train_clip(tiny.recipe(steps=9, global_batch=8, workers=workers), Inputs(data=[shards], out=out), world, print)
+def train_on_rank(ranks: Ranks, shards: Path, out: Path, workers: int) -> str:
+    train_clip(tiny.recipe(steps=9, global_batch=8, workers=workers), Inputs(data=[shards], out=out), ranks, print)
     return "done"
 
 
@@ -246,10 +246,10 @@ def test_two_ranks_share_unequal_shards_and_none_waits(tmp_path: Path, workers: 
     assert on_ranks(tmp_path / "train", train_on_rank, shards, tmp_path / "out", workers) == ["done", "done"]
 
 
-def fail_on_rank(_: World, shards: Path, out: Path) -> str:
-    with training.ranks.job.joined() as (world, report):
+def fail_on_rank(_: Ranks, shards: Path, out: Path) -> str:
+    with training.ranks.job.joined() as (ranks, report):
         recipe = tiny.recipe(steps=8, global_batch=8, max_bad_fraction=0.1)
-        train_clip(recipe, Inputs(data=[shards], out=out), world, report)
+        train_clip(recipe, Inputs(data=[shards], out=out), ranks, report)
     return "done"
 
 
@@ -346,7 +346,7 @@ def test_hostile_members_are_named_by_check_data(
 def test_hostile_members_are_not_encoded(hostile: Path, tmp_path: Path) -> None:
     config = EncodeConfig(crops=1, workers=0, max_bad_fraction=0.5)
     dvae = DVAE(tiny.recipe().dvae.model)
-    made = encode_shards([hostile], tmp_path / "tokens", dvae, "hash", config, join_world())
+    made = encode_shards([hostile], tmp_path / "tokens", dvae, "hash", config, join())
     assert (made.n_samples, made.n_skipped) == (2, 2)
     with tarfile.open(made.shards[0]) as tar:
         assert tar.getnames() == [".encoded.json", "x.txt", "x.tokens", "y.txt", "y.tokens"]

@@ -35,8 +35,8 @@ from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.model_directory import directory_hash
 from training.data.batches import Share, batches
+from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
-from training.ranks.world import join_world
 from training.recipes import Recipe
 from training.run_files import read_metrics
 from training.stages.codebook import initialise_codebook
@@ -51,7 +51,7 @@ CROPS, SEED = 3, 5
 def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, and a command leaves the process group to the next one: DeepSpeed cannot join a second."""
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
 
 
 def run(*arguments: object) -> int:
@@ -63,7 +63,7 @@ def encode(
 ) -> EncodeReport:
     settings = EncodeConfig(**{"crops": CROPS, "seed": SEED, "workers": 0, **config})
     coder, name = DVAE.load(dvae), directory_hash(dvae)
-    return encode_shards([pictures], out, coder, name, settings, join_world(), **(options or {}))
+    return encode_shards([pictures], out, coder, name, settings, join(), **(options or {}))
 
 
 def save_dvae(folder: Path, shards: Path, seed: int) -> None:
@@ -527,7 +527,7 @@ def out(tmp_path: Path, bundle: Path, dvae: Path) -> Path:
 
 def train(inputs: Inputs, recipe: Recipe | None = None) -> list[dict[str, Any]]:
     """Train the transformer, and return its metrics without the times."""
-    train_transformer(recipe or tiny.recipe(), inputs, join_world(), lambda line: None)
+    train_transformer(recipe or tiny.recipe(), inputs, join(), lambda line: None)
     lines = read_metrics(inputs.run_directory("transformer"))
     return [{name: line.get(name) for name in ("step", "split", "loss", "image_loss", "text_loss")} for line in lines]
 

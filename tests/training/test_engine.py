@@ -18,7 +18,7 @@ from training.engine.checkpoints import latest_tag, read_checkpoint
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.optimizer import decay_groups
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 
 
 def halves(step: int) -> list[dict[str, Tensor]]:
@@ -26,8 +26,8 @@ def halves(step: int) -> list[dict[str, Tensor]]:
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
 # ------------------------------------------------------------------------------------------------ weight decay
@@ -138,10 +138,10 @@ def test_a_deepspeed_json_is_merged_over_what_is_derived_and_auto_leaves_it(tmp_
     assert merged["bf16"] == {}
 
 
-def test_a_value_that_deepspeed_refuses_is_an_error_that_names_the_file(tmp_path: Path, world: World) -> None:
+def test_a_value_that_deepspeed_refuses_is_an_error_that_names_the_file(tmp_path: Path, ranks: Ranks) -> None:
     path = user_json(tmp_path, {"zero_optimization": {"stage": 2, "reduce_bucket_size": "large"}})
     with pytest.raises(ValueError, match=r"DeepSpeed refuses .*ds\.json"):
-        engine_of(Objective(), config(deepspeed_config=path), world)
+        engine_of(Objective(), config(deepspeed_config=path), ranks)
 
 
 def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
@@ -164,9 +164,9 @@ def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
 
 
 @pytest.mark.parametrize("micro_batch", [4, 2])
-def test_a_step_is_that_of_torchs_adamw_with_clipping(world: World, micro_batch: int) -> None:
+def test_a_step_is_that_of_torchs_adamw_with_clipping(ranks: Ranks, micro_batch: int) -> None:
     settings = config(micro_batch=micro_batch)
-    engine = engine_of(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, ranks)
     engine.train()
     reference = Objective()
     optimizer = torch.optim.AdamW(decay_groups(reference.model, settings.optimizer), betas=settings.optimizer.betas)
@@ -186,10 +186,10 @@ def test_a_step_is_that_of_torchs_adamw_with_clipping(world: World, micro_batch:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 
 
-def test_without_clipping_large_gradients_are_left_alone(world: World) -> None:
+def test_without_clipping_large_gradients_are_left_alone(ranks: Ranks) -> None:
     # AdamW hardly feels the scale of gradients, its eps does
     settings = config(optimizer=OptimizerConfig(gradient_clipping=0.0, eps=10.0, weight_decay=0.0))
-    engine = engine_of(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, ranks)
     reference = Objective()
     optimizer = torch.optim.AdamW(reference.parameters(), lr=1e-2, betas=(0.9, 0.96), eps=10.0, weight_decay=0.0)
     reference(**data(0))[0].backward()
@@ -199,10 +199,10 @@ def test_without_clipping_large_gradients_are_left_alone(world: World) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-7)
 
 
-def test_all_zero_stages_give_the_same_losses_and_averaged_weights(world: World) -> None:
+def test_all_zero_stages_give_the_same_losses_and_averaged_weights(ranks: Ranks) -> None:
     losses, averages = [], []
     for stage in range(4):
-        engine = engine_of(Objective(), config(zero_stage=stage), world)
+        engine = engine_of(Objective(), config(zero_stage=stage), ranks)
         losses.append(train(engine, range(5)))
         averages.append(engine.averaged_weights())
     for stage in range(1, 4):
@@ -212,9 +212,9 @@ def test_all_zero_stages_give_the_same_losses_and_averaged_weights(world: World)
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_bf16_follows_fp32_and_averages_its_float32_masters(world: World, stage: int) -> None:
-    reference = engine_of(Objective(), config(), world)
-    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), world)
+def test_bf16_follows_fp32_and_averages_its_float32_masters(ranks: Ranks, stage: int) -> None:
+    reference = engine_of(Objective(), config(), ranks)
+    engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), ranks)
 
     def step(one: Engine, dtype: torch.dtype, number: int) -> float:
         tensors = data(number)
@@ -228,18 +228,18 @@ def test_bf16_follows_fp32_and_averages_its_float32_masters(world: World, stage:
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in average.values())
 
 
-def test_the_gradient_norm_is_that_before_clipping(world: World) -> None:
+def test_the_gradient_norm_is_that_before_clipping(ranks: Ranks) -> None:
     reference = Objective()
     reference(**data(0))[0].backward()
     norm = torch.nn.utils.get_total_norm([parameter.grad for parameter in reference.parameters()])
     for stage in (1, 2, 3):  # DeepSpeed does not tell it at stage 0
-        engine = engine_of(Objective(), config(zero_stage=stage), world)
+        engine = engine_of(Objective(), config(zero_stage=stage), ranks)
         engine.train()
         assert float(engine.step([data(0)], 1e-2, 0)["grad_norm"]) == pytest.approx(norm.item(), rel=1e-4)
 
 
-def test_averaged_weights_are_the_exponential_moving_average(world: World) -> None:
-    engine = engine_of(Objective(), config(ema_decay=0.7, ema_every=2), world)
+def test_averaged_weights_are_the_exponential_moving_average(ranks: Ranks) -> None:
+    engine = engine_of(Objective(), config(ema_decay=0.7, ema_every=2), ranks)
     expected = {name: weight.detach().clone() for name, weight in engine.model.named_parameters()}
     for step in range(5):
         train(engine, range(step, step + 1))
@@ -254,21 +254,21 @@ def test_averaged_weights_are_the_exponential_moving_average(world: World) -> No
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, world: World, stage: int) -> None:
-    straight = engine_of(Objective(), config(zero_stage=stage), world)
+def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, ranks: Ranks, stage: int) -> None:
+    straight = engine_of(Objective(), config(zero_stage=stage), ranks)
     expected = train(straight, range(6))
-    first = engine_of(Objective(), config(zero_stage=stage), world)
+    first = engine_of(Objective(), config(zero_stage=stage), ranks)
     losses = train(first, range(3))
     first.save(tmp_path, 3, {"rate": 0.5})
-    second = engine_of(Objective(seed=1), config(zero_stage=stage), world)
+    second = engine_of(Objective(seed=1), config(zero_stage=stage), ranks)
     assert second.load(tmp_path) == {"rate": 0.5}
     assert losses + train(second, range(3, 6)) == expected
     for name, weight in straight.averaged_weights().items():
         assert torch.equal(second.averaged_weights()[name], weight)
 
 
-def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> None:
-    engine = engine_of(Objective(), config(keep_last=2), world)
+def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, ranks: Ranks) -> None:
+    engine = engine_of(Objective(), config(keep_last=2), ranks)
     (tmp_path / "step00000099").mkdir()  # what an interrupted save of a later step has left
     for step in (1, 2, 10):
         engine.save(tmp_path, step, {})
@@ -279,9 +279,9 @@ def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, world: World) -> N
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
-    tmp_path: Path, world: World, stage: int
+    tmp_path: Path, ranks: Ranks, stage: int
 ) -> None:
-    engine = engine_of(Objective(), config(zero_stage=stage), world)
+    engine = engine_of(Objective(), config(zero_stage=stage), ranks)
     engine.save(tmp_path, 1, {})
     pickles = list((tmp_path / "step00000001").glob("*.pt"))
     assert len(pickles) == (2 if stage else 1)
@@ -298,9 +298,9 @@ def test_a_checkpoint_with_code_in_it_is_refused_and_the_code_does_not_run(
 @pytest.mark.parametrize("name", ["mp_rank_00_model_states.pt", "ema.safetensors", "checkpoint.json"])
 @pytest.mark.parametrize("damage", ["cut", "missing"])
 def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
-    tmp_path: Path, world: World, name: str, damage: str
+    tmp_path: Path, ranks: Ranks, name: str, damage: str
 ) -> None:
-    engine = engine_of(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), ranks)
     engine.save(tmp_path, 1, {})
     path = tmp_path / "step00000001" / name
     if damage == "cut":
@@ -311,25 +311,25 @@ def test_a_damaged_checkpoint_is_an_error_that_says_what_to_do(
         engine.load(tmp_path)
 
 
-def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, world: World) -> None:
-    engine_of(Objective(), config(), world).save(tmp_path, 1, {})
+def test_a_checkpoint_of_another_model_is_refused(tmp_path: Path, ranks: Ranks) -> None:
+    engine_of(Objective(), config(), ranks).save(tmp_path, 1, {})
     with pytest.raises(ValueError, match="of another model"):
-        engine_of(Objective(width=6), config(), world).load(tmp_path)
+        engine_of(Objective(width=6), config(), ranks).load(tmp_path)
 
 
-def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words(tmp_path: Path, world: World) -> None:
-    engine_of(Objective(), config(zero_stage=1), world).save(tmp_path, 1, {})
+def test_a_checkpoint_of_a_stage_that_cannot_be_gone_on_from_is_refused_in_words(tmp_path: Path, ranks: Ranks) -> None:
+    engine_of(Objective(), config(zero_stage=1), ranks).save(tmp_path, 1, {})
     for stage in (0, 3):
         with pytest.raises(ValueError, match=f"at ZeRO stage 1, this run is at {stage}: use --zero-stage 1 or 2"):
-            engine_of(Objective(), config(zero_stage=stage), world).load(tmp_path)
+            engine_of(Objective(), config(zero_stage=stage), ranks).load(tmp_path)
 
 
 @pytest.mark.parametrize("writer", ["torch.save", "training.engine.engine.save_file"])
 @pytest.mark.parametrize("error", [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("write failed")])
 def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
-    tmp_path: Path, world: World, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, writer: str, error: Exception
 ) -> None:
-    engine = engine_of(Objective(), config(), world)
+    engine = engine_of(Objective(), config(), ranks)
     train(engine, range(2))
     engine.save(tmp_path, 2, {"n": 2})
     train(engine, range(2, 3))
@@ -342,13 +342,13 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
         with pytest.raises(OSError, match=r"could not save .*step00000003.*free some space.*step00000002 is kept"):
             engine.save(tmp_path, 3, {"n": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002"]
-    assert engine_of(Objective(), config(), world).load(tmp_path) == {"n": 2}
+    assert engine_of(Objective(), config(), ranks).load(tmp_path) == {"n": 2}
     engine.save(tmp_path, 3, {"n": 3})
     assert latest_tag(tmp_path) == "step00000003"
 
 
-def test_saved_averages_are_those_of_the_engine(tmp_path: Path, world: World) -> None:
-    engine = engine_of(Objective(), config(), world)
+def test_saved_averages_are_those_of_the_engine(tmp_path: Path, ranks: Ranks) -> None:
+    engine = engine_of(Objective(), config(), ranks)
     train(engine, range(3))
     engine.save(tmp_path, 3, {})
     saved = load_file(tmp_path / "step00000003" / "ema.safetensors")

@@ -14,11 +14,11 @@ from support.runs import MeanColours, Run, send
 from support.waiting import wait_for
 
 import training.ranks.news
+import training.ranks.ranks
 import training.ranks.watch
-import training.ranks.world
 from training.ranks.processes import this_process
+from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
-from training.ranks.world import join_world
 from training.run_files import read_metrics
 
 sys.path.append(str(Path(__file__).parents[1] / "faults"))
@@ -39,7 +39,7 @@ def lines_of(run: Run) -> list[tuple[int, str, float]]:
 
 def test_a_stop_does_not_lose_the_validation_after_its_step(tmp_path: Path, shards: Path) -> None:
     data, config = tiny.open_world(shards), tiny.train_config(steps=8, validate_every=4)
-    straight, stopped = Run(tmp_path / "straight", data, join_world()), Run(tmp_path / "stopped", data, join_world())
+    straight, stopped = Run(tmp_path / "straight", data, join()), Run(tmp_path / "stopped", data, join())
     straight(config, validation=data)
     with pytest.raises(Interrupted, match="stopped at step 4"):
         stopped(config, validation=data, at_step=send(signal.SIGTERM, 3))
@@ -55,7 +55,7 @@ def test_a_crash_in_the_last_validation_loses_nothing(
         raise RuntimeError("power failure")
 
     data, config = tiny.open_world(shards), tiny.train_config(steps=6, checkpoint_every=2)
-    straight, crashed = Run(tmp_path / "straight", data, join_world()), Run(tmp_path / "crashed", data, join_world())
+    straight, crashed = Run(tmp_path / "straight", data, join()), Run(tmp_path / "crashed", data, join())
     straight(config, validation=data)
     with monkeypatch.context() as patch:
         patch.setattr(MeanColours, "transform_for_validation", crash)
@@ -95,7 +95,7 @@ def _on_a_host_of_its_own(rank: int) -> None:
     """Let each rank believe that it alone is on its host, and miss a heartbeat sooner than in earnest."""
     for module in (training.ranks.news, training.ranks.watch):
         module.HEARTBEAT_S, module.MAX_SILENCE_S = 0.5, 8.0
-    training.ranks.world.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
+    training.ranks.ranks.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
 
 
 @pytest.mark.slow

@@ -19,8 +19,8 @@ from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
 from training.engine.checkpoints import read_checkpoint
 from training.engine.engine import Engine
+from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
-from training.ranks.world import join_world
 from training.run_files import read_metrics
 from training.schedules import WarmupPlateau
 
@@ -35,7 +35,7 @@ def new_run(tmp_path: Path, data: ShardData) -> Callable[[str], Run]:
     def make(name: str) -> Run:
         folder = tmp_path / name
         folder.mkdir()
-        return Run(folder, data, join_world())
+        return Run(folder, data, join())
 
     return make
 

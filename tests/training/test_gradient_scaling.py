@@ -17,12 +17,12 @@ from dalle.model import DALLE
 from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.engine.gradient_scaling import ResblockScales, ResblockScaling, resblock_parameters, run_in_float16
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
 def transformer(seed: int = 0) -> DALLE:
@@ -142,12 +142,12 @@ def gradients(
 
 
 def scaled_gradients(
-    upstream: float, world: World, exponents: Sequence[int]
+    upstream: float, ranks: Ranks, exponents: Sequence[int]
 ) -> tuple[ResblockScaling, dict[str, Tensor]]:
     """The same under per-resblock scales of these powers of two, divided out."""
     model = transformer()
-    scaling = ResblockScaling(model, world)
-    values = [world.size * 2.0**exponent for exponent in exponents]
+    scaling = ResblockScaling(model, ranks)
+    values = [ranks.size * 2.0**exponent for exponent in exponents]
     scaling.load_state({**scaling.rules.state(), "values": values})
     found = gradients(model, upstream)
     scaling.unscale_(found)
@@ -167,9 +167,9 @@ def test_the_resblocks_are_attention_and_mlp_of_every_layer_with_their_norms() -
     assert not [name for name in outside if name.startswith("blocks")]
 
 
-def test_gradients_are_those_of_float32_to_the_rounding_of_float16(world: World) -> None:
+def test_gradients_are_those_of_float32_to_the_rounding_of_float16(ranks: Ranks) -> None:
     expected = gradients(transformer(), 1.0)
-    scaling, found = scaled_gradients(1.0, world, [13] * 4)
+    scaling, found = scaled_gradients(1.0, ranks, [13] * 4)
     assert not scaling.overflowed
     assert {tensor.dtype for tensor in found.values()} == {torch.float32}
     for name, gradient in expected.items():
@@ -178,11 +178,11 @@ def test_gradients_are_those_of_float32_to_the_rounding_of_float16(world: World)
     assert not torch.equal(found["blocks.0.mlp.out.weight"], expected["blocks.0.mlp.out.weight"]), "all in float32"
 
 
-def test_an_underflow_is_lost_without_scaling_and_kept_with_it(world: World) -> None:
+def test_an_underflow_is_lost_without_scaling_and_kept_with_it(ranks: Ranks) -> None:
     tiny_loss = 1e-7
     expected = gradients(transformer(), tiny_loss)
     lost = gradients(transformer(), tiny_loss, run_in_float16)
-    _, kept = scaled_gradients(tiny_loss, world, [24] * 4)
+    _, kept = scaled_gradients(tiny_loss, ranks, [24] * 4)
     for name in ("blocks.1.mlp.out.weight", "blocks.1.mlp.wide.weight", "blocks.0.attention.qkv.weight"):
         assert expected[name].abs().max() > 0
         assert lost[name].abs().max() == 0, name
@@ -190,10 +190,10 @@ def test_an_underflow_is_lost_without_scaling_and_kept_with_it(world: World) -> 
     assert relative_error(lost["image_head.weight"], expected["image_head.weight"]) < 1e-2
 
 
-def test_what_overflows_in_one_branch_lowers_its_scale_only(world: World) -> None:
+def test_what_overflows_in_one_branch_lowers_its_scale_only(ranks: Ranks) -> None:
     middle = 2
     loss = 10.0
-    scaling, found = scaled_gradients(loss, world, [7, 7, 24, 7])
+    scaling, found = scaled_gradients(loss, ranks, [7, 7, 24, 7])
     groups = resblock_parameters(transformer())
     finite = [all(bool(found[name].isfinite().all()) for name in group) for group in groups]
     assert finite == [index != middle for index in range(4)]
@@ -203,12 +203,12 @@ def test_what_overflows_in_one_branch_lowers_its_scale_only(world: World) -> Non
     assert [value for index, value in enumerate(values) if index != middle] == pytest.approx([7001] * 3)
 
 
-def test_the_backward_pass_of_recomputed_layers_is_scaled_too(world: World) -> None:
+def test_the_backward_pass_of_recomputed_layers_is_scaled_too(ranks: Ranks) -> None:
     def recompute(model: DALLE) -> None:
         model.activation_checkpointing = True
-        ResblockScaling(model, world)
+        ResblockScaling(model, ranks)
 
-    expected = gradients(transformer(), 1.0, lambda model: ResblockScaling(model, world))
+    expected = gradients(transformer(), 1.0, lambda model: ResblockScaling(model, ranks))
     for name, gradient in gradients(transformer(), 1.0, recompute).items():
         assert torch.equal(gradient, expected[name])
 
@@ -224,25 +224,25 @@ def steps(engine: Engine, first: int, last: int) -> list[dict[str, float]]:
 
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_in_float16_follows_one_in_float32_and_resumes_with_its_scales(
-    tmp_path: Path, world: World, stage: int
+    tmp_path: Path, ranks: Ranks, stage: int
 ) -> None:
-    plain = engine_of(transformer_objective(transformer()), tiny.train_config(zero_stage=stage), world)
+    plain = engine_of(transformer_objective(transformer()), tiny.train_config(zero_stage=stage), ranks)
     expected = [metrics["loss"] for metrics in steps(plain, 0, 4)]
-    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), world)
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), ranks)
     found = steps(engine, 0, 2)
     engine.save(tmp_path, 2, {})
     found += steps(engine, 2, 4)
     assert [metrics["loss"] for metrics in found] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in found] == pytest.approx([2 ** (13 + n / 1000) for n in range(1, 5)])
-    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage), world)
+    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage), ranks)
     resumed.load(tmp_path)
     assert steps(resumed, 2, 4) == found[2:]
 
 
-def test_accumulated_gradients_are_unscaled_once(world: World) -> None:
+def test_accumulated_gradients_are_unscaled_once(ranks: Ranks) -> None:
     found = []
     for micro_batch in (4, 2):
-        engine = engine_of(transformer_objective(transformer()), config(micro_batch=micro_batch), world)
+        engine = engine_of(transformer_objective(transformer()), config(micro_batch=micro_batch), ranks)
         engine.train()
         whole = batch()
         parts = [
@@ -267,26 +267,26 @@ def test_what_does_not_go_together_is_refused_in_words(changes: dict[str, Any], 
 
 
 @pytest.mark.parametrize("scaling", ["none", "per-resblock"])
-def test_other_models_are_refused_in_words(world: World, scaling: str) -> None:
+def test_other_models_are_refused_in_words(ranks: Ranks, scaling: str) -> None:
     with pytest.raises(ValueError, match="autocast-fp16 is the transformer's alone"):
-        engine_of(Objective(), config(gradient_scaling=scaling), world)
+        engine_of(Objective(), config(gradient_scaling=scaling), ranks)
 
 
-def test_another_precision_of_the_users_is_refused_in_words(tmp_path: Path, world: World) -> None:
+def test_another_precision_of_the_users_is_refused_in_words(tmp_path: Path, ranks: Ranks) -> None:
     path = tmp_path / "ds.json"
     path.write_text(json.dumps({"torch_autocast": {"enabled": True, "dtype": "bfloat16"}}))
     with pytest.raises(ValueError, match="autocast-fp16"):
-        engine_of(transformer_objective(transformer()), config(deepspeed_config=path), world)
+        engine_of(transformer_objective(transformer()), config(deepspeed_config=path), ranks)
 
 
 # --------------------------------------------------------------------------------------------------- two ranks
 
 
-def scaled_on_a_rank(world: World) -> dict[str, Any]:
+def scaled_on_a_rank(ranks: Ranks) -> dict[str, Any]:
     model = transformer()
-    scaling = ResblockScaling(model, world)
+    scaling = ResblockScaling(model, ranks)
     scaling.load_state({**scaling.rules.state(), "values": [2 * 2.0**7] * 3 + [2 * 2.0**24]})
-    found = gradients(model, 10.0 if world.rank == 1 else 1e-6)
+    found = gradients(model, 10.0 if ranks.rank == 1 else 1e-6)
     is_finite_here = bool(found["blocks.1.mlp.out.weight"].isfinite().all())
     scaling.unscale_(found)
     return {"finite": is_finite_here, "state": scaling.rules.state()}
@@ -302,10 +302,10 @@ def test_an_overflow_on_one_rank_lowers_the_scale_on_both(tmp_path: Path) -> Non
     assert first["state"]["values"] == pytest.approx(expected)
 
 
-def losses_on_ranks(world: World, stage: int) -> list[float]:
-    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), world)
+def losses_on_ranks(ranks: Ranks, stage: int) -> list[float]:
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage), ranks)
     engine.train()
-    own = slice(2 * world.rank, 2 * world.rank + 2) if world.size == 2 else slice(None)
+    own = slice(2 * ranks.rank, 2 * ranks.rank + 2) if ranks.size == 2 else slice(None)
     losses = []
     for step in range(3):
         tensors = {name: tensor[own] for name, tensor in batch(step).items()}
@@ -315,8 +315,8 @@ def losses_on_ranks(world: World, stage: int) -> list[float]:
     return losses
 
 
-def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[str, float]]:
-    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage, global_batch=8), world)
+def save_after_two_steps(ranks: Ranks, folder: Path, stage: int) -> list[dict[str, float]]:
+    engine = engine_of(transformer_objective(transformer()), config(zero_stage=stage, global_batch=8), ranks)
     found = steps(engine, 0, 2)  # the same batch on every rank
     engine.save(folder, 2, {})
     return found
@@ -326,10 +326,10 @@ def save_after_two_steps(world: World, folder: Path, stage: int) -> list[dict[st
 @pytest.mark.parametrize("stage", [0, 1])
 def test_a_run_with_scales_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: int) -> None:
     begun, _ = on_ranks(tmp_path, save_after_two_steps, tmp_path / "a", stage)
-    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage, global_batch=4), join_world())
+    resumed = engine_of(transformer_objective(transformer(1)), config(zero_stage=stage, global_batch=4), join())
     resumed.load(tmp_path / "a")
     ended = steps(resumed, 2, 4)
-    straight = engine_of(transformer_objective(transformer()), config(zero_stage=stage), join_world())
+    straight = engine_of(transformer_objective(transformer()), config(zero_stage=stage), join())
     expected = [metrics["loss"] for metrics in steps(straight, 0, 4)]
     assert [metrics["loss"] for metrics in begun + ended] == pytest.approx(expected, rel=2e-3)
     assert [metrics["scale_min"] for metrics in begun] == pytest.approx([2 * 2 ** (13 + n / 1000) for n in (1, 2)])
@@ -339,7 +339,7 @@ def test_a_run_with_scales_goes_on_with_another_number_of_ranks(tmp_path: Path, 
 @pytest.mark.slow
 @pytest.mark.parametrize("stage", [0, 1])
 def test_two_ranks_in_float16_train_like_one(tmp_path: Path, stage: int) -> None:
-    expected = losses_on_ranks(join_world(), stage)
+    expected = losses_on_ranks(join(), stage)
     first, second = on_ranks(tmp_path, losses_on_ranks, stage)
     assert first == second
     assert first == pytest.approx(expected, rel=2e-3)

@@ -31,7 +31,7 @@ from training.data.check_report import Summary, report
 from training.data.check_shard import check_shard
 from training.data.exclusions import Excluded
 from training.data.manifest import Manifest, ShardRecord, open_with_manifest
-from training.ranks.world import join_world
+from training.ranks.ranks import join
 from training.stages.encode import EncodeConfig, encode_shards
 
 N = 30
@@ -549,7 +549,7 @@ def test_image_tokens_have_manifests_too(tmp_path: Path) -> None:
     shards = tiny.write_world(tmp_path / "world", 12)
     dvae = DVAE(tiny.recipe().dvae.model)
     config = EncodeConfig(crops=1, workers=0)
-    encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join_world())
+    encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join())
     summary = check_data([tmp_path / "tokens"], tmp_path / "m")
     assert summary.counts["samples"]["pairs"] == 12
     assert not summary.counts["unusable pictures"]
@@ -580,11 +580,11 @@ def test_encoding_with_a_manifest_leaves_changed_pictures_out_and_wants_all_shar
         DVAE(tiny.recipe().dvae.model),
         EncodeConfig(crops=1, workers=0, max_bad_fraction=0.1, manifest=tmp_path / "m"),
     )
-    made = encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join_world())
+    made = encode_shards([shards], tmp_path / "tokens", dvae, "hash", config, join())
     assert (made.n_samples, made.n_skipped) == (15, 1)
     (shards / "world-000000.tar").unlink()
     with pytest.raises(ValueError, match=r"not those of the manifest .*: world-000000\.tar is missing"):
-        encode_shards([shards], tmp_path / "more", dvae, "hash", config, join_world())
+        encode_shards([shards], tmp_path / "more", dvae, "hash", config, join())
 
 
 def test_samples_of_bad_pictures_keep_their_numbers(tmp_path: Path) -> None:

@@ -22,9 +22,9 @@ from training.loop.metrics import MetricLog
 from training.loop.sinks import require_wandb
 from training.loop.throughput import Timer, gpu_peak_flops, peak_flops, peak_memory_gib
 from training.plan.flops import flops_per_sample
+from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
 from training.ranks.watch import RankLostError, Watch
-from training.ranks.world import join_world
 from training.run_files import read_metrics
 from training.stages.all import train_all
 from training.stages.inputs import Inputs
@@ -78,7 +78,7 @@ def no_wandb(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def run(tmp_path: Path, shards: Path) -> Run:
-    return Run(tmp_path, tiny.open_world(shards), join_world())
+    return Run(tmp_path, tiny.open_world(shards), join())
 
 
 def scalars(folder: Path) -> dict[str, list[tuple[int, float]]]:
@@ -242,17 +242,17 @@ def test_means_weigh_what_was_added_and_a_weight_of_nothing_adds_a_name_only() -
     means.add({"loss": torch.tensor(1.0), "rows": torch.tensor([1.0, 2.0])}, 3)
     means.add({"loss": torch.tensor(5.0)})
     means.add({"loss": torch.tensor(math.nan), "rows": torch.tensor([math.nan, 7.0])}, 0)
-    assert means.take(join_world()) == {"loss": 2.0, "rows": [1.0, 2.0]}
-    assert means.take(join_world()) == {}
+    assert means.take(join()) == {"loss": 2.0, "rows": [1.0, 2.0]}
+    assert means.take(join()) == {}
 
 
 def test_a_step_whose_weight_the_device_says_is_nothing_leaves_no_trace() -> None:
     means = Means()
     means.add({"loss": torch.tensor(math.inf)}, torch.tensor(0))
-    assert math.isnan(means.take(join_world())["loss"])
+    assert math.isnan(means.take(join())["loss"])
     means.add({"loss": torch.tensor(2.0), "rows": torch.tensor([1.0, 2.0])}, torch.tensor(1))
     means.add({"loss": torch.tensor(math.nan), "rows": torch.tensor([math.inf, 2.0])}, torch.tensor(0))
-    assert means.take(join_world()) == {"loss": 2.0, "rows": [1.0, 2.0]}
+    assert means.take(join()) == {"loss": 2.0, "rows": [1.0, 2.0]}
 
 
 # ----------------------------------------------------------------------------------------------------- throughput
@@ -334,7 +334,7 @@ def lines(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, l
     """The lines of metrics of all stages."""
     out = tmp_path_factory.mktemp("all") / "bundle"
     recipe = tiny.recipe(steps=2, peak_tflops=0.5, validation_samples=10)
-    train_all(recipe, Inputs(data=[shards], validation=[shards], out=out), join_world(), lambda line: None)
+    train_all(recipe, Inputs(data=[shards], validation=[shards], out=out), join(), lambda line: None)
     stages = ("dvae-warmup", "dvae", "clip", "transformer")
     return {stage: read_metrics(out / "training" / stage) for stage in stages}
 

@@ -40,7 +40,7 @@ from training.engine.ema import EMA
 from training.engine.engine import Engine
 from training.engine.optimizer import VarianceClippedAdamW, build_optimizer
 from training.loop.skipped_steps import SkippedSteps
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 from training.stages.inputs import Inputs
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
@@ -53,8 +53,8 @@ PRECISION_KEYS = {"autocast": "torch_autocast", "bf16": "bf16", "fp16": "fp16"}
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
 @pytest.fixture
@@ -235,7 +235,7 @@ def test_engine_log_and_config_json_have_the_precision_and_stage_of_a_preset(
     recipe = tiny.recipe(precision="autocast", preset=preset, steps=1)
     train_tokenizer(recipe, Inputs(data=[shards], out=tmp_path), print)
     DVAE(recipe.dvae.model).save(tmp_path / "dvae", metadata={})
-    train_transformer(recipe, Inputs(data=[shards], out=tmp_path), join_world(), lambda line: None)
+    train_transformer(recipe, Inputs(data=[shards], out=tmp_path), join(), lambda line: None)
     (engine,) = engines
     written = json.loads((tmp_path / "training" / "transformer" / "config.json").read_text())["training"]
     assert (written["precision"], written["preset"]) == (engine.config.precision, preset)
@@ -257,8 +257,8 @@ def test_options_that_agree_with_a_preset_are_no_contradiction() -> None:
     assert (changed.precision, changed.zero_stage) == ("bf16", 2)
 
 
-def test_the_batch_is_said_once_and_told_in_one_line(world: World) -> None:
-    engine = engine_of(Objective(), config(global_batch=12, micro_batch=3), world)
+def test_the_batch_is_said_once_and_told_in_one_line(ranks: Ranks) -> None:
+    engine = engine_of(Objective(), config(global_batch=12, micro_batch=3), ranks)
     assert engine.batch == "global batch 12 = 3 per process × 1 process × 4 accumulated"
 
 
@@ -300,22 +300,22 @@ def run_of(precision: str, stage: int, offload: str, accumulation: int = 1, rank
     )
 
 
-def losses(engine: Engine, world: World, steps: int = 4) -> list[float]:
+def losses(engine: Engine, ranks: Ranks, steps: int = 4) -> list[float]:
     engine.train()
     found = []
     for step in range(steps):
-        own = parts(tokens(step), world.size)[world.rank]
+        own = parts(tokens(step), ranks.size)[ranks.rank]
         # the rate is low: AdamW's first steps would turn rounding in a gradient near 0 into a visible difference
         loss = engine.step(parts(own, engine.accumulation), 1e-4, step)["loss"].clone()
         dist.all_reduce(loss)
-        found.append(loss.item() / world.size)
+        found.append(loss.item() / ranks.size)
     return found
 
 
 @pytest.fixture(scope="module")
 def reference() -> list[float]:
     """Losses of one process in float32 at ZeRO 0, without accumulation."""
-    return losses(engine_of(transformer(), run_of("fp32", 0, "none"), join_world()), join_world())
+    return losses(engine_of(transformer(), run_of("fp32", 0, "none"), join()), join())
 
 
 def tolerance(precision: str) -> float:
@@ -324,21 +324,21 @@ def tolerance(precision: str) -> float:
 
 @pytest.mark.parametrize(("precision", "stage", "offload"), MODES)
 def test_every_mode_gives_the_losses_of_float32_whole(
-    world: World, reference: list[float], precision: str, stage: int, offload: str
+    ranks: Ranks, reference: list[float], precision: str, stage: int, offload: str
 ) -> None:
-    engine = engine_of(transformer(), run_of(precision, stage, offload), world)
-    assert losses(engine, world) == pytest.approx(reference, abs=tolerance(precision))
+    engine = engine_of(transformer(), run_of(precision, stage, offload), ranks)
+    assert losses(engine, ranks) == pytest.approx(reference, abs=tolerance(precision))
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("precision", "stage", "offload"), MODES)
-def test_accumulation_changes_nothing(world: World, precision: str, stage: int, offload: str) -> None:
+def test_accumulation_changes_nothing(ranks: Ranks, precision: str, stage: int, offload: str) -> None:
     model = tiny.recipe().transformer.model
     # captions are counted per micro-batch: see docs/paper.md; without them the losses are the same
     empty = torch.tensor(text_row([], model.text_vocab, model.text_len))
 
     def run(n: int) -> tuple[list[float], dict[str, Tensor]]:
-        engine = engine_of(transformer(), run_of(precision, stage, offload, n), world)
+        engine = engine_of(transformer(), run_of(precision, stage, offload, n), ranks)
         engine.train()
         batches = [{**tokens(step), "text": empty.expand(8, -1)} for step in range(3)]
         found = [engine.step(parts(batch, n), 1e-4, step)["loss"].item() for step, batch in enumerate(batches)]
@@ -353,7 +353,7 @@ def test_accumulation_changes_nothing(world: World, precision: str, stage: int, 
 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
-def test_gradients_of_half_precision_are_accumulated_in_float32(world: World, stage: int) -> None:
+def test_gradients_of_half_precision_are_accumulated_in_float32(ranks: Ranks, stage: int) -> None:
     """31 small gradients after a large one: in bfloat16, whose numbers have 8 bits, they would add nothing to it."""
 
     class Slope(nn.Module):
@@ -366,28 +366,28 @@ def test_gradients_of_half_precision_are_accumulated_in_float32(world: World, st
 
     n, unclipped = 32, OptimizerConfig(gradient_clipping=0.0)
     settings = config(global_batch=n, micro_batch=1, precision="bf16", zero_stage=stage, optimizer=unclipped)
-    engine = engine_of(Slope(), settings, world)
+    engine = engine_of(Slope(), settings, ranks)
     engine.train()
     large, small = torch.full((1, 2), 256.0), torch.full((1, 2), 0.75)
     norm = engine.step([{"x": large}] + [{"x": small}] * (n - 1), 1e-3, 0)["grad_norm"]
     assert float(norm) == pytest.approx(math.sqrt(2) * (256 + 31 * 0.75) / 32, rel=5e-3)
 
 
-def test_fp16_is_refused_in_words_where_the_device_has_none(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_fp16_is_refused_in_words_where_the_device_has_none(ranks: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     from deepspeed import get_accelerator
 
     monkeypatch.setattr(get_accelerator(), "is_fp16_supported", lambda: False, raising=False)
     with pytest.raises(ValueError, match="this cpu does not compute in fp16: use precision bf16, autocast or fp32"):
-        engine_of(Objective(), config(precision="fp16", zero_stage=1), world)
+        engine_of(Objective(), config(precision="fp16", zero_stage=1), ranks)
 
 
 @pytest.mark.usefixtures("with_fp16")
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
-    world: World, reference: list[float], stage: int, tmp_path: Path
+    ranks: Ranks, reference: list[float], stage: int, tmp_path: Path
 ) -> None:
     path = user_json(tmp_path, {"fp16": {"initial_scale_power": 30, "hysteresis": 1}})
-    engine = engine_of(transformer(), run_of("fp16", stage, "none", deepspeed_config=path), world)
+    engine = engine_of(transformer(), run_of("fp16", stage, "none", deepspeed_config=path), ranks)
     engine.train()
     scales, applied = [], []
     for _ in range(30):
@@ -401,13 +401,13 @@ def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
     assert len(scales) > 1
     assert all(later == earlier / 2 for earlier, later in itertools.pairwise(scales))
     assert applied == [0] * (len(applied) - 1) + [1]
-    assert losses(engine, world) == pytest.approx(reference, abs=1e-2)
+    assert losses(engine, ranks) == pytest.approx(reference, abs=1e-2)
 
 
 @pytest.mark.usefixtures("with_fp16")
-def test_fp16_at_its_smallest_loss_scale_is_told_apart_from_an_overflow(world: World, tmp_path: Path) -> None:
+def test_fp16_at_its_smallest_loss_scale_is_told_apart_from_an_overflow(ranks: Ranks, tmp_path: Path) -> None:
     path = user_json(tmp_path, {"fp16": {"initial_scale_power": 1, "hysteresis": 1}})
-    engine = engine_of(transformer(), run_of("fp16", 2, "none", deepspeed_config=path), world)
+    engine = engine_of(transformer(), run_of("fp16", 2, "none", deepspeed_config=path), ranks)
     engine.train()
     with torch.no_grad():
         engine.model.get_parameter("final_norm.bias")[0] = math.nan
@@ -471,7 +471,7 @@ BAD = {
 @pytest.mark.parametrize("variance_clip", [None, 5.0])
 @pytest.mark.parametrize(("precision", "stage", "offload"), MODES)
 def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
-    world: World, precision: str, stage: int, offload: str, variance_clip: float | None
+    ranks: Ranks, precision: str, stage: int, offload: str, variance_clip: float | None
 ) -> None:
     """At the first step too, where there are no moments yet, and in one of several accumulated batches."""
     optimizer = OptimizerConfig(gradient_clipping=1.0, variance_clip=variance_clip)
@@ -481,7 +481,7 @@ def test_a_step_that_is_not_finite_leaves_everything_as_it_was(
     spoilt = dict(zip((0, 3, 4, 6), BAD.values(), strict=True))
 
     def run(steps: list[int]) -> tuple[list[int], dict[str, Any]]:
-        engine = engine_of(SpoilableObjective(), settings, world)
+        engine = engine_of(SpoilableObjective(), settings, ranks)
         engine.train()
         applied = []
         for step in steps:
@@ -512,7 +512,7 @@ def test_what_only_the_device_knows_of_a_step_reaches_the_averages_there() -> No
 
 def skipped(limit: int) -> tuple[SkippedSteps, list[str]]:
     said: list[str] = []
-    return SkippedSteps(limit, join_world(), said.append), said
+    return SkippedSteps(limit, join(), said.append), said
 
 
 @pytest.mark.parametrize("flag", [int, lambda applied: torch.tensor(float(applied))])
@@ -582,9 +582,9 @@ class Given(nn.Module):
 
 
 @pytest.mark.parametrize(("stage", "offload"), [(0, "none"), (1, "none"), (2, "none"), (3, "none"), (2, "optimizer")])
-def test_the_running_variance_is_at_most_its_bound_before_it_is_used(world: World, stage: int, offload: str) -> None:
+def test_the_running_variance_is_at_most_its_bound_before_it_is_used(ranks: Ranks, stage: int, offload: str) -> None:
     optimizer = OptimizerConfig(gradient_clipping=0.0, variance_clip=5.0)
-    engine = engine_of(Given(), config(zero_stage=stage, offload=offload, optimizer=optimizer), world)
+    engine = engine_of(Given(), config(zero_stage=stage, offload=offload, optimizer=optimizer), ranks)
     engine.train()
     before = engine._gather()["weight"].detach().clone().cpu()
     generator = torch.Generator().manual_seed(0)
@@ -602,11 +602,11 @@ def test_the_running_variance_is_at_most_its_bound_before_it_is_used(world: Worl
     assert largest == 5.0
 
 
-def test_without_variances_above_the_bound_it_is_torchs_adamw(world: World) -> None:
+def test_without_variances_above_the_bound_it_is_torchs_adamw(ranks: Ranks) -> None:
     settings = OptimizerConfig()
     ours, theirs = Objective(), Objective()
-    clipped = build_optimizer(ours.model, dataclasses.replace(settings, variance_clip=1e6), 1e-2, world)
-    plain = build_optimizer(theirs.model, settings, 1e-2, world)
+    clipped = build_optimizer(ours.model, dataclasses.replace(settings, variance_clip=1e6), 1e-2, ranks)
+    plain = build_optimizer(theirs.model, settings, 1e-2, ranks)
     assert isinstance(clipped, VarianceClippedAdamW)
     assert not isinstance(plain, VarianceClippedAdamW)
     for step in range(5):
@@ -628,9 +628,9 @@ SPOILT_MODES: list[Mode] = [
 ]
 
 
-def rank_losses(world: World, modes: list[Mode], accumulation: int) -> list[list[float]]:
+def rank_losses(ranks: Ranks, modes: list[Mode], accumulation: int) -> list[list[float]]:
     allow_every_precision()
-    return [losses(engine_of(transformer(), run_of(*mode, accumulation, world.size), world), world) for mode in modes]
+    return [losses(engine_of(transformer(), run_of(*mode, accumulation, ranks.size), ranks), ranks) for mode in modes]
 
 
 @pytest.mark.slow
@@ -643,18 +643,18 @@ def test_every_mode_gives_the_same_losses_on_two_ranks(tmp_path: Path, stage: in
             assert given == pytest.approx(reference, abs=tolerance(mode[0])), mode
 
 
-def steps_with_a_bad_one(world: World, mode: Mode, spoilt: int | None, bad: str) -> tuple[list[int], Any]:
+def steps_with_a_bad_one(ranks: Ranks, mode: Mode, spoilt: int | None, bad: str) -> tuple[list[int], Any]:
     """Steps 0 to 3; step 1 is bad on one rank alone, or left out."""
     precision, stage, offload = mode
     settings = config(global_batch=16, micro_batch=4, precision=precision, zero_stage=stage, offload=offload)
-    engine = engine_of(SpoilableObjective(), settings, world)
+    engine = engine_of(SpoilableObjective(), settings, ranks)
     engine.train()
     applied = []
     for step in range(4):
         if step == 1 and spoilt is None:
             continue
-        value = BAD[bad] if step == 1 and world.rank == spoilt else {}
-        own = [spoilable(10 * step + world.rank), spoilable(10 * step + 5 + world.rank, **value)]
+        value = BAD[bad] if step == 1 and ranks.rank == spoilt else {}
+        own = [spoilable(10 * step + ranks.rank), spoilable(10 * step + 5 + ranks.rank, **value)]
         engine.step(own, 1e-2, step)
         applied.append(int(engine.applied))
     return applied, as_lists(state_of(engine))
@@ -667,10 +667,10 @@ def as_lists(state: Any) -> Any:
     return [as_lists(part) for part in state] if isinstance(state, list) else state.tolist()
 
 
-def bad_on_one(world: World, mode: Mode) -> list[tuple[list[int], Any]]:
+def bad_on_one(ranks: Ranks, mode: Mode) -> list[tuple[list[int], Any]]:
     """The run without a step; then with it, bad on the first rank, and on the second one."""
     runs = [(None, ""), (0, "a loss that is NaN"), (1, "a gradient that is infinite"), (1, "a loss that is NaN")]
-    return [steps_with_a_bad_one(world, mode, spoilt, bad) for spoilt, bad in runs]
+    return [steps_with_a_bad_one(ranks, mode, spoilt, bad) for spoilt, bad in runs]
 
 
 @pytest.mark.slow
@@ -682,12 +682,12 @@ def test_what_is_not_finite_on_one_rank_is_skipped_by_all_and_leaves_no_trace(tm
             assert state == expected
 
 
-def told_of_skipped(world: World) -> list[str]:
+def told_of_skipped(ranks: Ranks) -> list[str]:
     said: list[str] = []
-    steps = SkippedSteps(5, world, said.append)
-    loss = math.nan if world.rank == 1 else 1.0
+    steps = SkippedSteps(5, ranks, said.append)
+    loss = math.nan if ranks.rank == 1 else 1.0
     steps.add(0, 1, torch.tensor(1.0), ["fine"])
-    steps.add(1, 0, torch.tensor(loss), [f"rank{world.rank}-{i}" for i in range(3)])
+    steps.add(1, 0, torch.tensor(loss), [f"rank{ranks.rank}-{i}" for i in range(3)])
     steps.check()
     return said
 
@@ -714,7 +714,7 @@ def untrained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def train_exported(world: World, folder: Path, modes: list[Mode]) -> list[list[str]]:
+def train_exported(ranks: Ranks, folder: Path, modes: list[Mode]) -> list[list[str]]:
     """Train a bundle's transformer in each mode; returns what was said."""
     allow_every_precision()
     said: list[list[str]] = []
@@ -726,7 +726,7 @@ def train_exported(world: World, folder: Path, modes: list[Mode]) -> list[list[s
         )
         said.append([])
         out = folder / f"{precision}-{stage}-{offload}"
-        train_transformer(chosen, Inputs(data=[folder / "world"], out=out), world, said[-1].append)
+        train_transformer(chosen, Inputs(data=[folder / "world"], out=out), ranks, said[-1].append)
     return said
 
 

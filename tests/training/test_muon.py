@@ -26,7 +26,7 @@ from training.engine.engine import Engine
 from training.engine.muon import MuonAdamW, block_matrices, orthogonal
 from training.engine.objective import Objective
 from training.engine.optimizer import build_optimizer, decay_groups
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 from training.stages.transformer import transformer_loss
 
 RATE = 1e-3
@@ -57,8 +57,8 @@ MODES = [
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
 def faulty_loss(model: DALLE, fault: Tensor | None = None, **tensors: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
@@ -86,9 +86,9 @@ def batch(step: int) -> dict[str, Tensor]:
     return {"text": text, "image_tokens": image_tokens, "n_cut": torch.zeros(12)}
 
 
-def micro_batches(world: World, step: int, accumulation: int) -> list[dict[str, Tensor]]:
-    size = 12 // world.size // accumulation
-    starts = [(world.rank * accumulation + number) * size for number in range(accumulation)]
+def micro_batches(ranks: Ranks, step: int, accumulation: int) -> list[dict[str, Tensor]]:
+    size = 12 // ranks.size // accumulation
+    starts = [(ranks.rank * accumulation + number) * size for number in range(accumulation)]
     return [{name: tensor[start : start + size] for name, tensor in batch(step).items()} for start in starts]
 
 
@@ -103,16 +103,16 @@ def weights_of(engine: Engine) -> dict[str, Tensor]:
     return {name: weight.detach().float().clone() for name, weight in engine._gather().items()}
 
 
-def trained(world: World, config: TrainConfig, first: int = 0, last: int = STEPS, folder: Path | None = None) -> Engine:
+def trained(ranks: Ranks, config: TrainConfig, first: int = 0, last: int = STEPS, folder: Path | None = None) -> Engine:
     if config.precision == "fp16":
         allow_every_precision()
-    engine = engine_of(objective(), config, world)
+    engine = engine_of(objective(), config, ranks)
     if first:
         assert folder is not None
         engine.load(folder)
     engine.train()
     for step in range(first, last):
-        engine.step(micro_batches(world, step, engine.accumulation), RATE, step)
+        engine.step(micro_batches(ranks, step, engine.accumulation), RATE, step)
     if folder is not None:
         engine.save(folder, last, {})
     return engine
@@ -176,7 +176,7 @@ def difference(
 # -------------------------------------------------------------------------------------- torch's own, at every stage
 
 
-def weights_and_calls(world: World, config: TrainConfig) -> tuple[dict[str, Any], int]:
+def weights_and_calls(ranks: Ranks, config: TrainConfig) -> tuple[dict[str, Any], int]:
     """Train; returns the weights, as lists, and how many matrices this rank orthogonalised."""
     calls = 0
 
@@ -187,27 +187,27 @@ def weights_and_calls(world: World, config: TrainConfig) -> tuple[dict[str, Any]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.engine.muon, "orthogonal", counted)
-        weights = weights_of(trained(world, config))
+        weights = weights_of(trained(ranks, config))
     return {name: weight.tolist() for name, weight in weights.items()}, calls
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_one_rank_trains_as_torchs_muon_does(world: World, stage: int) -> None:
-    weights, calls = weights_and_calls(world, settings(zero_stage=stage, micro_batch=4))
+def test_one_rank_trains_as_torchs_muon_does(ranks: Ranks, stage: int) -> None:
+    weights, calls = weights_and_calls(ranks, settings(zero_stage=stage, micro_batch=4))
     assert calls == MATRICES * STEPS
     assert difference({name: torch.tensor(weight) for name, weight in weights.items()}) < TOLERANCE
 
 
 @pytest.mark.parametrize("stage", [0, 2])
 def test_as_on_a_gpu_it_trains_as_torchs_muon_does_in_bfloat16(
-    world: World, stage: int, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, stage: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(training.engine.muon.DTYPES, "cpu", torch.bfloat16)
-    weights = weights_of(trained(world, settings(zero_stage=stage, micro_batch=4)))
+    weights = weights_of(trained(ranks, settings(zero_stage=stage, micro_batch=4)))
     assert difference(weights, iterations=torch.bfloat16) < BFLOAT16_TOLERANCE
 
 
-def orders(world: World, config: TrainConfig) -> list[str]:
+def orders(ranks: Ranks, config: TrainConfig) -> list[str]:
     """Train one step; returns what this rank did with matrices, in order: "sum" over the ranks or "orthogonalise"."""
     done: list[str] = []
 
@@ -221,7 +221,7 @@ def orders(world: World, config: TrainConfig) -> list[str]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training.engine.muon, "orthogonal", noted("orthogonalise", orthogonal))
         patch.setattr(training.engine.muon, "sum_on", noted("sum", training.engine.muon.sum_on))
-        trained(world, config, last=1)
+        trained(ranks, config, last=1)
     return done
 
 
@@ -243,8 +243,8 @@ def test_the_iterations_in_float32_are_torchs_without_their_rounding(shape: tupl
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])  # at stage 3 the linear layers round otherwise
-def test_where_gradients_are_the_same_so_is_the_first_step(world: World, stage: int) -> None:
-    weights = weights_of(trained(world, settings(zero_stage=stage), last=1))
+def test_where_gradients_are_the_same_so_is_the_first_step(ranks: Ranks, stage: int) -> None:
+    weights = weights_of(trained(ranks, settings(zero_stage=stage), last=1))
     for name, weight in reference(steps=1).items():
         torch.testing.assert_close(weights[name], weight, rtol=0, atol=1e-7)
 
@@ -278,11 +278,11 @@ def run_of(mode: tuple[str, int, str], **changes: Any) -> TrainConfig:
     return settings(precision=precision, zero_stage=stage, offload=offload, **changes)
 
 
-def changes_of_resuming(world: World, folder: Path, run: TrainConfig) -> list[str]:
+def changes_of_resuming(ranks: Ranks, folder: Path, run: TrainConfig) -> list[str]:
     """Train at once and in two parts; returns the names of what is not the same, bit for bit."""
-    whole = state_of(trained(world, run, folder=folder / "whole"))
-    trained(world, run, last=2, folder=folder / "parts")
-    parts = state_of(trained(world, run, first=2, folder=folder / "parts"))
+    whole = state_of(trained(ranks, run, folder=folder / "whole"))
+    trained(ranks, run, last=2, folder=folder / "parts")
+    parts = state_of(trained(ranks, run, first=2, folder=folder / "parts"))
     assert parts.keys() == whole.keys()
     n_variances = sum(name.endswith("exp_avg_sq") for name in whole)
     assert 0 < n_variances < sum(name.endswith("exp_avg") for name in whole)
@@ -290,8 +290,8 @@ def changes_of_resuming(world: World, folder: Path, run: TrainConfig) -> list[st
 
 
 @pytest.mark.parametrize("stage", [0, 3])
-def test_a_run_goes_on_bit_for_bit(world: World, tmp_path: Path, stage: int) -> None:
-    assert changes_of_resuming(world, tmp_path, settings(zero_stage=stage)) == []
+def test_a_run_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, stage: int) -> None:
+    assert changes_of_resuming(ranks, tmp_path, settings(zero_stage=stage)) == []
 
 
 @pytest.mark.slow
@@ -300,8 +300,8 @@ def test_two_ranks_go_on_bit_for_bit_in_every_mode(tmp_path: Path, mode: tuple[s
     assert on_ranks(tmp_path, changes_of_resuming, tmp_path, run_of(mode)) == [[], []]
 
 
-def weights_after(world: World, folder: Path, run: TrainConfig, first: int, last: int) -> dict[str, Any]:
-    engine = trained(world, run, first, last, folder)
+def weights_after(ranks: Ranks, folder: Path, run: TrainConfig, first: int, last: int) -> dict[str, Any]:
+    engine = trained(ranks, run, first, last, folder)
     variances = [state for state in state_of(engine) if state.endswith("exp_avg_sq")]
     assert len(variances) < len([state for state in state_of(engine) if state.endswith("exp_avg")])
     return {name: weight.tolist() for name, weight in weights_of(engine).items()}
@@ -324,15 +324,15 @@ def test_a_run_goes_on_with_other_ranks(tmp_path: Path, before: tuple[str, int],
     assert difference(found, precision) < (TOLERANCE if precision == "fp32" else HALF_TOLERANCE)
 
 
-def kept_of_a_skipped_step(world: World, run: TrainConfig) -> list[str]:
+def kept_of_a_skipped_step(ranks: Ranks, run: TrainConfig) -> list[str]:
     """Leave out a step, and take the next one; returns the names of what the one left out has changed."""
-    engine = trained(world, run, last=2)
+    engine = trained(ranks, run, last=2)
     before = state_of(engine)
-    faulty = [tensors | {"fault": torch.tensor(math.nan)} for tensors in micro_batches(world, 2, engine.accumulation)]
+    faulty = [tensors | {"fault": torch.tensor(math.nan)} for tensors in micro_batches(ranks, 2, engine.accumulation)]
     engine.step(faulty, RATE, 2)
     assert not engine.applied
     after = state_of(engine)
-    engine.step(micro_batches(world, 3, engine.accumulation), RATE, 3)
+    engine.step(micro_batches(ranks, 3, engine.accumulation), RATE, 3)
     assert engine.applied
     assert all(torch.isfinite(tensor).all() for tensor in state_of(engine).values())
     moved = state_of(engine)
@@ -341,8 +341,8 @@ def kept_of_a_skipped_step(world: World, run: TrainConfig) -> list[str]:
 
 
 @pytest.mark.parametrize("variance_clip", [None, 5.0])
-def test_a_step_left_out_changes_nothing(world: World, variance_clip: float | None) -> None:
-    assert kept_of_a_skipped_step(world, settings(variance_clip=variance_clip)) == []
+def test_a_step_left_out_changes_nothing(ranks: Ranks, variance_clip: float | None) -> None:
+    assert kept_of_a_skipped_step(ranks, settings(variance_clip=variance_clip)) == []
 
 
 @pytest.mark.slow
@@ -391,9 +391,9 @@ def test_of_clip_the_matrices_of_both_towers_are_muons() -> None:
     assert found == {f"{tower}.blocks.0.{layer}.weight" for tower in ("vision", "text") for layer in layers}
 
 
-def test_every_parameter_is_in_one_group(world: World) -> None:
+def test_every_parameter_is_in_one_group(ranks: Ranks) -> None:
     model = objective().model
-    optimizer = build_optimizer(model, settings().optimizer, RATE, world)
+    optimizer = build_optimizer(model, settings().optimizer, RATE, ranks)
     assert isinstance(optimizer, MuonAdamW)
     parameters = [id(weight) for group in optimizer.param_groups for weight in group["params"]]
     assert sorted(parameters) == sorted(id(weight) for weight in model.parameters())
@@ -402,34 +402,34 @@ def test_every_parameter_is_in_one_group(world: World) -> None:
     assert muon["weight_decay"] == 0.5
 
 
-def test_a_model_without_blocks_is_refused(world: World) -> None:
+def test_a_model_without_blocks_is_refused(ranks: Ranks) -> None:
     with pytest.raises(ValueError, match=r"DVAE has none.* use adamw"):
-        build_optimizer(DVAE(tiny.recipe().dvae.model), OptimizerConfig(kind="muon"), RATE, world)
+        build_optimizer(DVAE(tiny.recipe().dvae.model), OptimizerConfig(kind="muon"), RATE, ranks)
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_a_checkpoint_of_the_other_optimizer_is_refused(world: World, tmp_path: Path, stage: int) -> None:
+def test_a_checkpoint_of_the_other_optimizer_is_refused(ranks: Ranks, tmp_path: Path, stage: int) -> None:
     muon = settings(zero_stage=stage)
     adamw = dataclasses.replace(muon, optimizer=dataclasses.replace(muon.optimizer, kind="adamw"))
     for saved, now in ((muon, adamw), (adamw, muon)):
         folder = tmp_path / saved.optimizer.kind
-        trained(world, saved, last=1, folder=folder)
+        trained(ranks, saved, last=1, folder=folder)
         kind, other = saved.optimizer.kind, now.optimizer.kind
         with pytest.raises(ValueError, match=f"saved with optimizer {kind}, .*{other}.*--optimizer {kind}.*--fresh"):
-            engine_of(objective(), now, world).load(folder)
+            engine_of(objective(), now, ranks).load(folder)
 
 
 def test_a_checkpoint_from_before_there_was_muon_is_adamws(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     adamw = dataclasses.replace(settings(), optimizer=OptimizerConfig())
-    trained(world, adamw, last=1, folder=tmp_path)
+    trained(ranks, adamw, last=1, folder=tmp_path)
     read = training.engine.engine.read_manifest
     monkeypatch.setattr(
         training.engine.engine,
         "read_manifest",
         lambda folder: {k: v for k, v in read(folder).items() if k != "optimizer"},
     )
-    trained(world, adamw, first=1, last=2, folder=tmp_path)
+    trained(ranks, adamw, first=1, last=2, folder=tmp_path)
     with pytest.raises(ValueError, match="saved with optimizer adamw"):
-        engine_of(objective(), settings(), world).load(tmp_path)
+        engine_of(objective(), settings(), ranks).load(tmp_path)

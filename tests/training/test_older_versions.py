@@ -36,7 +36,7 @@ def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
     return Path("v0.1")
 
 

@@ -21,20 +21,20 @@ from dalle.tokenizer import Tokenizer
 from training.config import OptimizerConfig
 from training.drawings.shapes import world as drawings
 from training.engine.powersgd import PowerSGD, compressed_names, expected_ratio
-from training.ranks.world import World, join_world
+from training.ranks.ranks import Ranks, join
 
 SHAPES = {"square": (12, 12), "tall": (24, 6), "wide": (6, 20), "convolution": (8, 3, 2, 2), "bias": (12,)}
 MATRICES = ["square", "tall", "wide", "convolution"]
 
 
 @pytest.fixture
-def world() -> World:
-    return join_world()
+def ranks() -> Ranks:
+    return join()
 
 
-def powersgd(world: World, rank: int, seed: int = 0) -> PowerSGD:
+def powersgd(ranks: Ranks, rank: int, seed: int = 0) -> PowerSGD:
     return PowerSGD(
-        {name: torch.zeros(shape) for name, shape in SHAPES.items()}, MATRICES, rank=rank, seed=seed, world=world
+        {name: torch.zeros(shape) for name, shape in SHAPES.items()}, MATRICES, rank=rank, seed=seed, ranks=ranks
     )
 
 
@@ -83,16 +83,16 @@ def test_the_share_of_the_papers_shards_is_5r_by_8d() -> None:
 # ------------------------------------------------------------------------------------------------- what comes out
 
 
-def test_at_full_rank_gradients_are_what_they_were(world: World) -> None:
-    compressor, given = powersgd(world, rank=100), gradients(0)
+def test_at_full_rank_gradients_are_what_they_were(ranks: Ranks) -> None:
+    compressor, given = powersgd(ranks, rank=100), gradients(0)
     found = copied(given)
     compressor.reduce_(found)
     for name, gradient in given.items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
-def test_at_low_rank_matrices_have_that_rank_and_biases_are_exact(world: World) -> None:
-    compressor, given = powersgd(world, rank=2), gradients(0)
+def test_at_low_rank_matrices_have_that_rank_and_biases_are_exact(ranks: Ranks) -> None:
+    compressor, given = powersgd(ranks, rank=2), gradients(0)
     found = copied(given)
     compressor.reduce_(found)
     assert torch.equal(found["bias"], given["bias"])
@@ -102,8 +102,8 @@ def test_at_low_rank_matrices_have_that_rank_and_biases_are_exact(world: World) 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_came_out_and_what_is_kept_are_all_that_went_in(world: World, dtype: torch.dtype) -> None:
-    compressor = powersgd(world, rank=2)
+def test_what_came_out_and_what_is_kept_are_all_that_went_in(ranks: Ranks, dtype: torch.dtype) -> None:
+    compressor = powersgd(ranks, rank=2)
     given = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
     taken = copied(given)
     for step in range(20):
@@ -120,13 +120,13 @@ def test_what_came_out_and_what_is_kept_are_all_that_went_in(world: World, dtype
         torch.testing.assert_close(kept, late.T if len(late) > late.shape[1] else late, rtol=1e-4, atol=1e-4)
 
 
-def test_the_columns_that_a_matrix_is_projected_on_are_fixed_and_gaussian(world: World) -> None:
+def test_the_columns_that_a_matrix_is_projected_on_are_fixed_and_gaussian(ranks: Ranks) -> None:
     """A buffer of zeros and the same gradient give the same result at any step, whatever came between."""
     given, found = gradients(0), []
-    compressor = powersgd(world, rank=2)
+    compressor = powersgd(ranks, rank=2)
     for step in range(3):
         again = copied(given)
-        compressor.load_state([powersgd(world, rank=2).state()])
+        compressor.load_state([powersgd(ranks, rank=2).state()])
         compressor.reduce_(again)
         found.append(again)
         compressor.reduce_(gradients(step + 1))
@@ -134,12 +134,12 @@ def test_the_columns_that_a_matrix_is_projected_on_are_fixed_and_gaussian(world:
         assert torch.equal(found[0][name], found[1][name])
         assert torch.equal(found[0][name], found[2][name])
     other = copied(given)
-    powersgd(world, rank=2, seed=1).reduce_(other)
+    powersgd(ranks, rank=2, seed=1).reduce_(other)
     assert not torch.allclose(other["square"], found[0]["square"])
 
 
 def test_the_norm_of_what_is_decompressed_is_the_norm_of_the_second_factor(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """So that clipping by the decompressed gradients is step 9 of E.2."""
     sent: list[Tensor] = []
@@ -151,16 +151,16 @@ def test_the_norm_of_what_is_decompressed_is_the_norm_of_the_second_factor(
 
     monkeypatch.setattr(dist, "all_reduce", keep)
     found = gradients(0)
-    powersgd(world, rank=3).reduce_(found)
+    powersgd(ranks, rank=3).reduce_(found)
     _, _, second = sent
     decompressed = torch.cat([found[name].flatten() for name in MATRICES])
     assert decompressed.norm().item() == pytest.approx(second.norm().item(), rel=1e-5)
 
 
-def test_a_gradient_that_is_not_finite_leaves_out_the_step_and_keeps_the_buffers(world: World) -> None:
+def test_a_gradient_that_is_not_finite_leaves_out_the_step_and_keeps_the_buffers(ranks: Ranks) -> None:
     for name in SHAPES:
         for value in (torch.inf, -torch.inf, torch.nan):
-            compressor = powersgd(world, rank=2)
+            compressor = powersgd(ranks, rank=2)
             compressor.reduce_(gradients(0))
             before = copied(compressor.state())
             wrong = gradients(1)
@@ -171,7 +171,7 @@ def test_a_gradient_that_is_not_finite_leaves_out_the_step_and_keeps_the_buffers
 
 
 def test_a_step_asks_the_device_three_times_whatever_the_number_of_matrices(
-    world: World, monkeypatch: pytest.MonkeyPatch
+    ranks: Ranks, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     asked, is_true = [0], Tensor.__bool__
 
@@ -179,14 +179,14 @@ def test_a_step_asks_the_device_three_times_whatever_the_number_of_matrices(
         asked[0] += 1
         return is_true(tensor)
 
-    compressor = powersgd(world, rank=2)
+    compressor = powersgd(ranks, rank=2)
     monkeypatch.setattr(Tensor, "__bool__", counted)
     compressor.reduce_(gradients(0))
     assert asked == [3]
 
 
-def test_factors_that_overflow_leave_out_the_step_and_keep_finite_buffers(world: World) -> None:
-    compressor, huge = powersgd(world, rank=2), gradients(0)
+def test_factors_that_overflow_leave_out_the_step_and_keep_finite_buffers(ranks: Ranks) -> None:
+    compressor, huge = powersgd(ranks, rank=2), gradients(0)
     huge["square"].fill_(3e38)
     compressor.reduce_(huge)
     assert all(gradient.isnan().all() for gradient in huge.values())
@@ -198,8 +198,8 @@ def test_factors_that_overflow_leave_out_the_step_and_keep_finite_buffers(world:
 # ------------------------------------------------------------------------------------------------ what is saved
 
 
-def test_buffers_go_on_from_their_state(world: World) -> None:
-    compressor, other = powersgd(world, rank=2), powersgd(world, rank=2, seed=5)
+def test_buffers_go_on_from_their_state(ranks: Ranks) -> None:
+    compressor, other = powersgd(ranks, rank=2), powersgd(ranks, rank=2, seed=5)
     compressor.reduce_(gradients(0))
     other.load_state([copied(compressor.state())])
     expected, found = gradients(1), gradients(1)
@@ -208,11 +208,11 @@ def test_buffers_go_on_from_their_state(world: World) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in SHAPES)
 
 
-def test_buffers_of_other_parameters_are_refused(world: World) -> None:
-    state = powersgd(world, rank=2).state()
+def test_buffers_of_other_parameters_are_refused(ranks: Ranks) -> None:
+    state = powersgd(ranks, rank=2).state()
     for wrong in ({**state, "error.square": torch.zeros(2, 2)}, {"seed": state["seed"]}):
         with pytest.raises(ValueError, match="of another model or rank"):
-            powersgd(world, rank=2).load_state([wrong])
+            powersgd(ranks, rank=2).load_state([wrong])
 
 
 @pytest.mark.parametrize("stage", [2, 3])
@@ -221,7 +221,7 @@ def test_stages_above_1_are_refused_in_words(stage: int) -> None:
         config(powersgd_rank=2, zero_stage=stage)
 
 
-def test_what_the_users_configuration_makes_impossible_is_refused_in_words(tmp_path: Path, world: World) -> None:
+def test_what_the_users_configuration_makes_impossible_is_refused_in_words(tmp_path: Path, ranks: Ranks) -> None:
     for content, message in (
         ('{"zero_optimization": {"stage": 2}}', "needs (ZeRO |zero_)stage 0 or 1, .* 2"),
         ('{"zero_optimization": {"stage": 1, "reduce_scatter": true}}', "reduce_scatter and overlap_comm to be false"),
@@ -229,12 +229,12 @@ def test_what_the_users_configuration_makes_impossible_is_refused_in_words(tmp_p
         path = tmp_path / "ds.json"
         path.write_text(content)
         with pytest.raises(ValueError, match=message):
-            engine_of(Objective(), config(powersgd_rank=1, deepspeed_config=path), world)
+            engine_of(Objective(), config(powersgd_rank=1, deepspeed_config=path), ranks)
 
 
 @pytest.mark.parametrize("stage", [0, 1])
-def test_a_gradient_that_is_not_finite_changes_no_weight(world: World, stage: int) -> None:
-    engine = engine_of(Objective(), config(powersgd_rank=1, zero_stage=stage), world)
+def test_a_gradient_that_is_not_finite_changes_no_weight(ranks: Ranks, stage: int) -> None:
+    engine = engine_of(Objective(), config(powersgd_rank=1, zero_stage=stage), ranks)
     engine.train()
     engine.step([data(0)], 1e-2, 0)
     before = copied(dict(engine.model.named_parameters()))
@@ -249,9 +249,9 @@ def test_a_gradient_that_is_not_finite_changes_no_weight(world: World, stage: in
 # ---------------------------------------------------------------------------------------------------- two ranks
 
 
-def own_half(tensors: Mapping[str, Tensor], world: World) -> dict[str, Tensor]:
-    n = len(next(iter(tensors.values()))) // world.size
-    return {name: tensor[world.rank * n : (world.rank + 1) * n] for name, tensor in tensors.items()}
+def own_half(tensors: Mapping[str, Tensor], ranks: Ranks) -> dict[str, Tensor]:
+    n = len(next(iter(tensors.values()))) // ranks.size
+    return {name: tensor[ranks.rank * n : (ranks.rank + 1) * n] for name, tensor in tensors.items()}
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:
@@ -259,15 +259,15 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
     return hashlib.sha256(whole).hexdigest()
 
 
-def averaged_on_a_rank(world: World, rank: int) -> dict[str, Any]:
+def averaged_on_a_rank(ranks: Ranks, rank: int) -> dict[str, Any]:
     """What 10 steps of different gradients on each rank come to: taken, kept, and the digest of each result."""
-    compressor = powersgd(world, rank=rank)
+    compressor = powersgd(ranks, rank=rank)
     given = {name: torch.zeros(SHAPES[name]) for name in MATRICES}
     taken, digests = copied(given), []
     for step in range(10):
         for name in MATRICES:
             given[name] += (gradients(step, 0)[name] + gradients(step, 1)[name]) / 2
-        now = gradients(step, world.rank)
+        now = gradients(step, ranks.rank)
         compressor.reduce_(now)
         digests.append(digest(now))
         for name in MATRICES:
@@ -288,13 +288,13 @@ def test_two_ranks_get_the_same_bits_and_keep_together_what_is_late(tmp_path: Pa
         torch.testing.assert_close(kept, late.T if len(late) > late.shape[1] else late, rtol=1e-3, atol=1e-4)
 
 
-def engine_steps(world: World, folder: Path, changes: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+def engine_steps(ranks: Ranks, folder: Path, changes: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     if "deepspeed_config" in changes:
         folder.mkdir(exist_ok=True)
-        path = folder / f"ds{world.rank}.json"
+        path = folder / f"ds{ranks.rank}.json"
         path.write_text(json.dumps(changes["deepspeed_config"]))
         changes = {**changes, "deepspeed_config": path}
-    engine = engine_of(Objective(width=32), config(**changes), world)
+    engine = engine_of(Objective(width=32), config(**changes), ranks)
     if first:
         engine.load(folder)
     engine.train()
@@ -305,7 +305,7 @@ def engine_steps(world: World, folder: Path, changes: dict[str, Any], first: int
 
     losses, digests = [], []
     for step in range(first, last):
-        half = own_half(inputs(step), world)
+        half = own_half(inputs(step), ranks)
         n = len(half["x"]) // engine.accumulation
         parts = [{name: tensor[at : at + n] for name, tensor in half.items()} for at in range(0, len(half["x"]), n)]
         engine.step(parts, 1e-2, step)
@@ -347,8 +347,8 @@ def test_buffers_survive_another_number_of_ranks(tmp_path: Path, stage: int) -> 
     checkpoint = folder / "step00000004"
     files = sorted(path.name for path in checkpoint.glob("powersgd*"))
     assert files == ["powersgd_rank00000.safetensors", "powersgd_rank00001.safetensors"]
-    found = engine_steps(join_world(), folder, {"zero_stage": stage, "powersgd_rank": 1}, 4, 8)
-    straight = engine_steps(join_world(), tmp_path / "b", {"zero_stage": stage, "powersgd_rank": 1}, 0, 8)
+    found = engine_steps(join(), folder, {"zero_stage": stage, "powersgd_rank": 1}, 4, 8)
+    straight = engine_steps(join(), tmp_path / "b", {"zero_stage": stage, "powersgd_rank": 1}, 0, 8)
     assert found["losses"] == pytest.approx(straight["losses"][4:], rel=1e-4)
     assert [path.name for path in (folder / "step00000008").glob("powersgd*")] == files[:1]
 
@@ -361,14 +361,14 @@ def test_at_full_rank_a_run_is_the_plain_run(tmp_path: Path, stage: int) -> None
     assert found["losses"] == pytest.approx(plain["losses"], rel=1e-3)
 
 
-def full_rank_steps(world: World, folder: Path, changes: dict[str, Any], first: int, last: int) -> dict[str, Any]:
+def full_rank_steps(ranks: Ranks, folder: Path, changes: dict[str, Any], first: int, last: int) -> dict[str, Any]:
     """`engine_steps` with all matrices compressed at full rank, where a run would send them whole."""
     import training.engine.reduction
 
     training.engine.reduction.compressed_names = lambda model, rank: [
         n for n, p in model.named_parameters() if p.ndim > 1
     ]
-    return engine_steps(world, folder, {**changes, "powersgd_rank": 64}, first, last)
+    return engine_steps(ranks, folder, {**changes, "powersgd_rank": 64}, first, last)
 
 
 def transformer(width: int = 32) -> DALLE:
@@ -395,10 +395,10 @@ def batches_of(pairs: Mapping[str, Tensor], n_steps: int, size: int) -> Iterator
         yield {name: tensor[chosen] for name, tensor in pairs.items()}
 
 
-def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> dict[str, Any]:
+def learn(ranks: Ranks, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> dict[str, Any]:
     """Train a tiny transformer; returns the loss before and after, and what a step sent, as counted outside."""
     settings = {"global_batch": 16, "optimizer": OptimizerConfig(), **changes}
-    engine = engine_of(transformer_objective(transformer()), tiny.train_config(**settings), world)
+    engine = engine_of(transformer_objective(transformer()), tiny.train_config(**settings), ranks)
     engine.train()
     counted = [0]
     for name in ("all_reduce", "reduce", "reduce_scatter_tensor"):
@@ -409,7 +409,7 @@ def learn(world: World, n_steps: int, n_pairs: int, changes: dict[str, Any]) -> 
     for step, whole in enumerate(batches_of(pairs, n_steps, 16)):
         counted[0] = 0
         rate = 5e-4 * min(1, (step + 1) / 20)
-        metrics = engine.step([own_half(whole, world)], rate, step)
+        metrics = engine.step([own_half(whole, ranks)], rate, step)
     sent = {name: value.item() for name, value in metrics.items() if name.startswith("bytes_")}
     return {"before": before, "after": engine.forward(pairs)[0].item(), "bytes": counted[0], **sent}
 

@@ -36,8 +36,8 @@ from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
 from training.plan.state import state_bytes
 from training.plan.text import text as plan_text
+from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
-from training.ranks.world import join_world
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
@@ -54,7 +54,7 @@ def bundle(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     """A bundle trained by the programs; not to be changed."""
     out = tmp_path_factory.mktemp("trained") / "bundle"
     inputs = Inputs(data=[shards], validation=[shards], out=out)
-    train_all(tiny.recipe(), inputs, join_world(), lambda line: None)
+    train_all(tiny.recipe(), inputs, join(), lambda line: None)
     return out
 
 
@@ -68,7 +68,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     """`tiny` is a recipe, of this process alone, which keeps its process group: DeepSpeed cannot join a second."""
     monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", tiny.recipe)
-    monkeypatch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+    monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
 
 
 def run(*arguments: object) -> int:
@@ -201,7 +201,7 @@ def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after
         tiny_recipe = tiny.recipe()
         warmup, run = (dataclasses.replace(tiny_recipe.dvae.train, steps=n) for n in (warmup_steps, steps))
         dvae = dataclasses.replace(tiny_recipe.dvae, warmup=warmup, train=run)
-        train_dvae(dataclasses.replace(tiny_recipe, dvae=dvae), inputs, join_world(), said.append)
+        train_dvae(dataclasses.replace(tiny_recipe, dvae=dvae), inputs, join(), said.append)
 
     train(2, 1)
     shutil.rmtree(tmp_path / "out" / "training" / "dvae")  # as if it had ended within the warm-up
@@ -231,7 +231,7 @@ def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(t
         warmup, run = (dataclasses.replace(chosen.clip.train, steps=n) for n in (warmup_steps, steps))
         clip = dataclasses.replace(chosen.clip, warmup=warmup, train=run, warmup_captions=5, embedding_scale=8.0)
         inputs = Inputs(data=[shards], out=tmp_path / out)
-        return directory_hash(train_clip(dataclasses.replace(chosen, clip=clip), inputs, join_world(), said.append))
+        return directory_hash(train_clip(dataclasses.replace(chosen, clip=clip), inputs, join(), said.append))
 
     whole = train("whole", 4, 4)
     train("parts", 2, 1)
@@ -335,11 +335,11 @@ def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
         before = tokenizer.stat().st_mtime_ns if tokenizer.exists() else None
         if expected is None:
             with pytest.raises(ValueError, match=r"demonstration of another world .* or --fresh to replace it"):
-                run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None)
+                run_demo(recipe("demo"), tmp_path, join(), lambda line: None)
             assert tokenizer.stat().st_mtime_ns == before
             assert latest_tag(tmp_path / "training" / "clip" / "checkpoints") == "step00000001"
             continue
-        run_demo(recipe("demo"), tmp_path, join_world(), lambda line: None, fresh=fresh)
+        run_demo(recipe("demo"), tmp_path, join(), lambda line: None, fresh=fresh)
         assert trained == expected
         assert (tokenizer.stat().st_mtime_ns != before) == bool(expected)
 
@@ -348,7 +348,7 @@ def test_the_demonstration_refuses_another_world_and_replaces_it_afresh(
 def test_the_demonstration_leaves_the_runs_of_others_alone(bundle_copy: Path, fresh: bool) -> None:
     before = sorted(bundle_copy.rglob("*"))
     with pytest.raises(ValueError, match="runs that are not a demonstration's"):
-        run_demo(recipe("demo"), bundle_copy, join_world(), lambda line: None, fresh=fresh)
+        run_demo(recipe("demo"), bundle_copy, join(), lambda line: None, fresh=fresh)
     assert before
     assert sorted(bundle_copy.rglob("*")) == before
 
@@ -380,7 +380,7 @@ def test_a_tokenizer_is_not_replaced_without_fresh(
 
 
 def test_the_demonstration_refuses_to_run_on_several_ranks(tmp_path: Path) -> None:
-    place = dataclasses.replace(join_world(), size=4)
+    place = dataclasses.replace(join(), size=4)
     with pytest.raises(ValueError, match="runs in one process, and a launcher started it in 4"):
         run_demo(recipe("demo"), tmp_path / "out", place, lambda line: None)
     assert not (tmp_path / "out").exists()

@@ -21,8 +21,8 @@ import training.ranks.job
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP
+from training.ranks.ranks import Ranks, join, on_first_rank, require_same
 from training.ranks.stop import Interrupted
-from training.ranks.world import World, join_world, on_first_rank, require_same
 from training.recipes import recipe
 from training.run_files import read_metrics
 from training.stages.clip import clip_loss, train_clip
@@ -56,18 +56,18 @@ def hard_batch() -> dict[str, torch.Tensor]:
 
 
 def clip_gradients(
-    world: World, batch: Callable[[], dict[str, torch.Tensor]]
+    ranks: Ranks, batch: Callable[[], dict[str, torch.Tensor]]
 ) -> tuple[float, float, dict[str, list[float]]]:
     model = clip()
-    own = slice(world.rank * 8 // world.size, (world.rank + 1) * 8 // world.size)
+    own = slice(ranks.rank * 8 // ranks.size, (ranks.rank + 1) * 8 // ranks.size)
     loss, metrics = clip_loss(model, **{name: tensor[own] for name, tensor in batch().items()})
     loss.backward()
     gradients = {}
     for name, parameter in model.named_parameters():
         assert parameter.grad is not None
-        if world.size > 1:
+        if ranks.size > 1:
             dist.all_reduce(parameter.grad)  # as the engine does
-        gradients[name] = (parameter.grad / world.size).flatten().tolist()
+        gradients[name] = (parameter.grad / ranks.size).flatten().tolist()
     return loss.item(), metrics["accuracy"].item(), gradients
 
 
@@ -75,7 +75,7 @@ def clip_gradients(
 def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch(
     tmp_path: Path, batch: Callable[[], dict[str, torch.Tensor]]
 ) -> None:
-    loss, accuracy, gradients = clip_gradients(join_world(), batch)
+    loss, accuracy, gradients = clip_gradients(join(), batch)
     for other_loss, other_accuracy, other in on_ranks(tmp_path, clip_gradients, batch):
         assert other_loss == pytest.approx(loss, rel=1e-5)
         assert other_accuracy == accuracy
@@ -83,19 +83,19 @@ def test_the_gathered_loss_of_clip_is_that_of_the_whole_batch(
             torch.testing.assert_close(torch.tensor(other[name]), torch.tensor(gradient), rtol=1e-4, atol=1e-6)
 
 
-def clip_losses(world: World, shards: Path, out: Path) -> list[float]:
-    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+def clip_losses(ranks: Ranks, shards: Path, out: Path) -> list[float]:
+    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), ranks, lambda line: None)
     return [line["loss"] for line in read_metrics(out / "training" / "clip")]
 
 
 def test_clip_trained_by_two_ranks_is_clip_trained_by_one(tmp_path: Path, shards: Path) -> None:
-    expected = clip_losses(join_world(), shards, tmp_path / "one")
+    expected = clip_losses(join(), shards, tmp_path / "one")
     for losses in on_ranks(tmp_path, clip_losses, shards, tmp_path / "two"):
         assert losses == pytest.approx(expected, rel=1e-5)
 
 
-def encoded_shards(world: World, shards: list[Path], dvae: Path, out: Path) -> tuple[int, int, list[str]]:
-    report = encode_shards(shards, out, DVAE.load(dvae), "0" * 16, EncodeConfig(workers=0), world)
+def encoded_shards(ranks: Ranks, shards: list[Path], dvae: Path, out: Path) -> tuple[int, int, list[str]]:
+    report = encode_shards(shards, out, DVAE.load(dvae), "0" * 16, EncodeConfig(workers=0), ranks)
     return report.n_written, report.n_samples, [path.name for path in report.shards]
 
 
@@ -104,7 +104,7 @@ def test_two_ranks_share_out_the_shards_to_encode(tmp_path: Path, shards: Path, 
     torch.manual_seed(0)
     DVAE(tiny.recipe().dvae.model).save(tmp_path / "dvae")
     given = sorted(shards.iterdir())[:n_shards]
-    expected = encoded_shards(join_world(), given, tmp_path / "dvae", tmp_path / "one")
+    expected = encoded_shards(join(), given, tmp_path / "dvae", tmp_path / "one")
     assert expected == (n_shards, 8 * n_shards, [path.name for path in given])
     for found in on_ranks(tmp_path, encoded_shards, given, tmp_path / "dvae", tmp_path / "two"):
         assert found == expected
@@ -113,13 +113,13 @@ def test_two_ranks_share_out_the_shards_to_encode(tmp_path: Path, shards: Path, 
     assert on_ranks(tmp_path, encoded_shards, given, tmp_path / "dvae", tmp_path / "two")[0][0] == 0
 
 
-def encoding_stopped(world: World, shards: Path, dvae: Path, out: Path) -> None:
+def encoding_stopped(ranks: Ranks, shards: Path, dvae: Path, out: Path) -> None:
     def stop(done: int, total: int) -> None:
-        if world.rank == 1:
+        if ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
 
     coder = DVAE.load(dvae)
-    encode_shards([shards], out, coder, "0" * 16, EncodeConfig(workers=0), world, progress=stop)
+    encode_shards([shards], out, coder, "0" * 16, EncodeConfig(workers=0), ranks, progress=stop)
 
 
 def test_all_ranks_hear_that_one_of_them_was_asked_to_stop_encoding(tmp_path: Path, shards: Path) -> None:
@@ -129,25 +129,25 @@ def test_all_ranks_hear_that_one_of_them_was_asked_to_stop_encoding(tmp_path: Pa
         assert told.startswith("Interrupted: stopped: 2 of 3 shards are encoded")
 
 
-def engine_steps(world: World, folder: Path, stage: int, first: int, last: int) -> list[float]:
-    engine = engine_of(Objective(), config(zero_stage=stage), world)
+def engine_steps(ranks: Ranks, folder: Path, stage: int, first: int, last: int) -> list[float]:
+    engine = engine_of(Objective(), config(zero_stage=stage), ranks)
     if first:
         engine.load(folder)
     engine.train()
-    own = slice(world.rank * 2, world.rank * 2 + 2)
+    own = slice(ranks.rank * 2, ranks.rank * 2 + 2)
     losses = []
     for step in range(first, last):
         tensors = {name: tensor[own] for name, tensor in data(step).items()}
         loss = engine.step([tensors], 1e-2, step)["loss"]
         dist.all_reduce(loss)
-        losses.append(loss.item() / world.size)
+        losses.append(loss.item() / ranks.size)
     engine.save(folder, last, {})
     return losses
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_ranks_train_like_one_and_resume_bit_for_bit(tmp_path: Path, stage: int) -> None:
-    engine = engine_of(Objective(), config(), join_world())
+    engine = engine_of(Objective(), config(), join())
     engine.train()
     expected = [engine.step([data(step)], 1e-2, step)["loss"].item() for step in range(4)]
     straight = on_ranks(tmp_path, engine_steps, tmp_path / "a", stage, 0, 4)[0]
@@ -156,10 +156,10 @@ def test_two_ranks_train_like_one_and_resume_bit_for_bit(tmp_path: Path, stage: 
     assert first + on_ranks(tmp_path, engine_steps, tmp_path / "b", stage, 2, 4)[0] == straight
 
 
-def save_with_a_full_disk_on(world: World, folder: Path, full: int) -> None:
-    engine = engine_of(Objective(), config(zero_stage=2), world)
+def save_with_a_full_disk_on(ranks: Ranks, folder: Path, full: int) -> None:
+    engine = engine_of(Objective(), config(zero_stage=2), ranks)
     engine.save(folder, 1, {})
-    if world.rank == full:
+    if ranks.rank == full:
 
         def fail(*args: object, **kwargs: object) -> None:
             raise RuntimeError("file write failed")
@@ -178,8 +178,8 @@ def test_a_full_disk_on_one_rank_is_an_error_on_both(tmp_path: Path, full: int) 
     assert not (tmp_path / "c" / "step00000002").exists()
 
 
-def load_checkpoint(world: World, folder: Path) -> None:
-    engine_of(Objective(), config(zero_stage=2), world).load(folder)
+def load_checkpoint(ranks: Ranks, folder: Path) -> None:
+    engine_of(Objective(), config(zero_stage=2), ranks).load(folder)
 
 
 def test_a_part_of_a_checkpoint_that_is_damaged_is_an_error_on_both_ranks(tmp_path: Path) -> None:
@@ -190,9 +190,9 @@ def test_a_part_of_a_checkpoint_that_is_damaged_is_an_error_on_both_ranks(tmp_pa
     assert all("ValueError: the checkpoint" in answer for answer in answers), answers
 
 
-def tell_apart(world: World) -> None:
-    require_same({"seed": 1, "data": ["a"]}, world)
-    require_same({"seed": 1, "data": ["a", "b"][: world.rank + 1]}, world)
+def tell_apart(ranks: Ranks) -> None:
+    require_same({"seed": 1, "data": ["a"]}, ranks)
+    require_same({"seed": 1, "data": ["a", "b"][: ranks.rank + 1]}, ranks)
 
 
 def test_ranks_that_were_told_different_things_are_refused_in_words(tmp_path: Path) -> None:
@@ -200,11 +200,11 @@ def test_ranks_that_were_told_different_things_are_refused_in_words(tmp_path: Pa
     assert all(answer.startswith("ValueError: the ranks differ in data: start all") for answer in answers), answers
 
 
-def fail_on_the_first(world: World) -> None:
+def fail_on_the_first(ranks: Ranks) -> None:
     def fail() -> None:
         raise FileNotFoundError("no such thing")
 
-    on_first_rank(fail, world)
+    on_first_rank(fail, ranks)
 
 
 def test_an_error_of_the_first_rank_stops_the_other_one(tmp_path: Path) -> None:
@@ -213,19 +213,19 @@ def test_an_error_of_the_first_rank_stops_the_other_one(tmp_path: Path) -> None:
     assert "the first rank failed" in second
 
 
-def fail_alone(world: World, shards: Path, out: Path) -> None:
+def fail_alone(ranks: Ranks, shards: Path, out: Path) -> None:
     from training.stages.clip import CLIPStage
 
     original = CLIPStage.loss
 
     def loss(self: CLIPStage, batch: Any, step: int) -> Any:
-        if step == 1 and world.rank == 1:
+        if step == 1 and ranks.rank == 1:
             raise ValueError("too many unusable samples")
         return original(self, batch, step)
 
     CLIPStage.loss = loss  # type: ignore[method-assign]
     with training.ranks.job.joined():
-        train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+        train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), ranks, lambda line: None)
 
 
 def test_an_error_of_one_rank_alone_does_not_leave_the_other_waiting(tmp_path: Path, shards: Path) -> None:
@@ -234,18 +234,18 @@ def test_an_error_of_one_rank_alone_does_not_leave_the_other_waiting(tmp_path: P
     assert "Error: " in first
 
 
-def interrupted_rank(world: World, shards: Path, out: Path) -> None:
+def interrupted_rank(ranks: Ranks, shards: Path, out: Path) -> None:
     from training.stages.clip import CLIPStage
 
     original = CLIPStage.loss
 
     def loss(self: CLIPStage, batch: Any, step: int) -> Any:
-        if step == 1 and world.rank == 1:
+        if step == 1 and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGTERM)
         return original(self, batch, step)
 
     CLIPStage.loss = loss  # type: ignore[method-assign]
-    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), ranks, lambda line: None)
 
 
 def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, shards: Path) -> None:
@@ -260,7 +260,7 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(tmp_path: Path, sha
 def losses_of_one(untrained: Path) -> list[float]:
     bundle = shutil.copytree(untrained / "bundle", untrained / "one")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(training.ranks.job, "leave_world", lambda **_: None)
+        patch.setattr(training.ranks.job, "leave", lambda **_: None)
         assert training.cli.main.main(transformer_command(untrained, bundle, 0)) == 0
     return losses_of(bundle)
 

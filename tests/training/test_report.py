@@ -14,7 +14,7 @@ from support.runs import Run as FitRun
 from support.status import NOW, RunFolder
 
 import training.cli.main
-from training.ranks.world import join_world
+from training.ranks.ranks import join
 from training.report.curves import MAX_COLUMNS, MAX_POINTS, Curve, chart, heat_map, label
 from training.report.report import MAX_SHEETS, page, write_report
 from training.report.runs import read_run
@@ -184,7 +184,7 @@ def test_the_command_writes_the_page_where_it_is_told(folder: Any, capsys: pytes
 
 
 def test_a_page_of_a_real_run(tmp_path: Path, shards: Path) -> None:
-    run = FitRun(tmp_path, tiny.open_world(shards), join_world())
+    run = FitRun(tmp_path, tiny.open_world(shards), join())
     run(tiny.train_config(steps=6, validate_every=2, sample_every=3), validation=run.data)
     target = write_report(tmp_path / "run")
     checker = Checker(target.read_text())

@@ -25,8 +25,8 @@ import training.loop.loop
 from training.config import OptimizerConfig, TrainConfig
 from training.data.batches import Batch
 from training.engine.checkpoints import UNIVERSAL, read_manifest
+from training.ranks.ranks import Ranks, join
 from training.ranks.stop import Interrupted
-from training.ranks.world import World, join_world
 from training.run_files import read_metrics
 from training.schedules import WarmupCosine
 from training.stages.clip import train_clip
@@ -60,7 +60,7 @@ def colours(**changes: Any) -> TrainConfig:
     return tiny.train_config(**{**settings, **changes})
 
 
-def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfig, until: int = STEPS) -> Trained:
+def train_colours(ranks: Ranks, folder: Path, shards: Path, settings: TrainConfig, until: int = STEPS) -> Trained:
     """Train, or go on, until a step; returns what this rank saw."""
     seen: list[list[str]] = []
     batches = training.loop.loop.batches
@@ -71,9 +71,9 @@ def train_colours(world: World, folder: Path, shards: Path, settings: TrainConfi
             yield batch
 
     training.loop.loop.batches = recorded
-    if world.is_first:
+    if ranks.is_first:
         folder.mkdir(exist_ok=True, parents=True)
-    run = Run(folder, tiny.open_world(shards), world)
+    run = Run(folder, tiny.open_world(shards), ranks)
     try:
         run(settings, at_step=send(signal.SIGTERM, until - 1) if until < STEPS else None)
     except Interrupted:
@@ -137,21 +137,21 @@ def test_as_many_ranks_go_on_bit_for_bit(
 
 
 def engine_losses(
-    world: World, folder: Path, settings: TrainConfig, first: int, last: int, dtype: torch.dtype = torch.float32
+    ranks: Ranks, folder: Path, settings: TrainConfig, first: int, last: int, dtype: torch.dtype = torch.float32
 ) -> list[float]:
     """Take steps with a bare engine, going on from the checkpoint in `folder` if there is one; save in `folder`."""
-    engine = engine_of(Objective(), settings, world)
+    engine = engine_of(Objective(), settings, ranks)
     if first:
         engine.load(folder)
     engine.train()
-    size = 4 // world.size
+    size = 4 // ranks.size
     losses = []
     for step in range(first, last):
-        tensors = {name: tensor[world.rank * size : (world.rank + 1) * size] for name, tensor in data(step).items()}
+        tensors = {name: tensor[ranks.rank * size : (ranks.rank + 1) * size] for name, tensor in data(step).items()}
         loss = engine.step([{"x": tensors["x"].to(dtype), "y": tensors["y"]}], 1e-2, step)["loss"]
-        if world.size > 1:
+        if ranks.size > 1:
             dist.all_reduce(loss)
-        losses.append(loss.item() / world.size)
+        losses.append(loss.item() / ranks.size)
     engine.save(folder, last, {})
     return losses
 
@@ -175,11 +175,11 @@ def run_of(mode: tuple[str, int, str], folder: Path) -> TrainConfig:
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def losses_of_each(world: World, folder: Path, runs: dict[str, tuple[TrainConfig, int, int]]) -> dict[str, list[float]]:
+def losses_of_each(ranks: Ranks, folder: Path, runs: dict[str, tuple[TrainConfig, int, int]]) -> dict[str, list[float]]:
     """Take steps with a bare engine for each run, which has a folder of its own."""
     allow_every_precision()
     return {
-        name: engine_losses(world, folder / name, *run, DTYPES.get(run[0].precision, torch.float32))
+        name: engine_losses(ranks, folder / name, *run, DTYPES.get(run[0].precision, torch.float32))
         for name, run in runs.items()
     }
 
@@ -227,19 +227,19 @@ def test_bfloat16_goes_on_with_another_number_of_ranks(tmp_path: Path, stage: in
     settings = config(zero_stage=stage, precision="bf16")
     whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", settings, 0, 8, torch.bfloat16)[0]
     begun = on_ranks(tmp_path, engine_losses, tmp_path / "b", settings, 0, 3, torch.bfloat16)[0]
-    one = engine_losses(join_world(), tmp_path / "b", settings, 3, 6, torch.bfloat16)
+    one = engine_losses(join(), tmp_path / "b", settings, 3, 6, torch.bfloat16)
     two = on_ranks(tmp_path, engine_losses, tmp_path / "b", settings, 6, 8, torch.bfloat16)[0]
     assert begun + one + two == pytest.approx(whole, rel=1e-2)
 
 
-def train_models(world: World, shards: Path, out: Path, stage: int, steps: int) -> dict[str, list[float]]:
+def train_models(ranks: Ranks, shards: Path, out: Path, stage: int, steps: int) -> dict[str, list[float]]:
     """Train CLIP, which has a scalar among its weights, and a dVAE, whose weights are laid out in another order."""
     small = tiny.recipe(steps=steps, zero_stage=stage)
     fixed = dataclasses.replace(small.dvae.train, micro_batch=2)
     recipe = dataclasses.replace(small, dvae=dataclasses.replace(small.dvae, train=fixed, warmup=None))
     inputs = Inputs(data=[shards], out=out)
-    train_clip(recipe, inputs, world, lambda line: None)
-    train_dvae(recipe, inputs, world, lambda line: None)
+    train_clip(recipe, inputs, ranks, lambda line: None)
+    train_dvae(recipe, inputs, ranks, lambda line: None)
     runs = {name: inputs.run_directory(name) for name in ("clip", "dvae")}
     return {
         name: [line["loss"] for line in read_metrics(path) if line["split"] == "train"] for name, path in runs.items()
@@ -248,9 +248,9 @@ def train_models(world: World, shards: Path, out: Path, stage: int, steps: int) 
 
 @pytest.mark.parametrize("stage", [1, 2, 3])
 def test_the_models_go_on_with_another_number_of_ranks(tmp_path: Path, shards: Path, stage: int) -> None:
-    whole = train_models(join_world(), shards, tmp_path / "a", 0, 6)
+    whole = train_models(join(), shards, tmp_path / "a", 0, 6)
     on_ranks(tmp_path, train_models, shards, tmp_path / "b", stage, 2)
-    train_models(join_world(), shards, tmp_path / "b", stage, 4)
+    train_models(join(), shards, tmp_path / "b", stage, 4)
     ended = on_ranks(tmp_path, train_models, shards, tmp_path / "b", stage, 6)[0]
     assert isinstance(ended, dict), ended
     for name, losses in whole.items():
@@ -262,7 +262,7 @@ def test_the_models_go_on_with_another_number_of_ranks(tmp_path: Path, shards: P
 def test_stage_and_ranks_change_at_once(tmp_path: Path, before: int, after: int) -> None:
     whole = on_ranks(tmp_path, engine_losses, tmp_path / "a", config(zero_stage=before), 0, 6)[0]
     begun = on_ranks(tmp_path, engine_losses, tmp_path / "b", config(zero_stage=before), 0, 3)[0]
-    ended = engine_losses(join_world(), tmp_path / "b", config(zero_stage=after), 3, 6)
+    ended = engine_losses(join(), tmp_path / "b", config(zero_stage=after), 3, 6)
     assert begun + ended == pytest.approx(whole, rel=1e-5)
 
 
@@ -277,16 +277,16 @@ def test_code_in_a_checkpoint_does_not_run_when_it_is_converted(tmp_path: Path, 
         torch.save({"module": Bomb(tmp_path / "ran"), "optimizer_state_dict": Bomb(tmp_path / "ran")}, folder / name)
         forge_digests(folder)
         with pytest.raises(ValueError, match="cannot be loaded"):
-            engine_of(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+            engine_of(Objective(), config(zero_stage=stage), join()).load(tmp_path / "c")
         assert not (tmp_path / "ran").exists()
         assert not (tmp_path / "c" / UNIVERSAL).exists()
         (folder / name).write_bytes(good)
         forge_digests(folder)
-    engine_of(Objective(), config(zero_stage=stage), join_world()).load(tmp_path / "c")
+    engine_of(Objective(), config(zero_stage=stage), join()).load(tmp_path / "c")
 
 
-def load_at_stage_2(world: World, folder: Path) -> None:
-    engine_of(Objective(), config(zero_stage=2), world).load(folder)
+def load_at_stage_2(ranks: Ranks, folder: Path) -> None:
+    engine_of(Objective(), config(zero_stage=2), ranks).load(folder)
 
 
 def test_a_file_of_one_rank_that_holds_something_else_is_an_error_on_both_and_when_converted(tmp_path: Path) -> None:
@@ -307,14 +307,14 @@ def test_what_an_interrupted_conversion_left_is_not_loaded(tmp_path: Path) -> No
     left = tmp_path / "b [c+d]" / UNIVERSAL / "step00000002" / "zero"
     left.mkdir(parents=True)
     torch.save(Bomb(tmp_path / "ran"), left / "optimizer_state.pt")
-    assert engine_losses(join_world(), tmp_path / "b [c+d]", config(zero_stage=2), 2, 4) == pytest.approx(whole[2:])
+    assert engine_losses(join(), tmp_path / "b [c+d]", config(zero_stage=2), 2, 4) == pytest.approx(whole[2:])
 
 
-def save_until_killed(world: World, folder: Path, stage: int, victim: int, moment: int) -> str:
-    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), world)
+def save_until_killed(ranks: Ranks, folder: Path, stage: int, victim: int, moment: int) -> str:
+    engine = engine_of(Objective(), config(zero_stage=stage, keep_last=1), ranks)
     engine.save(folder, 1, {"n": 1})
     with pytest.MonkeyPatch.context() as patch:
-        if world.rank == victim:
+        if ranks.rank == victim:
             kill_at(patch, moment)
         try:
             engine.save(folder, 2, {"n": 2})
@@ -333,7 +333,7 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tm
     for moment in itertools.count(0, 3):
         folder = tmp_path / f"{moment}"
         told = on_ranks(tmp_path, save_until_killed, folder, 2, victim, moment)
-        outcomes.append(engine_of(Objective(seed=1), config(zero_stage=2), join_world()).load(folder)["n"])
+        outcomes.append(engine_of(Objective(seed=1), config(zero_stage=2), join()).load(folder)["n"])
         if told[victim] != "killed":
             break
     assert told == ["saved", "saved"]
@@ -342,13 +342,13 @@ def test_a_rank_killed_at_any_moment_of_a_save_leaves_a_checkpoint_that_loads(tm
     assert set(outcomes) == {1, 2}
 
 
-def flip_and_load(world: World, folder: Path) -> int:
+def flip_and_load(ranks: Ranks, folder: Path) -> int:
     """Load on two ranks what one of them alone finds damaged."""
-    return int(engine_of(Objective(), config(zero_stage=2), world).load(folder)["n"])
+    return int(engine_of(Objective(), config(zero_stage=2), ranks).load(folder)["n"])
 
 
-def save_twice(world: World, folder: Path) -> None:
-    engine = engine_of(Objective(), config(zero_stage=2), world)
+def save_twice(ranks: Ranks, folder: Path) -> None:
+    engine = engine_of(Objective(), config(zero_stage=2), ranks)
     for step in (1, 2):
         engine.save(folder, step, {"n": step})
 
@@ -362,10 +362,10 @@ def test_all_ranks_go_back_from_what_one_of_them_finds_damaged(tmp_path: Path) -
         assert on_ranks(tmp_path, flip_and_load, copy) == [1, 1]
 
 
-def save_where_only_the_first_rank_sees(world: World, folder: Path) -> None:
+def save_where_only_the_first_rank_sees(ranks: Ranks, folder: Path) -> None:
     """Save to a folder that is another one on the second rank, as on machines without a common file system."""
-    engine = engine_of(Objective(), config(zero_stage=2), world)
-    own = folder / f"{world.rank}"
+    engine = engine_of(Objective(), config(zero_stage=2), ranks)
+    own = folder / f"{ranks.rank}"
     engine.save(own, 1, {})
 
 

@@ -29,7 +29,7 @@ from training.drawings.shapes import parse
 from training.engine.objective import MicroBatch, Objective
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
-from training.ranks.world import join_world
+from training.ranks.ranks import join
 from training.recipes import DVAERecipe, TransformerRecipe
 from training.run_files import read_metrics
 from training.schedules import Cosine, WarmupCosine
@@ -102,7 +102,7 @@ def warm_run(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> Path:
     torch.manual_seed(0)
     stage = WarmupStage(recipe, DVAE(recipe.model), folder / "autoencoder", data, {})
     assert recipe.warmup is not None
-    fit(stage, recipe.warmup, join_world(), data, data, spec(folder), lambda line: None)
+    fit(stage, recipe.warmup, join(), data, data, spec(folder), lambda line: None)
     return folder
 
 
@@ -227,7 +227,7 @@ def test_a_small_dvae_keeps_its_codes_alive(tmp_path: Path, data: ShardData, war
         mean_psnr = psnr(images, images.mean(dim=(0, 2, 3), keepdim=True).expand_as(images)).mean().item()
     initialise_codebook(warm, images, seed=0)
     stage = DVAEStage(recipe, warm, tmp_path / "dvae", data, {})
-    fit(stage, recipe.train, join_world(), data, None, spec(tmp_path), lambda line: None)
+    fit(stage, recipe.train, join(), data, None, spec(tmp_path), lambda line: None)
     trained = DVAE.load(tmp_path / "dvae")
     tokens = trained.encode(images)
     usage = code_usage(tokens, N_CODES)
@@ -300,7 +300,7 @@ def test_the_transformer_learns_a_batch_by_heart(
     stage = transformer_stage(tmp_path, data, recipe)
     monkeypatch.setattr(stage, "transform", stage.transform_for_validation)
     monkeypatch.setattr(data, "order", lambda seed, epoch: np.resize(np.arange(4), len(data)))
-    fit(stage, train, join_world(), data, None, spec(tmp_path), lambda line: None)
+    fit(stage, train, join(), data, None, spec(tmp_path), lambda line: None)
     text, image = metric(tmp_path, "text_loss"), metric(tmp_path, "image_loss")
     assert text[-1] < 0.35
     assert image[-1] < 0.35
@@ -419,7 +419,7 @@ def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data
     config = dataclasses.replace(recipe.model, vocab_size=tokenizer.vocab_size, context_length=64)
     torch.manual_seed(0)
     stage = CLIPStage(recipe, CLIP(config, tokenizer), tokenizer, tmp_path / "clip", {})
-    fit(stage, train, join_world(), data, data, spec(tmp_path), lambda line: None)
+    fit(stage, train, join(), data, data, spec(tmp_path), lambda line: None)
     losses = metric(tmp_path, "loss")
     assert losses[-1] < 0.75 * losses[0]
     assert metric(tmp_path, "captions_cut")[-1] == 0.0
@@ -548,7 +548,7 @@ def test_clip_learns_the_order_of_two_things_from_hard_negatives(tmp_path: Path,
     train = tiny.train_config(steps=150, global_batch=12, log_every=50)
     train = dataclasses.replace(train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=150))
     stage = clip_stage(tmp_path, data, 3)
-    fit(stage, train, join_world(), data, data, spec(tmp_path), lambda line: None)
+    fit(stage, train, join(), data, data, spec(tmp_path), lambda line: None)
     right = metric(tmp_path, "hard_negatives_right")
     assert right[-1] > right[0] + 0.05
     assert right[-1] > 0.6

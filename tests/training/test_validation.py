@@ -17,7 +17,7 @@ from dalle.data.reader import Sample, ShardData
 from training.data.batches import validation_batches
 from training.loop.means import Means
 from training.loop.throughput import total_peak_flops
-from training.ranks.world import World, join_world, max_over_ranks
+from training.ranks.ranks import Ranks, join, max_over_ranks
 from training.run_files import read_metrics
 from training.stages.clip import train_clip
 from training.stages.inputs import Inputs
@@ -68,7 +68,7 @@ def validation_lines(run: Run) -> list[dict[str, Any]]:
 def new_run(tmp_path: Path, data: ShardData) -> Callable[[str], Run]:
     def make(name: str) -> Run:
         (tmp_path / name).mkdir()
-        return Run(tmp_path / name, data, join_world())
+        return Run(tmp_path / name, data, join())
 
     return make
 
@@ -109,9 +109,9 @@ def test_samples_that_cannot_be_used_are_left_out_of_the_mean(new_run: Callable[
 # ---------------------------------------------------------------------------------------------------- two ranks
 
 
-def clip_validation(world: World, shards: Path, out: Path, changes: dict[str, Any]) -> list[dict[str, Any]]:
+def clip_validation(ranks: Ranks, shards: Path, out: Path, changes: dict[str, Any]) -> list[dict[str, Any]]:
     inputs = Inputs(data=[shards], validation=[shards], out=out)
-    train_clip(tiny.recipe(global_batch=8, **changes), inputs, world, lambda line: None)
+    train_clip(tiny.recipe(global_batch=8, **changes), inputs, ranks, lambda line: None)
     lines = read_metrics(out / "training" / "clip")
     return [line for line in lines if line["split"] == "validation"]
 
@@ -128,7 +128,7 @@ def clip_validation(world: World, shards: Path, out: Path, changes: dict[str, An
 def test_two_ranks_that_share_validation_out_measure_what_one_does(
     tmp_path: Path, shards: Path, changes: dict[str, Any]
 ) -> None:
-    alone = clip_validation(join_world(), shards, tmp_path / "one", {**changes, "zero_stage": 0})
+    alone = clip_validation(join(), shards, tmp_path / "one", {**changes, "zero_stage": 0})
     assert alone
     for found in on_ranks(tmp_path, clip_validation, shards, tmp_path / "two", changes):
         assert [line["step"] for line in found] == [line["step"] for line in alone]
@@ -138,19 +138,19 @@ def test_two_ranks_that_share_validation_out_measure_what_one_does(
                 assert line[name] == pytest.approx(expected[name], rel=1e-4, abs=1e-6), name
 
 
-def validation_with_bad_samples_on_one_rank(world: World, shards: Path, out: Path, stage: int) -> None:
+def validation_with_bad_samples_on_one_rank(ranks: Ranks, shards: Path, out: Path, stage: int) -> None:
     from training.stages.clip import CLIPStage
 
     original = CLIPStage.transform_for_validation
 
     def refuse(self: CLIPStage, sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
-        if world.rank == 1:
+        if ranks.rank == 1:
             raise ValueError("not a picture")
         return original(self, sample, rng)
 
     CLIPStage.transform_for_validation = refuse  # type: ignore[method-assign]
     inputs = Inputs(data=[shards], validation=[shards], out=out)
-    train_clip(tiny.recipe(global_batch=8, zero_stage=stage), inputs, world, lambda line: None)
+    train_clip(tiny.recipe(global_batch=8, zero_stage=stage), inputs, ranks, lambda line: None)
 
 
 @pytest.mark.slow
@@ -164,14 +164,14 @@ def test_a_rank_whose_validation_fails_does_not_leave_the_other_waiting(
     assert first == "OSError: the validation of another rank failed: see its message"
 
 
-def a_log_that_cannot_be_written(world: World, shards: Path, out: Path) -> None:
+def a_log_that_cannot_be_written(ranks: Ranks, shards: Path, out: Path) -> None:
     from training.loop.metrics import MetricLog
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     MetricLog.write = full  # type: ignore[method-assign]
-    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), world, lambda line: None)
+    train_clip(tiny.recipe(global_batch=8), Inputs(data=[shards], out=out), ranks, lambda line: None)
 
 
 @pytest.mark.slow
@@ -181,13 +181,13 @@ def test_a_log_that_the_first_rank_cannot_write_stops_both(tmp_path: Path, shard
     assert "the first rank failed" in second
 
 
-def means_and_peak(world: World) -> tuple[dict[str, Any], float | None, float]:
+def means_and_peak(ranks: Ranks) -> tuple[dict[str, Any], float | None, float]:
     means = Means()
     means.add(
-        {"loss": torch.tensor(1.0 + world.rank), "rows": torch.tensor([1.0, 2.0]) * world.rank}, 1 + 2 * world.rank
+        {"loss": torch.tensor(1.0 + ranks.rank), "rows": torch.tensor([1.0, 2.0]) * ranks.rank}, 1 + 2 * ranks.rank
     )
-    peak = total_peak_flops(tiny.train_config(peak_tflops=0.5), world)
-    return means.take(world), peak, max_over_ranks(float(world.rank), world)
+    peak = total_peak_flops(tiny.train_config(peak_tflops=0.5), ranks)
+    return means.take(ranks), peak, max_over_ranks(float(ranks.rank), ranks)
 
 
 @pytest.mark.slow

@@ -20,8 +20,8 @@ from support.waiting import PATIENCE_S, wait_for
 
 import training.ranks.news
 import training.ranks.processes
+import training.ranks.ranks
 import training.ranks.watch
-import training.ranks.world
 from training.engine.checkpoints import latest_tag
 from training.ranks.news import RankPosition, ranks_behind
 from training.ranks.processes import Member, Process, launchers, this_process
@@ -208,12 +208,12 @@ def test_a_short_timeout_does_not_shorten_the_timeout_of_collectives(
     given: dict[str, Any] = {}
     monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("WORLD_SIZE", "1")
-    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/world.py
-    monkeypatch.setattr(training.ranks.world, "job_store", lambda place, *, host: store)
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
+    monkeypatch.setattr(training.ranks.ranks, "job_store", lambda place, *, host: store)
     monkeypatch.setattr(dist, "init_process_group", lambda backend, **options: given.update(options))
     for name in ("default_pg_timeout", "default_pg_nccl_timeout"):
         monkeypatch.setattr(dist.distributed_c10d, name, None)
-    training.ranks.world._meet("gloo", timeout_s=1.0).stop()
+    training.ranks.ranks._meet("gloo", timeout_s=1.0).stop()
     assert given["timeout"] >= timedelta(days=7)
     assert dist.distributed_c10d.default_pg_timeout == given["timeout"]
 
@@ -225,7 +225,7 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
         monkeypatch.setattr(training.ranks.watch, name, seconds)
         monkeypatch.setattr(training.ranks.news, name, seconds)
     here = this_process(0)
-    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/world.py
+    store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
     watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
     watch.start()
     yield watch, store

@@ -150,8 +150,8 @@ class DVAECommand(StageCommand):
     def run(self) -> None:
         """Train it."""
         chosen, inputs = self.changed(), self.inputs()
-        with joined(self.job, self.arguments) as (world, say):
-            train_dvae(chosen, inputs, world, say, init=self.own.init)
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_dvae(chosen, inputs, ranks, say, init=self.own.init)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,8 +164,8 @@ class CLIPCommand(StageCommand):
     def run(self) -> None:
         """Train it."""
         chosen, inputs = self.changed(), self.inputs()
-        with joined(self.job, self.arguments) as (world, say):
-            train_clip(chosen, inputs, world, say)
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_clip(chosen, inputs, ranks, say)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,8 +182,8 @@ class TransformerCommand(StageCommand):
     def run(self) -> None:
         """Train it."""
         chosen, inputs = self.changed(), self.inputs()
-        with joined(self.job, self.arguments) as (world, say):
-            train_transformer(chosen, inputs, world, say, tokenizer=self.own.tokenizer, dvae=self.own.dvae)
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_transformer(chosen, inputs, ranks, say, tokenizer=self.own.tokenizer, dvae=self.own.dvae)
 
 
 # ------------------------------------------------------------------------------------------------ several stages
@@ -253,8 +253,8 @@ class AllCommand(StagesCommand):
             return
         if plan.reason:
             logger.info(plan.reason)
-        with joined(self.job, self.arguments) as (world, say):
-            train_all(chosen, inputs, world, say, encode_crops=self.order.encode_crops)
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_all(chosen, inputs, ranks, say, encode_crops=self.order.encode_crops)
 
     def _side_by_side(self, chosen: Recipe, inputs: Inputs, plan: MachinePlan) -> None:
         self.job.check()
@@ -289,11 +289,11 @@ class DemoCommand(StagesCommand):
         plan = plan_here(chosen, one_at_a_time=self.order.one_at_a_time)
         # with phases, every stage is restarted by itself
         job = dataclasses.replace(self.job, auto_restart=0) if plan.phases else self.job
-        with joined(job, self.arguments) as (world, say):
+        with joined(job, self.arguments) as (ranks, say):
             run_demo(
                 chosen,
                 self.bundle.out,
-                world,
+                ranks,
                 say,
                 fresh=self.bundle.fresh,
                 plan=plan,
@@ -325,10 +325,10 @@ class EncodeCommand(TrainCommand):
     def run(self) -> None:
         """Encode them."""
         config = EncodeConfig(**dataclasses.asdict(self.encoding), **dataclasses.asdict(self.shards))
-        with joined() as (world, say):
+        with joined() as (ranks, say):
             if self.device != "auto":
-                world = dataclasses.replace(world, device=resolve_device(self.device))
-            encode_data(self.data, self.out, self.dvae, config, world, say)
+                ranks = dataclasses.replace(ranks, device=resolve_device(self.device))
+            encode_data(self.data, self.out, self.dvae, config, ranks, say)
 
 
 # ------------------------------------------------------------------------------------------------ reading a command

@@ -30,8 +30,8 @@ from training.demo.samples import (
 from training.drawings.drawing import DrawnSample, draw_world
 from training.drawings.shapes import WORLD_VERSION
 from training.plan.machine import MachinePlan, seconds_alone, usable_cores
+from training.ranks.ranks import Ranks
 from training.ranks.side_by_side import TimeLeft
-from training.ranks.world import World
 from training.recipes import Recipe
 from training.run_files import CHECKPOINTS
 from training.stages.all import run_phases, time_of
@@ -52,7 +52,7 @@ SHARE_OF_THREE = 0.0
 def run_demo(
     recipe: Recipe,
     out: Path,
-    place: World,
+    ranks: Ranks,
     say: Say,
     *,
     fresh: bool = False,
@@ -64,7 +64,7 @@ def run_demo(
     Args:
         recipe: of all stages.
         out: the bundle's directory.
-        place: of this process, the only one.
+        ranks: one, this process.
         say: told how far it is.
         fresh: make everything anew.
         plan: which stages are trained side by side, in child processes; None, or one without phases, for one at a
@@ -75,9 +75,9 @@ def run_demo(
         ValueError: there is more than one rank.
         Interrupted, OSError: as `run_jobs`, or as the stages.
     """
-    if place.size > 1:
+    if ranks.size > 1:
         raise ValueError(
-            f"the demonstration runs in one process, and a launcher started it in {place.size}: start it without one"
+            f"the demonstration runs in one process, and a launcher started it in {ranks.size}: start it without one"
         )
     plan = plan or MachinePlan(seconds=seconds_alone(recipe))
     if plan.reason:
@@ -95,7 +95,7 @@ def run_demo(
     if plan.phases:
         run_phases(recipe, inputs, plan, time_left, say, options=options)
     else:
-        _train_here(recipe, inputs, place, say, time_left, begin)
+        _train_here(recipe, inputs, ranks, say, time_left, begin)
     begin("samples", "sampling, reranking and checking")
     _finish(out, validation, say)
     took = duration(time_left.elapsed_s())
@@ -105,7 +105,7 @@ def run_demo(
 def _train_here(
     recipe: Recipe,
     inputs: Inputs,
-    place: World,
+    ranks: Ranks,
     say: Say,
     time_left: TimeLeft,
     begin: Callable[[str, str], None],
@@ -121,13 +121,13 @@ def _train_here(
         train_tokenizer(recipe, inputs, heard)
     time_left.end("tokenizer")
     begin("dvae", "training the dVAE: pictures to tokens and back")
-    train_dvae(recipe, inputs, place, heard)
+    train_dvae(recipe, inputs, ranks, heard)
     time_left.end("dvae")
     begin("clip", "training CLIP, which will rank the samples")
-    train_clip(recipe, inputs, place, heard)
+    train_clip(recipe, inputs, ranks, heard)
     time_left.end("clip")
     begin("transformer", "training the transformer on captions and image tokens")
-    train_transformer(recipe, inputs, place, heard)
+    train_transformer(recipe, inputs, ranks, heard)
     time_left.end("transformer")
 
 

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.atomic import flush_names, replace_text
-from training.ranks.world import World, from_all_ranks
+from training.ranks.ranks import Ranks, from_all_ranks
 from training.run_files import CHECKPOINTS, LATEST, is_tag, named_latest, step_of, tags_in
 
 logger = logging.getLogger(__name__)
@@ -173,14 +173,14 @@ def _damage(
     return [problem for name in names if (problem := check(folder / name, files[name])) is not None]
 
 
-def first_good(directory: Path, tags: Sequence[str], world: World) -> tuple[str | None, list[str]]:
+def first_good(directory: Path, tags: Sequence[str], ranks: Ranks) -> tuple[str | None, list[str]]:
     """Return the first undamaged checkpoint of `tags`, and what is wrong with those before it.
 
     Collective: ranks share out the files, and all get the same answer.
     """
     wrong: list[str] = []
     for tag in tags:
-        found = from_all_ranks(_damage(directory / tag, rank=world.rank, size=world.size), world)
+        found = from_all_ranks(_damage(directory / tag, rank=ranks.rank, size=ranks.size), ranks)
         damage = sorted({problem for problems in found for problem in problems})
         if not damage:
             return tag, wrong

@@ -51,7 +51,7 @@ from training.patches import (
     tensors_only,
     writes_recorded,
 )
-from training.ranks.world import World, agree, from_all_ranks, on_first_rank
+from training.ranks.ranks import Ranks, agree, from_all_ranks, on_first_rank
 from training.run_files import LATEST, checkpoint_tag
 
 logger = logging.getLogger(__name__)
@@ -64,22 +64,22 @@ class Engine:
         objective: a module with a `model`, which is trained; called with keyword arguments, it returns the loss and its
             metrics, 0-d or 1-d tensors.
         config: the run, as `resolve` returns it.
-        world: this process's place.
+        ranks: the ranks of the run.
 
     Raises:
         ValueError: DeepSpeed refuses the user's JSON, or the model has no matrices for Muon.
     """
 
-    def __init__(self, objective: nn.Module, config: ResolvedConfig, world: World) -> None:
-        self.world, self.config, self.stage = world, config.config, config.config.zero_stage
+    def __init__(self, objective: nn.Module, config: ResolvedConfig, ranks: Ranks) -> None:
+        self.ranks, self.config, self.stage = ranks, config.config, config.config.zero_stage
         self.micro_batch, self.accumulation = config.micro_batch, config.accumulation
         # 0.19.8 allocates a whole bucket, at stage 3 for good, however small the model is
         bucket = min(MAX_BUCKET, sum(weight.numel() for weight in objective.parameters()))
         zero = {"reduce_bucket_size": bucket, **config.deepspeed["zero_optimization"]}
         self.deepspeed_config = {**config.deepspeed, "zero_optimization": zero}
         self.model = cast(nn.Module, objective.model)
-        optimizer = build_optimizer(self.model, self.config.optimizer, self.config.learning_rate.at(0), world)
-        self._reduction = Reduction(self.model, self.config, world)
+        optimizer = build_optimizer(self.model, self.config.optimizer, self.config.learning_rate.at(0), ranks)
+        self._reduction = Reduction(self.model, self.config, ranks)
         self._engine = _initialize(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config)
         self._reduction.attach(self._engine)
         if self.stage == 3:
@@ -96,15 +96,15 @@ class Engine:
         """Whether the last step was skipped because float16's loss scale, which has room to fall, was too large."""
         self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
         weights = self._gather()
-        self._ema = EMA(weights, self.config.ema_decay) if world.is_first else None
+        self._ema = EMA(weights, self.config.ema_decay) if ranks.is_first else None
 
     @property
     def batch(self) -> str:
         """The parts of the global batch, in one line."""
-        unit, units = ("GPU", "GPUs") if self.world.device.type == "cuda" else ("process", "processes")
-        units = unit if self.world.size == 1 else units
+        unit, units = ("GPU", "GPUs") if self.ranks.device.type == "cuda" else ("process", "processes")
+        units = unit if self.ranks.size == 1 else units
         return (
-            f"global batch {self.config.global_batch} = {self.micro_batch} per {unit} × {self.world.size} {units} × "
+            f"global batch {self.config.global_batch} = {self.micro_batch} per {unit} × {self.ranks.size} {units} × "
             f"{self.accumulation} accumulated"
         )
 
@@ -118,7 +118,7 @@ class Engine:
             return self._loss(arguments)
 
     def _loss(self, arguments: Mapping[str, Any]) -> tuple[Tensor, Tensors]:
-        return cast(tuple[Tensor, Tensors], self._engine(**on_device(arguments, self.world.device)))
+        return cast(tuple[Tensor, Tensors], self._engine(**on_device(arguments, self.ranks.device)))
 
     def step(self, micro_batches: Sequence[Mapping[str, Any]], learning_rate: float, step: int) -> Tensors:
         """Take an optimizer step.
@@ -145,7 +145,7 @@ class Engine:
             self._engine.backward(not_finite_throughout(loss))
             # after the last backward pass this clips and applies the gradients, averaged over micro-batches and ranks
             self._engine.step()
-            self.world.watch.touch()
+            self.ranks.watch.touch()
             for name, value in {"loss": loss.detach(), **metrics}.items():
                 sums[name] = sums[name] + value if name in sums else value
         means = {name: value / self.accumulation for name, value in sums.items()} | self._reduction.metrics()
@@ -204,7 +204,7 @@ class Engine:
         else:
             weights = [weight for group in self._engine.optimizer.param_groups for weight in group["params"]]
         are_finite = [weight.isfinite().all() for weight in weights]
-        return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.world)
+        return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.ranks)
 
     def _gather(self) -> dict[str, Tensor]:
         """Return the model's whole weights in float32. Collective.
@@ -218,7 +218,7 @@ class Engine:
         gathered = {}
         for name, parameter in self.model.named_parameters():
             whole = safe_get_full_fp32_param(parameter)
-            if self.world.is_first:
+            if self.ranks.is_first:
                 gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
         return gathered
 
@@ -241,23 +241,23 @@ class Engine:
         written: dict[str, FileDigest] = {}
         problem = ""
         try:
-            on_first_rank(lambda: make_empty(directory / tag), self.world)
+            on_first_rank(lambda: make_empty(directory / tag), self.ranks)
             written = self._write(directory, tag)
         except (*WRITE_ERRORS, SafetensorError) as error:
             problem = first_line(error)
-        parts = from_all_ranks((written, problem), self.world)
+        parts = from_all_ranks((written, problem), self.ranks)
         problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
         if not problem:
             files = {name: digest for part, _ in parts for name, digest in part.items()}
-            manifest = {"step": step, "ranks": self.world.size, "zero_stage": self.stage, "state": dict(state)}
+            manifest = {"step": step, "ranks": self.ranks.size, "zero_stage": self.stage, "state": dict(state)}
             manifest |= {"optimizer": self.config.optimizer.kind, "files": files}
             keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
             try:
-                on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.world)
+                on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.ranks)
                 return
             except OSError as error:
                 problem = first_line(error)
-        on_first_rank(lambda: drop(directory / tag), self.world)
+        on_first_rank(lambda: drop(directory / tag), self.ranks)
         kept = latest_tag(directory)
         raise OSError(
             f"could not save the checkpoint {directory / tag} ({problem}): free some space and start again; "
@@ -278,8 +278,8 @@ class Engine:
         if errors:
             raise errors[0]
         written += self._reduction.save(folder)
-        written.append(folder / random_file(self.world.rank))
-        write_public(written[-1], lambda path: save_file(random_states(self.world.device), path))
+        written.append(folder / random_file(self.ranks.rank))
+        write_public(written[-1], lambda path: save_file(random_states(self.ranks.device), path))
         if self._ema is not None:
             written.append(folder / "ema.safetensors")
             average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
@@ -302,21 +302,21 @@ class Engine:
             ValueError: none is good; or it is of another model, another optimizer, or a ZeRO stage that cannot be
                 converted to this one.
         """
-        tags = from_all_ranks(resumable_tags(directory) if tag is None else [tag], self.world)[0]
+        tags = from_all_ranks(resumable_tags(directory) if tag is None else [tag], self.ranks)[0]
         if not tags:
             raise FileNotFoundError(f"no checkpoint in {directory}")
-        good, wrong = first_good(directory, tags, self.world)
+        good, wrong = first_good(directory, tags, self.ranks)
         if good is None:
             raise ValueError(
                 f"the checkpoint {', '.join(str(directory / bad) for bad in tags)} cannot be loaded "
                 f"({'; '.join(wrong)}): put back a good one and name it in {directory / LATEST}, or start anew "
                 "with --fresh"
             )
-        if wrong and self.world.is_first:
+        if wrong and self.ranks.is_first:
             logger.warning("%s: going back to %s, the newest good checkpoint", "; ".join(wrong), directory / good)
         manifest = read_manifest(directory / good)
         self._load_from(directory, good, manifest, say)
-        on_first_rank(lambda: set_latest(directory, good), self.world)
+        on_first_rank(lambda: set_latest(directory, good), self.ranks)
         return dict(manifest["state"])
 
     def _load_from(self, directory: Path, tag: str, manifest: Mapping[str, Any], say: Say) -> None:
@@ -329,11 +329,11 @@ class Engine:
                 f"{folder} was saved with optimizer {saved_by}, and this run's is {optimizer}, which cannot use its "
                 f"state. Resume with `dalle-train STAGE … --optimizer {saved_by}`, or start anew with --fresh"
             )
-        saved, now = (manifest["ranks"], manifest["zero_stage"]), (self.world.size, self.stage)
+        saved, now = (manifest["ranks"], manifest["zero_stage"]), (self.ranks.size, self.stage)
         is_other = resharding.must_reshard(folder, saved, now)
         if is_other:
             say(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
-            on_first_rank(lambda: resharding.convert(directory, tag), self.world)
+            on_first_rank(lambda: resharding.convert(directory, tag), self.ranks)
         error: Exception | None = None
         settings = settings_of(self._engine.optimizer)
         try:
@@ -349,12 +349,12 @@ class Engine:
             if self._ema is not None:
                 self._ema.load(load_file(folder / "ema.safetensors"))
             if saved[0] == now[0]:
-                restore_random_states(load_file(folder / random_file(self.world.rank)), self.world.device)
+                restore_random_states(load_file(folder / random_file(self.ranks.rank)), self.ranks.device)
             self._reduction.load(folder, saved[0])
         except (*READ_ERRORS, SafetensorError) as caught:
             error = caught
-        has_failed = agree(error is not None, self.world)  # from here on every rank has read what it needs
-        if is_other and self.world.is_first:
+        has_failed = agree(error is not None, self.ranks)  # from here on every rank has read what it needs
+        if is_other and self.ranks.is_first:
             shutil.rmtree(directory / UNIVERSAL, ignore_errors=True)
         if has_failed:
             reason = first_line(error) if error else "by another rank"

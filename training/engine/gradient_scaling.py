@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.model import DALLE, Block
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 
 INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**13, 2.0**7, 2.0**24
 """Scales of one rank; the paper multiplies them by the number of ranks."""
@@ -184,15 +184,15 @@ class ResblockScaling:
 
     Args:
         model: its residual branches run in float16 from now on.
-        world: the ranks.
+        ranks: the ranks.
     """
 
-    def __init__(self, model: DALLE, world: World) -> None:
-        self._names, self._world = resblock_parameters(model), world
-        self.rules = ResblockScales(len(self._names), world.size)
+    def __init__(self, model: DALLE, ranks: Ranks) -> None:
+        self._names, self._ranks = resblock_parameters(model), ranks
+        self.rules = ResblockScales(len(self._names), ranks.size)
         self.overflowed = False
         """Whether a gradient of the last step was not finite, and its resblock's scale has room to fall."""
-        self._factors = torch.empty(len(self._names), device=world.device)
+        self._factors = torch.empty(len(self._names), device=ranks.device)
         self._apply()
         _run_branches(model, list(self._factors.unbind()))
 
@@ -206,7 +206,7 @@ class ResblockScaling:
             gradients: by the names of the model's parameters.
         """
         finite = torch.stack([_all_finite([gradients[name] for name in names]) for names in self._names]).float()
-        if self._world.size > 1:
+        if self._ranks.size > 1:
             dist.all_reduce(finite, op=dist.ReduceOp.MIN)
         for names, factor in zip(self._names, self._factors, strict=True):
             for name in names:
@@ -227,7 +227,7 @@ class ResblockScaling:
 
     def _apply(self) -> None:
         """Use the scales in the next forward and backward passes."""
-        self._factors.copy_(torch.tensor([value / self._world.size for value in self.rules.values]))
+        self._factors.copy_(torch.tensor([value / self._ranks.size for value in self.rules.values]))
 
 
 def run_in_float16(model: nn.Module) -> None:

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.optim import _muon
 
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 
 RMS_OF_ADAMW = 0.2
 """RMS of AdamW's updates, about, in units of the learning rate (Liu et al. 2025, section 2.2)."""
@@ -97,7 +97,7 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: decay of the running mean of the gradients, Nesterov's.
         learning_rate: of all groups.
         weight_decay: decoupled; each step shrinks the matrices by learning rate × this.
-        world: the ranks.
+        ranks: the ranks.
     """
 
     found_inf: Tensor | None = None
@@ -110,17 +110,17 @@ class MuonAdamW(torch.optim.Optimizer):
         momentum: float,
         learning_rate: float,
         weight_decay: float,
-        world: World,
+        ranks: Ranks,
     ) -> None:
         muon = {"params": list(matrices), "lr": learning_rate, "weight_decay": weight_decay, "momentum": momentum}
         super().__init__([*adamw.param_groups, muon], {})
-        self._adamw, self._world = adamw, world
+        self._adamw, self._ranks = adamw, ranks
         self._matrices: dict[Tensor, list[Matrix]] = {}
         """The matrices in each tensor that ZeRO put in the parameters' place; empty without ZeRO."""
 
     def place(self, zero: Any) -> None:
         """Read from DeepSpeed's ZeRO optimizer, which now owns this one, where its matrices are."""
-        self._matrices = matrices_of(zero, self._world)
+        self._matrices = matrices_of(zero, self._ranks)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]  # nobody gives a closure
@@ -144,8 +144,8 @@ class MuonAdamW(torch.optim.Optimizer):
             self._average(weight, group)
         held = [(weight, matrix) for weight in weights for matrix in self._matrices_in(weight)]
         held.sort(key=lambda one: one[1].numel)  # ranks that work at the same time have as much to do
-        for start in range(0, len(held), self._world.size):
-            self._update(held[start : start + self._world.size], group)
+        for start in range(0, len(held), self._ranks.size):
+            self._update(held[start : start + self._ranks.size], group)
 
     def _average(self, weight: Tensor, group: dict[str, Any]) -> None:
         """Move the momentum towards the gradient, and let the weight decay."""
@@ -173,8 +173,8 @@ class MuonAdamW(torch.optim.Optimizer):
         # only now: a rank that iterated between two of these sums would keep the others waiting
         own = next((orthogonal(whole) for whole in put_together if whole is not None), None)
         for owner, (weight, matrix) in enumerate(wave):
-            update = own if own is not None and owner == self._world.rank else _empty(matrix, self._world)
-            if self._world.size > 1:
+            update = own if own is not None and owner == self._ranks.rank else _empty(matrix, self._ranks)
+            if self._ranks.size > 1:
                 dist.broadcast(update, src=owner)
             rate = RMS_OF_ADAMW * math.sqrt(max(matrix.shape)) * group["lr"]
             part = matrix.of_whole(update).to(weight.device)
@@ -192,14 +192,14 @@ class MuonAdamW(torch.optim.Optimizer):
 
         Nesterov's: once more towards the gradient.
         """
-        is_owner = owner == self._world.rank
+        is_owner = owner == self._ranks.rank
         if not self._is_shared and not is_owner:
             return None
         gradient, mean = weight.grad, self.state[weight]["exp_avg"]
         assert gradient is not None
         if self.found_inf is not None:
             gradient = torch.where(self.found_inf.to(weight.device).bool(), mean, gradient)
-        whole = _empty(matrix, self._world).zero_()
+        whole = _empty(matrix, self._ranks).zero_()
         matrix.of_whole(whole).copy_(matrix.piece(gradient).lerp(matrix.piece(mean), momentum))
         if self._is_shared:
             sum_on(owner, whole)  # all but one of the terms are 0: nothing is rounded
@@ -208,15 +208,15 @@ class MuonAdamW(torch.optim.Optimizer):
     @property
     def _is_shared(self) -> bool:
         """Whether ranks hold different pieces."""
-        return bool(self._matrices) and self._world.size > 1
+        return bool(self._matrices) and self._ranks.size > 1
 
     def _applied(self, weight: Tensor) -> float | Tensor:
         """Return 1, or 0 for a step that is skipped, which may be a 0-d tensor on the device."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(weight.device)
 
 
-def _empty(matrix: Matrix, world: World) -> Tensor:
-    return torch.empty(matrix.shape, dtype=DTYPES[world.device.type], device=world.device)
+def _empty(matrix: Matrix, ranks: Ranks) -> Tensor:
+    return torch.empty(matrix.shape, dtype=DTYPES[ranks.device.type], device=ranks.device)
 
 
 def sum_on(rank: int, matrix: Tensor) -> None:
@@ -245,19 +245,19 @@ def orthogonal(matrix: Tensor) -> Tensor:
 # ------------------------------------------------------------------------------------------ DeepSpeed's layout
 
 
-def matrices_of(zero: Any, world: World) -> dict[Tensor, list[Matrix]]:
+def matrices_of(zero: Any, ranks: Ranks) -> dict[Tensor, list[Matrix]]:
     """Return the matrices, with this rank's pieces, in each tensor that a ZeRO optimizer gave to the one within it.
 
     Args:
         zero: DeepSpeed's, of stage 1, 2 or 3, or its BF16_Optimizer.
-        world: the ranks.
+        ranks: the ranks.
     """
     if hasattr(zero, "fp32_partitioned_groups_flat"):
-        return dict(_in_parts_of_parameters(zero, world))
-    return dict(_in_parts_of_groups(zero, world))
+        return dict(_in_parts_of_parameters(zero, ranks))
+    return dict(_in_parts_of_groups(zero, ranks))
 
 
-def _in_parts_of_groups(zero: Any, world: World) -> Iterator[tuple[Tensor, list[Matrix]]]:
+def _in_parts_of_groups(zero: Any, ranks: Ranks) -> Iterator[tuple[Tensor, list[Matrix]]]:
     """Yield the matrices at stages 1 and 2, which cut a buffer of a group's parameters into a part for each rank."""
     for number, group in enumerate(zero.optimizer.param_groups):
         if "momentum" not in group:
@@ -267,7 +267,7 @@ def _in_parts_of_groups(zero: Any, world: World) -> Iterator[tuple[Tensor, list[
             weights, gaps = zero.bf16_groups[number], None
         else:
             weights, gaps = zero.round_robin_bit16_groups[number], zero.round_robin_bit16_padding[number]
-        first, last = world.rank * flat.numel(), (world.rank + 1) * flat.numel()
+        first, last = ranks.rank * flat.numel(), (ranks.rank + 1) * flat.numel()
         matrices, position = [], 0
         for i, weight in enumerate(weights):
             begin, end = (min(max(edge, position), position + weight.numel()) for edge in (first, last))
@@ -280,7 +280,7 @@ def _in_parts_of_groups(zero: Any, world: World) -> Iterator[tuple[Tensor, list[
         yield flat, matrices
 
 
-def _in_parts_of_parameters(zero: Any, world: World) -> Iterator[tuple[Tensor, list[Matrix]]]:
+def _in_parts_of_parameters(zero: Any, ranks: Ranks) -> Iterator[tuple[Tensor, list[Matrix]]]:
     """Yield the matrices at stage 3, which cuts each parameter into parts for the ranks; a buffer holds one rank's."""
     for number, weights in enumerate(zero.fp16_groups):
         if "momentum" not in zero.optimizer.param_groups[zero.sub_group_to_group_id[number]]:
@@ -288,7 +288,7 @@ def _in_parts_of_parameters(zero: Any, world: World) -> Iterator[tuple[Tensor, l
         matrices, offset = [], 0
         for weight in weights:
             length = weight.partition_numel()
-            begin = min(world.rank * length, weight.ds_numel)
+            begin = min(ranks.rank * length, weight.ds_numel)
             size = min(length, weight.ds_numel - begin)
             matrices.append(Matrix(shape=tuple(weight.ds_shape), begin=begin, size=size, offset=offset))
             offset += length

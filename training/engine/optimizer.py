@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from training.config import OptimizerConfig
 from training.engine.muon import MuonAdamW, block_matrices
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 
 
 def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str, Any]]:
@@ -34,7 +34,7 @@ def decay_groups(model: nn.Module, optimizer: OptimizerConfig) -> list[dict[str,
 
 
 def build_optimizer(
-    model: nn.Module, optimizer: OptimizerConfig, learning_rate: float, world: World
+    model: nn.Module, optimizer: OptimizerConfig, learning_rate: float, ranks: Ranks
 ) -> torch.optim.AdamW | MuonAdamW:
     """Return the optimizer of a model's parameters, for any device.
 
@@ -50,7 +50,7 @@ def build_optimizer(
         momentum=optimizer.momentum,
         learning_rate=learning_rate,
         weight_decay=optimizer.weight_decay,
-        world=world,
+        ranks=ranks,
     )
 
 

@@ -24,7 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.cross_entropy import Head
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 
 EPSILON = 1e-6
 """Factor of the identity that is added to P, so that it has full rank (E.2, step 5)."""
@@ -87,15 +87,15 @@ class PowerSGD:
         compressed: names of those whose gradients are compressed.
         rank: r, the columns of the factors.
         seed: of Q.
-        world: the ranks.
+        ranks: the ranks.
     """
 
     def __init__(
-        self, parameters: Mapping[str, Tensor], compressed: Iterable[str], *, rank: int, seed: int, world: World
+        self, parameters: Mapping[str, Tensor], compressed: Iterable[str], *, rank: int, seed: int, ranks: Ranks
     ) -> None:
-        self._rank, self._world = rank, world
+        self._rank, self._ranks = rank, ranks
         self._errors = {
-            name: torch.zeros(_matrix_shape(parameters[name].shape), device=world.device) for name in compressed
+            name: torch.zeros(_matrix_shape(parameters[name].shape), device=ranks.device) for name in compressed
         }
         """E of each compressed parameter, (m, n) with m ≤ n, float32."""
         self._draw(seed)
@@ -107,7 +107,7 @@ class PowerSGD:
         self._seed = seed
         generator = torch.Generator().manual_seed(seed)
         self._q = {
-            name: torch.randn(columns, min(self._rank, rows), generator=generator).to(self._world.device)
+            name: torch.randn(columns, min(self._rank, rows), generator=generator).to(self._ranks.device)
             for name, (rows, columns) in ((name, error.shape) for name, error in self._errors.items())
         }
 
@@ -172,7 +172,7 @@ class PowerSGD:
         flat = torch.cat([tensor.float().flatten() for tensor in tensors])
         dist.all_reduce(flat)
         self.bytes_sent += flat.numel() * flat.element_size()
-        flat /= self._world.size
+        flat /= self._ranks.size
         parts = torch.split(flat, [tensor.numel() for tensor in tensors])
         return [part.view(tensor.shape) for part, tensor in zip(parts, tensors, strict=True)]
 

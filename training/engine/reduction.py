@@ -18,7 +18,7 @@ from training.config import TrainConfig
 from training.engine.gradient_scaling import ResblockScaling, require_transformer, run_in_float16
 from training.engine.powersgd import PowerSGD, compressed_names
 from training.patches import GradientOf, around_all_reduce, around_partitioning
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 
 SCALES_FILE = "gradient_scales.json"
 
@@ -29,24 +29,24 @@ class Reduction:
     Args:
         model: the model; under precision autocast-fp16 its residual branches run in float16 from now on.
         config: the run.
-        world: the ranks.
+        ranks: the ranks.
 
     Raises:
         ValueError: the model has no residual branches to run in float16.
     """
 
-    def __init__(self, model: nn.Module, config: TrainConfig, world: World) -> None:
-        self._model, self._world, self._precision = model, world, config.precision
+    def __init__(self, model: nn.Module, config: TrainConfig, ranks: Ranks) -> None:
+        self._model, self._ranks, self._precision = model, ranks, config.precision
         self._scaling: ResblockScaling | None = None
         self._powersgd: PowerSGD | None = None
         if config.gradient_scaling == "per-resblock":
-            self._scaling = ResblockScaling(require_transformer(model), world)
+            self._scaling = ResblockScaling(require_transformer(model), ranks)
         elif config.precision == "autocast-fp16":
             run_in_float16(model)
         if config.powersgd_rank:
             parameters = dict(model.named_parameters())
             names = compressed_names(model, config.powersgd_rank)
-            self._powersgd = PowerSGD(parameters, names, rank=config.powersgd_rank, seed=config.seed, world=world)
+            self._powersgd = PowerSGD(parameters, names, rank=config.powersgd_rank, seed=config.seed, ranks=ranks)
 
     def attach(self, engine: Any) -> None:
         """Hook into DeepSpeed's engine.
@@ -106,11 +106,11 @@ class Reduction:
             OSError, SafetensorError: it could not be written.
         """
         written = []
-        if self._scaling is not None and self._world.is_first:
+        if self._scaling is not None and self._ranks.is_first:
             written.append(folder / SCALES_FILE)
             written[-1].write_text(json.dumps(self._scaling.rules.state()))
         if self._powersgd is not None:
-            written.append(_errors_file(folder, self._world.rank))
+            written.append(_errors_file(folder, self._ranks.rank))
             errors = {name: tensor.contiguous() for name, tensor in self._powersgd.state().items()}
             write_public(written[-1], lambda path: save_file(errors, path))
         return written
@@ -125,7 +125,7 @@ class Reduction:
         if self._scaling is not None and scales.is_file():
             self._scaling.load_state(json.loads(scales.read_text()))
         if self._powersgd is not None and any(_errors_file(folder, rank).is_file() for rank in range(n_ranks)):
-            own = [self._world.rank] if n_ranks == self._world.size else range(n_ranks)
+            own = [self._ranks.rank] if n_ranks == self._ranks.size else range(n_ranks)
             self._powersgd.load_state(load_file(_errors_file(folder, rank)) for rank in own)
 
 

@@ -23,15 +23,15 @@ from training.loop.run_folder import RunSpec, claim
 from training.loop.sinks import require_wandb
 from training.loop.stage import Stage
 from training.loop.throughput import has_bfloat16_arithmetic
+from training.ranks.ranks import Ranks, agree, on_first_rank, require_same
 from training.ranks.stop import Interrupted, StopSignals
-from training.ranks.world import World, agree, on_first_rank, require_same
 from training.run_files import RunState, step_of
 
 
 def fit(
     stage: Stage,
     config: TrainConfig,
-    world: World,
+    ranks: Ranks,
     train: ShardData,
     validation: ShardData | None,
     spec: RunSpec,
@@ -49,16 +49,16 @@ def fit(
         OSError: something could not be written.
     """
     data = [part and ([path.name for path in part.shards], len(part), part.encoding) for part in (train, validation)]
-    require_same({"options": (config, spec), "data": data}, world)
-    emulates_bfloat16 = agree(not has_bfloat16_arithmetic(world.device), world)
-    resolved = resolve(config, world.size, emulates_bfloat16=emulates_bfloat16)
+    require_same({"options": (config, spec), "data": data}, ranks)
+    emulates_bfloat16 = agree(not has_bfloat16_arithmetic(ranks.device), ranks)
+    resolved = resolve(config, ranks.size, emulates_bfloat16=emulates_bfloat16)
     config = resolved.config
     for note in resolved.notes:
         say(f"{stage.name}: {note}")
     tag = spec.tag()
     if config.wandb is not None:
-        on_first_rank(require_wandb, world)
-    claim(spec, config, world)
+        on_first_rank(require_wandb, ranks)
+    claim(spec, config, ranks)
     if tag is not None and step_of(tag) >= config.steps and spec.resume_from is None:
         say(
             f"{stage.name}: the {config.steps} steps in {spec.directory} are done (--fresh trains anew, --steps trains "
@@ -66,22 +66,22 @@ def fit(
         )
         if (stage.directory / "config.json").is_file():
             return
-    world.watch.follow(spec.directory, lambda: latest_tag(spec.checkpoints))
+    ranks.watch.follow(spec.directory, lambda: latest_tag(spec.checkpoints))
     try:
         with StopSignals() as stop:
-            engine = Engine(Objective(stage.model, stage.loss), resolved, world)
+            engine = Engine(Objective(stage.model, stage.loss), resolved, ranks)
             say(f"{stage.name}: {engine.batch}")
-            run = Run(stage=stage, config=config, world=world, spec=spec, engine=engine, validation=validation, say=say)
+            run = Run(stage=stage, config=config, ranks=ranks, spec=spec, engine=engine, validation=validation, say=say)
             start = 0 if tag is None else _resume(run)
-            if agree(stop.raised, world):
+            if agree(stop.raised, ranks):
                 raise Interrupted(f"stopped before the next step in {spec.directory}: {spec.resume_command()} resumes")
             with _log_opened(run, start):
                 train_steps(run, train, start, stop)
                 finish(run, max(start, config.steps))
-                if agree(stop.raised, world):
+                if agree(stop.raised, ranks):
                     raise Interrupted(f"stopped: {stage.name} is finished, and saved in {spec.directory}")
     finally:
-        world.watch.unfollow()
+        ranks.watch.unfollow()
 
 
 def _resume(run: Run) -> int:
@@ -95,17 +95,17 @@ def _resume(run: Run) -> int:
 @contextmanager
 def _log_opened(run: Run, start: int) -> Iterator[None]:
     """Give the run its log on the first rank, and close it with how the run ended. Collective."""
-    config, spec, world = run.config, run.spec, run.world
+    config, spec, ranks = run.config, run.spec, run.ranks
 
     def open_log() -> None:
         run.log = MetricLog(spec.directory, start, wandb_project=config.wandb)
 
-    on_first_rank(open_log, world)
+    on_first_rank(open_log, ranks)
     try:
         yield
     except BaseException as error:
         if run.log is not None:
-            run.log.close(*_ending(world.watch.lost_rank_error(error) or error))
+            run.log.close(*_ending(ranks.watch.lost_rank_error(error) or error))
         raise
     if run.log is not None:
         run.log.close()

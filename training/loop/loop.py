@@ -8,8 +8,8 @@ from training.engine.objective import MicroBatch
 from training.loop.outputs import check_skipped, export, log_training, save, show
 from training.loop.run import Run
 from training.loop.throughput import Timer
+from training.ranks.ranks import agree
 from training.ranks.stop import Interrupted, StopSignals
-from training.ranks.world import agree
 
 VOTE_EVERY = 10
 """Steps between two votes of several GPUs on whether to stop. A vote waits for the device; a signal is obeyed so many
@@ -24,19 +24,19 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         ValueError: too many samples are unusable, too many steps in a row were skipped, or weights are not finite.
         OSError: something could not be written.
     """
-    config, engine, world = run.config, run.engine, run.world
+    config, engine, ranks = run.config, run.engine, run.ranks
     share = Share(
         seed=config.seed,
         micro_batch=engine.micro_batch,
         accumulation=engine.accumulation,
-        rank=world.rank,
-        world_size=world.size,
+        rank=ranks.rank,
+        world_size=ranks.size,
         start_step=start,
         max_steps=config.steps,
     )
     workers, max_bad_fraction = config.workers, config.max_bad_fraction
     stream = batches(data, run.stage.transform, share, workers=workers, max_bad_fraction=max_bad_fraction)
-    vote_every = VOTE_EVERY if world.size > 1 and world.device.type == "cuda" else 1
+    vote_every = VOTE_EVERY if ranks.size > 1 and ranks.device.type == "cuda" else 1
     timer = Timer(start, config.steps)
     engine.train()
     for step in range(start, config.steps):
@@ -48,11 +48,11 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         for _ in range(engine.accumulation):
             with timer.waiting():
                 read.append(next(stream))
-            world.watch.touch()
+            ranks.watch.touch()
         micro_batches = [_micro_batch(run, batch, step, micro, is_logged) for micro, batch in enumerate(read)]
 
         metrics = engine.step([{"batch": batch, "step": step} for batch in micro_batches], learning_rate, step)
-        world.watch.touch(done)
+        ranks.watch.touch(done)
 
         run.n_bad += sum(batch.n_bad for batch in read)
         run.means.add(metrics, engine.applied)
@@ -67,7 +67,7 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         if is_logged:
             log_training(run, done, learning_rate, timer)
 
-        if done % vote_every == 0 and agree(stop.raised, world) and done < config.steps:
+        if done % vote_every == 0 and agree(stop.raised, ranks) and done < config.steps:
             save(run, done)
             raise Interrupted(
                 f"stopped at step {done} of {config.steps}, saved in {run.spec.directory}: "
@@ -85,6 +85,6 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
 def _micro_batch(run: Run, batch: Batch, step: int, micro: int, is_logged: bool) -> MicroBatch:
     """Return micro-batch number `micro` of a step, on the host."""
     # the position of the micro-batch in the order of the samples: the noise does not depend on the number of ranks
-    position = (step * run.world.size + run.world.rank) * run.engine.accumulation + micro
+    position = (step * run.ranks.size + run.ranks.rank) * run.engine.accumulation + micro
     noise_seed = int(np.random.SeedSequence((run.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
     return MicroBatch(tensors=batch.tensors, noise_seed=noise_seed, measure=is_logged)

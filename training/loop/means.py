@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from training.ranks.world import World, mean_over_ranks
+from training.ranks.ranks import Ranks, mean_over_ranks
 
 
 class Means:
@@ -43,7 +43,7 @@ class Means:
             name: torch.tensor(part["count"], dtype=torch.float64, device=device) for name, part in state.items()
         }
 
-    def take(self, world: World) -> dict[str, Any]:
+    def take(self, ranks: Ranks) -> dict[str, Any]:
         """Return the means over all ranks and start again from nothing: numbers, and lists for 1-d metrics.
 
         A metric whose weights are all 0 is NaN. Collective: every rank must have added the same names.
@@ -52,14 +52,14 @@ class Means:
         if not names:
             return {}
         sizes = [self._sums[name].numel() for name in names]
-        sums = torch.cat([self._sums[name].to(world.device).flatten() for name in names])
+        sums = torch.cat([self._sums[name].to(ranks.device).flatten() for name in names])
         counts = torch.cat(
             [
-                torch.as_tensor(self._counts[name], dtype=sums.dtype, device=world.device).expand(size)
+                torch.as_tensor(self._counts[name], dtype=sums.dtype, device=ranks.device).expand(size)
                 for name, size in zip(names, sizes, strict=True)
             ]
         )
-        totals, weights = mean_over_ranks(torch.stack([sums, counts]), world)
+        totals, weights = mean_over_ranks(torch.stack([sums, counts]), ranks)
         parts = torch.split((totals / weights).cpu(), sizes)
         means = {
             name: part.tolist() if self._sums[name].ndim else part.item()

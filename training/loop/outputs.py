@@ -17,7 +17,7 @@ from training.engine.checkpoints import latest_tag, resumable_tags
 from training.loop.run import Run
 from training.loop.throughput import Timer, peak_memory_gib
 from training.loop.validation import validate
-from training.ranks.world import agree, max_over_ranks, on_first_rank
+from training.ranks.ranks import agree, max_over_ranks, on_first_rank
 from training.run_files import checkpoint_tag, sheet_path, step_of
 
 logger = logging.getLogger(__name__)
@@ -30,14 +30,14 @@ _MAX_LOSS = 700.0
 
 def log_training(run: Run, done: int, learning_rate: float, timer: Timer) -> None:
     """Write the means since the last line to the log, and say the most important of them. Collective."""
-    values = run.means.take(run.world)
+    values = run.means.take(run.ranks)
     interval = timer.interval(done)
     samples_per_s = interval.steps * run.config.global_batch / interval.elapsed_s
     values |= {
         "learning_rate": learning_rate,
         f"{run.stage.unit}_per_s": samples_per_s * run.stage.units_per_sample,
         "data_wait": interval.data_wait,
-        "peak_memory_gib": max_over_ranks(peak_memory_gib(run.world.device), run.world),
+        "peak_memory_gib": max_over_ranks(peak_memory_gib(run.ranks.device), run.ranks),
         "bad_samples": float(run.bad_samples()),
         "skipped_steps": float(run.skipped.n),
     }
@@ -49,7 +49,7 @@ def log_training(run: Run, done: int, learning_rate: float, timer: Timer) -> Non
     _log(run, done, "train", values, f"{_in_words(shown)}  {speed}  {duration(timer.left_s(done))} left")
     if values.get("captions_cut", 0.0) > 0 and not run.has_warned_of_cut:
         run.has_warned_of_cut = True
-        if run.world.is_first:
+        if run.ranks.is_first:
             logger.warning(
                 "%.1f%% of the captions since the last line were too long and were cut; metrics.jsonl counts them as "
                 "captions_cut",
@@ -95,8 +95,8 @@ def draw_samples(run: Run, done: int) -> None:
             assert run.log is not None
             run.log.picture(done, path)
 
-    on_first_rank(draw, run.world)
-    run.world.watch.touch()
+    on_first_rank(draw, run.ranks)
+    run.ranks.watch.touch()
 
 
 def _log(run: Run, done: int, split: str, values: Mapping[str, Any], line: str) -> None:
@@ -107,7 +107,7 @@ def _log(run: Run, done: int, split: str, values: Mapping[str, Any], line: str) 
         run.log.write(done, split, values)
         run.say(f"{run.stage.name} {done}/{run.config.steps}  {line}")
 
-    on_first_rank(write, run.world)
+    on_first_rank(write, run.ranks)
 
 
 def _in_words(values: Mapping[str, float]) -> str:
@@ -138,13 +138,13 @@ def save(run: Run, done: int) -> None:
     show(run, done)  # before the checkpoint: a run that resumes from it starts with the next step
     run.observe_losses(done)
     run.engine.save(run.spec.checkpoints, done, dataclasses.asdict(run.state(done)))
-    run.world.watch.touch()
+    run.ranks.watch.touch()
 
 
 def export(run: Run, done: int) -> None:
     """Write the stage's directory for use, of the averaged weights. Collective."""
-    on_first_rank(lambda: run.stage.export(run.engine.averaged_weights(), done), run.world)
-    run.world.watch.touch()
+    on_first_rank(lambda: run.stage.export(run.engine.averaged_weights(), done), run.ranks)
+    run.ranks.watch.touch()
 
 
 def finish(run: Run, done: int) -> None:
@@ -185,7 +185,7 @@ def _require_finite(run: Run, done: int) -> None:
     wrong = [f"{name} has values that are not finite" for name, w in averages.items() if not w.isfinite().all()]
     if not run.engine.weights_are_finite():
         wrong.append("a weight is not finite")
-    if agree(bool(wrong), run.world):
+    if agree(bool(wrong), run.ranks):
         raise _diverged(run, wrong[0] if wrong else "the averaged weights are not finite", done)
 
 

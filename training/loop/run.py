@@ -17,7 +17,7 @@ from training.loop.run_folder import RunSpec
 from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
-from training.ranks.world import World, from_all_ranks, mean_over_ranks
+from training.ranks.ranks import Ranks, from_all_ranks, mean_over_ranks
 from training.schedules import LearningRate
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class Run:
     stage: Stage
     config: TrainConfig
     """As it is trained: see `resolve`."""
-    world: World
+    ranks: Ranks
     spec: RunSpec
     engine: Engine
     validation: ShardData | None
@@ -81,10 +81,10 @@ class Run:
         config = self.config
         self.rate = LearningRate(config.learning_rate)
         self.skipped = SkippedSteps(
-            config.max_skipped_steps, self.world, lambda line: self.say(f"{self.stage.name}: {line}")
+            config.max_skipped_steps, self.ranks, lambda line: self.say(f"{self.stage.name}: {line}")
         )
         if self.spec.flops_per_sample is not None:
-            self.peak_flops = total_peak_flops(config, self.world)
+            self.peak_flops = total_peak_flops(config, self.ranks)
 
     def state(self, done: int) -> TrainState:
         """Return the state after `done` steps. Collective."""
@@ -94,7 +94,7 @@ class Run:
             bad_samples=self.bad_samples(),
             skipped_steps=self.skipped.n,
             skipped_in_row=(self.skipped.n_in_row, self.skipped.first_in_row),
-            means=from_all_ranks(self.means.state(), self.world),
+            means=from_all_ranks(self.means.state(), self.ranks),
             order={name: getattr(self.config, name) for name in _ORDER},
         )
 
@@ -104,10 +104,10 @@ class Run:
         self.n_bad_before = state.bad_samples
         self.skipped.n = state.skipped_steps
         self.skipped.n_in_row, self.skipped.first_in_row = state.skipped_in_row
-        if len(state.means) == self.world.size:
-            self.means.restore(state.means[self.world.rank], self.world.device)
+        if len(state.means) == self.ranks.size:
+            self.means.restore(state.means[self.ranks.rank], self.ranks.device)
         changed = [name for name in _ORDER if state.order[name] != getattr(self.config, name)]
-        if changed and self.world.is_first:
+        if changed and self.ranks.is_first:
             logger.warning(
                 "%s: the resumed run sees other samples than it would have seen",
                 " and ".join(f"{n} was {state.order[n]} and is {getattr(self.config, n)}" for n in changed),
@@ -115,13 +115,13 @@ class Run:
 
     def bad_samples(self) -> int:
         """Return the number of unusable samples of all ranks since the run's first step. Collective."""
-        here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.world.device)
-        return self.n_bad_before + round(mean_over_ranks(here, self.world).item() * self.world.size)
+        here = torch.tensor(self.n_bad, dtype=torch.float64, device=self.ranks.device)
+        return self.n_bad_before + round(mean_over_ranks(here, self.ranks).item() * self.ranks.size)
 
     def observe_losses(self, done: int) -> None:
         """Let the schedule see the losses of the last steps, up to step `done`. Collective; waits for the device."""
         if self.losses:
-            losses = mean_over_ranks(torch.stack(self.losses), self.world).tolist()
+            losses = mean_over_ranks(torch.stack(self.losses), self.ranks).tolist()
             for step, loss in enumerate(losses, done - len(losses)):
                 self.rate.observe(step, loss)
             self.losses.clear()

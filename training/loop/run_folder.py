@@ -11,7 +11,7 @@ import torch
 
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag, require_tag
-from training.ranks.world import World, agree, on_first_rank
+from training.ranks.ranks import Ranks, agree, on_first_rank
 from training.run_files import CHECKPOINTS, clear, read_description, write_config
 
 
@@ -67,15 +67,15 @@ class RunSpec:
         return f"the same command without {option}" if option else "the same command"
 
 
-def claim(spec: RunSpec, config: TrainConfig, world: World) -> None:
+def claim(spec: RunSpec, config: TrainConfig, ranks: Ranks) -> None:
     """Write config.json, or check that the one that is there describes the same run. Collective.
 
     Raises:
         ValueError: the folder holds a run of another model or recipe.
     """
     refuse_another_run(spec)
-    agree(False, world)  # every rank has read the files before the first one writes
-    on_first_rank(lambda: _write_config(spec, config, world), world)
+    agree(False, ranks)  # every rank has read the files before the first one writes
+    on_first_rank(lambda: _write_config(spec, config, ranks), ranks)
 
 
 def refuse_another_run(spec: RunSpec) -> None:
@@ -95,15 +95,15 @@ def refuse_another_run(spec: RunSpec) -> None:
             )
 
 
-def _write_config(spec: RunSpec, config: TrainConfig, world: World) -> None:
+def _write_config(spec: RunSpec, config: TrainConfig, ranks: Ranks) -> None:
     spec.directory.mkdir(parents=True, exist_ok=True)
     if spec.fresh:
         clear(spec.directory)
     record = {
         "run": spec.described(),
         "training": dataclasses.asdict(config),
-        "ranks": world.size,
-        "device": str(world.device),
+        "ranks": ranks.size,
+        "device": str(ranks.device),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "git": _git_commit(),

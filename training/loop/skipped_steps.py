@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from dalle.output.text import Say
-from training.ranks.world import World, from_all_ranks
+from training.ranks.ranks import Ranks, from_all_ranks
 
 MAX_NAMED = 20
 """Samples of a skipped step whose keys are reported."""
@@ -40,18 +40,18 @@ class SkippedSteps:
 
     Args:
         limit: skipped steps in a row that are allowed. Overflows that only lower a float16 loss scale do not count.
-        world: this process's place.
+        ranks: the ranks of the run.
         say: told of each skipped step on the first rank.
     """
 
-    def __init__(self, limit: int, world: World, say: Say) -> None:
+    def __init__(self, limit: int, ranks: Ranks, say: Say) -> None:
         self.n = 0
         """Skipped steps up to the last `check`."""
         self.n_in_row = 0
         """Skipped steps in a row up to the last one that was checked."""
         self.first_in_row: int | None = None
         """The first of them; None if the last step that was checked was applied."""
-        self._limit, self._world, self._say = limit, world, say
+        self._limit, self._ranks, self._say = limit, ranks, say
         self._unchecked: list[_Step] = []
 
     def add(
@@ -98,7 +98,7 @@ class SkippedSteps:
 
     def _report(self, step: _Step) -> bool:
         """Report a skipped step; returns whether its loss was not finite on some rank, which no loss scale mends."""
-        parts = from_all_ranks((step.loss.item(), step.keys, step.n_samples), self._world)
+        parts = from_all_ranks((step.loss.item(), step.keys, step.n_samples), self._ranks)
         wrong = [part for part in parts if not math.isfinite(part[0])]
         if step.overflowed and not wrong:
             self._say(f"step {step.number + 1} is skipped: its float16 gradient overflowed, the loss scale falls")

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import torch
 
 from training.config import TrainConfig
-from training.ranks.world import World, mean_over_ranks
+from training.ranks.ranks import Ranks, mean_over_ranks
 
 GIB = 1 << 30
 
@@ -113,11 +113,11 @@ def has_bfloat16_arithmetic(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in BFLOAT16_INSTRUCTIONS)
 
 
-def total_peak_flops(config: TrainConfig, world: World) -> float | None:
+def total_peak_flops(config: TrainConfig, ranks: Ranks) -> float | None:
     """Return the peak FLOP/s of all ranks' devices together, or None if that of one is unknown. Collective."""
-    here = peak_flops(world.device, config.precision, config.peak_tflops)
-    total = mean_over_ranks(torch.tensor(here or math.nan, dtype=torch.float64, device=world.device), world).item()
-    return total * world.size if math.isfinite(total) else None
+    here = peak_flops(ranks.device, config.precision, config.peak_tflops)
+    total = mean_over_ranks(torch.tensor(here or math.nan, dtype=torch.float64, device=ranks.device), ranks).item()
+    return total * ranks.size if math.isfinite(total) else None
 
 
 def peak_flops(device: torch.device, precision: str, given_tflops: float | None = None) -> float | None:

@@ -13,7 +13,7 @@ from training.engine.objective import MicroBatch
 from training.loop.means import Means
 from training.loop.run import Run
 from training.loop.stage import Stage
-from training.ranks.world import World, agree, mean_over_ranks
+from training.ranks.ranks import Ranks, agree, mean_over_ranks
 
 MAX_BATCH = 64
 """Samples in a batch if the run does not say how many a rank can hold. The size is the same for any number of ranks,
@@ -30,28 +30,28 @@ def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
         ValueError: too many samples are unusable, or all.
         OSError: the validation of another rank failed.
     """
-    stage, config, world = run.stage, run.config, run.world
+    stage, config, ranks = run.stage, run.config, run.ranks
     batch_size = config.micro_batch or min(config.global_batch, MAX_BATCH)
     n_chosen = min(config.validation_samples or len(data), len(data))
-    rounds = math.ceil(math.ceil(n_chosen / batch_size) / world.size)
+    rounds = math.ceil(math.ceil(n_chosen / batch_size) / ranks.size)
     batches = validation_batches(
         data,
         stage.transform_for_validation,
         batch_size,
         max_bad_fraction=config.max_bad_fraction,
         samples=n_chosen,
-        rank=world.rank,
-        world_size=world.size,
+        rank=ranks.rank,
+        world_size=ranks.size,
     )
     means, n_measured = Means(), 0
     error: Exception | None = None
     spare: dict[str, Tensor] = {}
-    if world.size > 1:  # every rank needs a batch before the first one gathers weights for its own
+    if ranks.size > 1:  # every rank needs a batch before the first one gathers weights for its own
         try:
             spare = _any_batch(stage, data, batch_size, config.max_bad_fraction)
         except (ValueError, OSError) as caught:
             error = caught
-        _agree_on(error, world)
+        _agree_on(error, ranks)
     with progress_bar("validation samples") as progress:
         for turn in range(rounds):
             weight = 0
@@ -61,16 +61,16 @@ def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
                     spare, weight = batch.tensors, len(batch.numbers)
             except (ValueError, OSError) as caught:
                 error = error or caught
-            if not spare or (weight == 0 and world.size == 1):
+            if not spare or (weight == 0 and ranks.size == 1):
                 continue
-            micro_batch = MicroBatch(tensors=spare, noise_seed=turn * world.size + world.rank, measure=True)
+            micro_batch = MicroBatch(tensors=spare, noise_seed=turn * ranks.size + ranks.rank, measure=True)
             loss, metrics = run.engine.forward({"batch": micro_batch, "step": step})
             means.add({"loss": loss, **metrics}, weight)
             n_measured += weight
-            world.watch.touch()
-            if world.is_first:
-                progress(min(n_chosen, (turn + 1) * world.size * batch_size), n_chosen)
-    return _result(means, n_measured, error, world)
+            ranks.watch.touch()
+            if ranks.is_first:
+                progress(min(n_chosen, (turn + 1) * ranks.size * batch_size), n_chosen)
+    return _result(means, n_measured, error, ranks)
 
 
 def _any_batch(stage: Stage, data: ShardData, batch_size: int, max_bad_fraction: float) -> dict[str, Tensor]:
@@ -79,16 +79,16 @@ def _any_batch(stage: Stage, data: ShardData, batch_size: int, max_bad_fraction:
     return next(batch.tensors for batch in batches if batch.numbers)
 
 
-def _agree_on(error: Exception | None, world: World) -> None:
+def _agree_on(error: Exception | None, ranks: Ranks) -> None:
     """Raise this rank's error, or an OSError if only another rank has one. Collective."""
-    if agree(error is not None, world):
+    if agree(error is not None, ranks):
         raise error if error is not None else OSError("the validation of another rank failed: see its message")
 
 
-def _result(means: Means, n_measured: int, error: Exception | None, world: World) -> dict[str, Any]:
-    _agree_on(error, world)
-    here = torch.tensor(n_measured, dtype=torch.float64, device=world.device)
-    total = round(mean_over_ranks(here, world).item() * world.size)
+def _result(means: Means, n_measured: int, error: Exception | None, ranks: Ranks) -> dict[str, Any]:
+    _agree_on(error, ranks)
+    here = torch.tensor(n_measured, dtype=torch.float64, device=ranks.device)
+    total = round(mean_over_ranks(here, ranks).item() * ranks.size)
     if total == 0:
         raise ValueError("none of the validation samples is usable: `--validation` needs other shards")
-    return {**means.take(world), "samples": total}
+    return {**means.take(ranks), "samples": total}

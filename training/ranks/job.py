@@ -10,10 +10,10 @@ from dataclasses import dataclass
 from dalle.output.text import Say, to_stderr
 from storage.errors import reason_of
 from training.ranks.environment import is_supervised, tell_supervisor
+from training.ranks.ranks import Ranks, join, leave
 from training.ranks.stop import Ended, Interrupted
 from training.ranks.supervisor import supervise
 from training.ranks.watch import TIMEOUT_S
-from training.ranks.world import World, join_world, leave_world
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +37,7 @@ class JobOptions:
 
 
 @contextmanager
-def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> Iterator[tuple[World, Say]]:
+def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> Iterator[tuple[Ranks, Say]]:
     """Join the ranks; inside, the second value prints lines on the first rank alone.
 
     Args:
@@ -54,34 +54,34 @@ def joined(options: JobOptions | None = None, arguments: Sequence[str] = ()) -> 
     options.check()
     if options.auto_restart and not is_supervised():
         raise Ended(supervise(arguments, options.auto_restart))
-    world = join_world(options.timeout)
-    say: Say = to_stderr_if_open if world.is_first else (lambda _line: None)
-    world.watch.start()
+    ranks = join(options.timeout)
+    say: Say = to_stderr_if_open if ranks.is_first else (lambda _line: None)
+    ranks.watch.start()
     hook, threading.excepthook = threading.excepthook, _warn_of_thread
     try:
-        yield world, say
-        leave_world()
+        yield ranks, say
+        leave()
     except Interrupted as stopped:
         say(str(stopped))
-        leave_world()
+        leave()
         raise
     except BaseException as error:
-        if isinstance(error, OSError) and error.errno is not None and error.filename is None and world.watch.run:
-            error.filename = str(world.watch.run)  # of a file that was open: the disk is full, or fails
-        lost = world.watch.lost_rank_error(error)
+        if isinstance(error, OSError) and error.errno is not None and error.filename is None and ranks.watch.run:
+            error.filename = str(ranks.watch.run)  # of a file that was open: the disk is full, or fails
+        lost = ranks.watch.lost_rank_error(error)
         if lost is None:
             if isinstance(error, ValueError):
                 tell_supervisor("final")
-            world.watch.tell_failure(reason_of(error))
+            ranks.watch.tell_failure(reason_of(error))
         else:
             tell_supervisor("lost")
-        leave_world(after_error=True)
+        leave(after_error=True)
         if lost is not None:
             raise lost from error
         raise
     finally:
         threading.excepthook = hook
-        world.watch.stop()
+        ranks.watch.stop()
 
 
 def to_stderr_if_open(line: str) -> None:

@@ -3,7 +3,7 @@
 A launcher only sees supervisors, which live on. When one child dies the others end within seconds (`watch.py`), and
 all supervisors start theirs again. They agree on the number of the attempt through a store, which the first rank's
 supervisor or torchrun's agent holds for as long as the job lasts. The first child to fail advances that number,
-whatever the others have noticed. The children of an attempt meet under its number (`world.py`).
+whatever the others have noticed. The children of an attempt meet under its number (`ranks.py`).
 
 Errors that would recur are not restarted: any ValueError, and any error in words before the first step.
 """
@@ -20,8 +20,8 @@ from pathlib import Path
 import torch.distributed as dist
 
 from training.ranks.environment import ATTEMPT, PIPE
+from training.ranks.ranks import job_store
 from training.ranks.stop import SignalHandler, exit_text
-from training.ranks.world import job_store
 
 POLL_S = 0.2
 EXIT_S = 60.0

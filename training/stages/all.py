@@ -10,8 +10,8 @@ from pathlib import Path
 from dalle.evaluation.bundle import evaluate_bundle
 from dalle.output.text import Say
 from training.plan.machine import MachinePlan, Share
+from training.ranks.ranks import Ranks, on_first_rank
 from training.ranks.side_by_side import Job, TimeLeft, run_jobs
-from training.ranks.world import World, on_first_rank
 from training.recipes import Recipe
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
@@ -22,13 +22,13 @@ from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
 
-def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, encode_crops: int | None = None) -> None:
+def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_crops: int | None = None) -> None:
     """Train all stages, one after the other, and evaluate the bundle on the validation data.
 
     Args:
         recipe: of all stages.
         inputs: shards of captioned pictures.
-        world: this process's place.
+        ranks: the ranks of the run.
         say: told how far it is.
         encode_crops: random crops of each picture to encode once, for the transformer; None to encode in every step.
 
@@ -37,18 +37,18 @@ def train_all(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, encode_
     """
     _require_crops(encode_crops)
     if inputs.fresh:
-        on_first_rank(lambda: forget_runs(inputs.out), world)
+        on_first_rank(lambda: forget_runs(inputs.out), ranks)
     if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
-        on_first_rank(lambda: train_tokenizer(recipe, inputs, say), world)
-    train_dvae(recipe, inputs, world, say)
-    train_clip(recipe, inputs, world, say)
-    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, world, say)
-    train_transformer(recipe, images, world, say)
+        on_first_rank(lambda: train_tokenizer(recipe, inputs, say), ranks)
+    train_dvae(recipe, inputs, ranks, say)
+    train_clip(recipe, inputs, ranks, say)
+    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, ranks, say)
+    train_transformer(recipe, images, ranks, say)
     if inputs.validation:
         validation = inputs.open_validation(captions=True)
-        device = str(world.device)
+        device = str(ranks.device)
         on_first_rank(
-            lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), world
+            lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
         )
 
 

@@ -26,7 +26,7 @@ from rerank.tokenizer import CLIPTokenizer
 from training.data.wrong_captions import SOURCES
 from training.engine.checkpoints import latest_tag
 from training.engine.objective import MicroBatch, Tensors
-from training.ranks.world import World, on_first_rank
+from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, all_captions
@@ -251,11 +251,11 @@ def check_negatives(accumulation: int) -> None:
         )
 
 
-def train_clip(recipe: Recipe, inputs: Inputs, world: World, say: Say) -> Path:
+def train_clip(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     """Train CLIP, with a BPE of its own; returns its directory. It is warmed up first if the recipe says so."""
     stage_recipe = recipe.clip
-    check_negatives(stage_recipe.train.batch_of(world.size)[1])
-    program = Program.open(inputs, world, say, captions=True)
+    check_negatives(stage_recipe.train.batch_of(ranks.size)[1])
+    program = Program.open(inputs, ranks, say, captions=True)
     tokenizer = _clip_tokenizer(program, stage_recipe.model.vocab_size)
     config = dataclasses.replace(stage_recipe.model, vocab_size=tokenizer.vocab_size)
     torch.manual_seed(stage_recipe.train.seed)
@@ -270,10 +270,10 @@ def train_clip(recipe: Recipe, inputs: Inputs, world: World, say: Say) -> Path:
     }
     if stage_recipe.warmup is not None and program.needs_warmup("clip"):
         directory = inputs.run_directory("clip-warmup") / "model"
-        warmup = CLIPWarmupStage(stage_recipe, model.to(world.device), tokenizer, directory, metadata)
+        warmup = CLIPWarmupStage(stage_recipe, model.to(ranks.device), tokenizer, directory, metadata)
         program = program.warm_up(warmup, stage_recipe.warmup, description)
         model = CLIP.load(directory)
-    stage = CLIPStage(stage_recipe, model.to(world.device), tokenizer, inputs.out / "clip", metadata)
+    stage = CLIPStage(stage_recipe, model.to(ranks.device), tokenizer, inputs.out / "clip", metadata)
     program.fit(stage, stage_recipe.train, program.spec("clip", description))
     return stage.directory
 
@@ -292,5 +292,5 @@ def _clip_tokenizer(program: Program, vocab_size: int) -> CLIPTokenizer:
         run.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
 
-    on_first_rank(save, program.world)
+    on_first_rank(save, program.ranks)
     return tokenizer

@@ -23,7 +23,7 @@ from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_cr
 from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
 from training.engine.objective import MicroBatch, Tensors
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
 from training.stages.inputs import Inputs
@@ -178,19 +178,19 @@ class WarmupStage(DVAEStage):
         return None
 
 
-def train_dvae(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, init: Path | None = None) -> Path:
+def train_dvae(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, init: Path | None = None) -> Path:
     """Train a dVAE, from scratch or from the directory `init`; returns its directory.
 
     From scratch, it is warmed up first if the recipe says so.
     """
     stage_recipe = recipe.dvae
-    program = Program.open(inputs, world, say, captions=False)
+    program = Program.open(inputs, ranks, say, captions=False)
     needs_warmup = program.needs_warmup("dvae")
     torch.manual_seed(stage_recipe.train.seed)
     model = DVAE.load(init) if init is not None else DVAE(stage_recipe.model)
     previews, metadata = program.validation or program.data, {"recipe": recipe.name}
     description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config)}
-    model = channels_last(model.to(world.device))
+    model = channels_last(model.to(ranks.device))
     if init is None and stage_recipe.warmup is not None and needs_warmup:
         directory = inputs.run_directory("dvae-warmup") / "autoencoder"
         warmup = WarmupStage(stage_recipe, model, directory, previews, metadata)
@@ -198,7 +198,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, world: World, say: Say, *, init: 
         model = DVAE.load(directory)
         images, _ = warmup.first_images(CODEBOOK_IMAGES, program.data)
         initialise_codebook(model, images, seed=stage_recipe.warmup.seed)
-        model = channels_last(model.to(world.device))
+        model = channels_last(model.to(ranks.device))
     stage = DVAEStage(stage_recipe, model, inputs.out / "dvae", previews, metadata)
     spec = program.spec("dvae", {**description, "init": str(init) if init else None})
     program.fit(stage, stage_recipe.train, spec)

@@ -45,8 +45,8 @@ from storage.atomic import PARTIAL
 from storage.tar import write_tar
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
+from training.ranks.ranks import MAX_WAIT, Ranks, on_first_rank
 from training.ranks.stop import Interrupted, StopSignals
-from training.ranks.world import MAX_WAIT, World, on_first_rank
 from training.stages.inputs import ShardOptions
 
 logger = logging.getLogger(__name__)
@@ -125,7 +125,7 @@ def encode_shards(
     dvae: DVAE,
     dvae_hash: str,
     config: EncodeConfig,
-    world: World,
+    ranks: Ranks,
     *,
     progress: Callable[[int, int], None] | None = None,
 ) -> EncodeReport:
@@ -137,7 +137,7 @@ def encode_shards(
         dvae: encodes, on the device that it is on.
         dvae_hash: `directory_hash` of its directory.
         config: options.
-        world: this process's place; every rank encodes its part of the shards, and returns when all are done.
+        ranks: the ranks of the run; each encodes its part of the shards, and returns when all are done.
         progress: called with (pictures done, pictures) of this rank.
 
     Raises:
@@ -159,10 +159,10 @@ def encode_shards(
         crops=config.crops,
         seed=config.seed,
     )
-    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), world)
-    group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if world.size > 1 else None
+    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), ranks)
+    group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if ranks.size > 1 else None
     counts = [0, 0, 0, 0]
-    if mine := list(targets)[world.rank :: world.size]:
+    if mine := list(targets)[ranks.rank :: ranks.size]:
         if manifest is None:
             data = ShardData.open(mine, captions=True, skip_damaged=config.skip_damaged_shards)
         else:

@@ -9,7 +9,7 @@ from dalle.output.progress import progress_bar
 from dalle.output.text import Say
 from dvae import DVAE
 from storage.model_directory import directory_hash
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
 from training.stages.encode import EncodeConfig, EncodeReport, encode_shards, token_shards
@@ -21,7 +21,7 @@ def encode_data(
     out: Path,
     dvae: Path,
     config: EncodeConfig,
-    world: World,
+    ranks: Ranks,
     say: Say,
 ) -> EncodeReport:
     """Encode shards of captioned pictures with the dVAE in a directory, as `encode_shards` does.
@@ -29,7 +29,7 @@ def encode_data(
     Raises:
         FileNotFoundError: the dVAE is missing; and as `encode_shards`.
     """
-    coder = channels_last(DVAE.load(dvae, world.device))
+    coder = channels_last(DVAE.load(dvae, ranks.device))
     with progress_bar("pictures") as progress:
         made = encode_shards(
             data,
@@ -37,14 +37,14 @@ def encode_data(
             coder,
             directory_hash(dvae),
             config,
-            world,
-            progress=progress if world.is_first else None,
+            ranks,
+            progress=progress if ranks.is_first else None,
         )
     say(f"{made}: {out}")
     return made
 
 
-def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say: Say) -> Inputs:
+def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, ranks: Ranks, say: Say) -> Inputs:
     """Encode the pictures with the bundle's dVAE; returns the inputs with image tokens in place of the pictures."""
     train = recipe.transformer.train
     config = EncodeConfig(
@@ -60,7 +60,7 @@ def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, world: World, say:
             inputs.out / "encoded" / name,
             inputs.out / "dvae",
             dataclasses.replace(config, crops=its_crops, manifest=of.manifest),
-            world,
+            ranks,
             say,
         ).shards
         for name, its_crops, of in shards_to_encode(inputs, crops)

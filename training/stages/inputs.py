@@ -12,7 +12,7 @@ import numpy as np
 from dalle.data.reader import ShardData
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
-from training.ranks.world import World, on_first_rank
+from training.ranks.ranks import Ranks, on_first_rank
 from training.run_files import CHECKPOINTS, read_data, write_data
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,7 @@ def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterat
                 unreadable.append(int(index))
 
 
-def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
+def note_data(spec: RunSpec, data: ShardData, ranks: Ranks) -> None:
     """Write down which samples a run is trained on; warn if a resumed run has others. Collective.
 
     Sample order depends on the number of samples and the order of shards. Shards may be moved.
@@ -138,7 +138,7 @@ def note_data(spec: RunSpec, data: ShardData, world: World) -> None:
         spec.directory.mkdir(parents=True, exist_ok=True)
         write_data(spec.directory, now)
 
-    on_first_rank(note, world)
+    on_first_rank(note, ranks)
 
 
 def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -12,7 +12,7 @@ from training.engine.checkpoints import latest_tag
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.loop.stage import Stage
-from training.ranks.world import World, on_first_rank
+from training.ranks.ranks import Ranks, on_first_rank
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, note_data
 
@@ -25,15 +25,15 @@ class Program:
     data: ShardData
     """Samples to train on."""
     validation: ShardData | None
-    world: World
+    ranks: Ranks
     say: Say
     """Told how far the run is."""
 
     @classmethod
-    def open(cls, inputs: Inputs, world: World, say: Say, *, captions: bool, encoded: bool = False) -> Self:
+    def open(cls, inputs: Inputs, ranks: Ranks, say: Say, *, captions: bool, encoded: bool = False) -> Self:
         """Open the data; arguments and errors as those of `Inputs.open`."""
         data, validation = inputs.open(captions=captions, encoded=encoded)
-        return cls(inputs=inputs, data=data, validation=validation, world=world, say=say)
+        return cls(inputs=inputs, data=data, validation=validation, ranks=ranks, say=say)
 
     def spec(self, stage: str, description: dict[str, Any], flops_per_sample: float | None = None) -> RunSpec:
         """Return where a stage's run reads and writes, and how it starts."""
@@ -49,8 +49,8 @@ class Program:
 
     def fit(self, stage: Stage, config: TrainConfig, spec: RunSpec) -> None:
         """Train a stage; write down first which samples it is trained on."""
-        note_data(spec, self.data, self.world)
-        fit(stage, config, self.world, self.data, self.validation, spec, self.say)
+        note_data(spec, self.data, self.ranks)
+        fit(stage, config, self.ranks, self.data, self.validation, spec, self.say)
 
     def needs_warmup(self, stage: str) -> bool:
         """Return whether a stage starts without a checkpoint; deletes its checkpoints if it is fresh. Collective.
@@ -59,11 +59,11 @@ class Program:
         """
         checkpoints = self.inputs.run_directory(stage) / CHECKPOINTS
         if self.inputs.fresh:
-            on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), self.world)
+            on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), self.ranks)
         return self.inputs.fresh or latest_tag(checkpoints) is None
 
     def warm_up(self, stage: Stage, config: TrainConfig, description: dict[str, Any]) -> Self:
         """Train a warm-up, in a run of its own; returns the program for the stage after it, which does not resume."""
         spec = self.spec(stage.name, description)
-        fit(stage, config, self.world, self.data, self.validation, spec, self.say)
+        fit(stage, config, self.ranks, self.data, self.validation, spec, self.say)
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, resume=False, resume_from=None))

@@ -29,7 +29,7 @@ from storage.model_directory import directory_hash
 from training.engine.objective import MicroBatch, Tensors
 from training.loop.run_folder import refuse_another_run
 from training.plan.flops import flops_per_sample
-from training.ranks.world import World, on_first_rank
+from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
 from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs
@@ -176,7 +176,7 @@ class TransformerStage:
 def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
-    world: World,
+    ranks: Ranks,
     say: Say,
     *,
     tokenizer: Path | None = None,
@@ -189,7 +189,7 @@ def train_transformer(
     Args:
         recipe: of all stages.
         inputs: shards of captioned pictures, or of image tokens.
-        world: this process's place.
+        ranks: the ranks of the run.
         say: told how far it is.
         tokenizer: a file to copy into the bundle, if it has none.
         dvae: a directory to copy into the bundle, if it has none.
@@ -203,11 +203,11 @@ def train_transformer(
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
     image_coder = channels_last(DVAE.load(dvae_directory))
-    program = Program.open(inputs, world, say, captions=True, encoded=True)
+    program = Program.open(inputs, ranks, say, captions=True, encoded=True)
     _require_tokens_of(image_coder, dvae_directory, program.data, program.validation)
     if program.data.encoding is None:  # otherwise only the sample sheets need it, on the first rank
-        image_coder = image_coder.to(world.device)
-    model = _new_model(stage_recipe, text_bpe, image_coder).to(world.device)
+        image_coder = image_coder.to(ranks.device)
+    model = _new_model(stage_recipe, text_bpe, image_coder).to(ranks.device)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
     if stage_recipe.train.compile:
         model.compile_layers()
@@ -225,7 +225,7 @@ def train_transformer(
     flops = flops_per_sample(model.config, sizes["attention"] + sizes["mlp"])
     spec = program.spec("transformer", description, flops)
     refuse_another_run(spec)  # before anything is copied into the bundle
-    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), world)
+    on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), ranks)
     program.fit(stage, stage_recipe.train, spec)
     return stage.directory
 

@@ -17,7 +17,7 @@ from support import tiny
 from training.config import OptimizerConfig, TrainConfig
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 from training.stages.transformer import transformer_loss
 
 
@@ -44,8 +44,8 @@ def data(step: int, n: int = 4) -> dict[str, Tensor]:
     }
 
 
-def engine_of(objective: nn.Module, config: TrainConfig, world: World) -> Engine:
-    return Engine(objective, resolve(config, world.size), world)
+def engine_of(objective: nn.Module, config: TrainConfig, ranks: Ranks) -> Engine:
+    return Engine(objective, resolve(config, ranks.size), ranks)
 
 
 def config(**changes: Any) -> TrainConfig:

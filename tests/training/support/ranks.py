@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from training.ranks.world import join_world
+from training.ranks.ranks import join
 from training.run_files import read_metrics
 
 N_RANKS = 2
@@ -35,7 +35,7 @@ def _rank(
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=n_ranks)
     try:
-        answers.put((rank, function(join_world(), *arguments)))
+        answers.put((rank, function(join(), *arguments)))
     except BaseException as error:
         answers.put((rank, f"{type(error).__name__}: {error}"))
     if dist.is_initialized():
@@ -44,7 +44,7 @@ def _rank(
 
 
 def on_ranks(folder: Path, function: Callable[..., object], *arguments: Any, n_ranks: int = N_RANKS) -> list[Any]:
-    """Call `function(world, *arguments)` on some ranks; returns what each returns, or "NameOfError: message"."""
+    """Call `function(ranks, *arguments)` on some ranks; returns what each returns, or "NameOfError: message"."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(PRELOADED)
     answers = context.Queue()

@@ -16,7 +16,7 @@ from training.config import TrainConfig
 from training.engine.objective import MicroBatch
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
-from training.ranks.world import World
+from training.ranks.ranks import Ranks
 from training.run_files import read_metrics
 
 AtStep = Callable[[int], None]
@@ -61,8 +61,8 @@ class MeanColours:
 class Run:
     """`fit` in a folder of its own."""
 
-    def __init__(self, folder: Path, data: ShardData, world: World) -> None:
-        self.folder, self.data, self.world = folder, data, world
+    def __init__(self, folder: Path, data: ShardData, ranks: Ranks) -> None:
+        self.folder, self.data, self.ranks = folder, data, ranks
         self.said: list[str] = []
         self.stage = MeanColours(folder / "model")
 
@@ -85,7 +85,7 @@ class Run:
         spec = RunSpec(
             directory=directory, description=description, fresh=fresh, resume=resume, resume_from=resume_from
         )
-        fit(self.stage, config, self.world, self.data, validation, spec, self.said.append)
+        fit(self.stage, config, self.ranks, self.data, validation, spec, self.said.append)
 
     @property
     def losses(self) -> dict[int, float]:

@@ -30,14 +30,16 @@ MAX_WAIT = timedelta(days=20)
 
 
 @dataclass(frozen=True, kw_only=True)
-class World:
-    """The place of a process among the ranks."""
+class Ranks:
+    """The ranks of a run, as one of them sees them."""
 
     rank: int
+    """Number of this process, from 0."""
     size: int
+    """Number of ranks."""
     device: torch.device
     watch: Watch = field(default_factory=Watch, compare=False, repr=False)
-    """The watch of this rank while it trains; it knows all ranks once `join_world` has joined them."""
+    """The watch of this rank while it trains; it knows all ranks once `join` has joined them."""
 
     @property
     def is_first(self) -> bool:
@@ -45,7 +47,7 @@ class World:
         return self.rank == 0
 
 
-def join_world(timeout_s: float = TIMEOUT_S) -> World:
+def join(timeout_s: float = TIMEOUT_S) -> Ranks:
     """Join the process group that a launcher (`deepspeed`, `torchrun`) describes, or make one of a single process.
 
     A second call in the same process returns the same group.
@@ -79,7 +81,7 @@ def join_world(timeout_s: float = TIMEOUT_S) -> World:
         n_local = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
         if n_local > 1:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // n_local))
-    return World(rank=dist.get_rank(), size=dist.get_world_size(), device=device, watch=watch)
+    return Ranks(rank=dist.get_rank(), size=dist.get_world_size(), device=device, watch=watch)
 
 
 def job_store(place: str, *, host: bool) -> Store:
@@ -132,7 +134,7 @@ def _introduce(store: Store, rank: int, size: int) -> list[Member]:
     return members
 
 
-def leave_world(*, after_error: bool = False) -> None:
+def leave(*, after_error: bool = False) -> None:
     """Leave the process group; without it gloo aborts at interpreter exit.
 
     Args:
@@ -145,41 +147,41 @@ def leave_world(*, after_error: bool = False) -> None:
     dist.destroy_process_group()
 
 
-def agree(flag: bool, world: World) -> bool:
+def agree(flag: bool, ranks: Ranks) -> bool:
     """Return whether `flag` is true on any rank; the same on all. Collective."""
-    if world.size == 1:
+    if ranks.size == 1:
         return flag
-    votes = torch.tensor(int(flag), device=world.device)
+    votes = torch.tensor(int(flag), device=ranks.device)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX)
     return bool(votes.item())
 
 
-def on_first_rank(action: Callable[[], object], world: World) -> None:
+def on_first_rank(action: Callable[[], object], ranks: Ranks) -> None:
     """Call a function on the first rank while the others wait. Collective.
 
     Raises:
         ValueError, OSError: the error of `action`; on the other ranks, an OSError that says that it failed.
     """
     error: Exception | None = None
-    if world.is_first:
+    if ranks.is_first:
         try:
             action()
         except (ValueError, OSError) as caught:
             error = caught
-    if agree(error is not None, world):
+    if agree(error is not None, ranks):
         raise error if error is not None else OSError("stopped, because the first rank failed: see its message")
 
 
-def require_same(values: Mapping[str, object], world: World) -> None:
+def require_same(values: Mapping[str, object], ranks: Ranks) -> None:
     """Check that values are the same on all ranks, by their `repr`. Collective.
 
     Raises:
         ValueError: some are not; names them.
     """
-    if world.size == 1:
+    if ranks.size == 1:
         return
     digests = [hashlib.sha256(repr(value).encode()).digest()[:7] for value in values.values()]
-    low = torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=world.device)
+    low = torch.tensor([int.from_bytes(digest, "big") for digest in digests], device=ranks.device)
     high = low.clone()
     dist.all_reduce(low, op=dist.ReduceOp.MIN)
     dist.all_reduce(high, op=dist.ReduceOp.MAX)
@@ -191,28 +193,28 @@ def require_same(values: Mapping[str, object], world: World) -> None:
         )
 
 
-def mean_over_ranks(values: Tensor, world: World) -> Tensor:
+def mean_over_ranks(values: Tensor, ranks: Ranks) -> Tensor:
     """Return the mean of a float tensor over all ranks. Collective."""
-    if world.size == 1:
+    if ranks.size == 1:
         return values
     total = values.clone()
     dist.all_reduce(total)
-    return total / world.size
+    return total / ranks.size
 
 
-def max_over_ranks(value: float, world: World) -> float:
+def max_over_ranks(value: float, ranks: Ranks) -> float:
     """Return the maximum of a value over all ranks. Collective."""
-    if world.size == 1:
+    if ranks.size == 1:
         return value
-    largest = torch.tensor(value, dtype=torch.float64, device=world.device)
+    largest = torch.tensor(value, dtype=torch.float64, device=ranks.device)
     dist.all_reduce(largest, op=dist.ReduceOp.MAX)
     return largest.item()
 
 
-def from_all_ranks(value: Value, world: World) -> list[Value]:
+def from_all_ranks(value: Value, ranks: Ranks) -> list[Value]:
     """Return the values of all ranks, in the order of the ranks. Collective."""
-    if world.size == 1:
+    if ranks.size == 1:
         return [value]
-    values: list[Any] = [None] * world.size
+    values: list[Any] = [None] * ranks.size
     dist.all_gather_object(values, value)
     return values
