@@ -12,6 +12,10 @@ def to_stderr(line: str) -> None:
     print(printable(line), file=sys.stderr, flush=True)
 
 
+GIB = 1 << 30
+"""Bytes of a GiB."""
+
+
 def aligned(rows: Sequence[Sequence[str]], columns: str = "<", *, indent: int = 0) -> str:
     """Return rows of cells as lines with aligned columns, two spaces apart, without spaces at their ends.
 

@@ -10,6 +10,7 @@ import torch
 from benchmarks.training_memory import CASES, kept_by_autograd, measured
 from dalle.attention import KINDS, Kind
 from dalle.model import DALLE, DALLEConfig
+from dalle.output.text import GIB
 from training.cli.main import main
 from training.config import Precision
 from training.engine.deepspeed_config import MAX_BUCKET
@@ -20,7 +21,7 @@ from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
 from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.text import text
-from training.plan.types import GIB, RESERVED_FRACTION, Plan
+from training.plan.types import RESERVED_FRACTION, Plan
 from training.recipes import recipe
 
 

@@ -11,10 +11,9 @@ from dataclasses import dataclass
 
 import torch
 
+from dalle.output.text import GIB
 from training.config import TrainConfig
 from training.ranks.ranks import Ranks, mean_over_ranks
-
-GIB = 1 << 30
 
 GPU_PEAKS = {
     "B200": (2250, 75),

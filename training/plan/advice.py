@@ -4,11 +4,12 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
+from dalle.output.text import GIB
 from training.config import OptimizerKind, Precision
 from training.engine.deepspeed_config import PRESETS
 from training.plan.memory_model import Run, peak_bytes
 from training.plan.state import Mode, modes_of, preset_name
-from training.plan.types import GIB, RESERVED_FRACTION, ModePlan, Recommendation
+from training.plan.types import RESERVED_FRACTION, ModePlan, Recommendation
 from training.recipes import Recipe
 
 GPUS_PER_NODE = 8

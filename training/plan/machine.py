@@ -14,6 +14,7 @@ from typing import Literal
 import torch
 
 from dalle.model import DALLE
+from dalle.output.text import GIB
 from dvae import DVAE
 from rerank import CLIP
 from training.config import TrainConfig
@@ -24,7 +25,6 @@ from training.recipes import Recipe
 
 TrainedStage = Literal["dvae", "clip", "transformer"]
 StageName = Literal["tokenizer", "dvae", "clip", "encode", "transformer"]
-GIB = 1 << 30
 TOKENIZER_S = 8.0
 START_S = 8.0
 """Seconds from the start of a process to its first step."""

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from torch import nn
 
 from dalle.model import DALLE
+from dalle.output.text import GIB
 from dvae.model import DVAE, DVAEConfig
 from rerank.model import CLIP
 from training.config import TrainConfig
@@ -20,7 +21,7 @@ from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, traini
 from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
 from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
-from training.plan.types import GIB, RESERVED_FRACTION, ModePlan, OtherStage, Plan
+from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
 
 MAX_SAMPLES = 32

@@ -2,9 +2,9 @@
 
 from collections.abc import Iterator
 
-from dalle.output.text import aligned
+from dalle.output.text import GIB, aligned
 from training.plan.state import Mode
-from training.plan.types import GIB, RESERVED_FRACTION, OtherStage, Plan
+from training.plan.types import RESERVED_FRACTION, OtherStage, Plan
 from training.recipes import RECIPES
 
 

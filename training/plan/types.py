@@ -9,7 +9,6 @@ from training.config import OptimizerKind, Precision
 from training.plan.memory_model import Memory
 from training.plan.state import Mode, StateBytes
 
-GIB = 1 << 30
 RESERVED_FRACTION = 0.08
 """Fraction of a GPU's memory kept for the CUDA context, NCCL's buffers and fragmentation."""
 
