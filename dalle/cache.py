@@ -122,7 +122,7 @@ class Decoder:
             model: the transformer; its device and dtype are used.
             text: int64 (P, T), text ids of the prompts.
             counts: how many candidates each prompt has; candidates are numbered prompt by prompt.
-            prefix: int64 (P, m), image tokens of the prompts that are known beforehand; None for none.
+            prefix: int64 (P, m), image tokens of the prompts that are known beforehand; None if none are.
             compile: on a CPU, compile the step: two to three times as fast, after a minute or so for each new
                 number of candidates; the weights are held twice, and must not change afterwards. On a GPU steps are
                 recorded and replayed instead, always.

@@ -27,7 +27,7 @@ def contrastive_loss(
         image_features: (B, E), unit length.
         text_features: (B, E), unit length.
         logit_scale: scalar factor of the cosines: the third result of `CLIP.forward`, not its logarithm.
-        wrong_cosines: (B, M), the cosines of each image with its own wrong captions; None for none.
+        wrong_cosines: (B, M), the cosines of each image with its own wrong captions; None if it has none.
         is_wrong: (B, M) bool; False where an image has no such caption: the cosine is ignored.
 
     Returns:

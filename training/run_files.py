@@ -2,7 +2,7 @@
 
     config.json     what the run was told; written when it starts
     metrics.jsonl   a line for each step that was measured
-    state.json      whether the run is going on, and how it ended
+    state.json      whether the run is running, or how it ended
     data.json       the samples it is trained on
     checkpoints/    step00000500/ and so on, and `latest`
     samples/        step00000500.png and so on

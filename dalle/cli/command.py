@@ -49,14 +49,14 @@ def run_program(read: Callable[[list[str]], Command], argv: Sequence[str] | None
         return 1 if stop.code else 0
 
 
-def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str, default: Any = None) -> Any:
+def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str = "", default: Any = None) -> Any:
     """Return what the arguments say, as an instance of a dataclass or of one of a union of them, one per verb.
 
     Args:
         kind: the dataclass or union, as tyro reads it.
         arguments: of the command line; --debug is left out.
         prog: the name of the program, with the verb.
-        description: the first lines of its help.
+        description: the first lines of its help; by default the docstring of the dataclass.
         default: an instance whose values are the defaults; by default those of the dataclass.
 
     Raises:
@@ -66,7 +66,7 @@ def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str, d
         kind,
         args=[argument for argument in arguments if argument != "--debug"],
         prog=prog,
-        description=_wrapped(description),
+        description=_wrapped(description or kind.__doc__),
         default=tyro.MISSING_NONPROP if default is None else default,
         config=(tyro.conf.DisallowNone,),
         registry=_registry(),

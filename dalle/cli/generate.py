@@ -51,7 +51,7 @@ class SamplingOptions:
     top_p: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=AS_THE_BUNDLE)] = None
     """Sample from the likeliest tokens that together have this probability only; 1 for all."""
     guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint=AS_THE_BUNDLE)] = None
-    """Above 1 follows the caption more closely, at twice the computation; 1 is none."""
+    """Above 1 follows the caption more closely, at twice the computation; 1 leaves it off."""
     rank: Annotated[
         Ranking | None, tyro.conf.arg(metavar="{clip,likelihood,both}", help_behavior_hint=AS_THE_BUNDLE)
     ] = None

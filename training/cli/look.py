@@ -126,6 +126,5 @@ COMMANDS: dict[str, type[Command]] = {
 
 def read(verb: str, arguments: Sequence[str]) -> Command:
     """Return the command that the arguments after the verb say."""
-    kind = COMMANDS[verb]
-    command: Command = parse(kind, arguments, prog=f"dalle-train {verb}", description=kind.__doc__ or "")
+    command: Command = parse(COMMANDS[verb], arguments, prog=f"dalle-train {verb}")
     return command

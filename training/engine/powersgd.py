@@ -129,7 +129,7 @@ class PowerSGD:
         whole = [gradient for name, gradient in gradients.items() if name not in self._errors]
         is_wrong = torch.stack([(~gradient.isfinite()).any() for gradient in gradients.values()]).any().float()
         *means, wrong = self._mean([*whole, is_wrong])
-        # Deviation: one gradient that is not finite skips the whole step; the paper's other blocks go on to their
+        # Deviation: one gradient that is not finite skips the whole step; the paper's other blocks still go to their
         # buffers.
         if wrong > 0 or not self._reduce_matrices(gradients):
             for gradient in gradients.values():
@@ -185,7 +185,7 @@ class PowerSGD:
 
         Args:
             states: this rank's own; or, at another number of ranks, those of all ranks that saved, in which case every
-                rank goes on from their mean: what is late stays the same. One of them is held at a time.
+                rank continues from their mean: what is late stays the same. One of them is held at a time.
 
         Raises:
             ValueError: they are of other parameters.

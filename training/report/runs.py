@@ -1,6 +1,6 @@
-"""A run read from its folder: options, metrics, checkpoints, samples, and whether it is going on.
+"""A run read from its folder: options, metrics, checkpoints, samples, and whether it is still running.
 
-Nothing here imports torch: `dalle-train status` answers at once. A run may be going on, or have crashed: damaged lines
+Nothing here imports torch: `dalle-train status` answers at once. A run may still write, or have crashed: damaged lines
 are counted and left out.
 """
 

@@ -58,9 +58,9 @@ def clip_loss(
         images: (B,3,H,W) float32 in [0, 1].
         text: (B,L) int64 ids.
         n_cut: (B,) int64, 1 where the caption was longer than the text tower's context.
-        wrong_text: (B,M,L) int64 ids of captions that are wrong for the picture; None for none.
+        wrong_text: (B,M,L) int64 ids of captions that are wrong for the picture; None if it has none.
         is_wrong: (B,M) bool, False where there is no such caption.
-        other_text: (B,L) int64 ids of another caption of the picture, or again the same; None for none.
+        other_text: (B,L) int64 ids of another caption of the picture, or again the same; None to leave it out.
     """
     given = [text, wrong_text, other_text]
     texts = [each.flatten(0, -2) for each in given if each is not None]
@@ -106,7 +106,7 @@ def _choose(
         views: (B,E), features of this rank's pictures, or of other captions of them.
         texts: (B·ranks,E), features of the captions of all ranks.
         logit_scale: scalar.
-        wrong_features: (B,M,E), features of captions that are wrong for this rank's pictures; None for none.
+        wrong_features: (B,M,E), features of captions that are wrong for this rank's pictures; None if they have none.
         is_wrong: (B·ranks,M) bool, False where there is no such caption.
 
     Returns:
