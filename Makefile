@@ -11,8 +11,9 @@ BENCH_STAMP := $(VENV)/.installed-bench
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
 
+# A process for each core: the tests' models are too small for threads. Those of one file share what they trained.
 test: $(STAMP)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n logical --dist loadfile
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
