@@ -204,7 +204,7 @@ class TrainConfig(
             raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
         if self.preset is None and self.deepspeed_config is None:
             self._require_possible_mode()  # else the files may say what is missing: see engine/deepspeed_config.py
-            self._check_recipe()
+            self._require_possible_options()
         if not 0 <= self.ema_decay < 1:
             raise ValueError(f"ema_decay must be in [0, 1), got {self.ema_decay}")
         if not 0 <= self.max_bad_fraction <= 1:
@@ -231,13 +231,14 @@ class TrainConfig(
         micro = self.micro_batch if self.micro_batch is not None else self.global_batch // world_size
         if micro < 1 or self.global_batch % (micro * world_size):
             raise ValueError(
-                f"global batch {self.global_batch} is not a multiple of micro batch {micro} × {world_size} ranks: "
-                "change --global-batch or --micro-batch"
+                f"global batch {self.global_batch} cannot be shared evenly by {world_size} ranks"
+                + (f" in micro-batches of {micro}" if self.micro_batch is not None else "")
+                + ": change --global-batch or --micro-batch"
             )
         return micro, self.global_batch // (micro * world_size)
 
-    def _check_recipe(self) -> None:
-        """Raise ValueError where precision, ZeRO stage and offloading do not go with the paper's recipe."""
+    def _require_possible_options(self) -> None:
+        """Raise ValueError where gradient scaling, PowerSGD or compilation does not go with the mode."""
         for option, is_given in (
             ("gradient_scaling per-resblock", self.gradient_scaling == "per-resblock"),
             ("powersgd_rank", self.powersgd_rank > 0),

@@ -18,9 +18,9 @@ from training.data.wrong_captions import (
     Exchange,
     Replacement,
     told_alike,
+    wrong_drawn_caption,
+    wrong_real_caption,
     wrong_scene,
-    wrong_words_caption,
-    wrong_world_caption,
 )
 from training.drawings.shapes import (
     Scene,
@@ -113,10 +113,10 @@ def test_wrong_captions_are_a_function_of_the_generator(source: str) -> None:
     assert CAPTION not in made
 
 
-def test_wrong_world_captions_are_never_of_held_out_combinations() -> None:
+def test_wrong_drawn_captions_are_never_of_held_out_combinations() -> None:
     for number, scene in enumerate(scenes(90)):
         told = captions(scene)[number % 10]
-        wrong = wrong_world_caption(told.upper(), rng(number))
+        wrong = wrong_drawn_caption(told.upper(), rng(number))
         assert wrong is not None or held_out_reason(scene) is not None
         if wrong is not None:
             assert parse(wrong) != parse(told)
@@ -124,14 +124,14 @@ def test_wrong_world_captions_are_never_of_held_out_combinations() -> None:
 
 
 def test_the_world_source_makes_nothing_of_other_captions() -> None:
-    assert wrong_world_caption("a dog left of a cat", rng()) is None
+    assert wrong_drawn_caption("a dog left of a cat", rng()) is None
 
 
 # ----------------------------------------------------------------------------------------------- other captions
 
 
 def wrong_words(told: str) -> set[str | None]:
-    return {wrong_words_caption(told, rng(seed)) for seed in range(60)}
+    return {wrong_real_caption(told, rng(seed)) for seed in range(60)}
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ class OrderOptions:
 
     one_at_a_time: bool = False
     """Train one stage after the other, in this process, as on GPUs, under a launcher, and where memory is short. The
-    results are the same but for rounding."""
+    results differ by rounding and the dVAE's noise only."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -40,7 +40,7 @@ class WrongCaption(Protocol):
         Args:
             caption: the right one.
             rng: the source of all randomness.
-            of_few_kinds: wrong in the ways that a model should learn first.
+            of_few_kinds: wrong in the ways that are hardest to hear, and so learnt alone in the warm-up.
         """
 
 
@@ -142,7 +142,7 @@ def told_alike(caption: str, scene: Scene, kind: Exchange | Replacement) -> str:
     return min((other for other in captions(scene) if f" {relation} " in other), key=difference)
 
 
-def wrong_world_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
+def wrong_drawn_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
     """Return a wrong caption for a caption of the built-in world: of a scene of another meaning, phrased alike.
 
     The possible kinds of exchanges and replacements are equally likely. Combinations that are never trained do not
@@ -233,7 +233,7 @@ _TWO_PHRASES = re.compile(
 )
 
 
-def wrong_words_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
+def wrong_real_caption(caption: str, rng: np.random.Generator, *, of_few_kinds: bool = False) -> str | None:
     """Return a wrong caption for any English one: two words exchanged, or one replaced, that word lists know.
 
     Exchanged are two colours, sizes, numbers, … of a caption that describe different things as far as that can be told
@@ -294,4 +294,4 @@ def _with_articles(told: str) -> str:
 
 # ---- both -------------------------------------------------------------------------------------------------
 
-SOURCES: dict[Source, WrongCaption] = {"world": wrong_world_caption, "words": wrong_words_caption}
+SOURCES: dict[Source, WrongCaption] = {"world": wrong_drawn_caption, "words": wrong_real_caption}

@@ -46,7 +46,7 @@ N_TRAIN, N_VALIDATION = 16_000, 256
 WORLD_S, SAMPLES_S = 18.0, 60.0
 """Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
 SHARE_OF_THREE = 0.0
-"""Three things in a row would be a tenth of the pictures, too few to learn in these minutes."""
+"""Share of the pictures with three things in a row: none, because a tenth is too few to learn in these minutes."""
 
 
 def run_demo(

@@ -259,7 +259,7 @@ def set_latest(directory: Path, tag: str) -> None:
 
 @contextmanager
 def plain_path(directory: Path) -> Iterator[Path]:
-    """Give a folder a path without special characters while it lasts: 0.19.8 reads paths as patterns."""
+    """Give a folder a path without special characters while it lasts: DeepSpeed 0.19.8 reads paths as patterns."""
     with tempfile.TemporaryDirectory() as folder:
         link = Path(folder) / CHECKPOINTS
         link.symlink_to(directory.resolve(), target_is_directory=True)

@@ -337,7 +337,7 @@ def _derived(config: TrainConfig) -> dict[str, Any]:
 
 
 def resolve(config: TrainConfig, ranks: int, *, emulates_bfloat16: bool = False) -> ResolvedConfig:
-    """Resolve a run: what options, preset and JSON say, in this order of precedence over the recipe.
+    """Resolve a run: options, preset and JSON must agree, and go before the recipe.
 
     Args:
         config: recipe and options.

@@ -84,7 +84,7 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
 
 def _micro_batch(run: Run, batch: Batch, step: int, micro: int, is_logged: bool) -> MicroBatch:
     """Return micro-batch number `micro` of a step, on the host."""
-    # the position of the micro-batch in the order of the samples: the noise does not depend on the number of ranks
+    # the micro-batch's place in the order of the samples: with the same micro-batch, other ranks draw the same noise
     position = (step * run.ranks.size + run.ranks.rank) * run.engine.accumulation + micro
     noise_seed = int(np.random.SeedSequence((run.config.seed, position)).generate_state(1, np.uint64)[0] >> 1)
     return MicroBatch(tensors=batch.tensors, noise_seed=noise_seed, measure=is_logged)

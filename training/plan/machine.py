@@ -82,7 +82,7 @@ class MachinePlan:
     """The stages to train at the same time, and the processes of each."""
 
     phases: tuple[tuple[Share, ...], ...] = ()
-    """One after the other; the stages of a phase run side by side. None: everything in this process, one at a time."""
+    """One after the other; the stages of a phase run side by side. Empty: everything in this process, one at a time."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Estimated seconds of each part on its share; "dvae-warmup" is a part of "dvae", and so of "clip"."""
     reason: str = ""

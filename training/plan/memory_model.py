@@ -4,7 +4,7 @@ Who holds which part of the state is in state.py. What DeepSpeed 0.19.8 adds was
 buckets of gradients and their flattened copies, a float32 copy of the weights that an optimizer owns, partitions of
 gradients that are flattened once more, and the layers that stage 3 has gathered.
 
-The peak is the largest of five moments, each a `Memory` of its own: not everything is held at once.
+The peak is the largest of six points of a step, each a `Memory` of its own: not everything is held at once.
 
 Measured against processes on a CPU by benchmarks/plan.py. Figures for CUDA are derived, not measured.
 """
@@ -315,8 +315,9 @@ def _reduction(run: Run, acts: Activations) -> Memory:
 def _update(run: Run) -> Memory:
     """Return the moment of the optimizer's step: a partition of gradients is flattened, in float32.
 
-    Muon puts one matrix together at a time, of float32 gradients and momentum, and then iterates: two products of its
-    size and one as small, beside it. At stage 0 it copies the gradient first, to leave out a step that is not finite.
+    Muon puts one matrix together at a time, of float32 gradients and momentum, and then iterates, at 3.75 times its
+    size: the matrix, two products of its size, and three of its smaller side squared (for 1:4, ¼ each). At stage 0 it
+    copies the gradient first, to leave out a step that is not finite.
     """
     n, stage = run.sizes.total, run.mode.zero_stage
     gathers_on_host = float(FLOAT * n) if stage == 3 or run.mode.is_half else 0.0

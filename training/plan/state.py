@@ -34,7 +34,9 @@ class Mode:
         if self.is_half and self.zero_stage == 0:
             raise ValueError(f"precision {self.precision} is not trained at ZeRO stage 0")
         if self.offload == "optimizer" and self.zero_stage < 2:
-            raise ValueError(f"offloading the optimizer is planned for ZeRO stages 2 and 3, not {self.zero_stage}")
+            raise ValueError(
+                f"`plan` computes offloading of the optimizer for ZeRO stages 2 and 3 only, got {self.zero_stage}"
+            )
         if self.offload == "parameters" and self.zero_stage < 3:
             raise ValueError(f"offloading weights needs ZeRO stage 3, not {self.zero_stage}")
 

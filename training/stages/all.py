@@ -69,7 +69,7 @@ def train_all_side_by_side(
     encode_crops: int | None = None,
     options: Mapping[str, Sequence[str]] | None = None,
 ) -> None:
-    """Train as `train_all` does, in child processes as the plan says; results are equal but for rounding.
+    """Train as `train_all` does, in child processes as the plan says; only rounding and the dVAE's noise differ.
 
     Args:
         recipe: of all stages; children find it by its name.

@@ -67,7 +67,7 @@ def autoencoder_loss(model: DVAE, images: Tensor, *, noise: float = 0.0, noise_s
     return error + SCALE_FIT_WEIGHT * nll, {"psnr": psnr.mean(), "nll": nll.detach()}
 
 
-def _channels_last(batch: MicroBatch) -> Tensor:
+def _pictures_of(batch: MicroBatch) -> Tensor:
     """Return a batch's pictures in the memory layout in which convolutions are fastest; layers keep it."""
     return batch.tensors["images"].contiguous(memory_format=torch.channels_last)
 
@@ -109,7 +109,7 @@ class DVAEStage:
         If the batch is measured, the metrics also have codes_used, perplexity and hard_psnr, the PSNR of decoding the
         argmax tokens.
         """
-        images = _channels_last(batch)
+        images = _pictures_of(batch)
         generator = torch.Generator(images.device).manual_seed(batch.noise_seed)
         temperature, kl_weight = self.recipe.temperature.at(step), self.recipe.kl_weight.at(step)
         loss = dvae_loss(self.model, images, temperature=temperature, kl_weight=kl_weight, generator=generator)
@@ -171,7 +171,7 @@ class WarmupStage(DVAEStage):
     def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
         """Return the autoencoder's loss with the noise of this step, and its metrics."""
         noise = self.recipe.warmup_noise.at(step)
-        return autoencoder_loss(self.model, _channels_last(batch), noise=noise, noise_seed=batch.noise_seed)
+        return autoencoder_loss(self.model, _pictures_of(batch), noise=noise, noise_seed=batch.noise_seed)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: there are no tokens to reconstruct from yet."""

@@ -218,7 +218,7 @@ def train_transformer(
         "sampling": dataclasses.asdict(stage_recipe.sampling),
         **hashes,
     }
-    captions = _first_captions(program.validation or program.data, 8)
+    captions = _preview_captions(program.validation or program.data, 8)
     stage = TransformerStage(stage_recipe, model, text_bpe, image_coder, inputs.out / "dalle", captions, metadata)
     description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config), **hashes}
     sizes = model.n_parameters()
@@ -247,7 +247,7 @@ def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE) -> D
     return model
 
 
-def _first_captions(data: ShardData, count: int) -> list[str]:
+def _preview_captions(data: ShardData, count: int) -> list[str]:
     """Return a caption of each of the first samples whose captions can be read."""
     found: list[str] = []
     for i in range(len(data)):
