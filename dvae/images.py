@@ -21,20 +21,18 @@ from torch import Tensor
 logger = logging.getLogger(__name__)
 
 FORMATS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "BMP": (".bmp",),
-    "PPM": (".ppm", ".pgm"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
-    "JPEG2000": (".jp2",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
 }
 """Formats that are read, by Pillow's names, whatever a file is called, and their usual endings. Pillow reads more, but
 for EPS it starts Ghostscript, and most others are rare and little tested."""
-PICTURE_EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
-"""Files with these endings count as pictures."""
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused before they are decoded."""
 MIN_SIDE = 8

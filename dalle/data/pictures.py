@@ -7,14 +7,15 @@ A single picture that cannot be read is an error; in a folder or shard it is ski
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import TypeVar
 
 from PIL import Image
 
+from dalle.data.endings import is_picture
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData, usable_part
-from dvae.images import PICTURE_EXTENSIONS, open_image
+from dvae.images import open_image
 from storage.tar import DamagedTarError
 
 Item = TypeVar("Item")
@@ -32,7 +33,7 @@ def picture_files(folder: str | Path) -> list[Path]:
     files = []
     for parent, folders, names in os.walk(folder):
         folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if _is_picture(name)]
+        files += [Path(parent, name) for name in names if is_picture(name)]
     if not files:
         raise ValueError(f"no pictures in the folder {folder}: expected files like a.png, b.jpg or c.webp")
     return sorted(files)
@@ -116,11 +117,6 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
         yield batch
 
 
-def _is_picture(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")
-
-
 def _whole_index(shard: Path) -> ShardIndex:
     """Return the index of a tar file.
 
@@ -139,7 +135,7 @@ def _whole_index(shard: Path) -> ShardIndex:
 def _left_out(index: ShardIndex) -> list[str]:
     """Return the names of pictures that a shard has and its index leaves out, each with the reason."""
     ignored = "is a link, a sparse file, or leads out of a folder: expected a plain file"
-    reasons = [f"{name} {ignored}" for name in index.ignored_names if _is_picture(name)]
+    reasons = [f"{name} {ignored}" for name in index.ignored_names if is_picture(name)]
     has_image = index.has_image.tolist()
     reasons += [f"{name} is empty" for name, has in zip(index.image_names, has_image, strict=True) if name and not has]
     if index.n_duplicates:
