@@ -26,6 +26,12 @@ from dvae.images import (
     transformer_augmentation,
     unmap_pixels,
 )
+from dvae.remarks import REMARKS
+
+
+@pytest.fixture(autouse=True)
+def _no_remarks_of_other_tests() -> None:
+    REMARKS.log_totals()
 
 
 def encoded(image: Image.Image, kind: str = "PNG", **options: object) -> bytes:
@@ -62,8 +68,8 @@ def test_sixteen_bit_grey_keeps_its_tones(kind: str, caplog: pytest.LogCaptureFi
     grey = np.asarray(open_image(encoded(Image.fromarray(values), kind), "scan"))
     assert np.array_equal(grey[..., 0], np.rint(values / 257))
     assert np.array_equal(grey[..., 0], grey[..., 2])
-    assert [record.getMessage() for record in caplog.records if record.name == "dvae.images"] == [
-        "scan: its I;16 samples from 0 to 65535 are reduced to 8 bits"
+    assert [record.getMessage() for record in caplog.records if record.name.startswith("dvae.")] == [
+        "scan has I;16 samples from 0 to 65535, which are reduced to 8 bits"
     ]
 
 
@@ -122,6 +128,7 @@ def test_an_animation_gives_its_first_frame_and_says_so(caplog: pytest.LogCaptur
     red, blue = (Image.new("RGB", (16, 16), colour) for colour in ("red", "blue"))
     for kind in ("GIF", "PNG", "WEBP", "TIFF"):
         caplog.clear()
+        REMARKS.log_totals()  # and begin anew
         options = {"lossless": True} if kind == "WEBP" else {}
         data = encoded(red, kind, save_all=True, append_images=[blue, red], **options)
         assert open_image(data, "cat").getpixel((5, 5)) == (255, 0, 0)
@@ -151,7 +158,7 @@ def test_every_exif_orientation_is_turned_upright(orientation: int) -> None:
         assert np.array_equal(np.asarray(opened), np.asarray(upright))
 
 
-@pytest.mark.filterwarnings("ignore::UserWarning")
+@pytest.mark.filterwarnings("error")
 def test_unreadable_exif_does_not_refuse_a_picture() -> None:
     data = encoded(gradient(), "JPEG", exif=b"Exif\x00\x00" + b"MM\x00\x2a\xff\xff\xff\xff" + bytes(20))
     assert open_image(data).size == (32, 16)
@@ -223,7 +230,7 @@ def test_damaged_bytes_never_escape_as_another_error() -> None:
 
 
 @pytest.mark.parametrize(("width", "height"), [(20_000, 20_000), (12_000, 12_000), (MAX_PIXELS // 8 + 1, 8)])
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")
+@pytest.mark.filterwarnings("error")
 def test_a_huge_picture_is_refused_before_it_is_decoded(width: int, height: int) -> None:
     with pytest.raises(ValueError, match=r"big is too large \(.*expected at most 128 megapixels"):
         open_image(png_header(width, height), "big")
