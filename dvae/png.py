@@ -1,4 +1,4 @@
-"""Reads of PNG files what Pillow does not: beside large texts and profiles, transparent colours, our own sheets' mark.
+"""Reads what Pillow does not read of PNG files: those with large texts and profiles, and transparent colours.
 
 Source: Portable Network Graphics (PNG) Specification, third edition, 11.3.
 """
@@ -13,8 +13,6 @@ from PIL import Image
 from dvae.colour import MAX_PROFILE_BYTES
 from storage.tar import MAX_PICTURE_BYTES
 
-SHEET_SOFTWARE = "dalle contact sheet"
-"""The text "Software" of contact sheets, which are no pictures to search or to learn from."""
 _SIGNATURE = b"\x89PNG\r\n\x1a\n"
 _TEXTS = (b"tEXt", b"zTXt", b"iTXt")
 _ORIENTATION = (b"XML:com.adobe.xmp\0\0", b"Raw profile type exif\0")
@@ -87,12 +85,3 @@ def scale_transparent_colour(image: Image.Image) -> None:
             image.info["transparency"] = (colour & 15) * 17
         case "RGB;16B":
             image.info["transparency"] = tuple(sample >> 8 for sample in colour)
-
-
-def is_contact_sheet(file: Path) -> bool:
-    """Return whether a file is a contact sheet that this program drew; False if it cannot be read."""
-    try:
-        with file.open("rb") as opened:
-            return f"tEXtSoftware\0{SHEET_SOFTWARE}".encode() in opened.read(256)
-    except OSError:
-        return False
