@@ -73,6 +73,10 @@ def plain(mode: str = "RGB", value: object = ORANGE) -> Image.Image:
     return Image.new(mode, (16, 16), value)
 
 
+def png_chunk(kind: bytes, content: bytes) -> bytes:
+    return struct.pack(">I", len(content)) + kind + content + struct.pack(">I", zlib.crc32(kind + content))
+
+
 def colour_of(data: bytes, name: str = "cat") -> tuple[int, ...]:
     colours = np.asarray(open_image(data, name)).reshape(-1, 3)
     assert np.ptp(colours, axis=0).max() <= 2  # one colour, up to JPEG
@@ -171,9 +175,8 @@ def test_a_profile_that_cannot_be_used_is_told(
 
 
 def test_a_damaged_profile_chunk_is_told(caplog: pytest.LogCaptureFixture) -> None:
-    chunks = PngImagePlugin.PngInfo()
-    chunks.add(b"iCCP", b"x\0\0" + b"not compressed")
-    assert colour_of(encoded(plain(), pnginfo=chunks)) == ORANGE
+    data = encoded(plain())
+    assert colour_of(data[:33] + png_chunk(b"iCCP", b"x\0\0not compressed") + data[33:]) == ORANGE
     assert "cat has a colour profile that cannot be used (it is cut short)" in caplog.text
 
 
@@ -197,9 +200,8 @@ def test_a_png_with_a_large_text_is_read(how: str, zip: bool, from_file: bool, t
 
 def test_texts_after_the_pixels_and_many_of_them_are_no_hindrance() -> None:
     data, info = encoded(plain()), PngImagePlugin.PngInfo()
-    after = b"zTXtx\0\0" + zlib.compress(bytes(2_000_000))
-    chunk = struct.pack(">I", len(after) - 4) + after + struct.pack(">I", zlib.crc32(after))
-    assert colour_of(data[:-12] + chunk + data[-12:]) == ORANGE
+    after = png_chunk(b"zTXt", b"x\0\0" + zlib.compress(bytes(2_000_000)))
+    assert colour_of(data[:-12] + after + data[-12:]) == ORANGE
     for n in range(70):
         info.add_text(f"text {n}", "x" * 1_000_000, zip=True)
     assert colour_of(encoded(plain(), pnginfo=info)) == ORANGE
@@ -237,11 +239,7 @@ def test_a_transparent_grey_is_white_whatever_its_depth(depth: int) -> None:
         b"IDAT": zlib.compress((b"\0" + bits) * 16),
         b"IEND": b"",
     }
-    parts = [
-        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-        for kind, data in chunks.items()
-    ]
-    opened = open_image(b"\x89PNG\r\n\x1a\n" + b"".join(parts))
+    opened = open_image(b"\x89PNG\r\n\x1a\n" + b"".join(png_chunk(*chunk) for chunk in chunks.items()))
     assert (opened.getpixel((0, 0)), opened.getpixel((1, 0))) == ((255, 255, 255), (0, 0, 0))
 
 
@@ -277,10 +275,9 @@ def test_remarks_have_a_bound(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
 
 def test_large_pictures_and_odd_metadata_give_no_warning_of_pillows(tmp_path: Path) -> None:
     for name, side in (("large", 9_500), ("huge", 11_500)):  # Pillow's own bound is 89 megapixels
-        data = bytearray(encoded(plain("L", 9)))
-        data[16:33] = ihdr = struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0) + bytes(4)
-        data[29:33] = struct.pack(">I", zlib.crc32(b"IHDR" + ihdr[:13]))
-        (tmp_path / f"{name}.png").write_bytes(data)
+        data = encoded(plain("L", 9))
+        header = png_chunk(b"IHDR", struct.pack(">IIBBBBB", side, side, 8, 0, 0, 0, 0))
+        (tmp_path / f"{name}.png").write_bytes(data[:8] + header + data[33:])
     exif = b"Exif\x00\x00" + b"MM\x00\x2a\xff\xff\xff\xff" + bytes(20)
     plain().save(tmp_path / "odd.jpg", exif=exif)
     program = """
