@@ -10,6 +10,7 @@ Shapes: H, W height and width in pixels. Random choices take a numpy Generator, 
 import io
 import logging
 import struct
+import warnings
 import zlib
 from pathlib import Path
 
@@ -18,23 +19,23 @@ import torch
 from PIL import Image, UnidentifiedImageError
 from torch import Tensor
 
-logger = logging.getLogger(__name__)
+from dvae.colour import as_srgb
+from dvae.png import lean_png, scale_transparent_colour
+from dvae.remarks import REMARKS
 
 FORMATS = {
-    "PNG": (".png",),
-    "JPEG": (".jpg", ".jpeg"),
+    "PNG": (".png", ".apng"),
+    "JPEG": (".jpg", ".jpeg", ".jpe", ".jfif", ".jfi", ".jif", ".pjpeg", ".pjp", ".mpo"),
     "WEBP": (".webp",),
     "GIF": (".gif",),
     "TIFF": (".tif", ".tiff"),
     "BMP": (".bmp",),
-    "PPM": (".ppm", ".pgm"),
+    "PPM": (".ppm", ".pgm", ".pbm", ".pnm"),
     "AVIF": (".avif",),
-    "JPEG2000": (".jp2",),
+    "JPEG2000": (".jp2", ".j2k", ".jpx"),
 }
 """Formats that are read, by Pillow's names, whatever a file is called, and their usual endings. Pillow reads more, but
 for EPS it starts Ghostscript, and most others are rare and little tested."""
-PICTURE_EXTENSIONS = frozenset(extension for extensions in FORMATS.values() for extension in extensions)
-"""Files with these endings count as pictures."""
 MAX_PIXELS = 128_000_000
 """Larger pictures are refused before they are decoded."""
 MIN_SIDE = 8
@@ -53,8 +54,15 @@ _DECODER_ERRORS = (
     OverflowError,
     struct.error,
     zlib.error,
+    Warning,
 )
-"""Errors of Pillow's decoders on damaged files."""
+"""Errors of Pillow's decoders on damaged files; a warning is one where the user makes errors of them."""
+
+# Pillow's own bound and its remarks on metadata would come as warnings with paths and source lines, several for a
+# picture: what is lost is told in our words
+Image.MAX_IMAGE_PIXELS = MAX_PIXELS
+for _category in (Image.DecompressionBombWarning, UserWarning):
+    warnings.filterwarnings("ignore", category=_category, module=r"PIL\.")
 
 _EXIF_ORIENTATION = 0x0112
 _UPRIGHT = {
@@ -72,8 +80,8 @@ _UPRIGHT = {
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Read a picture of one of the FORMATS as 8-bit RGB.
 
-    Transparency is composited onto white, EXIF orientation applied, greyscale of more than 8 bits scaled by its range,
-    and only the first frame of an animation read; losses are logged.
+    A colour profile is converted to sRGB, transparency composited onto white, EXIF orientation applied, greyscale of
+    more than 8 bits scaled by its range, and only the first frame of an animation read. Losses are remarked on.
 
     Args:
         source: a file, or the contents of one.
@@ -101,12 +109,8 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     if is_empty:
         raise ValueError(f"{name} is empty (0 bytes): expected a picture; copy or download it again")
     try:
-        file = io.BytesIO(source) if isinstance(source, bytes) else source
-        with Image.open(file, formats=tuple(FORMATS)) as image:
-            _require_size(image, name)
-            image.load()
-            return _as_rgb(image, name)
-    except Image.DecompressionBombError as error:
+        return _decoded(source, name)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise ValueError(
             f"{name} is too large ({error}): expected at most {_MEGAPIXELS}; make it smaller first"
         ) from error
@@ -120,6 +124,29 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system's, not the decoder's
         raise ValueError(f"{name} is damaged ({error}): expected a whole picture; copy or download it again") from error
+
+
+def _decoded(source: Path | bytes, name: str) -> Image.Image:
+    try:
+        return _read(source, name)
+    except _DECODER_ERRORS:
+        # for a large text or profile Pillow refuses the whole picture
+        lean = lean_png(source)
+        if lean is None:
+            raise
+    return _read(lean.data, name, lean.profile)
+
+
+def _read(source: Path | bytes, name: str, profile: bytes | None = None) -> Image.Image:
+    """Read a picture with Pillow; a colour profile that is given counts as its own."""
+    file = io.BytesIO(source) if isinstance(source, bytes) else source
+    with Image.open(file, formats=tuple(FORMATS)) as image:
+        _require_size(image, name)
+        scale_transparent_colour(image)
+        if profile is not None:
+            image.info["icc_profile"] = profile
+        image.load()
+        return _as_rgb(image, name)
 
 
 class _RefusedError(Exception):
@@ -147,49 +174,28 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
     n_frames = getattr(image, "n_frames", 1)
     # a camera's MPO holds one picture and its previews
     if n_frames > 1 and image.format != "MPO":
-        logger.warning("%s is animated or has pages: only the first of its %d frames is used", name, n_frames)
+        REMARKS.add(
+            name,
+            f"is animated or has pages: only the first of its {n_frames} frames is used",
+            "are animated or have pages: only the first frame of each is used",
+            logging.WARNING,
+        )
         image.seek(0)
     upright = _UPRIGHT.get(_orientation(image, name))
-    if image.mode.startswith("I") or image.mode == "F":
-        rgb = _eight_bits(image, name).convert("RGB")
-    elif image.has_transparency_data:
-        rgb = _on_white(image)
-    else:
-        rgb = image.convert("RGB")
-    if upright is not None:
-        return rgb.transpose(upright)
-    return rgb.copy() if rgb is image else rgb
+    rgb = as_srgb(image, name)
+    return rgb if upright is None else rgb.transpose(upright)
 
 
 def _orientation(image: Image.Image, name: str) -> int:
     try:
         value = image.getexif().get(_EXIF_ORIENTATION, 1)
     except _DECODER_ERRORS as error:
-        logger.info("%s: its EXIF data cannot be read (%s), so it is taken to be upright", name, error)
+        kind = "EXIF data that cannot be read"
+        REMARKS.add(
+            name, f"has {kind} ({error}): it is taken to be upright", f"have {kind}: they are taken to be upright"
+        )
         return 1
     return value if isinstance(value, int) else 1
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    # Pillow converts premultiplied alpha only to its own straight form
-    straight = {"La": "LA", "RGBa": "RGBA"}.get(image.mode)
-    rgba = (image.convert(straight) if straight else image).convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
-
-
-def _eight_bits(image: Image.Image, name: str) -> Image.Image:
-    """Scale greyscale of 16 or 32 bits or floats to 8 bits; Pillow's own conversion would clip at 255.
-
-    16-bit and integer samples range from 0 to 65535; floats to 1, 255 or 65535, the first that holds them. Any others
-    are stretched from their minimum to their maximum.
-    """
-    values = np.nan_to_num(np.asarray(image, dtype=np.float64), posinf=0.0, neginf=0.0)
-    low, high = float(values.min()), float(values.max())
-    ceilings = (1.0, 255.0, 65535.0) if image.mode == "F" else (65535.0,)
-    ceiling = next((c for c in ceilings if low >= 0 and high <= c), None)
-    start, span = (0.0, ceiling) if ceiling is not None else (low, (high - low) or 1.0)
-    logger.info("%s: its %s samples from %g to %g are reduced to 8 bits", name, image.mode, low, high)
-    return Image.fromarray(np.rint((values - start) * (255.0 / span)).astype(np.uint8))
 
 
 def to_tensor(image: Image.Image) -> Tensor:

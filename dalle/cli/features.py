@@ -8,8 +8,16 @@ Letters: N pictures  E features
 
 import json
 import logging
-from collections.abc import Callable, Mapping
+import math
+import os
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from types import FrameType
 from typing import NamedTuple
 
 import torch
@@ -30,6 +38,8 @@ VIEW = "bicubic square"
 """Version of CLIP's preprocessing, `clip_view`; cached features of another version are recomputed."""
 EMBEDDING_BATCH = 32
 """Pictures embedded at once."""
+KEEP_EVERY_S = 120.0
+"""Seconds after which what was embedded is kept, though more is to be embedded."""
 
 
 class Entry(NamedTuple):
@@ -52,19 +62,29 @@ class FolderFeatures(NamedTuple):
     """Unit vectors, float32 (N, E), on the CPU."""
     unreadable: list[str]
     """Why each of the others could not be read."""
+    left_out: Counter[str]
+    """Numbers of other files that are not read, by reason."""
     n_embedded: int
     """How many were embedded now rather than read from the cache."""
 
 
 def folder_features(
-    clip: CLIP, clip_hash: str, folder: str | Path, *, progress: Callable[[float, int], None] | None = None
+    clip: CLIP,
+    clip_hash: str,
+    folder: str | Path,
+    *,
+    follow_links: bool = False,
+    progress: Callable[[float, int], None] | None = None,
 ) -> FolderFeatures:
     """Embed the pictures of a folder, using and updating the features kept in it.
+
+    They are kept every few minutes, and when Ctrl-C or SIGTERM ends the work: the next call continues it.
 
     Args:
         clip: the model.
         clip_hash: the hash of its directory, which names the file: features of two models are never mixed.
         folder: searched with the folders in it.
+        follow_links: read links to pictures and to folders, too.
         progress: called with (pictures embedded, pictures to embed).
 
     Raises:
@@ -72,32 +92,74 @@ def folder_features(
         ValueError: no picture in it can be read.
     """
     folder = Path(folder)
-    files = {str(file.relative_to(folder)): file for file in picture_files(folder)}
+    found = picture_files(folder, follow_links=follow_links)
     kept_at = feature_file(folder, clip_hash)
     known = _read(kept_at, clip.config.embed_dim)
-    entries = {name: entry for name, entry in known.items() if name in files and _is_current(entry, files[name])}
+    names = {file: str(file.relative_to(folder)) for file in found.files}
+    entries = {name: known[name] for file, name in names.items() if name in known and _is_current(known[name], file)}
     n_known = len(entries)
-    unseen = [name for name in files if name not in entries]
+    unseen = found.without_sheets([file for file, name in names.items() if name not in entries])
     unreadable: list[str] = []
-    try:
-        for start in range(0, len(unseen), EMBEDDING_BATCH):
-            batch = {name: files[name] for name in unseen[start : start + EMBEDDING_BATCH]}
-            entries |= _embed(clip, batch, unreadable)
-            if progress is not None:
-                progress(start + len(batch), len(unseen))
-    finally:
-        # also when interrupted: what was embedded is not embedded again
-        if len(entries) > n_known or n_known < len(known):
-            _write(kept_at, entries)
+    n_done, next_time, is_kept = 0, time.monotonic() + KEEP_EVERY_S, len(known) == n_known
+    with _sigterm_raises():
+        try:
+            for start in range(0, len(unseen), EMBEDDING_BATCH):
+                batch = {names[file]: file for file in unseen[start : start + EMBEDDING_BATCH]}
+                embedded = _embed(clip, batch, unreadable)
+                entries |= embedded
+                is_kept = is_kept and not embedded
+                n_done = start + len(batch)
+                if progress is not None:
+                    progress(n_done, len(unseen))
+                if not is_kept and time.monotonic() >= next_time:
+                    began = time.monotonic()
+                    is_kept = _write(kept_at, entries)
+                    # a folder that cannot be written to is tried once more, at the end
+                    pause = max(KEEP_EVERY_S, 20 * (time.monotonic() - began)) if is_kept else math.inf
+                    next_time = time.monotonic() + pause
+        finally:
+            if not is_kept:
+                is_kept = _write(kept_at, entries)
+            if n_done < len(unseen) and is_kept:
+                logger.info("%d of %d pictures are embedded and kept: the next search continues", n_done, len(unseen))
     if not entries:
-        raise ValueError(f"none of the {len(files)} pictures in {folder} can be read; the first: {unreadable[0]}")
-    found = [name for name in files if name in entries]
+        if not unreadable:
+            raise found.no_pictures(folder)
+        raise ValueError(f"none of the {len(unseen)} pictures in {folder} can be read; the first: {unreadable[0]}")
+    files = [file for file, name in names.items() if name in entries]
     return FolderFeatures(
-        files=[files[name] for name in found],
-        features=torch.stack([entries[name].feature for name in found]),
+        files=files,
+        features=torch.stack([entries[names[file]].feature for file in files]),
         unreadable=unreadable,
+        left_out=found.left_out,
         n_embedded=len(entries) - n_known,
     )
+
+
+class _Terminated(BaseException):
+    """Tells that SIGTERM came."""
+
+
+@contextmanager
+def _sigterm_raises() -> Iterator[None]:
+    """Let SIGTERM raise in the block, and end the process after it; only where nothing else handles it."""
+    is_main = threading.current_thread() is threading.main_thread()
+    if not is_main or signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL:
+        yield
+        return
+
+    def stop(_number: int, _frame: FrameType | None) -> None:
+        raise _Terminated
+
+    signal.signal(signal.SIGTERM, stop)
+    try:
+        yield
+    except _Terminated:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        os.kill(os.getpid(), signal.SIGTERM)
+        raise
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
 
 
 def feature_file(folder: Path, clip_hash: str) -> Path:
@@ -157,8 +219,8 @@ def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
         return {}
 
 
-def _write(path: Path, entries: Mapping[str, Entry]) -> None:
-    """Write the entries; if the folder is not writable, only warn."""
+def _write(path: Path, entries: Mapping[str, Entry]) -> bool:
+    """Write the entries, and return whether that worked; if the folder is not writable, only warn."""
     pictures = [[name, entry.size, entry.changed_ns] for name, entry in entries.items()]
     features_NE = torch.stack([entry.feature for entry in entries.values()]) if entries else torch.empty(0, 0)
     metadata = {"pictures": json.dumps(pictures), "view": VIEW}
@@ -166,6 +228,9 @@ def _write(path: Path, entries: Mapping[str, Entry]) -> None:
         replace_file(path, lambda partial: save_file({"features": features_NE}, partial, metadata=metadata))
     except (SafetensorError, OSError) as error:
         logger.warning(
-            "the features could not be kept beside the pictures (%s): the next search computes them again",
+            "the features could not be kept beside the pictures, in %s (%s): the next search computes them again",
+            path,
             error,
         )
+        return False
+    return True

@@ -15,14 +15,16 @@ from dalle.cli.options import (
     Bundle,
     Caption,
     Device,
+    Flag,
     JSONLines,
     OwnCLIP,
     PictureSources,
     check_writable,
 )
-from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, thumbnail, write_ranking
+from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, tell_left_out, thumbnail, write_ranking
 from dalle.cli.terminal import warn_of_skipped
 from dalle.data.pictures import Pictures, in_batches
+from dvae.remarks import REMARKS
 from rerank.pixels import clip_view
 from rerank.score import embed_captions, embed_images
 
@@ -38,12 +40,14 @@ class Rank:
     as_json: JSONLines = False
     out: Annotated[Path | None, tyro.conf.arg(metavar="DIR", help_behavior_hint="(default: no sheet)")] = None
     """Folder for a contact sheet of the best."""
+    follow_links: Flag = False
+    """Read links to pictures and to folders that lie in folders, too."""
     device: Device = "auto"
 
     def run(self) -> None:
         """Print the pictures with their scores."""
         check_caption(self.caption)
-        pictures = Pictures(self.pictures)
+        pictures = Pictures(self.pictures, follow_links=self.follow_links)
         if self.out is not None:
             check_writable(self.out)
         clip = load_clip(self.clip, self.bundle, self.device)
@@ -59,7 +63,9 @@ class Rank:
                 ranking.append((score, name))
                 shown.append((score, name, image))
             shown = sorted(shown, key=lambda entry: -entry[0])[:SHEET_PICTURES]
+        tell_left_out(pictures.left_out)
         warn_of_skipped(pictures.skipped)
+        REMARKS.log_totals()
         print_ranking(sorted(ranking, key=lambda entry: -entry[0]), as_json=self.as_json)
         if self.out is not None:
             write_ranking(self.caption, shown, self.out)

@@ -1,7 +1,8 @@
-"""What `dalle rank` and `dalle search` share: CLIP, the list on stdout, and the contact sheet."""
+"""What `dalle rank`, `search` and `reconstruct` share: CLIP, what is told of pictures, and the contact sheet."""
 
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,6 +11,7 @@ from PIL import Image
 from dalle.cli.command import resolve_device
 from dalle.cli.terminal import print_table
 from dalle.data.bundle import bundle_part
+from dalle.data.pictures import SHEET, in_words
 from dalle.output.sheets import MAX_CELL, Section, contact_sheet, save_png, slug
 from rerank import CLIP
 
@@ -31,6 +33,15 @@ def thumbnail(image: Image.Image) -> Image.Image:
     return small
 
 
+def tell_left_out(left_out: Counter[str]) -> None:
+    """Log how many files of folders were not read, by reason; own sheets only as a note."""
+    sheets = Counter({SHEET: left_out[SHEET]})
+    if reasons := in_words(left_out - sheets):
+        logger.warning("left out of the folders: %s", reasons)
+    if reasons := in_words(sheets):
+        logger.info("left out of the folders: %s", reasons)
+
+
 def print_ranking(ranking: Sequence[tuple[float, str]], *, as_json: bool) -> None:
     """Print scores and names of pictures."""
     if as_json:
@@ -41,7 +52,10 @@ def print_ranking(ranking: Sequence[tuple[float, str]], *, as_json: bool) -> Non
 
 
 def write_ranking(caption: str, pictures: Sequence[tuple[float, str, Image.Image]], out: Path) -> None:
-    """Write a contact sheet named for the caption, with (score, name, picture) in the given order."""
+    """Write a contact sheet named for the caption, with (score, name, picture) in the given order; none for none."""
+    if not pictures:
+        logger.warning("no sheet was written: none of the pictures can be read any more")
+        return
     images = [image for _, _, image in pictures]
     labels = [f"{score:.3f}  {Path(name).name}" for score, name, _ in pictures]
     path = out / f"{slug(caption)}.png"

@@ -10,13 +10,16 @@ from typing import Annotated
 import tyro
 
 from dalle.cli.command import resolve_device
-from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, OwnDVAE, PictureSources, check_writable
+from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag, OwnDVAE, PictureSources, check_writable
+from dalle.cli.ranking import tell_left_out
 from dalle.cli.terminal import print_table, warn_of_skipped
 from dalle.data.bundle import bundle_part
 from dalle.data.pictures import Pictures
 from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.output.sheets import save_png, side_by_side
+from dalle.output.text import printable
 from dvae import DVAE
+from dvae.remarks import REMARKS
 from storage.atomic import replace_text
 from storage.model_directory import directory_hash
 
@@ -36,13 +39,15 @@ class Reconstruct:
     """Pictures on the side-by-side sheet at most; all are measured."""
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/reconstructions")
     """Folder for reconstructions.png and metrics.json."""
+    follow_links: Flag = False
+    """Read links to pictures and to folders that lie in folders, too."""
     device: Device = "auto"
 
     def run(self) -> None:
         """Print the table, and write the sheet and the numbers."""
         if self.sheet_limit < 1:
             raise ValueError(f"--sheet-limit is {self.sheet_limit}; it must be at least 1")
-        pictures = Pictures(self.pictures)
+        pictures = Pictures(self.pictures, follow_links=self.follow_links)
         check_writable(self.out)
         path = self.dvae if self.dvae is not None else bundle_part(self.bundle, "dvae")
         dvae = DVAE.load(path).to(resolve_device(self.device))
@@ -53,7 +58,9 @@ class Reconstruct:
             measures.append((one.name, one.measures))
             if len(shown) < self.sheet_limit:
                 shown.append(one)
+        tell_left_out(pictures.left_out)
         warn_of_skipped(pictures.skipped)
+        REMARKS.log_totals()
         means = mean([row for _, row in measures])
         print_table(HEADS, [_measure_row(name, row) for name, row in [*measures, ("mean", means)]])
         sheet = side_by_side(
@@ -68,9 +75,11 @@ class Reconstruct:
             "mean": _finite(means),
             "pictures": [{"name": name, **_finite(row)} for name, row in measures],
             "skipped": pictures.skipped,
+            "left_out": +pictures.left_out,
         }
         replace_text(self.out / "metrics.json", json.dumps(report, indent=2))
-        print(f"{len(measures)} pictures measured: see reconstructions.png and metrics.json in {self.out}")
+        measured = "1 picture" if len(measures) == 1 else f"{len(measures):,} pictures"
+        print(f"{measured} measured: see reconstructions.png and metrics.json in {printable(str(self.out))}")
 
 
 def _measure_row(name: str, measures: Measures) -> list[str]:

@@ -6,14 +6,16 @@ from pathlib import Path
 from typing import Annotated
 
 import tyro
+from PIL import Image
 
 from dalle.best_of_n import check_caption
 from dalle.cli.features import folder_features
-from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Caption, Device, JSONLines, OwnCLIP, check_writable
-from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, thumbnail, write_ranking
+from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Caption, Device, Flag, JSONLines, OwnCLIP, check_writable
+from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, tell_left_out, thumbnail, write_ranking
 from dalle.cli.terminal import warn_of_skipped
 from dalle.output.progress import progress_bar
 from dvae.images import open_image
+from dvae.remarks import REMARKS
 from rerank.score import embed_captions
 from storage.model_directory import directory_hash
 
@@ -34,6 +36,8 @@ class Search:
     as_json: JSONLines = False
     out: Annotated[Path, tyro.conf.arg(metavar="DIR")] = Path("runs/search")
     """Folder for a contact sheet, named for the caption."""
+    follow_links: Flag = False
+    """Read links to pictures and to folders, too."""
     device: Device = "auto"
 
     def run(self) -> None:
@@ -45,13 +49,21 @@ class Search:
         clip = load_clip(self.clip, self.bundle, self.device)
         clip_hash = directory_hash(self.clip or self.bundle / "clip")
         with progress_bar("pictures") as progress:
-            found = folder_features(clip, clip_hash, self.folder, progress=progress)
+            found = folder_features(clip, clip_hash, self.folder, follow_links=self.follow_links, progress=progress)
+        tell_left_out(found.left_out)
         warn_of_skipped(found.unreadable)
-        logger.info("%d pictures, %d of them new or changed", len(found.files), found.n_embedded)
+        pictures = "1 picture" if len(found.files) == 1 else f"{len(found.files)} pictures"
+        logger.info("%s, %d of them new or changed", pictures, found.n_embedded)
         caption_E = embed_captions(clip, [self.caption])[0].cpu()
         scores_N, order_N = (found.features @ caption_E).sort(descending=True, stable=True)
         files = [found.files[i] for i in order_N[: self.top].tolist()]
         ranking = list(zip(scores_N.tolist(), map(str, files), strict=False))
         print_ranking(ranking, as_json=self.as_json)
-        shown = [(score, name, thumbnail(open_image(Path(name)))) for score, name in ranking[:SHEET_PICTURES]]
+        shown: list[tuple[float, str, Image.Image]] = []
+        for score, name in ranking[:SHEET_PICTURES]:
+            try:
+                shown.append((score, name, thumbnail(open_image(Path(name)))))
+            except (ValueError, OSError) as error:  # it has changed since it was embedded
+                logger.warning("left out of the sheet: %s", error)
+        REMARKS.log_totals()
         write_ranking(self.caption, shown, self.out)

@@ -4,7 +4,7 @@ import logging
 import sys
 from collections.abc import Sequence
 
-from dalle.output.text import aligned, printable_line
+from dalle.output.text import aligned, printable, printable_line
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -52,7 +52,8 @@ def set_up_logging() -> None:
 
 def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     """Print columns: numbers to the right, and the last column, which is a name, to the left."""
-    print(aligned([heads, *rows], ">" * (len(heads) - 1) + "<"))
+    cells = [[printable(cell).replace("\n", "\\n") for cell in row] for row in rows]
+    print(aligned([heads, *cells], ">" * (len(heads) - 1) + "<"))
 
 
 def warn_of_skipped(reasons: Sequence[str]) -> None:

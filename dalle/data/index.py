@@ -20,13 +20,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle.data.endings import READ_ENDINGS
 from dalle.data.image_tokens import TOKENS_FIELD, Description, description_in
-from dvae.images import PICTURE_EXTENSIONS
 from storage.tar import Member, whole_members
 
 IMAGE, TEXT, JSON = 0, 1, 2
 """Kinds of members, in the order of places and checksums: a picture or its tokens, a caption, a JSON member."""
-IMAGE_FIELDS = (*sorted(extension[1:] for extension in PICTURE_EXTENSIONS), "img")
+IMAGE_FIELDS = (*sorted(ending[1:] for ending in READ_ENDINGS), "img")
 TEXT_FIELDS = ("txt", "cap", "text", "caption")
 MAX_TEXT_BYTES = 16 << 20
 """Larger members are not read as captions."""

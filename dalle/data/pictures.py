@@ -5,37 +5,103 @@ A single picture that cannot be read is an error; in a folder or shard it is ski
 """
 
 import os
+import re
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
-from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
+from dalle.data.endings import ending_of, is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData, usable_part
-from dvae.images import PICTURE_EXTENSIONS, open_image
+from dvae.images import open_image
+from storage.drawn import is_sheet
 from storage.tar import DamagedTarError
 
 Item = TypeVar("Item")
+_SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
+"""Names of shards, also of compressed ones, which are refused in words."""
+LINK = "link: --follow-links reads it"
+SHEET = "sheet that this program drew"
 
 
-def picture_files(folder: str | Path) -> list[Path]:
-    """Return all pictures in a folder and the folders in it, sorted; hidden files and folders are left out.
+class FolderPictures(NamedTuple):
+    """The pictures of a folder and the folders in it, judged by their names."""
+
+    files: list[Path]
+    """Sorted; hidden files and folders are left out."""
+    left_out: Counter[str]
+    """Numbers of other files and folders left out, by reason."""
+
+    def without_sheets(self, files: Sequence[Path]) -> list[Path]:
+        """Return those of the files that are no sheets of this program, and count the others as left out."""
+        # anything but a plain file, such as a pipe, could block
+        kept = [file for file in files if not (ending_of(file) == ".png" and file.is_file() and is_sheet(file))]
+        self.left_out.update({SHEET: len(files) - len(kept)})
+        return kept
+
+    def no_pictures(self, folder: Path) -> ValueError:
+        """Return the error for a folder that holds none."""
+        reasons = in_words(self.left_out)
+        left_out = f"; left out: {reasons}" if reasons else ""
+        return ValueError(f"no pictures in the folder {folder}: expected files like a.png, b.jpg or c.webp{left_out}")
+
+
+def picture_files(folder: str | Path, *, follow_links: bool = False) -> FolderPictures:
+    """Return all pictures in a folder and the folders in it.
+
+    Args:
+        folder: the folder; it may be a link itself.
+        follow_links: read links to files and to folders too, each folder once.
 
     Raises:
         FileNotFoundError: there is no such folder.
-        ValueError: it holds no picture, judged by the names.
+        ValueError: it holds no picture.
+        OSError: it cannot be read.
     """
-    if not Path(folder).is_dir():
+    folder = Path(folder)
+    if not folder.is_dir():
         raise FileNotFoundError(f"no folder {folder}: give a folder with pictures")
-    files = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        files += [Path(parent, name) for name in names if _is_picture(name)]
-    if not files:
-        raise ValueError(f"no pictures in the folder {folder}: expected files like a.png, b.jpg or c.webp")
-    return sorted(files)
+    found = FolderPictures([], Counter())
+    entered = {folder.resolve()}
+
+    def refused(error: OSError) -> None:
+        if Path(error.filename) == folder:
+            raise error
+        found.left_out[f"unreadable folder ({error.strerror})"] += 1
+
+    def is_to_enter(path: Path) -> bool:
+        if path.name.startswith("."):
+            return False
+        if path.is_symlink() and not follow_links:
+            found.left_out[LINK] += 1
+            return False
+        # links may lead in circles
+        place = path.resolve() if follow_links else path
+        is_new = place not in entered
+        entered.add(place)
+        return is_new
+
+    for parent, folders, names in os.walk(folder, onerror=refused, followlinks=follow_links):
+        folders[:] = [name for name in sorted(folders) if is_to_enter(Path(parent, name))]
+        for file in (Path(parent, name) for name in names):
+            reason = not_read(file) or (LINK if is_picture(file) and file.is_symlink() and not follow_links else None)
+            if reason is not None:
+                found.left_out[reason] += 1
+            elif is_picture(file):
+                found.files.append(file)
+    if not found.files:
+        raise found.no_pictures(folder)
+    found.files.sort()
+    return found
+
+
+def in_words(left_out: Counter[str]) -> str:
+    """Return numbers of files left out with their reasons, the largest first; empty if there are none."""
+    return "; ".join(f"{count:,} × {reason}" for reason, count in left_out.most_common() if count)
 
 
 class Pictures:
@@ -43,21 +109,29 @@ class Pictures:
 
     Args:
         sources: picture files, folders, and tar files with pictures in them.
+        follow_links: read links in folders too; a link that is a source itself is always read.
 
     Raises:
         FileNotFoundError: a source does not exist.
         ValueError: no sources, or a folder without pictures.
     """
 
-    def __init__(self, sources: Sequence[str | Path]) -> None:
+    def __init__(self, sources: Sequence[str | Path], *, follow_links: bool = False) -> None:
         if not sources:
             raise ValueError("no pictures: give picture files, folders or shards (.tar)")
         self.skipped: list[str] = []
         """A reason for each picture of a folder or shard that could not be read."""
+        self.left_out: Counter[str] = Counter()
+        """Numbers of other files in folders that are not read, by reason."""
         self._files: list[tuple[Path, bool]] = []
         for source in map(Path, sources):
             if source.is_dir():
-                self._files += [(path, False) for path in picture_files(source)]
+                found = picture_files(source, follow_links=follow_links)
+                files = found.without_sheets(found.files)
+                if not files:
+                    raise found.no_pictures(source)
+                self._files += [(file, False) for file in files]
+                self.left_out += found.left_out
             elif source.is_file():
                 self._files.append((source, True))
             else:
@@ -79,7 +153,7 @@ class Pictures:
 
     def _readable(self) -> Iterator[tuple[str, Image.Image]]:
         for path, is_named in self._files:
-            if path.suffix.lower() == ".tar":
+            if _SHARD.search(path.name):
                 yield from self._in_shard(path)
             elif is_named:
                 yield str(path), open_image(path)
@@ -97,6 +171,8 @@ class Pictures:
         part, report = usable_part(index, captions=False)
         if not part.keys and not left_out:
             raise ValueError(f"no pictures in the shard {shard}: expected members like 000.jpg or 000.png")
+        if n_without := sum(not name for name in index.image_names):
+            left_out.append(f"… {n_without:,} samples without a picture of a format that is read")
         self.skipped += [f"{shard.name}/{reason}" for reason in left_out]
         data = ShardData([part], report, captions=False)
         for i, member in enumerate(data.names):
@@ -114,11 +190,6 @@ def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
     iterator = iter(items)
     while batch := list(islice(iterator, size)):
         yield batch
-
-
-def _is_picture(name: str) -> bool:
-    path = PurePosixPath(name)
-    return path.suffix.lower() in PICTURE_EXTENSIONS and not path.name.startswith(".")
 
 
 def _whole_index(shard: Path) -> ShardIndex:
@@ -139,7 +210,7 @@ def _whole_index(shard: Path) -> ShardIndex:
 def _left_out(index: ShardIndex) -> list[str]:
     """Return the names of pictures that a shard has and its index leaves out, each with the reason."""
     ignored = "is a link, a sparse file, or leads out of a folder: expected a plain file"
-    reasons = [f"{name} {ignored}" for name in index.ignored_names if _is_picture(name)]
+    reasons = [f"{name} {ignored}" for name in index.ignored_names if is_picture(name)]
     has_image = index.has_image.tolist()
     reasons += [f"{name} is empty" for name, has in zip(index.image_names, has_image, strict=True) if name and not has]
     if index.n_duplicates:

@@ -16,6 +16,7 @@ from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
 from storage.atomic import replace_file
+from storage.drawn import MARK
 
 MIN_CELL, MAX_CELL = 128, 256
 """Side in pixels of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
@@ -28,6 +29,8 @@ MAX_LABEL_LINES, MAX_HEADING_LINES = 4, 3
 MAX_DRAWN_CHARACTERS = 600
 ELLIPSIS = "..."
 BACKGROUND, INK, FAINT_INK = "#ffffff", "#1a1a1a", "#5c5c5c"
+
+_SHEET = "sheet"  # in the info of a sheet, for `save_png`
 
 HASH_DIGITS = 8
 MIN_SLUG_LENGTH = HASH_DIGITS + 4
@@ -89,7 +92,7 @@ def side_by_side(
 
 
 def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str] | None = None) -> None:
-    """Write a PNG with text chunks, whole or not at all.
+    """Write a PNG with text chunks, whole or not at all; a sheet also has the mark of sheets.
 
     Args:
         image: the picture.
@@ -101,6 +104,8 @@ def save_png(image: Image.Image, path: str | Path, metadata: Mapping[str, str] |
         OSError: the file cannot be written.
     """
     chunks = PngInfo()
+    if _SHEET in image.info:
+        chunks.add(MARK, b"")
     for keyword, text in (metadata or {}).items():
         if not (0 < len(keyword) < 80 and keyword.isascii() and keyword.isprintable()):
             raise ValueError(f"{keyword!r} cannot be a PNG keyword: expected 1 to 79 printable ASCII characters")
@@ -160,6 +165,7 @@ def _sheet(
         blocks.insert(0, _text_block(title, width, size=TITLE_SIZE, max_lines=MAX_HEADING_LINES))
     height = 2 * MARGIN + sum(block.height for block in blocks) + GAP * (len(blocks) - 1)
     sheet = Image.new("RGB", (width, height), BACKGROUND)
+    sheet.info[_SHEET] = True
     top = MARGIN
     for block in blocks:
         sheet.paste(block, (0, top))

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dvae.images import PICTURE_EXTENSIONS
+from dalle.data.endings import is_picture
 
 IMAGE_COLUMNS = (
     *("image", "file", "filepath", "path", "image_path", "file_name"),
@@ -95,7 +95,7 @@ def _list_folder(folder: Path) -> list[SourcePicture]:
                 pictures.append(SourcePicture(name=str(linked.relative_to(folder)), skip="link to a folder"))
         folders[:] = sorted(name for name in folders if not name.startswith("."))
         for name in sorted(files):
-            if name.startswith(".") or Path(name).suffix.lower() not in PICTURE_EXTENSIONS:
+            if not is_picture(name):
                 continue
             path = Path(parent, name)
             relative = path.relative_to(folder).as_posix()
