@@ -22,9 +22,10 @@ import training.ranks.news
 import training.ranks.processes
 import training.ranks.ranks
 import training.ranks.watch
+from storage.process import Process
 from training.engine.checkpoints import latest_tag
 from training.ranks.news import RankPosition, ranks_behind
-from training.ranks.processes import Member, Process, launchers, this_process
+from training.ranks.processes import Member, launchers, this_member
 from training.ranks.stop import StopSignals
 from training.ranks.watch import RankLostError, Watch
 
@@ -87,7 +88,7 @@ def _started(pid: int) -> int:
 
 
 def test_a_rank_is_introduced_to_the_others_as_text() -> None:
-    member = this_process(3)
+    member = this_member(3)
     assert Member.from_json(member.to_json()) == member
     assert str(member) == f"rank 3 (host {member.host}, process {os.getpid()})"
     assert not member.process.is_gone()
@@ -180,7 +181,7 @@ def test_a_lost_rank_is_named_with_the_checkpoint_to_resume_from(
 ) -> None:
     monkeypatch.setattr(training.ranks.watch, "GRACE_S", 0.1)
     child, process = sleeper()
-    here = this_process(0)
+    here = this_member(0)
     watch = Watch([here, dataclasses.replace(here, rank=1, process=process)])
     (tmp_path / "checkpoints" / "step00000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step00000004")
@@ -224,7 +225,7 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
     for name, seconds in (("POLL_S", 0.05), ("HEARTBEAT_S", 0.2), ("MAX_SILENCE_S", 0.5)):
         monkeypatch.setattr(training.ranks.watch, name, seconds)
         monkeypatch.setattr(training.ranks.news, name, seconds)
-    here = this_process(0)
+    here = this_member(0)
     store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
     watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
     watch.start()
@@ -287,7 +288,7 @@ def test_a_disk_that_hangs_does_not_keep_a_lost_rank_from_being_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
 ) -> None:
     monkeypatch.setattr(training.ranks.watch, "GRACE_S", 0.2)
-    here = this_process(0)
+    here = this_member(0)
     other = dataclasses.replace(here, rank=1, process=Process(pid=here.process.pid, started=-1))
     watch = Watch([here, other])
     watch.follow(tmp_path, never)

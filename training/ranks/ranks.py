@@ -18,7 +18,7 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from training.patches import set_group_timeout
 from training.ranks.environment import ATTEMPT, first_rank_holds_store, has_agent_store
-from training.ranks.processes import Member, this_process
+from training.ranks.processes import Member, this_member
 from training.ranks.watch import FIRST_STEP_FACTOR, TIMEOUT_S, Watch
 
 Value = TypeVar("Value")
@@ -124,7 +124,7 @@ def _meet(backend: str, timeout_s: float) -> Watch:
 
 def _introduce(store: Store, rank: int, size: int) -> list[Member]:
     """Exchange the processes of all ranks; return all ranks in order."""
-    store.set(f"member/{rank}", this_process(rank).to_json())
+    store.set(f"member/{rank}", this_member(rank).to_json())
     members = []
     for other in range(size):
         try:

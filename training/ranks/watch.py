@@ -22,9 +22,10 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # 
 
 from dalle.output.text import to_stderr
 from storage.errors import reason_of
+from storage.process import Process
 from training.ranks.environment import tell_supervisor
 from training.ranks.news import HEARTBEAT_S, MAX_SILENCE_S, POLL_S, LostRank, News, RankPosition, ranks_behind
-from training.ranks.processes import Member, Process, launchers, this_process
+from training.ranks.processes import Member, launchers, this_member
 from training.ranks.stop import stop_this_process
 from training.run_files import STACKS, stacks_path, write_state
 
@@ -225,7 +226,7 @@ class Watch:
         path = stacks_path(self.run, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            who = self.members[self.rank] if self.members else this_process(self.rank)
+            who = self.members[self.rank] if self.members else this_member(self.rank)
             at = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
             file.flush()
