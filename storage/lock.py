@@ -24,7 +24,6 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
-from storage.atomic import PARTIAL
 from storage.process import Process, place_of_this_process, this_process
 
 logger = logging.getLogger(__name__)
@@ -104,7 +103,6 @@ def locked(
         OSError: the folder cannot be written to.
     """
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    folder.mkdir(parents=True, exist_ok=True)
     me = Holder(host=socket.gethostname(), place=place_of_this_process(), process=this_process(), job=job, group=group)
     path = folder / LOCK
     stopped = threading.Event()
@@ -131,13 +129,11 @@ def holder_of(folder: Path) -> Holder | None:
     return None if holder is None or holder.has_ended("") else holder
 
 
-def in_use(folder: Path, holder: Holder, silent_s: float | None = None) -> FolderInUseError:
-    """Return the error that names the holder of a folder, and for how long it has given no sign of life."""
-    silent_s = time.time() - holder.seen_at if silent_s is None else silent_s
-    return FolderInUseError(
-        f"{folder} is in use by {holder}, last sign of life {max(0.0, silent_s):.0f} s ago: wait for its end, stop it, "
-        "or give another --out"
-    )
+def require_free(folder: Path, job: str, *, group: str = "") -> None:
+    """Check that no living job holds the lock of a folder; arguments and errors as those of `locked`."""
+    if holder_of(folder) is not None:
+        with locked(folder, job, group=group):
+            pass
 
 
 def _acquire(path: Path, me: Holder, wait_s: float) -> None:
@@ -147,11 +143,11 @@ def _acquire(path: Path, me: Holder, wait_s: float) -> None:
         FolderInUseError: another one is alive.
         OSError: the folder cannot be written to.
     """
-    own = path.with_name(f"{LOCK}.{me.token}{PARTIAL}")
+    own = path.with_name(f"{LOCK}.{me.token}.wanted")
     deadline = time.monotonic() + max(wait_s, DYING_S)
     first_seen: dict[str, float] = {}
     try:
-        _write(own, me)
+        _write_beside(path, own, me)
         while not _place(own, path):
             holder = _read(path)
             if holder is None:
@@ -165,18 +161,25 @@ def _acquire(path: Path, me: Holder, wait_s: float) -> None:
                 logger.info("waiting up to %.0f s for a sign of life of %s", SILENCE_S - silent_s, holder)
             is_alive = holder.is_here or holder.seen_at > first_seen.setdefault(holder.token, holder.seen_at)
             if is_alive and time.monotonic() >= deadline:
-                raise in_use(path.parent, holder, silent_s)
+                raise FolderInUseError(
+                    f"{path.parent} is in use by {holder}, last sign of life {max(0.0, silent_s):.0f} s ago: wait for "
+                    "its end, stop it, or give another --out"
+                )
             time.sleep(POLL_S)
     finally:
         own.unlink(missing_ok=True)
 
 
-def _write(path: Path, holder: Holder) -> None:
-    try:
-        path.write_text(json.dumps({**asdict(holder), "seen_at": time.time()}))
-    except OSError as error:
-        error.filename = str(path.parent)
-        raise
+def _write_beside(path: Path, own: Path, me: Holder) -> None:
+    """Write who wants the lock to a file of its own; the folder is made."""
+    for is_last in (False, False, True):
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            own.write_text(json.dumps({**asdict(me), "seen_at": time.time()}))
+            return
+        except FileNotFoundError:  # one that it was made for in vain has just removed the folder
+            if is_last:
+                raise
 
 
 def _place(own: Path, path: Path) -> bool:
@@ -254,6 +257,8 @@ def _beat(path: Path, me: Holder, stopped: threading.Event, on_lost: Callable[[s
         with contextlib.suppress(OSError):  # the next one may succeed
             holder = _read(path)
             if holder is not None and holder.token != me.token:
-                on_lost(f"{path.parent} is written by {holder} now, which had no sign of life of this job: stop one")
+                on_lost(
+                    f"{path.parent} was taken by {holder}, which saw no sign of life from here for {SILENCE_S:.0f} s"
+                )
                 return
             os.utime(path)

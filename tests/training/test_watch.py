@@ -22,7 +22,7 @@ import training.ranks.news
 import training.ranks.processes
 import training.ranks.ranks
 import training.ranks.watch
-from storage.process import Process
+from storage.process import Process, status_of
 from training.engine.checkpoints import latest_tag
 from training.ranks.news import RankPosition, ranks_behind
 from training.ranks.processes import Member, launchers, this_member
@@ -82,7 +82,7 @@ def test_a_process_that_its_parent_has_not_waited_for_is_gone() -> None:
 
 
 def _started(pid: int) -> int:
-    status = training.ranks.processes._status(pid)
+    status = status_of(pid)
     assert status is not None
     return status.started
 
@@ -121,7 +121,7 @@ def last_words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What watches have said in ending the process, which they do not do here."""
     said: list[str] = []
 
-    monkeypatch.setattr(training.ranks.watch, "_end", said.append)
+    monkeypatch.setattr(training.ranks.watch, "end_process", said.append)
     return said
 
 
@@ -302,7 +302,7 @@ def test_the_last_line_cannot_control_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    training.ranks.watch._end("rank 1 is gone (\x1b[2J)")
+    training.ranks.watch.end_process("rank 1 is gone (\x1b[2J)")
     assert capsys.readouterr().err == "error: rank 1 is gone (\\x1b[2J)\n"
 
 

@@ -218,7 +218,7 @@ class Watch:
         run = self.run
         if self.rank == 0 and run is not None and self._has_run:
             _in_time(lambda: write_state(run, "failed", line))
-        _end(line)
+        end_process(line)
 
     def _write_stacks(self) -> None:
         if self.run is None:
@@ -285,7 +285,7 @@ def _in_time(action: Callable[[], T]) -> tuple[T, ...]:
     return tuple(results)
 
 
-def _end(line: str) -> None:
+def end_process(line: str) -> None:
     """Print an error and end the process, wherever its main thread is."""
     _in_time(lambda: to_stderr(f"error: {line}"))
     tell_supervisor("lost")

@@ -18,6 +18,7 @@ from training.stages.dvae import train_dvae
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
 from training.stages.exchanged_captions import measure_exchanged
 from training.stages.inputs import Inputs, forget_runs
+from training.stages.locks import bundle_lock, held
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
@@ -33,23 +34,25 @@ def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_
         encode_crops: random crops of each picture to encode once, for the transformer; None to encode in every step.
 
     Raises:
+        FolderInUseError: another job trains in this bundle.
         ValueError: encode_crops is below 1; or as the stages.
     """
     _require_crops(encode_crops)
-    if inputs.fresh:
-        on_first_rank(lambda: forget_runs(inputs.out), ranks)
-    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
-        on_first_rank(lambda: train_tokenizer(recipe, inputs, say), ranks)
-    train_dvae(recipe, inputs, ranks, say)
-    train_clip(recipe, inputs, ranks, say)
-    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, ranks, say)
-    train_transformer(recipe, images, ranks, say)
-    if inputs.validation:
-        validation = inputs.open_validation(captions=True)
-        device = str(ranks.device)
-        on_first_rank(
-            lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
-        )
+    with held(bundle_lock(inputs.out, "all"), ranks):
+        if inputs.fresh:
+            on_first_rank(lambda: forget_runs(inputs.out), ranks)
+        if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+            on_first_rank(lambda: train_tokenizer(recipe, inputs, say), ranks)
+        train_dvae(recipe, inputs, ranks, say)
+        train_clip(recipe, inputs, ranks, say)
+        images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, ranks, say)
+        train_transformer(recipe, images, ranks, say)
+        if inputs.validation:
+            validation = inputs.open_validation(captions=True)
+            device = str(ranks.device)
+            on_first_rank(
+                lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
+            )
 
 
 def _require_crops(encode_crops: int | None) -> None:
@@ -80,16 +83,18 @@ def train_all_side_by_side(
         options: more options of each neural stage's command, by its name, besides those of `inputs`.
 
     Raises:
+        FolderInUseError: another job trains in this bundle.
         ValueError: encode_crops is below 1.
         Interrupted, OSError: as `run_jobs`.
     """
     _require_crops(encode_crops)
-    if inputs.fresh:
-        forget_runs(inputs.out)
-    time_left = TimeLeft(time_of(plan))
-    run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
-    if inputs.validation:
-        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
+    with bundle_lock(inputs.out, "all"):
+        if inputs.fresh:
+            forget_runs(inputs.out)
+        time_left = TimeLeft(time_of(plan))
+        run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
+        if inputs.validation:
+            evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
 
 
 def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:

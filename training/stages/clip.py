@@ -30,6 +30,7 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, all_captions
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 
@@ -251,6 +252,7 @@ def check_negatives(accumulation: int) -> None:
         )
 
 
+@alone_in("clip")
 def train_clip(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     """Train CLIP, with a BPE of its own; returns its directory. It is warmed up first if the recipe says so."""
     stage_recipe = recipe.clip

@@ -27,6 +27,7 @@ from training.ranks.ranks import Ranks
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
 from training.stages.inputs import Inputs
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 CODEBOOK_IMAGES = 1024
@@ -178,6 +179,7 @@ class WarmupStage(DVAEStage):
         return None
 
 
+@alone_in("dvae")
 def train_dvae(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, init: Path | None = None) -> Path:
     """Train a dVAE, from scratch or from the directory `init`; returns its directory.
 

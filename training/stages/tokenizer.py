@@ -6,6 +6,7 @@ from dalle.output.text import Say
 from dalle.tokenizer import Tokenizer
 from training.recipes import Recipe
 from training.stages.inputs import Inputs, all_captions
+from training.stages.locks import stage_lock
 
 
 def train_tokenizer(recipe: Recipe, inputs: Inputs, say: Say) -> Path:
@@ -20,9 +21,9 @@ def train_tokenizer(recipe: Recipe, inputs: Inputs, say: Say) -> Path:
             f"{path} is there, and a transformer may have been trained with it: give another --out, or --fresh to "
             "replace it"
         )
-    data, _ = inputs.open(captions=True, encoded=True)
-    tokenizer = Tokenizer.train(all_captions(data), vocab_size=recipe.text_vocab)
-    inputs.out.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(path)
+    with stage_lock(inputs.out, "tokenizer"):
+        data, _ = inputs.open(captions=True, encoded=True)
+        tokenizer = Tokenizer.train(all_captions(data), vocab_size=recipe.text_vocab)
+        tokenizer.save(path)
     say(f"tokenizer: {tokenizer.vocab_size} entries from the captions of {len(data)} samples, saved as {path}")
     return path

@@ -33,6 +33,7 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
 from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 
@@ -173,6 +174,7 @@ class TransformerStage:
         return model.eval()
 
 
+@alone_in("transformer")
 def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
