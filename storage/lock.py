@@ -167,7 +167,8 @@ def _acquire(path: Path, me: Holder, wait_s: float) -> None:
                 )
             time.sleep(POLL_S)
     finally:
-        own.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            own.unlink()
 
 
 def _write_beside(path: Path, own: Path, me: Holder) -> None:
@@ -177,8 +178,10 @@ def _write_beside(path: Path, own: Path, me: Holder) -> None:
             path.parent.mkdir(parents=True, exist_ok=True)
             own.write_text(json.dumps({**asdict(me), "seen_at": time.time()}))
             return
-        except FileNotFoundError:  # one that it was made for in vain has just removed the folder
-            if is_last:
+        except OSError as error:
+            # one that the folder was made for in vain may just have removed it
+            if is_last or not isinstance(error, FileNotFoundError):
+                error.filename = str(path.parent)
                 raise
 
 

@@ -33,6 +33,8 @@ T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """Default seconds without progress after which a job counts as hung."""
+MAX_TIMEOUT_S = 250_000
+"""Longest timeout: gloo counts eight times as long in milliseconds, in 31 bits."""
 FIRST_STEP_FACTOR = 4
 """Times the timeout that the first step may take, with all that comes before it: building, loading, compiling."""
 GRACE_S = 10.0

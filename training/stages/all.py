@@ -15,6 +15,7 @@ from training.ranks.side_by_side import Job, TimeLeft, run_jobs
 from training.recipes import Recipe
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
+from training.stages.encode import MAX_CROPS
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
 from training.stages.exchanged_captions import measure_exchanged
 from training.stages.inputs import Inputs, forget_runs
@@ -58,6 +59,8 @@ def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_
 def _require_crops(encode_crops: int | None) -> None:
     if encode_crops is not None and encode_crops < 1:
         raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
+    if encode_crops is not None and encode_crops > MAX_CROPS:
+        raise ValueError(f"--encode-crops must be at most {MAX_CROPS:,}, got {encode_crops:,}")
 
 
 # ------------------------------------------------------------------------------------------------ side by side

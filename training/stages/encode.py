@@ -44,14 +44,20 @@ from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augm
 from storage.atomic import PARTIAL
 from storage.disk import full_disk_text, is_of_full_disk
 from storage.tar import write_tar
+from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
+from training.patches import as_in_a_new_process
 from training.ranks.ranks import MAX_WAIT, Ranks, on_first_rank
 from training.ranks.stop import Interrupted, StopSignals
 from training.stages.inputs import ShardOptions
 from training.stages.locks import folder_lock, held
 
 logger = logging.getLogger(__name__)
+
+
+MAX_CROPS = 1000
+"""Of a picture, which are in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,9 +83,8 @@ class EncodeConfig(EncodeOptions, ShardOptions):
     """The options, checked, and how the shards of pictures are read."""
 
     def __post_init__(self) -> None:
-        for name, least in (("crops", 0), ("seed", 0), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_bounds(self, {"crops": (0, MAX_CROPS), "batch_size": (1, MAX_BATCH)})
+        check_bounds(self, {"seed": (0, MAX_SEED), "workers": (0, MAX_WORKERS)})
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
 
@@ -121,6 +126,7 @@ def views(sample: Sample, encoding: Encoding) -> Tensor:
     return torch.stack([to_tensor(image) for image in images])
 
 
+@as_in_a_new_process()
 def encode_shards(
     shards: Sequence[str | Path],
     out: Path,

@@ -9,6 +9,7 @@ from dalle.output.progress import progress_bar
 from dalle.output.text import Say
 from dvae import DVAE
 from storage.model_directory import directory_hash
+from training.patches import as_in_a_new_process
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
@@ -16,6 +17,7 @@ from training.stages.encode import EncodeConfig, EncodeReport, encode_shards, to
 from training.stages.inputs import Inputs
 
 
+@as_in_a_new_process()
 def encode_data(
     data: Sequence[str | Path],
     out: Path,

@@ -107,38 +107,43 @@ def forget_runs(out: Path) -> None:
         shutil.rmtree(made)
 
 
-def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
-    """Yield every caption that can be read, and append the numbers of the other samples to `unreadable`.
-
-    Training counts those as bad samples.
-    """
+def all_captions(data: ShardData) -> Iterator[str]:
+    """Yield every caption that can be read; training counts the other samples as bad ones."""
     for index in np.flatnonzero(~data.is_lost):
         try:
             yield from data.captions(int(index))
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
-            if unreadable is not None:
-                unreadable.append(int(index))
 
 
-def note_data(spec: RunSpec, data: ShardData, ranks: Ranks) -> None:
-    """Write down which samples a run is trained on; warn if a resumed run has others. Collective.
+def note_data(spec: RunSpec, data: ShardData, validation: ShardData | None, ranks: Ranks) -> None:
+    """Write down which samples a run is trained and validated on; warn if a resumed run has others. Collective.
 
     Sample order depends on the number of samples and the order of shards. Shards may be moved.
     """
     refuse_another_run(spec)
     counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
-    order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
-    now = {"samples": len(data), "shards": counts, "order": order}
+    now = {"samples": len(data), "shards": counts, "order": _order_of(data)}
+    now["validation"] = None if validation is None else _order_of(validation)
 
     def note() -> None:
         before = read_data(spec.directory) if spec.has_run else None
         if before is not None:
             _warn_of_another_order(before, now)
+            if before.get("validation", now["validation"]) != now["validation"]:  # version 0.1 did not write it
+                logger.warning(
+                    "the resumed run is validated on other samples than before: its validation losses cannot be "
+                    "compared with those up to now"
+                )
         spec.directory.mkdir(parents=True, exist_ok=True)
         write_data(spec.directory, now)
 
     on_first_rank(note, ranks)
+
+
+def _order_of(data: ShardData) -> list[list[str]]:
+    """Return the name and the fingerprint of each shard."""
+    return [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
 
 
 def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

@@ -13,6 +13,7 @@ from typing import Concatenate, ParamSpec, TypeVar
 
 from dalle.output.text import Say
 from storage.lock import Holder, holder_of, locked, require_free
+from training.patches import as_in_a_new_process
 from training.ranks.environment import PARENT, launched_job
 from training.ranks.ranks import Ranks, on_first_rank
 from training.ranks.watch import end_process
@@ -77,14 +78,14 @@ Train = Callable[Concatenate[Recipe, Inputs, Ranks, Say, Options], Made]
 
 
 def alone_in(stage: str) -> Callable[[Train[Options, Made]], Train[Options, Made]]:
-    """Let a stage's training hold its run, from before it reads anything there to its end."""
+    """Let a stage's training hold its run, from before it reads anything there, and be undisturbed by its caller."""
 
     def decorate(train: Train[Options, Made]) -> Train[Options, Made]:
         @functools.wraps(train)
         def train_alone(
             recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *args: Options.args, **options: Options.kwargs
         ) -> Made:
-            with held(stage_lock(inputs.out, stage), ranks):
+            with as_in_a_new_process(), held(stage_lock(inputs.out, stage), ranks):
                 return train(recipe, inputs, ranks, say, *args, **options)
 
         return train_alone

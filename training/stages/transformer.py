@@ -225,7 +225,7 @@ def train_transformer(
     description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config), **hashes}
     sizes = model.n_parameters()
     flops = flops_per_sample(model.config, sizes["attention"] + sizes["mlp"])
-    spec = program.spec("transformer", description, flops)
+    spec = program.spec("transformer", description, stage_recipe, flops)
     refuse_another_run(spec)  # before anything is copied into the bundle
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), ranks)
     program.fit(stage, stage_recipe.train, spec)
