@@ -203,6 +203,26 @@ def test_a_lost_rank_is_named_with_the_checkpoint_to_resume_from(
     assert (said["state"], said["reason"]) == ("failed", str(error))
 
 
+def test_ranks_meet_although_the_store_remembers_an_earlier_start() -> None:
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
+    earlier = [this_member(rank).to_json().replace('"host": "', '"host": "earlier ') for rank in range(3)]
+    assert store.add("turn", 1) == 1
+    store.set("1/all", json.dumps(earlier[:2]))  # of as many ranks as there were then
+    met: dict[int, tuple[list[Member], str]] = {}
+
+    def meet(rank: int) -> None:
+        met[rank] = training.ranks.ranks._introduce(store, rank, 3)
+
+    late = threading.Timer(0.5, meet, (0,))
+    threads = [late, *(threading.Thread(target=meet, args=(rank,)) for rank in (1, 2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert {rank: turn for rank, (_, turn) in met.items()} == dict.fromkeys(range(3), "turn 2")
+    assert met[0][0] == met[1][0] == met[2][0] == [this_member(rank) for rank in range(3)]
+
+
 def test_a_short_timeout_does_not_shorten_the_timeout_of_collectives(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
