@@ -18,7 +18,7 @@ from training.stages.dvae import train_dvae
 from training.stages.encode import MAX_CROPS
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
 from training.stages.exchanged_captions import measure_exchanged
-from training.stages.inputs import Inputs, forget_runs
+from training.stages.inputs import ENCODED, Inputs, forget_runs
 from training.stages.locks import bundle_lock, held
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
@@ -152,7 +152,7 @@ def _jobs(
             same: list[object] = ["--dvae", inputs.out / "dvae", "--seed", train.seed, "--workers", train.workers]
             same += ["--max-bad-fraction", train.max_bad_fraction]
             for name, crops, of in shards_to_encode(inputs, encode_crops):
-                target = inputs.out / "encoded" / name
+                target = inputs.out / ENCODED / name
                 arguments = ["encode", *_arguments(of, target, validates=False), *same, "--crops", crops]
                 # at the same time; there are few of these beside the pictures to train on
                 yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)

@@ -50,7 +50,7 @@ from training.data.manifest import Manifest, open_with_manifest
 from training.patches import as_in_a_new_process
 from training.ranks.ranks import MAX_WAIT, Ranks, on_first_rank
 from training.ranks.stop import Interrupted, StopSignals
-from training.stages.inputs import ShardOptions
+from training.stages.inputs import ShardOptions, without_made_here
 from training.stages.locks import folder_lock, held
 
 logger = logging.getLogger(__name__)
@@ -156,7 +156,7 @@ def encode_shards(
             something else, or too many pictures are unusable.
         OSError: something could not be written; complete shards are kept.
     """
-    targets = token_shards(expand_shards(shards), out)
+    targets = token_shards(expand_shards(without_made_here(shards, out)), out)
     manifest = None if config.manifest is None else Manifest.open(config.manifest)
     if manifest is not None:
         _require_all(manifest, list(targets))

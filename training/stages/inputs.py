@@ -1,5 +1,6 @@
 """The data and the folders that every stage is given, and which samples a run was trained on."""
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
@@ -16,6 +18,9 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.run_files import CHECKPOINTS, read_data, write_data
 
 logger = logging.getLogger(__name__)
+
+RUNS, ENCODED = "training", "encoded"
+"""Folders of a bundle: the runs behind it, and image tokens for its transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,18 +97,49 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
     def _open(
         self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
     ) -> ShardData:
+        patterns = without_made_here(patterns)
         if manifest is not None:
             return open_with_manifest(patterns, Manifest.open(manifest), captions=captions, encoded=encoded)
         return ShardData.open(patterns, captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards)
 
     def run_directory(self, stage: str) -> Path:
         """Return the folder of a stage's run."""
-        return self.out / "training" / stage
+        return self.out / RUNS / stage
+
+
+def without_made_here(patterns: Sequence[str | Path], out: Path | None = None) -> Sequence[str | Path]:
+    """Return shards without those that `dalle-train` made itself below a folder among them: a bundle's image tokens.
+
+    Shards that are named, or whose own folder is, are kept. A warning counts the others.
+
+    Args:
+        patterns: what `expand_shards` takes; errors as its.
+        out: a folder that is written to, whose shards are left out too.
+    """
+    kept: list[str | Path] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        folder = Path(pattern)
+        shards = expand_shards([folder], skip_missing=True) if folder.is_dir() else []
+        others = [shard for shard in shards if not _is_made_here(shard, folder, out)]
+        if others and len(others) < len(shards):
+            n_own = len(shards) - len(others)
+            logger.warning("left out of %s: %d shards of image tokens that were made here", folder, n_own)
+        kept += others if len(others) < len(shards) and others else [pattern]
+    return kept
+
+
+def _is_made_here(shard: Path, below: Path, out: Path | None) -> bool:
+    between = itertools.takewhile(lambda folder: folder != below, shard.parents)
+    return any(
+        (folder.name == ENCODED and (folder.parent / RUNS).is_dir())
+        or (out is not None and folder.resolve() == out.resolve())
+        for folder in between
+    )
 
 
 def forget_runs(out: Path) -> None:
     """Delete the checkpoints of all stages and the image tokens, so that nothing resumes from them."""
-    for made in (*(out / "training").glob(f"*/{CHECKPOINTS}"), *out.glob("encoded")):
+    for made in (*(out / RUNS).glob(f"*/{CHECKPOINTS}"), *out.glob(ENCODED)):
         shutil.rmtree(made)
 
 

@@ -18,7 +18,7 @@ from training.ranks.environment import PARENT, launched_job
 from training.ranks.ranks import Ranks, on_first_rank
 from training.ranks.watch import end_process
 from training.recipes import Recipe
-from training.stages.inputs import Inputs
+from training.stages.inputs import RUNS, Inputs
 
 Options = ParamSpec("Options")
 Made = TypeVar("Made")
@@ -37,7 +37,7 @@ def stage_lock(out: Path, stage: str) -> Iterator[None]:
     Raises:
         FolderInUseError: another job trains this stage, or makes the whole bundle.
     """
-    runs = out / "training"
+    runs = out / RUNS
     with folder_lock(runs / stage, stage):
         if not _is_part_of(holder_of(runs)):
             require_free(runs, f"dalle-train {stage}", group=launched_job())
@@ -51,7 +51,7 @@ def bundle_lock(out: Path, verb: str) -> Iterator[None]:
     Raises:
         FolderInUseError: another job makes the bundle, or trains one of its stages.
     """
-    runs = out / "training"
+    runs = out / RUNS
     with folder_lock(runs, verb):
         for run in sorted(path for path in runs.iterdir() if path.is_dir()):
             require_free(run, f"dalle-train {verb}", group=launched_job())
