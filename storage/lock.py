@@ -129,10 +129,10 @@ def holder_of(folder: Path) -> Holder | None:
     return None if holder is None or holder.has_ended("") else holder
 
 
-def require_free(folder: Path, job: str, *, group: str = "") -> None:
+def require_free(folder: Path, job: str, *, group: str = "", wait_s: float = 0.0) -> None:
     """Check that no living job holds the lock of a folder; arguments and errors as those of `locked`."""
     if holder_of(folder) is not None:
-        with locked(folder, job, group=group):
+        with locked(folder, job, group=group, wait_s=wait_s):
             pass
 
 

@@ -42,6 +42,7 @@ def _command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training.plan.machine, "usable_cores", lambda: 1)
     monkeypatch.setitem(training.recipes.RECIPES, "tiny", lambda: tiny.recipe(steps=1))
     monkeypatch.setattr(training.ranks.job, "leave", lambda **_: None)
+    monkeypatch.setattr(training.stages.locks, "ENDING_S", 0.0)
 
 
 @contextmanager
@@ -116,6 +117,15 @@ def test_a_killed_training_keeps_nobody_out_and_locks_go_with_their_holders(tmp_
     assert not (tmp_path / "training" / "dvae" / LOCK).exists()
     with held_elsewhere(tmp_path / "training" / "clip"):
         assert run("dvae", "tiny", "--data", shards, "--out", tmp_path) == 0, "stages may be trained side by side"
+
+
+def test_the_end_of_a_job_that_is_ending_is_waited_for(
+    tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(training.stages.locks, "ENDING_S", 60.0)
+    with held_elsewhere(tmp_path / "training" / "dvae") as other:
+        threading.Timer(2.0, other.terminate).start()
+        assert run("dvae", "tiny", "--data", shards, "--out", tmp_path) == 0
 
 
 @pytest.mark.parametrize("is_child", [False, True])

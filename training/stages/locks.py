@@ -20,6 +20,9 @@ from training.ranks.watch import end_process
 from training.recipes import Recipe
 from training.stages.inputs import RUNS, Inputs
 
+ENDING_S = 5.0
+"""Seconds to wait for another job: one whose launcher was killed a moment ago still saves."""
+
 Options = ParamSpec("Options")
 Made = TypeVar("Made")
 Lock = AbstractContextManager[None]
@@ -27,7 +30,11 @@ Lock = AbstractContextManager[None]
 
 def folder_lock(folder: Path, verb: str) -> Lock:
     """Return the lock of a folder for a command of `dalle-train`; one that loses it ends at once, saving nothing."""
-    return locked(folder, f"dalle-train {verb}", group=launched_job(), on_lost=end_process)
+    return locked(folder, f"dalle-train {verb}", group=launched_job(), wait_s=ENDING_S, on_lost=end_process)
+
+
+def _require_free(folder: Path, verb: str) -> None:
+    require_free(folder, f"dalle-train {verb}", group=launched_job(), wait_s=ENDING_S)
 
 
 @contextmanager
@@ -40,7 +47,7 @@ def stage_lock(out: Path, stage: str) -> Iterator[None]:
     runs = out / RUNS
     with folder_lock(runs / stage, stage):
         if not _is_part_of(holder_of(runs)):
-            require_free(runs, f"dalle-train {stage}", group=launched_job())
+            _require_free(runs, stage)
         yield
 
 
@@ -54,7 +61,7 @@ def bundle_lock(out: Path, verb: str) -> Iterator[None]:
     runs = out / RUNS
     with folder_lock(runs, verb):
         for run in sorted(path for path in runs.iterdir() if path.is_dir()):
-            require_free(run, f"dalle-train {verb}", group=launched_job())
+            _require_free(run, verb)
         yield
 
 
