@@ -166,7 +166,8 @@ def note_data(spec: RunSpec, data: ShardData, validation: ShardData | None, rank
         before = read_data(spec.directory) if spec.has_run else None
         if before is not None:
             _warn_of_another_order(before, now)
-            if before.get("validation", now["validation"]) != now["validation"]:  # version 0.1 did not write it
+            # version 0.1 did not write it
+            if before.get("validation") and validation is not None and before["validation"] != now["validation"]:
                 logger.warning(
                     "the resumed run is validated on other samples than before: its validation losses cannot be "
                     "compared with those up to now"
