@@ -90,7 +90,7 @@ def alone_in(stage: str) -> Callable[[Train[Options, Made]], Train[Options, Made
     def decorate(train: Train[Options, Made]) -> Train[Options, Made]:
         @functools.wraps(train)
         def train_alone(
-            recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *args: Options.args, **options: Options.kwargs
+            recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, /, *args: Options.args, **options: Options.kwargs
         ) -> Made:
             with as_in_a_new_process(), held(stage_lock(inputs.out, stage), ranks):
                 return train(recipe, inputs, ranks, say, *args, **options)
