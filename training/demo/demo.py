@@ -89,7 +89,7 @@ def run_demo(
         say(f"\n{what} ({time_left})")
         time_left.begin(part)
 
-    with bundle_lock(out, "demo"):
+    with bundle_lock(out):
         begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
         train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, say=say)
         time_left.end("world")

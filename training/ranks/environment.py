@@ -32,17 +32,6 @@ def first_rank_holds_store() -> bool:
     return not is_supervised() and not has_agent_store()
 
 
-def launched_job() -> str:
-    """Return a name that the ranks of this job, started again too, share with no other job.
-
-    It is empty without a launcher, or if that is of this host alone.
-    """
-    address = os.environ.get("MASTER_ADDR", "")
-    if "WORLD_SIZE" not in os.environ or address in ("", "localhost", "127.0.0.1", "::1"):
-        return ""
-    return " ".join([os.environ.get("TORCHELASTIC_RUN_ID", ""), address, os.environ.get("MASTER_PORT", "")])
-
-
 def tell_supervisor(word: str) -> None:
     """Write a word to the supervisor, if there is one.
 

@@ -39,7 +39,7 @@ def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_
         ValueError: encode_crops is below 1; or as the stages.
     """
     _require_crops(encode_crops)
-    with held(bundle_lock(inputs.out, "all"), ranks):
+    with held(bundle_lock(inputs.out), ranks):
         if inputs.fresh:
             on_first_rank(lambda: forget_runs(inputs.out), ranks)
         if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
@@ -91,7 +91,7 @@ def train_all_side_by_side(
         Interrupted, OSError: as `run_jobs`.
     """
     _require_crops(encode_crops)
-    with bundle_lock(inputs.out, "all"):
+    with bundle_lock(inputs.out):
         if inputs.fresh:
             forget_runs(inputs.out)
         time_left = TimeLeft(time_of(plan))

@@ -168,7 +168,7 @@ def encode_shards(
         crops=config.crops,
         seed=config.seed,
     )
-    with held(folder_lock(out, "encode"), ranks):
+    with held(folder_lock(out), ranks):
         on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), ranks)
         group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if ranks.size > 1 else None
         counts = [0, 0, 0, 0]

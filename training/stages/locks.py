@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
 from dalle.output.text import Say
-from storage.lock import Holder, holder_of, locked, require_free
+from storage.lock import is_locked_by, locked, require_free
 from training.patches import as_in_a_new_process
-from training.ranks.environment import PARENT, launched_job
+from training.ranks.environment import PARENT
 from training.ranks.ranks import Ranks, on_first_rank
 from training.ranks.watch import end_process
 from training.recipes import Recipe
@@ -28,13 +28,9 @@ Made = TypeVar("Made")
 Lock = AbstractContextManager[None]
 
 
-def folder_lock(folder: Path, verb: str) -> Lock:
-    """Return the lock of a folder for a command of `dalle-train`; one that loses it ends at once, saving nothing."""
-    return locked(folder, f"dalle-train {verb}", group=launched_job(), wait_s=ENDING_S, on_lost=end_process)
-
-
-def _require_free(folder: Path, verb: str) -> None:
-    require_free(folder, f"dalle-train {verb}", group=launched_job(), wait_s=ENDING_S)
+def folder_lock(folder: Path) -> Lock:
+    """Return the lock of a folder for a training; one that loses it ends at once, saving nothing."""
+    return locked(folder, wait_s=ENDING_S, on_lost=end_process)
 
 
 @contextmanager
@@ -45,32 +41,25 @@ def stage_lock(out: Path, stage: str) -> Iterator[None]:
         FolderInUseError: another job trains this stage, or makes the whole bundle.
     """
     runs = out / RUNS
-    with folder_lock(runs / stage, stage):
-        if not _is_part_of(holder_of(runs)):
-            _require_free(runs, stage)
+    ours = (os.getpid(), int(os.environ.get(PARENT, "0")))
+    with folder_lock(runs / stage):
+        if not is_locked_by(runs, ours):
+            require_free(runs, wait_s=ENDING_S)
         yield
 
 
 @contextmanager
-def bundle_lock(out: Path, verb: str) -> Iterator[None]:
+def bundle_lock(out: Path) -> Iterator[None]:
     """Hold a whole bundle, for a command that trains all its stages.
 
     Raises:
         FolderInUseError: another job makes the bundle, or trains one of its stages.
     """
     runs = out / RUNS
-    with folder_lock(runs, verb):
+    with folder_lock(runs):
         for run in sorted(path for path in runs.iterdir() if path.is_dir()):
-            _require_free(run, verb)
+            require_free(run, wait_s=ENDING_S)
         yield
-
-
-def _is_part_of(holder: Holder | None) -> bool:
-    """Return whether this process is one of the job that holds a bundle."""
-    if holder is None:
-        return False
-    ours = (os.getpid(), int(os.environ.get(PARENT, "0")))
-    return holder.process.pid in ours if holder.is_here else bool(holder.group) and holder.group == launched_job()
 
 
 @contextmanager
