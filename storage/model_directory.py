@@ -21,6 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.atomic import flush, write_public
+from storage.disk import full_disk_text, is_of_full_disk
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -79,10 +80,10 @@ def save_directory(
         _swap(temporary, path)
     except (OSError, SafetensorError) as error:
         code = _errno(error)
+        full = f"; {full_disk_text(path)}, or choose another place" if is_of_full_disk(error, path) else ""
         raise OSError(
             code,
-            f"cannot save the {kind} in {path}: {os.strerror(code)}; "
-            "what was there before is unchanged; free space or choose another place",
+            f"cannot save the {kind} in {path}: {os.strerror(code)}; what was there before is unchanged{full}",
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -96,6 +96,7 @@ LIBRARY_HOMES = {
     "torch.utils.tensorboard": {"training/loop/sinks.py"},
     "wandb": {"training/loop/sinks.py"},
     "tqdm": {"dalle/output/progress.py"},
+    "filelock": {"storage/lock.py"},
     "jinja2": {"training/report/report.py"},
     "matplotlib": {"training/report/curves.py"},
     "importlib": {"dalle/__init__.py"},  # names imported on first use; elsewhere it would hide an import from this test

@@ -6,6 +6,7 @@ but the configuration that inherits it does.
 """
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -18,6 +19,31 @@ GradientScaling = Literal["none", "per-resblock"]
 Offload = Literal["none", "optimizer", "parameters"]
 HALF_PRECISIONS: frozenset[Precision] = frozenset({"bf16", "fp16"})
 """Those that keep the weights in half precision."""
+
+
+MAX_STEPS, MAX_BATCH = 1_000_000_000, 1_000_000
+MAX_WORKERS = 256
+"""Processes that read for one rank."""
+MAX_SEED = 2**63 - 1
+"""The largest that torch takes."""
+
+
+def check_bounds(owner: object, bounds: Mapping[str, tuple[int, int | None]]) -> None:
+    """Check whole numbers.
+
+    Args:
+        owner: has them as attributes; one that is None is not checked.
+        bounds: least and most, by name; None for no most.
+
+    Raises:
+        ValueError: one is out of bounds; it is named.
+    """
+    for name, (least, most) in bounds.items():
+        value = getattr(owner, name)
+        if value is not None and value < least:
+            raise ValueError(f"{name} must be at least {least}, got {value}")
+        if value is not None and most is not None and value > most:
+            raise ValueError(f"{name} must be at most {most:,}, got {value:,}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,8 +77,9 @@ class OptimizerConfig(ClippingOptions):
             raise ValueError(f"betas must be in [0, 1), got {self.betas}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if self.gradient_clipping < 0 or self.weight_decay < 0:
-            raise ValueError("gradient_clipping and weight_decay must be at least 0")
+        for name in ("gradient_clipping", "weight_decay", "eps"):
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be a number of at least 0, got {getattr(self, name)}")
         if self.variance_clip is not None and not self.variance_clip > 0:
             raise ValueError(f"variance_clip must be above 0, or None for no bound, got {self.variance_clip}")
 
@@ -184,24 +211,21 @@ class TrainConfig(
     """Names of the fields that the user gave, in options, a preset or a DeepSpeed JSON; the recipe said all others."""
 
     def __post_init__(self) -> None:
-        for name in ("steps", "global_batch", "log_every", "checkpoint_every", "keep_last", "ema_every"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("seed", "validate_every", "sample_every", "workers", "keep_every", "max_skipped_steps"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must be at least 0, got {getattr(self, name)}")
-        if self.validation_samples is not None and self.validation_samples < 1:
-            raise ValueError(f"validation_samples must be at least 1, got {self.validation_samples}")
+        check_bounds(self, {"steps": (1, MAX_STEPS), "global_batch": (1, MAX_BATCH), "micro_batch": (1, None)})
+        check_bounds(self, dict.fromkeys(("log_every", "checkpoint_every", "keep_last", "ema_every"), (1, None)))
+        check_bounds(self, {"seed": (0, MAX_SEED), "workers": (0, MAX_WORKERS), "validation_samples": (1, None)})
+        check_bounds(self, dict.fromkeys(("validate_every", "sample_every", "keep_every"), (0, None)))
+        check_bounds(self, dict.fromkeys(("max_skipped_steps", "powersgd_rank"), (0, None)))
+        if not 0 < self.learning_rate.peak < math.inf:
+            raise ValueError(f"the highest learning rate must be a number above 0, got {self.learning_rate.peak}")
         if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ValueError(f"peak_tflops must be a number above 0, got {self.peak_tflops}")
-        if self.micro_batch is not None and (self.micro_batch < 1 or self.global_batch % self.micro_batch):
+        if self.micro_batch is not None and self.global_batch % self.micro_batch:
             raise ValueError(
                 f"global_batch ({self.global_batch}) must be a multiple of micro_batch ({self.micro_batch})"
             )
         if self.zero_stage not in range(4):
             raise ValueError(f"zero_stage must be 0, 1, 2 or 3, got {self.zero_stage}")
-        if self.powersgd_rank < 0:
-            raise ValueError(f"powersgd_rank must be at least 0, got {self.powersgd_rank}")
         if self.preset is None and self.deepspeed_config is None:
             self._require_possible_mode()  # else the files may say what is missing: see engine/deepspeed_config.py
             self._require_possible_options()

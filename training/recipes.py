@@ -16,7 +16,7 @@ from dalle.model import DALLEConfig
 from dalle.sampling import SamplingDefaults
 from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
-from training.config import OptimizerConfig, TrainConfig
+from training.config import OptimizerConfig, TrainConfig, check_bounds
 from training.data.wrong_captions import SOURCES, Source
 from training.drawings.shapes import FROM_ONE_END
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
@@ -84,6 +84,9 @@ class TransformerRecipe(TransformerOptions):
             )
 
 
+MAX_HARD_NEGATIVES = 1000
+
+
 @dataclass(frozen=True, kw_only=True)
 class CLIPOptions:
     """How CLIP is trained."""
@@ -115,8 +118,7 @@ class CLIPRecipe(CLIPOptions):
     def __post_init__(self) -> None:
         if self.warmup_captions < 1:
             raise ValueError(f"warmup_captions must be at least 1, got {self.warmup_captions}")
-        if self.hard_negatives < 0:
-            raise ValueError(f"hard_negatives must be at least 0, got {self.hard_negatives}")
+        check_bounds(self, {"hard_negatives": (0, MAX_HARD_NEGATIVES)})
         if self.wrong_captions not in SOURCES:
             raise ValueError(f"wrong_captions is {self.wrong_captions!r}; expected one of {', '.join(SOURCES)}")
 

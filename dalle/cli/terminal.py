@@ -3,8 +3,10 @@
 import logging
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from dalle.output.text import aligned, printable, printable_line
+from storage.disk import full_disk_text, is_of_full_disk
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -22,7 +24,11 @@ def error_line(error: BaseException) -> str:
     if is_out_of_memory(error):
         return f"not enough memory on the device, use a smaller batch size ({error})".split(". ")[0]
     if isinstance(error, OSError) and error.strerror is not None:
-        return f"{error.strerror}: {error.filename}" if error.filename is not None else error.strerror
+        if error.filename is None:
+            return error.strerror
+        path = Path(error.filename if isinstance(error.filename, str) else "")
+        full = f"; {full_disk_text(path)}" if is_of_full_disk(error, path) else ""
+        return f"{error.strerror}: {error.filename}{full}"
     return reason_of(error)
 
 

@@ -1,7 +1,9 @@
 import errno
 import math
+import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -339,12 +341,26 @@ def test_a_full_disk_is_an_os_error_and_leaves_the_checkpoint_before(
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, full)
+        patch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(total=1 << 30, free=1 << 10))
         with pytest.raises(OSError, match=r"could not save .*step00000003.*free some space.*step00000002 is kept"):
             engine.save(tmp_path, 3, {"n": 3})
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step00000002"]
     assert engine_of(Objective(), config(), ranks).load(tmp_path) == {"n": 2}
     engine.save(tmp_path, 3, {"n": 3})
     assert latest_tag(tmp_path) == "step00000003"
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError(errno.ENOENT, "No such file"), RuntimeError("write failed")])
+def test_only_of_a_full_disk_is_it_said_that_space_is_missing(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    def fails(*args: object, **kwargs: object) -> None:
+        raise error
+
+    monkeypatch.setattr("torch.save", fails)
+    with pytest.raises(OSError, match=r"could not save .*no earlier checkpoint exists") as caught:
+        engine_of(Objective(), config(), ranks).save(tmp_path, 3, {"n": 3})
+    assert "space" not in str(caught.value)
 
 
 def test_saved_averages_are_those_of_the_engine(tmp_path: Path, ranks: Ranks) -> None:

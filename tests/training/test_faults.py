@@ -16,7 +16,7 @@ from support.waiting import wait_for
 import training.ranks.news
 import training.ranks.ranks
 import training.ranks.watch
-from training.ranks.processes import this_process
+from training.ranks.processes import this_member
 from training.ranks.ranks import join
 from training.ranks.stop import Interrupted
 from training.run_files import read_metrics
@@ -95,7 +95,7 @@ def _on_a_host_of_its_own(rank: int) -> None:
     """Let each rank believe that it alone is on its host, and miss a heartbeat sooner than in earnest."""
     for module in (training.ranks.news, training.ranks.watch):
         module.HEARTBEAT_S, module.MAX_SILENCE_S = 0.5, 8.0
-    training.ranks.ranks.this_process = lambda rank: dataclasses.replace(this_process(rank), place=f"host {rank}")
+    training.ranks.ranks.this_member = lambda rank: dataclasses.replace(this_member(rank), place=f"host {rank}")
 
 
 @pytest.mark.slow

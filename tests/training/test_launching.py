@@ -7,6 +7,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +16,11 @@ import pytest
 from deepspeed.launcher.runner import fetch_hostfile
 from support.ranks import LAUNCHERS, launch, losses_of, transformer_command
 
+from training.run_files import read_metrics
+
 pytestmark = pytest.mark.slow
 
+TINY_CLI = Path(__file__).parent / "support" / "tiny_cli.py"
 EXAMPLES = Path(__file__).parents[2] / "examples"
 SCRIPTS = Path(sys.executable).parent
 ADDRESSES = ("10.231.77.1", "10.231.77.2")
@@ -183,6 +187,40 @@ def test_two_machines_under_deepspeed_with_a_hostfile_train_the_same(
     for code, output in finish(processes):
         assert code == 0, output
     assert losses_of(bundle) == pytest.approx(plain_losses, abs=1e-5)
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_ranks_of_two_launchers_meet_again_after_one_was_killed(tmp_path: Path, shards: Path, killed: int) -> None:
+    command = [sys.executable, str(TINY_CLI), "dvae", "tiny", "--data", str(shards), "--out", str(tmp_path / "out")]
+    command += ["--steps", "120", "--checkpoint-every", "10", "--log-every", "10"]
+    port = str(30212 + killed)
+    options = ["--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port]
+    agents = [
+        subprocess.Popen(
+            ["torchrun", *options, "--max-restarts", "2", "--node_rank", str(rank), "--no-python", *command],
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            start_new_session=True,
+        )
+        for rank in range(2)
+    ]
+    saved = tmp_path / "out" / "training" / "dvae" / "checkpoints" / "latest"
+    try:
+        while not saved.exists() and all(agent.poll() is None for agent in agents):
+            time.sleep(0.05)
+        [rank, *_] = Path(f"/proc/{agents[killed].pid}/task/{agents[killed].pid}/children").read_text().split()
+        os.kill(int(rank), signal.SIGKILL)
+    except BaseException:
+        for agent in agents:
+            end(agent)
+        raise
+    said = finish(agents)
+    assert [code for code, _ in said] == [0, 0], said
+    assert "dvae: resuming from step" in said[0][1]
+    lines = read_metrics(tmp_path / "out" / "training" / "dvae")
+    assert [line["step"] for line in lines if line["split"] == "train"] == list(range(10, 121, 10))
 
 
 # ---------------------------------------------------------------------------------------------------- examples

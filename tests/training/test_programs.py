@@ -413,12 +413,48 @@ def test_only_recipes_of_the_built_in_world_have_hard_negatives() -> None:
     assert recipe("icons-cpu").clip.wrong_captions == "words"
 
 
-def test_a_changed_vocabulary_of_clip_is_not_trained_on_silently(
-    tmp_path: Path, bundle_copy: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("change", ["other shards", "a shard more", "a shard gone"])
+def test_clip_resumes_on_changed_data_with_its_own_tokenizer_and_a_warning(
+    tmp_path: Path, bundle_copy: Path, shards: Path, capsys: pytest.CaptureFixture[str], change: str
 ) -> None:
-    other = tiny.write_world(tmp_path / "other", seed=7)
-    assert run("clip", "tiny", "--data", other, "--out", bundle_copy, "--steps", 6) == 1
-    assert "another tokenizer_hash" in capsys.readouterr().err
+    data = Path(shutil.copytree(shards, tmp_path / "data"))
+    if change == "other shards":
+        data = tiny.write_world(tmp_path / "other", seed=7)
+    elif change == "a shard more":
+        tiny.write_world(tmp_path / "more", 8, seed=7)
+        shutil.copy(tmp_path / "more" / "world-000000.tar", data / "world-000003.tar")
+    else:
+        (data / "world-000002.tar").unlink()
+    before = (bundle_copy / "clip" / "tokenizer.json").read_bytes()
+    assert run("clip", "tiny", "--data", data, "--out", bundle_copy, "--steps", 6) == 0
+    said = capsys.readouterr().err
+    assert "clip: resuming from step 4 of 6" in said
+    assert ("the resumed run has as many" if change == "other shards" else "the run began with 24") in said
+    assert (bundle_copy / "clip" / "tokenizer.json").read_bytes() == before
+    assert read_metrics(bundle_copy / "training" / "clip")[-1]["step"] == 6
+
+
+def test_a_resumed_run_tells_what_else_it_is_told_than_before(
+    bundle_copy: Path, shards: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same = ["clip", "tiny", "--data", shards, "--validation", shards, "--out", bundle_copy]
+    assert run(*same, "--steps", 5, "--learning-rate", 1e-5, "--hard-negatives", 1, "--gradient-clipping", 2) == 0
+    told = [line for line in capsys.readouterr().err.splitlines() if " from here on" in line]
+    for change in (
+        "steps was 4 and is 5",
+        "learning_rate.peak was 0.002 and is 1e-05",
+        "optimizer.gradient_clipping was 0.0 and is 2.0",
+        "hard_negatives was 0 and is 1",
+    ):
+        assert f"clip: {change} from here on" in told
+    assert not any("model" in line or "seed" in line for line in told)
+    more = ["--steps", 6, "--learning-rate", 1e-5, "--hard-negatives", 1, "--gradient-clipping", 2]
+    assert run(*same[:4], "--validation", shards / "world-000000.tar", *same[6:], *more) == 0
+    said = capsys.readouterr().err
+    told = [line for line in said.splitlines() if " from here on" in line]
+    # the schedule, too, is stretched with the steps
+    assert [line for line in told if "learning_rate." not in line] == ["clip: steps was 5 and is 6 from here on"]
+    assert "validated on other samples than before" in said
 
 
 def test_evaluation_measures_what_its_name_says(bundle: Path, shards: Path) -> None:

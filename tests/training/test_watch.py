@@ -22,9 +22,10 @@ import training.ranks.news
 import training.ranks.processes
 import training.ranks.ranks
 import training.ranks.watch
+from storage.process import Process, status_of
 from training.engine.checkpoints import latest_tag
 from training.ranks.news import RankPosition, ranks_behind
-from training.ranks.processes import Member, Process, launchers, this_process
+from training.ranks.processes import Member, launchers, this_member
 from training.ranks.stop import StopSignals
 from training.ranks.watch import RankLostError, Watch
 
@@ -81,13 +82,13 @@ def test_a_process_that_its_parent_has_not_waited_for_is_gone() -> None:
 
 
 def _started(pid: int) -> int:
-    status = training.ranks.processes._status(pid)
+    status = status_of(pid)
     assert status is not None
     return status.started
 
 
 def test_a_rank_is_introduced_to_the_others_as_text() -> None:
-    member = this_process(3)
+    member = this_member(3)
     assert Member.from_json(member.to_json()) == member
     assert str(member) == f"rank 3 (host {member.host}, process {os.getpid()})"
     assert not member.process.is_gone()
@@ -120,7 +121,7 @@ def last_words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What watches have said in ending the process, which they do not do here."""
     said: list[str] = []
 
-    monkeypatch.setattr(training.ranks.watch, "_end", said.append)
+    monkeypatch.setattr(training.ranks.watch, "end_process", said.append)
     return said
 
 
@@ -180,7 +181,7 @@ def test_a_lost_rank_is_named_with_the_checkpoint_to_resume_from(
 ) -> None:
     monkeypatch.setattr(training.ranks.watch, "GRACE_S", 0.1)
     child, process = sleeper()
-    here = this_process(0)
+    here = this_member(0)
     watch = Watch([here, dataclasses.replace(here, rank=1, process=process)])
     (tmp_path / "checkpoints" / "step00000004").mkdir(parents=True)
     (tmp_path / "checkpoints" / "latest").write_text("step00000004")
@@ -200,6 +201,26 @@ def test_a_lost_rank_is_named_with_the_checkpoint_to_resume_from(
     watch.stop()
     said = json.loads((tmp_path / "state.json").read_text())
     assert (said["state"], said["reason"]) == ("failed", str(error))
+
+
+def test_ranks_meet_although_the_store_remembers_an_earlier_start() -> None:
+    store: Any = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
+    earlier = [this_member(rank).to_json().replace('"host": "', '"host": "earlier ') for rank in range(3)]
+    assert store.add("turn", 1) == 1
+    store.set("1/all", json.dumps(earlier[:2]))  # of as many ranks as there were then
+    met: dict[int, tuple[list[Member], str]] = {}
+
+    def meet(rank: int) -> None:
+        met[rank] = training.ranks.ranks._introduce(store, rank, 3)
+
+    late = threading.Timer(0.5, meet, (0,))
+    threads = [late, *(threading.Thread(target=meet, args=(rank,)) for rank in (1, 2))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(PATIENCE_S)
+    assert {rank: turn for rank, (_, turn) in met.items()} == dict.fromkeys(range(3), "turn 2")
+    assert met[0][0] == met[1][0] == met[2][0] == [this_member(rank) for rank in range(3)]
 
 
 def test_a_short_timeout_does_not_shorten_the_timeout_of_collectives(
@@ -224,7 +245,7 @@ def two_hosts(monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Watch, Any]]:
     for name, seconds in (("POLL_S", 0.05), ("HEARTBEAT_S", 0.2), ("MAX_SILENCE_S", 0.5)):
         monkeypatch.setattr(training.ranks.watch, name, seconds)
         monkeypatch.setattr(training.ranks.news, name, seconds)
-    here = this_process(0)
+    here = this_member(0)
     store = dist.HashStore()  # type: ignore[attr-defined]  # as in training/ranks/ranks.py
     watch = Watch([here, dataclasses.replace(here, rank=1, place="elsewhere")], store=store)
     watch.start()
@@ -287,7 +308,7 @@ def test_a_disk_that_hangs_does_not_keep_a_lost_rank_from_being_named(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str]
 ) -> None:
     monkeypatch.setattr(training.ranks.watch, "GRACE_S", 0.2)
-    here = this_process(0)
+    here = this_member(0)
     other = dataclasses.replace(here, rank=1, process=Process(pid=here.process.pid, started=-1))
     watch = Watch([here, other])
     watch.follow(tmp_path, never)
@@ -301,7 +322,7 @@ def test_the_last_line_cannot_control_the_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(os, "_exit", lambda code: None)
-    training.ranks.watch._end("rank 1 is gone (\x1b[2J)")
+    training.ranks.watch.end_process("rank 1 is gone (\x1b[2J)")
     assert capsys.readouterr().err == "error: rank 1 is gone (\\x1b[2J)\n"
 
 

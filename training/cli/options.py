@@ -254,10 +254,10 @@ def changed_run(run: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:
     of_optimizer = {name: options[name] for name in options.keys() & {field.name for field in fields(OptimizerConfig)}}
     if "optimizer" in options:
         of_optimizer["kind"] = options["optimizer"]
-    schedule = run.learning_rate.stretched(given.get("steps", run.steps) / run.steps)
+    changed = dataclasses.replace(run, **given)  # checked, before it is calculated with
+    schedule = run.learning_rate.stretched(changed.steps / run.steps)
     changed = dataclasses.replace(
-        run,
-        **given,
+        changed,
         optimizer=dataclasses.replace(run.optimizer, **of_optimizer),
         learning_rate=schedule if rate is None else schedule.with_peak(rate),
         said=tuple(sorted({*given, *of_optimizer})),

@@ -39,6 +39,7 @@ from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.exchanged_captions import exchanged_captions_table
 from training.stages.inputs import Inputs, forget_runs
+from training.stages.locks import bundle_lock
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
@@ -72,7 +73,7 @@ def run_demo(
         options: of the command of each stage, by its name, which say what `recipe` says besides its name.
 
     Raises:
-        ValueError: there is more than one rank.
+        ValueError: there is more than one rank, or another job trains in `out`.
         Interrupted, OSError: as `run_jobs`, or as the stages.
     """
     if ranks.size > 1:
@@ -88,16 +89,17 @@ def run_demo(
         say(f"\n{what} ({time_left})")
         time_left.begin(part)
 
-    begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
-    train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, say=say)
-    time_left.end("world")
-    inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
-    if plan.phases:
-        run_phases(recipe, inputs, plan, time_left, say, options=options)
-    else:
-        _train_here(recipe, inputs, ranks, say, time_left, begin)
-    begin("samples", "sampling, reranking and checking")
-    _finish(out, validation, say)
+    with bundle_lock(out):
+        begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
+        train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, say=say)
+        time_left.end("world")
+        inputs = Inputs(data=[train], validation=[validation], out=out, fresh=fresh)
+        if plan.phases:
+            run_phases(recipe, inputs, plan, time_left, say, options=options)
+        else:
+            _train_here(recipe, inputs, ranks, say, time_left, begin)
+        begin("samples", "sampling, reranking and checking")
+        _finish(out, validation, say)
     took = duration(time_left.elapsed_s())
     say(f"\nthe demonstration took {took} (this time; finished parts are reused)")
 

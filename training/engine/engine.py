@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from dalle.output.text import Say
 from storage.atomic import write_public
+from storage.disk import full_disk_text, is_of_full_disk
 from storage.errors import reason_of
 from training.engine import resharding
 from training.engine.checkpoints import (
@@ -244,7 +245,7 @@ class Engine:
             on_first_rank(lambda: make_empty(directory / tag), self.ranks)
             written = self._write(directory, tag)
         except (*WRITE_ERRORS, SafetensorError) as error:
-            problem = first_line(error)
+            problem = _problem_of(error, directory)
         parts = from_all_ranks((written, problem), self.ranks)
         problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
         if not problem:
@@ -256,12 +257,12 @@ class Engine:
                 on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.ranks)
                 return
             except OSError as error:
-                problem = first_line(error)
+                problem = _problem_of(error, directory)
         on_first_rank(lambda: drop(directory / tag), self.ranks)
         kept = latest_tag(directory)
         raise OSError(
-            f"could not save the checkpoint {directory / tag} ({problem}): free some space and start again; "
-            + (f"{kept} is kept and will be resumed from" if kept else "no earlier checkpoint exists")
+            f"could not save the checkpoint {directory / tag} ({problem}): "
+            + (f"{kept} is kept, and the same command resumes from it" if kept else "no earlier checkpoint exists")
         )
 
     def _write(self, directory: Path, tag: str) -> dict[str, FileDigest]:
@@ -363,6 +364,12 @@ class Engine:
                 f"of another model, precision or program. Name another one in {directory / LATEST}, or start anew "
                 "with --fresh"
             ) from error
+
+
+def _problem_of(error: Exception, directory: Path) -> str:
+    """Return why a checkpoint could not be written, and if the disk is full, which."""
+    full = f"; {full_disk_text(directory)}" if is_of_full_disk(error, directory) else ""
+    return first_line(error) + full
 
 
 def _initialize(

@@ -58,7 +58,7 @@ def fit(
     tag = spec.tag()
     if config.wandb is not None:
         on_first_rank(require_wandb, ranks)
-    claim(spec, config, ranks)
+    changes = claim(spec, config, ranks)
     if tag is not None and step_of(tag) >= config.steps and spec.resume_from is None:
         say(
             f"{stage.name}: the {config.steps} steps in {spec.directory} are done (--fresh trains anew, --steps trains "
@@ -66,6 +66,8 @@ def fit(
         )
         if (stage.directory / "config.json").is_file():
             return
+    for change in changes:
+        say(f"{stage.name}: {change}")
     ranks.watch.follow(spec.directory, lambda: latest_tag(spec.checkpoints))
     try:
         with StopSignals() as stop:

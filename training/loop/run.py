@@ -13,7 +13,7 @@ from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.loop.means import Means
 from training.loop.metrics import MetricLog
-from training.loop.run_folder import RunSpec
+from training.loop.run_folder import ORDER, RunSpec
 from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
@@ -21,9 +21,6 @@ from training.ranks.ranks import Ranks, from_all_ranks, mean_over_ranks
 from training.schedules import LearningRate
 
 logger = logging.getLogger(__name__)
-
-_ORDER = ("seed", "global_batch")
-"""Options that decide which samples a step sees."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +92,7 @@ class Run:
             skipped_steps=self.skipped.n,
             skipped_in_row=(self.skipped.n_in_row, self.skipped.first_in_row),
             means=from_all_ranks(self.means.state(), self.ranks),
-            order={name: getattr(self.config, name) for name in _ORDER},
+            order={name: getattr(self.config, name) for name in ORDER},
         )
 
     def restore(self, state: TrainState) -> None:
@@ -106,7 +103,7 @@ class Run:
         self.skipped.n_in_row, self.skipped.first_in_row = state.skipped_in_row
         if len(state.means) == self.ranks.size:
             self.means.restore(state.means[self.ranks.rank], self.ranks.device)
-        changed = [name for name in _ORDER if state.order[name] != getattr(self.config, name)]
+        changed = [name for name in ORDER if state.order[name] != getattr(self.config, name)]
         if changed and self.ranks.is_first:
             logger.warning(
                 "%s: the resumed run sees other samples than it would have seen",

@@ -4,6 +4,7 @@ import dataclasses
 import json
 import platform
 import subprocess
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,10 @@ import torch
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag, require_tag
 from training.ranks.ranks import Ranks, agree, on_first_rank
-from training.run_files import CHECKPOINTS, clear, read_description, write_config
+from training.run_files import CHECKPOINTS, clear, read_config, read_description, write_config
+
+ORDER = ("seed", "global_batch")
+"""Options that decide which samples a step sees; checkpoints keep them, and a resumed run warns of others."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -23,6 +27,8 @@ class RunSpec:
     """The run's folder."""
     description: dict[str, Any]
     """Identifies the run in config.json: stage, recipe, model. A resumed run must agree."""
+    options: dict[str, Any] = dataclasses.field(default_factory=dict)
+    """What a resumed run may be told differently besides its `TrainConfig`; kept in config.json."""
     fresh: bool = False
     """Start anew although there is a checkpoint."""
     resume: bool = False
@@ -44,8 +50,7 @@ class RunSpec:
 
     def described(self) -> dict[str, Any]:
         """Return the description as it is read back from config.json."""
-        described: dict[str, Any] = json.loads(json.dumps(self.description, default=str))
-        return described
+        return _read_back(self.description)
 
     def tag(self) -> str | None:
         """Return the name of the checkpoint to resume from; None for a run from the start.
@@ -67,15 +72,45 @@ class RunSpec:
         return f"the same command without {option}" if option else "the same command"
 
 
-def claim(spec: RunSpec, config: TrainConfig, ranks: Ranks) -> None:
-    """Write config.json, or check that the one that is there describes the same run. Collective.
+def _read_back(record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a record as it is read back from JSON: tuples become lists, and paths texts."""
+    read: dict[str, Any] = json.loads(json.dumps(record, default=str))
+    return read
+
+
+def claim(spec: RunSpec, config: TrainConfig, ranks: Ranks) -> list[str]:
+    """Write config.json, after checking that the one that is there describes the same run. Collective.
+
+    Returns:
+        The options that a resumed run was told differently before, a line for each.
 
     Raises:
         ValueError: the folder holds a run of another model or recipe.
     """
     refuse_another_run(spec)
+    options = _read_back({"training": dataclasses.asdict(config), "options": spec.options})
+    changes = list(changed_options(read_config(spec.directory), options)) if spec.has_run else []
     agree(False, ranks)  # every rank has read the files before the first one writes
-    on_first_rank(lambda: _write_config(spec, config, ranks), ranks)
+    on_first_rank(lambda: _write_config(spec, options, ranks), ranks)
+    return changes
+
+
+def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[str]:
+    """Yield a line for each option that both records of config.json have, and that differs."""
+    for part in ("training", "options"):
+        old, new = dict(_leaves(before.get(part))), dict(_leaves(now[part]))
+        for name in new:
+            if name in old and old[name] != new[name] and name not in (*ORDER, "said"):
+                yield f"{name} was {old[name]} and is {new[name]} from here on"
+
+
+def _leaves(value: Any, name: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield what is in nested mappings, by names such as optimizer.weight_decay."""
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            yield from _leaves(inner, f"{name}.{key}" if name else key)
+    else:
+        yield name, value
 
 
 def refuse_another_run(spec: RunSpec) -> None:
@@ -95,13 +130,13 @@ def refuse_another_run(spec: RunSpec) -> None:
             )
 
 
-def _write_config(spec: RunSpec, config: TrainConfig, ranks: Ranks) -> None:
+def _write_config(spec: RunSpec, options: Mapping[str, Any], ranks: Ranks) -> None:
     spec.directory.mkdir(parents=True, exist_ok=True)
     if spec.fresh:
         clear(spec.directory)
     record = {
         "run": spec.described(),
-        "training": dataclasses.asdict(config),
+        **options,
         "ranks": ranks.size,
         "device": str(ranks.device),
         "torch": torch.__version__,

@@ -1,5 +1,6 @@
 """The options of a plan; imports no torch, for the command line."""
 
+import math
 from dataclasses import dataclass
 
 from training.config import OptimizerKind, Precision
@@ -28,9 +29,9 @@ class PlanOptions:
         """Raise ValueError, which names the option, where a value is impossible."""
         if self.gpus < 1:
             raise ValueError(f"--gpus must be at least 1, got {self.gpus}")
-        if self.gpu_memory <= 0:
+        if not 0 < self.gpu_memory < math.inf:
             raise ValueError(f"--gpu-memory must be above 0 GiB, got {self.gpu_memory}")
         if not 0 < self.mfu <= 1:
             raise ValueError(f"--mfu must be above 0 and at most 1, got {self.mfu}")
-        if self.peak_tflops is not None and self.peak_tflops <= 0:
+        if self.peak_tflops is not None and not 0 < self.peak_tflops < math.inf:
             raise ValueError(f"--peak-tflops must be above 0, got {self.peak_tflops}")

@@ -1,7 +1,6 @@
 """The life of a training command: joining the ranks, and one line that says why they ended; restarts, if asked for."""
 
 import logging
-import math
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -13,7 +12,7 @@ from training.ranks.environment import is_supervised, tell_supervisor
 from training.ranks.ranks import Ranks, join, leave
 from training.ranks.stop import Ended, Interrupted
 from training.ranks.supervisor import supervise
-from training.ranks.watch import TIMEOUT_S
+from training.ranks.watch import MAX_TIMEOUT_S, TIMEOUT_S
 
 logger = logging.getLogger(__name__)
 
@@ -30,8 +29,10 @@ class JobOptions:
 
     def check(self) -> None:
         """Raise ValueError, which names the option, where a value is impossible."""
-        if not 0 < self.timeout < math.inf:
-            raise ValueError(f"--timeout is {self.timeout}; expected seconds above 0, such as 1800")
+        if not 0 < self.timeout <= MAX_TIMEOUT_S:
+            raise ValueError(
+                f"--timeout is {self.timeout}; expected seconds above 0, such as 1800, and at most {MAX_TIMEOUT_S:,}"
+            )
         if self.auto_restart < 0:
             raise ValueError(f"--auto-restart is {self.auto_restart}; expected a number of restarts, such as 3")
 

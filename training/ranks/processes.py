@@ -1,47 +1,16 @@
-"""Processes of this host, read from /proc: whether one has ended, which launchers stand above it, who a rank is."""
+"""Processes of this host: which launchers stand above one, who a rank is."""
 
-import contextlib
 import json
 import os
 import socket
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from storage.process import Process, place_of_this_process, status_of, this_process
 from training.ranks.environment import PARENT, is_supervised
 
 _LAUNCHERS = {"deepspeed", "deepspeed.pt", "torchrun"}
 _LAUNCHER_MODULES = ("deepspeed.launcher", "torch.distributed.run", "torch.distributed.launch")
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Status:
-    state: str
-    parent: int
-    started: int
-
-
-def _status(pid: int) -> _Status | None:
-    """Read a process's state; None if there is no such process, or no /proc."""
-    try:
-        text = Path(f"/proc/{pid}/stat").read_bytes().decode(errors="replace")
-    except OSError:
-        return None
-    fields = text.rpartition(")")[2].split()  # the name before it may hold spaces and brackets
-    return _Status(state=fields[0], parent=int(fields[1]), started=int(fields[19]))
-
-
-@dataclass(frozen=True, kw_only=True)
-class Process:
-    """A process of this host."""
-
-    pid: int
-    started: int
-    """Start time in clock ticks since the host started; tells a process from a later one with the same id."""
-
-    def is_gone(self) -> bool:
-        """Return whether it has ended; a process that its parent has not waited for yet has ended too."""
-        status = _status(self.pid)
-        return status is None or status.started != self.started or status.state in "ZX"
 
 
 def _is_launcher(pid: int) -> bool:
@@ -74,10 +43,10 @@ def launchers(pid: int) -> tuple[Process, ...]:
     above: list[Process] = []
     runs_stages = int(os.environ.get(PARENT, "0")) if pid == os.getpid() else 0
     n = 1 if is_supervised() and pid == os.getpid() else 0
-    status = _status(pid)
+    status = status_of(pid)
     while status is not None and status.parent > 0:
         parent = status.parent
-        status = _status(parent)
+        status = status_of(parent)
         if status is not None:
             above.append(Process(pid=parent, started=status.started))
             if parent == runs_stages or _is_launcher(parent):
@@ -112,12 +81,6 @@ class Member:
         return cls(**{**values, "process": Process(**values["process"])})
 
 
-def this_process(rank: int) -> Member:
+def this_member(rank: int) -> Member:
     """Return this process as a rank."""
-    status = _status(os.getpid())
-    process = Process(pid=os.getpid(), started=status.started if status is not None else 0)
-    place = f"{socket.gethostname()} {os.getpid()}"  # without /proc, nobody else's
-    with contextlib.suppress(OSError):
-        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-        place = f"{boot} {os.readlink('/proc/self/ns/pid')}"
-    return Member(rank=rank, host=socket.gethostname(), place=place, process=process)
+    return Member(rank=rank, host=socket.gethostname(), place=place_of_this_process(), process=this_process())

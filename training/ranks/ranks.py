@@ -4,7 +4,9 @@ One process without a launcher is a group of one.
 """
 
 import hashlib
+import json
 import os
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -18,11 +20,12 @@ from torch.distributed import PrefixStore, Store, TCPStore  # type: ignore[attr-
 
 from training.patches import set_group_timeout
 from training.ranks.environment import ATTEMPT, first_rank_holds_store, has_agent_store
-from training.ranks.processes import Member, this_process
+from training.ranks.processes import Member, this_member
 from training.ranks.watch import FIRST_STEP_FACTOR, TIMEOUT_S, Watch
 
 Value = TypeVar("Value")
 
+POLL_S = 0.1
 JOIN_S = 600.0
 """Seconds to wait for the other ranks to join."""
 MAX_WAIT = timedelta(days=20)
@@ -88,7 +91,7 @@ def job_store(place: str, *, host: bool) -> Store:
     """Return a part of the store that all ranks of the job see, at the address that the launcher gives.
 
     Args:
-        place: name of the part. After a restart by torchrun, the name means another part.
+        place: name of the part.
         host: whether this process holds the store, unless the launcher does.
     """
     store = TCPStore(
@@ -99,39 +102,60 @@ def job_store(place: str, *, host: bool) -> Store:
         wait_for_workers=False,
         multi_tenant=True,
     )
-    return PrefixStore(f"{place}/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    return PrefixStore(place, store)
 
 
 def _meet(backend: str, timeout_s: float) -> Watch:
-    """Join the process group of all ranks; return the watch over them, started.
-
-    Each attempt of a supervised job uses a part of the store of its own: in that of the attempt before, gloo would read
-    the addresses of dead processes.
-    """
+    """Join the process group of all ranks; return the watch over them, started."""
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     place, host = f"ranks/{os.environ.get(ATTEMPT, '0')}", rank == 0 and first_rank_holds_store()
     store = job_store(place, host=host)
-    members = _introduce(store, rank, size)
-    watch = Watch(members, rank, PrefixStore("watch", job_store(place, host=False)), timeout_s)
+    members, turn = _introduce(store, rank, size)
+    # every start has a part of the store of its own: in that of an earlier one gloo would find dead processes
+    for_watch = PrefixStore("watch", PrefixStore(turn, job_store(place, host=False)))
+    watch = Watch(members, rank, for_watch, timeout_s)
     watch.start()
     # Collectives need no timeout: a rank that is gone breaks the connection, and the watch ends a run that hangs.
     # Outside runs, the first rank may work alone for as long as it takes, such as to train the tokenizer.
     group_timeout = max(MAX_WAIT, timedelta(seconds=2 * FIRST_STEP_FACTOR * timeout_s))
     set_group_timeout(group_timeout)
-    dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=group_timeout)
+    own = PrefixStore(turn, store)
+    dist.init_process_group(backend, store=own, rank=rank, world_size=size, timeout=group_timeout)
     return watch
 
 
-def _introduce(store: Store, rank: int, size: int) -> list[Member]:
-    """Exchange the processes of all ranks; return all ranks in order."""
-    store.set(f"member/{rank}", this_process(rank).to_json())
-    members = []
-    for other in range(size):
-        try:
-            members.append(Member.from_json(store.get(f"member/{other}")))
-        except RuntimeError as error:
-            raise OSError(f"rank {other} of {size} has not joined within {JOIN_S:.0f} s ({error})") from None
-    return members
+def _introduce(store: Store, rank: int, size: int) -> tuple[list[Member], str]:
+    """Exchange the processes of all ranks; return all ranks in order, and the name of this start of theirs.
+
+    A launcher's store outlives the ranks that it starts again, and launchers of several hosts may count restarts
+    differently. So the first rank begins a turn, the others enter the newest, and the first rank names those that it
+    met there: a rank that it did not name had read the number of an earlier turn.
+    """
+    me, deadline = this_member(rank).to_json(), time.monotonic() + JOIN_S
+    if rank == 0:
+        turn = store.add("turn", 1)
+        store.set(f"{turn}/0", me)
+        store.set(f"{turn}/all", json.dumps([_heard(store, f"{turn}/{other}", other, size) for other in range(size)]))
+    entered = 0
+    while True:
+        turn = store.add("turn", 0)
+        if rank and turn > entered:
+            store.set(f"{turn}/{rank}", me)
+            entered = turn
+        if turn and store.check([f"{turn}/all"]):
+            named = json.loads(store.get(f"{turn}/all"))
+            if me in named:
+                return [Member.from_json(text) for text in named], f"turn {turn}"
+        if time.monotonic() > deadline:
+            raise OSError(f"rank 0 of {size} has not joined within {JOIN_S:.0f} s")
+        time.sleep(POLL_S)
+
+
+def _heard(store: Store, key: str, rank: int, size: int) -> str:
+    try:
+        return bytes(store.get(key)).decode()
+    except RuntimeError as error:
+        raise OSError(f"rank {rank} of {size} has not joined within {JOIN_S:.0f} s ({error})") from None
 
 
 def leave(*, after_error: bool = False) -> None:

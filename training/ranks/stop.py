@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Self
@@ -27,13 +28,17 @@ class Ended(Exception):  # noqa: N818  # not an error
 
 
 class SignalHandler:
-    """A context in which a function handles SIGINT and SIGTERM, called with the signal's number."""
+    """A context in which a function handles SIGINT and SIGTERM, called with the signal's number.
+
+    Only the main thread is sent signals; in others the context does nothing.
+    """
 
     def __init__(self, handler: Callable[[int], None]) -> None:
         self._handler = handler
 
     def __enter__(self) -> Self:
-        numbers = (signal.SIGINT, signal.SIGTERM)
+        is_main = threading.current_thread() is threading.main_thread()
+        numbers = (signal.SIGINT, signal.SIGTERM) if is_main else ()
         self._former = {number: signal.signal(number, lambda given, _: self._handler(given)) for number in numbers}
         return self
 

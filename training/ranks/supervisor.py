@@ -201,7 +201,8 @@ class _Agreement:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-            self._store = job_store("supervisors", host=rank == 0)
+            restarts = os.environ.get("TORCHELASTIC_RESTART_COUNT", "0")  # by torchrun, of supervisors that failed
+            self._store = job_store(f"supervisors/{restarts}", host=rank == 0)
         else:
             self._store = dist.HashStore()  # type: ignore[attr-defined]  # public, but torch does not say so to mypy
         self._is_over = False

@@ -22,9 +22,10 @@ from torch.distributed import DistError, Store  # type: ignore[attr-defined]  # 
 
 from dalle.output.text import to_stderr
 from storage.errors import reason_of
+from storage.process import Process
 from training.ranks.environment import tell_supervisor
 from training.ranks.news import HEARTBEAT_S, MAX_SILENCE_S, POLL_S, LostRank, News, RankPosition, ranks_behind
-from training.ranks.processes import Member, Process, launchers, this_process
+from training.ranks.processes import Member, launchers, this_member
 from training.ranks.stop import stop_this_process
 from training.run_files import STACKS, stacks_path, write_state
 
@@ -32,6 +33,8 @@ T = TypeVar("T")
 
 TIMEOUT_S = 1800.0
 """Default seconds without progress after which a job counts as hung."""
+MAX_TIMEOUT_S = 250_000
+"""Longest timeout: gloo counts eight times as long in milliseconds, in 31 bits."""
 FIRST_STEP_FACTOR = 4
 """Times the timeout that the first step may take, with all that comes before it: building, loading, compiling."""
 GRACE_S = 10.0
@@ -217,7 +220,7 @@ class Watch:
         run = self.run
         if self.rank == 0 and run is not None and self._has_run:
             _in_time(lambda: write_state(run, "failed", line))
-        _end(line)
+        end_process(line)
 
     def _write_stacks(self) -> None:
         if self.run is None:
@@ -225,7 +228,7 @@ class Watch:
         path = stacks_path(self.run, self.rank)
         path.parent.mkdir(parents=True, exist_ok=True)
         with path.open("w") as file:
-            who = self.members[self.rank] if self.members else this_process(self.rank)
+            who = self.members[self.rank] if self.members else this_member(self.rank)
             at = time.strftime("%Y-%m-%d %H:%M:%S")
             file.write(f"{who} at {at}, {self._idle_s:.0f} s after it last moved; {self._step} steps done\n\n")
             file.flush()
@@ -284,7 +287,7 @@ def _in_time(action: Callable[[], T]) -> tuple[T, ...]:
     return tuple(results)
 
 
-def _end(line: str) -> None:
+def end_process(line: str) -> None:
     """Print an error and end the process, wherever its main thread is."""
     _in_time(lambda: to_stderr(f"error: {line}"))
     tell_supervisor("lost")

@@ -18,6 +18,7 @@ CHANGE_LINES = 5
 CLEAR_SCREEN = "\x1b[2J\x1b[H"
 LOSSES = ("loss", "text_loss", "image_loss", "nll", "kl", "psnr", "hard_psnr", "codes_used", "perplexity", "accuracy")
 """Metrics shown with their change, where a run has them."""
+MAX_WATCH_S = 86_400
 BINARY_UNITS = ("B", "KiB", "MiB", "GiB", "TiB")
 
 
@@ -31,10 +32,10 @@ def show_status(path: Path, *, watch_s: float | None = None, out: TextIO | None 
 
     Raises:
         FileNotFoundError: there is no run.
-        ValueError: `watch_s` is not above 0.
+        ValueError: `watch_s` is not above 0, or more than a day.
     """
-    if watch_s is not None and watch_s <= 0:
-        raise ValueError(f"--watch must be above 0 seconds, got {watch_s:g}")
+    if watch_s is not None and not 0 < watch_s <= MAX_WATCH_S:
+        raise ValueError(f"--watch must be above 0 seconds and at most {MAX_WATCH_S:,}, got {watch_s:g}")
     stream = sys.stdout if out is None else out
     while True:
         now = time.time()

@@ -15,9 +15,11 @@ from training.ranks.side_by_side import Job, TimeLeft, run_jobs
 from training.recipes import Recipe
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
+from training.stages.encode import MAX_CROPS
 from training.stages.encoded import encode_inputs, encoded_inputs, shards_to_encode
 from training.stages.exchanged_captions import measure_exchanged
-from training.stages.inputs import Inputs, forget_runs
+from training.stages.inputs import ENCODED, Inputs, forget_runs
+from training.stages.locks import bundle_lock, held
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
@@ -33,28 +35,32 @@ def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_
         encode_crops: random crops of each picture to encode once, for the transformer; None to encode in every step.
 
     Raises:
+        FolderInUseError: another job trains in this bundle.
         ValueError: encode_crops is below 1; or as the stages.
     """
     _require_crops(encode_crops)
-    if inputs.fresh:
-        on_first_rank(lambda: forget_runs(inputs.out), ranks)
-    if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
-        on_first_rank(lambda: train_tokenizer(recipe, inputs, say), ranks)
-    train_dvae(recipe, inputs, ranks, say)
-    train_clip(recipe, inputs, ranks, say)
-    images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, ranks, say)
-    train_transformer(recipe, images, ranks, say)
-    if inputs.validation:
-        validation = inputs.open_validation(captions=True)
-        device = str(ranks.device)
-        on_first_rank(
-            lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
-        )
+    with held(bundle_lock(inputs.out), ranks):
+        if inputs.fresh:
+            on_first_rank(lambda: forget_runs(inputs.out), ranks)
+        if inputs.fresh or not (inputs.out / "tokenizer.json").is_file():
+            on_first_rank(lambda: train_tokenizer(recipe, inputs, say), ranks)
+        train_dvae(recipe, inputs, ranks, say)
+        train_clip(recipe, inputs, ranks, say)
+        images = inputs if encode_crops is None else encode_inputs(recipe, inputs, encode_crops, ranks, say)
+        train_transformer(recipe, images, ranks, say)
+        if inputs.validation:
+            validation = inputs.open_validation(captions=True)
+            device = str(ranks.device)
+            on_first_rank(
+                lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
+            )
 
 
 def _require_crops(encode_crops: int | None) -> None:
     if encode_crops is not None and encode_crops < 1:
         raise ValueError(f"--encode-crops must be at least 1, got {encode_crops}: the transformer trains on them")
+    if encode_crops is not None and encode_crops > MAX_CROPS:
+        raise ValueError(f"--encode-crops must be at most {MAX_CROPS:,}, got {encode_crops:,}")
 
 
 # ------------------------------------------------------------------------------------------------ side by side
@@ -80,16 +86,18 @@ def train_all_side_by_side(
         options: more options of each neural stage's command, by its name, besides those of `inputs`.
 
     Raises:
+        FolderInUseError: another job trains in this bundle.
         ValueError: encode_crops is below 1.
         Interrupted, OSError: as `run_jobs`.
     """
     _require_crops(encode_crops)
-    if inputs.fresh:
-        forget_runs(inputs.out)
-    time_left = TimeLeft(time_of(plan))
-    run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
-    if inputs.validation:
-        evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
+    with bundle_lock(inputs.out):
+        if inputs.fresh:
+            forget_runs(inputs.out)
+        time_left = TimeLeft(time_of(plan))
+        run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
+        if inputs.validation:
+            evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
 
 
 def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:
@@ -144,7 +152,7 @@ def _jobs(
             same: list[object] = ["--dvae", inputs.out / "dvae", "--seed", train.seed, "--workers", train.workers]
             same += ["--max-bad-fraction", train.max_bad_fraction]
             for name, crops, of in shards_to_encode(inputs, encode_crops):
-                target = inputs.out / "encoded" / name
+                target = inputs.out / ENCODED / name
                 arguments = ["encode", *_arguments(of, target, validates=False), *same, "--crops", crops]
                 # at the same time; there are few of these beside the pictures to train on
                 yield job(f"encode {name}", *arguments, ranks=share.ranks if name == "train" else 1)

@@ -24,12 +24,11 @@ from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
 from training.data.wrong_captions import SOURCES
-from training.engine.checkpoints import latest_tag
 from training.engine.objective import MicroBatch, Tensors
 from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
-from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, all_captions
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 
@@ -251,6 +250,7 @@ def check_negatives(accumulation: int) -> None:
         )
 
 
+@alone_in("clip")
 def train_clip(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     """Train CLIP, with a BPE of its own; returns its directory. It is warmed up first if the recipe says so."""
     stage_recipe = recipe.clip
@@ -271,25 +271,22 @@ def train_clip(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     if stage_recipe.warmup is not None and program.needs_warmup("clip"):
         directory = inputs.run_directory("clip-warmup") / "model"
         warmup = CLIPWarmupStage(stage_recipe, model.to(ranks.device), tokenizer, directory, metadata)
-        program = program.warm_up(warmup, stage_recipe.warmup, description)
+        program = program.warm_up(warmup, stage_recipe.warmup, description, stage_recipe)
         model = CLIP.load(directory)
     stage = CLIPStage(stage_recipe, model.to(ranks.device), tokenizer, inputs.out / "clip", metadata)
-    program.fit(stage, stage_recipe.train, program.spec("clip", description))
+    program.fit(stage, stage_recipe.train, program.spec("clip", description, stage_recipe))
     return stage.directory
 
 
 def _clip_tokenizer(program: Program, vocab_size: int) -> CLIPTokenizer:
-    """Return a tokenizer trained on the captions; a resumed run's own if captions have been lost since."""
-    inputs, data = program.inputs, program.data
-    run = inputs.run_directory("clip")
-    path = run / "tokenizer.json"
-    unreadable = np.flatnonzero(data.is_lost).tolist()
-    tokenizer = CLIPTokenizer.train(all_captions(data, unreadable), vocab_size=vocab_size)
-    if unreadable and path.is_file() and not inputs.fresh and latest_tag(run / CHECKPOINTS) is not None:
+    """Return the tokenizer of the run that is resumed, or of its warm-up; otherwise one trained on the captions."""
+    path = program.inputs.run_directory("clip") / "tokenizer.json"
+    if path.is_file() and any(program.has_checkpoint(stage) for stage in ("clip", "clip-warmup")):
         return CLIPTokenizer.load(path)
+    tokenizer = CLIPTokenizer.train(all_captions(program.data), vocab_size=vocab_size)
 
     def save() -> None:
-        run.mkdir(parents=True, exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         tokenizer.save(path)
 
     on_first_rank(save, program.ranks)

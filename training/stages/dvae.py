@@ -27,6 +27,7 @@ from training.ranks.ranks import Ranks
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
 from training.stages.inputs import Inputs
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 CODEBOOK_IMAGES = 1024
@@ -178,6 +179,7 @@ class WarmupStage(DVAEStage):
         return None
 
 
+@alone_in("dvae")
 def train_dvae(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, init: Path | None = None) -> Path:
     """Train a dVAE, from scratch or from the directory `init`; returns its directory.
 
@@ -194,13 +196,13 @@ def train_dvae(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, init: 
     if init is None and stage_recipe.warmup is not None and needs_warmup:
         directory = inputs.run_directory("dvae-warmup") / "autoencoder"
         warmup = WarmupStage(stage_recipe, model, directory, previews, metadata)
-        program = program.warm_up(warmup, stage_recipe.warmup, description)
+        program = program.warm_up(warmup, stage_recipe.warmup, description, stage_recipe)
         model = DVAE.load(directory)
         images, _ = warmup.first_images(CODEBOOK_IMAGES, program.data)
         initialise_codebook(model, images, seed=stage_recipe.warmup.seed)
         model = channels_last(model.to(ranks.device))
     stage = DVAEStage(stage_recipe, model, inputs.out / "dvae", previews, metadata)
-    spec = program.spec("dvae", {**description, "init": str(init) if init else None})
+    spec = program.spec("dvae", {**description, "init": str(init) if init else None}, stage_recipe)
     program.fit(stage, stage_recipe.train, spec)
     return stage.directory
 

@@ -42,14 +42,22 @@ from dalle.data.reader import Sample, ShardData, sample_rng
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.atomic import PARTIAL
+from storage.disk import full_disk_text, is_of_full_disk
 from storage.tar import write_tar
+from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
+from training.patches import as_in_a_new_process
 from training.ranks.ranks import MAX_WAIT, Ranks, on_first_rank
 from training.ranks.stop import Interrupted, StopSignals
-from training.stages.inputs import ShardOptions
+from training.stages.inputs import ShardOptions, without_made_here
+from training.stages.locks import folder_lock, held
 
 logger = logging.getLogger(__name__)
+
+
+MAX_CROPS = 1000
+"""Of a picture, which are in memory together."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,9 +83,8 @@ class EncodeConfig(EncodeOptions, ShardOptions):
     """The options, checked, and how the shards of pictures are read."""
 
     def __post_init__(self) -> None:
-        for name, least in (("crops", 0), ("seed", 0), ("batch_size", 1), ("workers", 0)):
-            if getattr(self, name) < least:
-                raise ValueError(f"{name} must be at least {least}, got {getattr(self, name)}")
+        check_bounds(self, {"crops": (0, MAX_CROPS), "batch_size": (1, MAX_BATCH)})
+        check_bounds(self, {"seed": (0, MAX_SEED), "workers": (0, MAX_WORKERS)})
         if not 0 <= self.max_bad_fraction <= 1:
             raise ValueError(f"max_bad_fraction must be in [0, 1], got {self.max_bad_fraction}")
 
@@ -119,6 +126,7 @@ def views(sample: Sample, encoding: Encoding) -> Tensor:
     return torch.stack([to_tensor(image) for image in images])
 
 
+@as_in_a_new_process()
 def encode_shards(
     shards: Sequence[str | Path],
     out: Path,
@@ -143,11 +151,12 @@ def encode_shards(
     Raises:
         Interrupted: SIGINT or SIGTERM came; complete shards are kept.
         FileNotFoundError: a shard or folder is missing.
+        FolderInUseError: another job writes in `out`.
         ValueError: two shards have one name, one cannot be used or has changed since it was encoded, `out` holds
             something else, or too many pictures are unusable.
         OSError: something could not be written; complete shards are kept.
     """
-    targets = token_shards(expand_shards(shards), out)
+    targets = token_shards(expand_shards(without_made_here(shards, out)), out)
     manifest = None if config.manifest is None else Manifest.open(config.manifest)
     if manifest is not None:
         _require_all(manifest, list(targets))
@@ -159,19 +168,20 @@ def encode_shards(
         crops=config.crops,
         seed=config.seed,
     )
-    on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), ranks)
-    group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if ranks.size > 1 else None
-    counts = [0, 0, 0, 0]
-    if mine := list(targets)[ranks.rank :: ranks.size]:
-        if manifest is None:
-            data = ShardData.open(mine, captions=True, skip_damaged=config.skip_damaged_shards)
-        else:
-            data = open_with_manifest(mine, manifest.part(mine), captions=True)
-        with StopSignals() as stop:
-            encoder = _Encoder(data, dvae, encoding, config, stop, progress)
-            encoder.run(targets)
-        counts = [encoder.n_written, encoder.n_samples, encoder.n_skipped, int(stop.raised)]
-    n_written, n_samples, n_skipped, n_stopped = _sum_over_ranks(counts, group)
+    with held(folder_lock(out), ranks):
+        on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), ranks)
+        group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if ranks.size > 1 else None
+        counts = [0, 0, 0, 0]
+        if mine := list(targets)[ranks.rank :: ranks.size]:
+            if manifest is None:
+                data = ShardData.open(mine, captions=True, skip_damaged=config.skip_damaged_shards)
+            else:
+                data = open_with_manifest(mine, manifest.part(mine), captions=True)
+            with StopSignals() as stop:
+                encoder = _Encoder(data, dvae, encoding, config, stop, progress)
+                encoder.run(targets)
+            counts = [encoder.n_written, encoder.n_samples, encoder.n_skipped, int(stop.raised)]
+        n_written, n_samples, n_skipped, n_stopped = _sum_over_ranks(counts, group)
     there = tuple(target for target in targets.values() if target.exists())
     if n_stopped:
         command = "the same command without --fresh" if config.fresh else "the same command"
@@ -370,10 +380,11 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
         write_tar(path, members)
     except OSError as error:
         code = error.errno or errno.EIO
+        full = f"; {full_disk_text(path)}" if is_of_full_disk(error, path) else ""
         raise OSError(
             code,
-            f"cannot make {path}: {os.strerror(code)}; the shards before it are kept: free some space, and the same "
-            "command continues from there",
+            f"cannot make {path}: {os.strerror(code)}{full}; the shards before it are kept, and the same command "
+            "continues from there",
         ) from error
 
 

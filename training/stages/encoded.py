@@ -9,13 +9,15 @@ from dalle.output.progress import progress_bar
 from dalle.output.text import Say
 from dvae import DVAE
 from storage.model_directory import directory_hash
+from training.patches import as_in_a_new_process
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
 from training.stages.encode import EncodeConfig, EncodeReport, encode_shards, token_shards
-from training.stages.inputs import Inputs
+from training.stages.inputs import ENCODED, Inputs, without_made_here
 
 
+@as_in_a_new_process()
 def encode_data(
     data: Sequence[str | Path],
     out: Path,
@@ -57,7 +59,7 @@ def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, ranks: Ranks, say:
     shards = {
         name: encode_data(
             of.data,
-            inputs.out / "encoded" / name,
+            inputs.out / ENCODED / name,
             inputs.out / "dvae",
             dataclasses.replace(config, crops=its_crops, manifest=of.manifest),
             ranks,
@@ -89,6 +91,6 @@ def encoded_inputs(inputs: Inputs) -> Inputs:
     """Return the inputs with the image tokens that `encode_inputs` made of their shards."""
     shards: dict[str, list[Path]] = {}
     for name, _, of in shards_to_encode(inputs, 1):
-        targets = token_shards(expand_shards(of.data), inputs.out / "encoded" / name)
+        targets = token_shards(expand_shards(without_made_here(of.data)), inputs.out / ENCODED / name)
         shards[name] = [target for target in targets.values() if target.exists()]
     return _with_tokens(inputs, shards)

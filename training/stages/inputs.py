@@ -1,5 +1,6 @@
 """The data and the folders that every stage is given, and which samples a run was trained on."""
 
+import itertools
 import logging
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -9,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
@@ -16,6 +18,9 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.run_files import CHECKPOINTS, read_data, write_data
 
 logger = logging.getLogger(__name__)
+
+RUNS, ENCODED = "training", "encoded"
+"""Folders of a bundle: the runs behind it, and image tokens for its transformer."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,53 +97,90 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
     def _open(
         self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
     ) -> ShardData:
+        patterns = without_made_here(patterns)
         if manifest is not None:
             return open_with_manifest(patterns, Manifest.open(manifest), captions=captions, encoded=encoded)
         return ShardData.open(patterns, captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards)
 
     def run_directory(self, stage: str) -> Path:
         """Return the folder of a stage's run."""
-        return self.out / "training" / stage
+        return self.out / RUNS / stage
+
+
+def without_made_here(patterns: Sequence[str | Path], out: Path | None = None) -> Sequence[str | Path]:
+    """Return shards without those that `dalle-train` made itself below a folder among them: a bundle's image tokens.
+
+    Shards that are named, or whose own folder is, are kept. A warning counts the others.
+
+    Args:
+        patterns: what `expand_shards` takes; errors as its.
+        out: a folder that is written to, whose shards are left out too.
+    """
+    kept: list[str | Path] = []
+    for pattern in [patterns] if isinstance(patterns, str | Path) else patterns:
+        folder = Path(pattern)
+        shards = expand_shards([folder], skip_missing=True) if folder.is_dir() else []
+        others = [shard for shard in shards if not _is_made_here(shard, folder, out)]
+        if others and len(others) < len(shards):
+            n_own = len(shards) - len(others)
+            logger.warning("left out of %s: %d shards of image tokens that were made here", folder, n_own)
+        kept += others if len(others) < len(shards) and others else [pattern]
+    return kept
+
+
+def _is_made_here(shard: Path, below: Path, out: Path | None) -> bool:
+    between = itertools.takewhile(lambda folder: folder != below, shard.parents)
+    return any(
+        (folder.name == ENCODED and (folder.parent / RUNS).is_dir())
+        or (out is not None and folder.resolve() == out.resolve())
+        for folder in between
+    )
 
 
 def forget_runs(out: Path) -> None:
     """Delete the checkpoints of all stages and the image tokens, so that nothing resumes from them."""
-    for made in (*(out / "training").glob(f"*/{CHECKPOINTS}"), *out.glob("encoded")):
+    for made in (*(out / RUNS).glob(f"*/{CHECKPOINTS}"), *out.glob(ENCODED)):
         shutil.rmtree(made)
 
 
-def all_captions(data: ShardData, unreadable: list[int] | None = None) -> Iterator[str]:
-    """Yield every caption that can be read, and append the numbers of the other samples to `unreadable`.
-
-    Training counts those as bad samples.
-    """
+def all_captions(data: ShardData) -> Iterator[str]:
+    """Yield every caption that can be read; training counts the other samples as bad ones."""
     for index in np.flatnonzero(~data.is_lost):
         try:
             yield from data.captions(int(index))
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
-            if unreadable is not None:
-                unreadable.append(int(index))
 
 
-def note_data(spec: RunSpec, data: ShardData, ranks: Ranks) -> None:
-    """Write down which samples a run is trained on; warn if a resumed run has others. Collective.
+def note_data(spec: RunSpec, data: ShardData, validation: ShardData | None, ranks: Ranks) -> None:
+    """Write down which samples a run is trained and validated on; warn if a resumed run has others. Collective.
 
     Sample order depends on the number of samples and the order of shards. Shards may be moved.
     """
     refuse_another_run(spec)
     counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
-    order = [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
-    now = {"samples": len(data), "shards": counts, "order": order}
+    now = {"samples": len(data), "shards": counts, "order": _order_of(data)}
+    now["validation"] = None if validation is None else _order_of(validation)
 
     def note() -> None:
         before = read_data(spec.directory) if spec.has_run else None
         if before is not None:
             _warn_of_another_order(before, now)
+            # version 0.1 did not write it
+            if before.get("validation") and validation is not None and before["validation"] != now["validation"]:
+                logger.warning(
+                    "the resumed run is validated on other samples than before: its validation losses cannot be "
+                    "compared with those up to now"
+                )
         spec.directory.mkdir(parents=True, exist_ok=True)
         write_data(spec.directory, now)
 
     on_first_rank(note, ranks)
+
+
+def _order_of(data: ShardData) -> list[list[str]]:
+    """Return the name and the fingerprint of each shard."""
+    return [[shard.name, data.fingerprint(number)] for number, shard in enumerate(data.shards)]
 
 
 def _warn_of_another_order(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

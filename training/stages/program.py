@@ -13,8 +13,13 @@ from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.loop.stage import Stage
 from training.ranks.ranks import Ranks, on_first_rank
+from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, note_data
+
+StageRecipe = DVAERecipe | CLIPRecipe | TransformerRecipe
+_AT_THE_START = {"model", "train", "warmup", "init_scale", "init_from_codebook", "embedding_scale"}
+"""Fields of a recipe that say nothing to a resumed run, or that are written down elsewhere."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,12 +40,20 @@ class Program:
         data, validation = inputs.open(captions=captions, encoded=encoded)
         return cls(inputs=inputs, data=data, validation=validation, ranks=ranks, say=say)
 
-    def spec(self, stage: str, description: dict[str, Any], flops_per_sample: float | None = None) -> RunSpec:
-        """Return where a stage's run reads and writes, and how it starts."""
+    def spec(
+        self,
+        stage: str,
+        description: dict[str, Any],
+        recipe: StageRecipe,
+        flops_per_sample: float | None = None,
+    ) -> RunSpec:
+        """Return where a stage's run reads and writes, how it starts, and which of its options may change."""
         inputs = self.inputs
+        options = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in _AT_THE_START}
         return RunSpec(
             directory=inputs.run_directory(stage),
             description={"stage": stage, **description},
+            options=options,
             fresh=inputs.fresh,
             resume=inputs.resume,
             resume_from=inputs.resume_from,
@@ -49,7 +62,7 @@ class Program:
 
     def fit(self, stage: Stage, config: TrainConfig, spec: RunSpec) -> None:
         """Train a stage; write down first which samples it is trained on."""
-        note_data(spec, self.data, self.ranks)
+        note_data(spec, self.data, self.validation, self.ranks)
         fit(stage, config, self.ranks, self.data, self.validation, spec, self.say)
 
     def needs_warmup(self, stage: str) -> bool:
@@ -60,10 +73,13 @@ class Program:
         checkpoints = self.inputs.run_directory(stage) / CHECKPOINTS
         if self.inputs.fresh:
             on_first_rank(lambda: shutil.rmtree(checkpoints, ignore_errors=True), self.ranks)
-        return self.inputs.fresh or latest_tag(checkpoints) is None
+        return not self.has_checkpoint(stage)
 
-    def warm_up(self, stage: Stage, config: TrainConfig, description: dict[str, Any]) -> Self:
+    def has_checkpoint(self, stage: str) -> bool:
+        """Return whether a stage's run resumes from a checkpoint."""
+        return not self.inputs.fresh and latest_tag(self.inputs.run_directory(stage) / CHECKPOINTS) is not None
+
+    def warm_up(self, stage: Stage, config: TrainConfig, description: dict[str, Any], recipe: StageRecipe) -> Self:
         """Train a warm-up, in a run of its own; returns the program for the stage after it, which does not resume."""
-        spec = self.spec(stage.name, description)
-        fit(stage, config, self.ranks, self.data, self.validation, spec, self.say)
+        self.fit(stage, config, self.spec(stage.name, description, recipe))
         return dataclasses.replace(self, inputs=dataclasses.replace(self.inputs, resume=False, resume_from=None))

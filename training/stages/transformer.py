@@ -33,6 +33,7 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import Recipe, TransformerRecipe
 from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs
+from training.stages.locks import alone_in
 from training.stages.program import Program
 
 
@@ -173,6 +174,7 @@ class TransformerStage:
         return model.eval()
 
 
+@alone_in("transformer")
 def train_transformer(
     recipe: Recipe,
     inputs: Inputs,
@@ -223,7 +225,7 @@ def train_transformer(
     description = {"recipe": recipe.name, "model": dataclasses.asdict(model.config), **hashes}
     sizes = model.n_parameters()
     flops = flops_per_sample(model.config, sizes["attention"] + sizes["mlp"])
-    spec = program.spec("transformer", description, flops)
+    spec = program.spec("transformer", description, stage_recipe, flops)
     refuse_another_run(spec)  # before anything is copied into the bundle
     on_first_rank(lambda: _complete_bundle(inputs.out, tokenizer, dvae), ranks)
     program.fit(stage, stage_recipe.train, spec)
