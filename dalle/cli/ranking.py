@@ -60,4 +60,4 @@ def write_ranking(caption: str, pictures: Sequence[tuple[float, str, Image.Image
     labels = [f"{score:.3f}  {Path(name).name}" for score, name, _ in pictures]
     path = out / f"{slug(caption)}.png"
     save_png(contact_sheet([Section(caption, images, labels)], columns=4), path, {"caption": caption})
-    logger.info("the best %d are shown in %s", len(images), path)
+    logger.info("%s shown in %s", "the best is" if len(images) == 1 else f"the best {len(images)} are", path)
