@@ -14,6 +14,8 @@ from storage.atomic import replace_file
 MAX_PICTURE_BYTES = 512 << 20
 """Larger members are not read as pictures: one would fill the memory."""
 
+COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+"""Usual endings of compressed tar files."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
 """Raised by `tarfile` for headers that hold anything."""
@@ -48,7 +50,7 @@ def whole_members(path: Path) -> tuple[list[Member], str | None]:
     if n_bytes == 0:
         raise DamagedTarError(f"{path} is empty (0 bytes): expected a tar file")
     with path.open("rb") as file:
-        _refuse_compressed(path, file.read(8))
+        _refuse_if_compressed(path, file.read(8))
         file.seek(0)
         tar = _opened(path, file)
         members: list[Member] = []
@@ -65,6 +67,17 @@ def whole_members(path: Path) -> tuple[list[Member], str | None]:
         except _ERRORS:
             return members, _damage_after(file, tar.offset) or f"has a damaged header at byte {tar.offset:,}"
         return members, _damage_after(file, tar.offset)
+
+
+def refuse_compressed(path: Path) -> None:
+    """Check that a file is not compressed, whatever it is called.
+
+    Raises:
+        ValueError: it is; says what to do.
+        OSError: it cannot be read.
+    """
+    with path.open("rb") as file:
+        _refuse_if_compressed(path, file.read(8))
 
 
 def first_member(path: Path) -> Member | None:
@@ -109,7 +122,7 @@ def _opened(path: Path, file: BinaryIO) -> tarfile.TarFile:
         ) from error
 
 
-def _refuse_compressed(path: Path, start: bytes) -> None:
+def _refuse_if_compressed(path: Path, start: bytes) -> None:
     for magic, compression in _COMPRESSED.items():
         if start.startswith(magic):
             verb = "gunzip" if compression == "gzip" else "decompress"

@@ -11,27 +11,25 @@ Shards that `dalle-train encode` made hold image tokens in place of pictures: se
 
 import dataclasses
 import hashlib
-import json
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.data.endings import READ_ENDINGS
+from dalle.data.captions import MAX_TEXT_BYTES, NO_CAPTION, TOO_LARGE, caption_problem
+from dalle.data.endings import CAPTION_ENDINGS, READ_ENDINGS, is_picture, not_read
 from dalle.data.image_tokens import TOKENS_FIELD, Description, description_in
 from storage.tar import Member, whole_members
 
 IMAGE, TEXT, JSON = 0, 1, 2
 """Kinds of members, in the order of places and checksums: a picture or its tokens, a caption, a JSON member."""
-IMAGE_FIELDS = (*sorted(ending[1:] for ending in READ_ENDINGS), "img")
-TEXT_FIELDS = ("txt", "cap", "text", "caption")
-MAX_TEXT_BYTES = 16 << 20
-"""Larger members are not read as captions."""
-_CAPTION_KINDS = dict.fromkeys(TEXT_FIELDS, TEXT) | {"json": JSON}
-_PICTURE_KINDS = dict.fromkeys(IMAGE_FIELDS, IMAGE) | _CAPTION_KINDS
+NO_PICTURE = "no picture"
+_CAPTION_KINDS = {ending[1:]: JSON if ending == ".json" else TEXT for ending in CAPTION_ENDINGS}
+_PICTURE_KINDS = dict.fromkeys([*(ending[1:] for ending in READ_ENDINGS), "img"], IMAGE) | _CAPTION_KINDS
 _TOKEN_KINDS = {TOKENS_FIELD: IMAGE} | _CAPTION_KINDS
 
 _Row = list[Member | None]  # the members of a sample, by kind
@@ -65,6 +63,8 @@ class ShardIndex:
     """(n,) whether a sample has a caption that can be read and is not blank; None before captions are read."""
     checksums: NDArray[np.uint64] | None = None
     """(n, 3) of each kind of member; None without a manifest."""
+    problems: Mapping[int, str] = field(default_factory=dict)
+    """Why samples cannot be used, by row, as far as it is known: a reason, perhaps ": " and details of this sample."""
     lost: NDArray[np.bool_] | None = None
     """(n,) samples that a manifest knows and that are not there any more; None without a manifest."""
 
@@ -79,12 +79,13 @@ class ShardIndex:
         return np.where(self.places[:, TEXT, 1] > 0, TEXT, JSON)
 
     def chosen(self, rows: NDArray[np.int64]) -> "ShardIndex":
-        """Return the index of some of the samples."""
+        """Return the index of some of the samples, without problems: they can be used."""
         columns = {name: getattr(self, name) for name in ("places", "has_caption", "checksums", "lost")}
         return dataclasses.replace(
             self,
             keys=tuple(self.keys[i] for i in rows),
             image_names=tuple(self.image_names[i] for i in rows),
+            problems={},
             **{name: column[rows] for name, column in columns.items() if column is not None},
         )
 
@@ -97,9 +98,10 @@ def checksum(data: bytes) -> int:
 def index_shard(path: Path) -> ShardIndex:
     """Read the headers of a shard: WebDataset's and img2dataset's conventions.
 
-    A picture is KEY.jpg, .jpeg, .png, .webp, .bmp, .gif or .img; captions are KEY.txt, .cap, .text or
-    .caption, one a line, or the fields "caption" or "captions" of KEY.json. Members of a sample need not
-    stand together. In a shard of image tokens, KEY.tokens is in place of a picture.
+    A picture is KEY.jpg or another of `READ_ENDINGS`, or KEY.img. Captions are KEY.txt, .cap, .text or .caption, one a
+    line, the first of them in the shard; if there is none, or it has no bytes, they are a field of KEY.json, as in
+    `captions.py`. Members of a sample need not stand together. In a shard of image tokens, KEY.tokens is in place of a
+    picture.
 
     Args:
         path: a tar file, not compressed.
@@ -116,6 +118,7 @@ def index_shard(path: Path) -> ShardIndex:
     kinds = _PICTURE_KINDS if tokens is None else _TOKEN_KINDS
     samples: dict[str, _Row] = {}
     ignored: list[str] = []
+    strangers: dict[str, tuple[str, str]] = {}  # by key, name and field of a member that is none of the kinds
     n_duplicates = 0
     for member in members:
         if not member.is_safe:
@@ -124,10 +127,12 @@ def index_shard(path: Path) -> ShardIndex:
         key_and_field = _key_and_field(member.name)
         if key_and_field is None:
             continue
-        key, field = key_and_field
+        key, field_name = key_and_field
         row = samples.setdefault(key, [None, None, None])
-        kind = kinds.get(field)
+        kind = kinds.get(field_name)
         if kind is None:
+            if key not in strangers or _is_picture_like(member.name):
+                strangers[key] = (_text(member.name), field_name)
             continue
         n_duplicates += row[kind] is not None
         row[kind] = row[kind] or member
@@ -139,15 +144,45 @@ def index_shard(path: Path) -> ShardIndex:
         path=path,
         n_bytes=path.stat().st_size,
         tokens=tokens,
-        # Names that are not UTF-8 come with lone surrogates, which no log and no JSON can hold.
-        keys=tuple(key.encode("utf-8", "surrogateescape").decode("utf-8", "replace") for key in samples),
+        keys=tuple(map(_text, samples)),
         image_names=tuple(image.name if (image := row[IMAGE]) else "" for row in rows),
         places=np.array(places, dtype=np.int64).reshape(-1, 3, 2),
         n_ignored=len(ignored),
         n_duplicates=n_duplicates,
         damage=damage,
         ignored_names=tuple(ignored),
+        problems={
+            i: problem
+            for i, (key, row) in enumerate(samples.items())
+            if (problem := _why_no_picture(row, strangers.get(key))) is not None
+        },
     )
+
+
+def _text(name: str) -> str:
+    """Return a name that is not UTF-8 without its lone surrogates, which no log and no JSON can hold."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+def _is_picture_like(name: str) -> bool:
+    return is_picture(name) or not_read(name) is not None
+
+
+def _why_no_picture(row: _Row, stranger: tuple[str, str] | None) -> str | None:
+    """Return the problem of a sample without a picture; names a member that was perhaps meant to be it."""
+    image = row[IMAGE]
+    if image is not None and image.size > 0:
+        return None
+    has_caption = any(member is not None and member.size > 0 for member in row[TEXT:])
+    problem = NO_PICTURE if has_caption else f"{NO_PICTURE} and {NO_CAPTION}"
+    if image is not None:
+        return f"{problem}: {_text(image.name)} is empty"
+    if stranger is None:
+        return problem
+    name, field_name = stranger
+    if "." in field_name:
+        return f"{problem}: {name} has the field {field_name!r}, because a key ends at the first dot of a name"
+    return f"{problem}: {not_read(name) or f'{name} is none of its kinds'}"
 
 
 def _key_and_field(name: str) -> tuple[str, str] | None:
@@ -166,38 +201,18 @@ def _drop_cut_sample(samples: dict[str, _Row]) -> None:
 
 
 def with_captions(index: ShardIndex) -> ShardIndex:
-    """Read the captions of all samples that have a picture, and return the index with `has_caption`."""
+    """Read the captions of all samples that have a picture; returns the index with `has_caption` and the problems."""
     has_caption = np.zeros(len(index.keys), dtype=bool)
+    problems = dict(index.problems)
     kinds = index.caption_kind
     with index.path.open("rb", buffering=0) as file:
-        for i in np.flatnonzero(index.has_image):
+        for i in np.flatnonzero(index.has_image).tolist():
             offset, size = index.places[i, kinds[i]].tolist()
+            problem: str | None = NO_CAPTION if size == 0 else TOO_LARGE
             if 0 < size <= MAX_TEXT_BYTES:
-                try:
-                    text = os.pread(file.fileno(), size, offset)
-                    has_caption[i] = bool(captions_of(text, is_json=kinds[i] == JSON, source=index.keys[i]))
-                except ValueError:
-                    continue
-    return dataclasses.replace(index, has_caption=has_caption)
-
-
-def captions_of(text: bytes, *, is_json: bool, source: str) -> tuple[str, ...]:
-    """Return the captions in a text member (one a line) or a JSON member; blank ones are dropped.
-
-    Raises:
-        ValueError: the member cannot be read; names the source.
-    """
-    if is_json:
-        try:
-            record = json.loads(text)
-        except (ValueError, RecursionError) as error:
-            raise ValueError(f"{source}: its JSON cannot be read ({error})") from error
-        found = (record.get("captions") or record.get("caption")) if isinstance(record, dict) else None
-        lines = [found] if isinstance(found, str) else found if isinstance(found, list) else []
-        captions = [" ".join(line.split()) for line in lines if isinstance(line, str)]
-    else:
-        try:
-            captions = [line.strip() for line in text.decode("utf-8-sig").splitlines()]
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source}: its caption is not UTF-8 ({error})") from error
-    return tuple(caption for caption in captions if caption)
+                problem = caption_problem(os.pread(file.fileno(), size, offset), is_json=kinds[i] == JSON)
+            if problem is None:
+                has_caption[i] = True
+            else:
+                problems[i] = problem
+    return dataclasses.replace(index, has_caption=has_caption, problems=problems)

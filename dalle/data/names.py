@@ -2,9 +2,14 @@
 
 import glob
 import itertools
+import logging
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
+
+from storage.tar import COMPRESSED_ENDINGS, refuse_compressed
+
+logger = logging.getLogger(__name__)
 
 _MAX_BRACE_RANGE = 1_000_000
 
@@ -39,29 +44,31 @@ def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False)
             )
         names = [pattern] if Path(pattern).exists() else _expand_braces(pattern)
         for shard in itertools.chain.from_iterable(_shards_called(name, pattern, skip_missing) for name in names):
-            if shard.name.endswith((".tar.gz", ".tgz")):
-                raise ValueError(f"{shard} is compressed: samples are read at random places, so gunzip it first")
+            if shard.name.lower().endswith(COMPRESSED_ENDINGS):
+                refuse_compressed(shard)
             shards.setdefault(shard.resolve(), shard)
     return list(shards.values())
 
 
 def _expand_braces(pattern: str) -> list[str]:
     """Return the names that `{000..009}` and `{a,b}` stand for; a pattern without braces stands for itself."""
-    match = re.search(r"\{(?:(\d+)\.\.(\d+)|([^{}]*,[^{}]*))\}", pattern)
+    match = re.search(r"\{(?:(\d{1,18})\.\.(\d{1,18})|([^{}]*,[^{}]*))\}", pattern)
     if match is None:
         return [pattern]
     first, last, listed = match.groups()
+    after = _expand_braces(pattern[match.end() :])
+    count = int(last) - int(first) + 1 if listed is None else listed.count(",") + 1
+    if not 1 <= count * len(after) <= _MAX_BRACE_RANGE:
+        raise ValueError(
+            f"the range {match.group()} of {pattern} has {max(count, 0):,} members"
+            + (f" for each of {len(after):,} others" if len(after) > 1 else "")
+            + f", expected 1 to {_MAX_BRACE_RANGE:,}"
+        )
     if listed is not None:
         middles: Iterable[str] = listed.split(",")
     else:
-        count = int(last) - int(first) + 1
-        if not 1 <= count <= _MAX_BRACE_RANGE:
-            raise ValueError(
-                f"the range {match.group()} of {pattern} has {max(count, 0):,} members, "
-                f"expected 1 to {_MAX_BRACE_RANGE:,}"
-            )
         middles = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
-    before, after = pattern[: match.start()], _expand_braces(pattern[match.end() :])
+    before = pattern[: match.start()]
     return [before + middle + rest for middle in middles for rest in after]
 
 
@@ -84,17 +91,27 @@ def _shards_called(name: str, pattern: str, skip_missing: bool) -> list[Path]:
 
 
 def _shards_in(folder: Path) -> list[Path]:
-    """Return every tar below a folder, sorted; hidden names are left out: they are being written."""
+    """Return every tar below a folder, sorted; hidden names are left out: they are being written.
+
+    Compressed shards and links to folders are left out, too, with a warning.
+    """
     files = [
         path for path in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
-    shards = [path for path in files if path.suffix == ".tar" and path.is_file()]
+    shards = [path for path in files if path.suffix.lower() == ".tar" and path.is_file()]
+    there = set(shards)
+    compressed = [
+        path
+        for path in files
+        if path.name.lower().endswith(COMPRESSED_ENDINGS)
+        and not there & {path.with_suffix(""), path.with_suffix(".tar")}  # it is kept beside the plain one
+    ]
+    links = [path for path in files if path.is_symlink() and path.is_dir()]
+    found = [f"{path.name} is compressed: gunzip it first" for path in compressed]
+    found += [f"{path.name} is a link to a folder: give that folder itself" for path in links]
     if not shards:
-        compressed = [path.name for path in files if path.name.endswith((".tar.gz", ".tgz"))]
-        hint = (
-            f"; {compressed[0]} is compressed: gunzip it first"
-            if compressed
-            else "; make some with `dalle-train shards`"
-        )
-        raise FileNotFoundError(f"no shards in the folder {folder}: expected *.tar in it or below it{hint}")
+        hint = found[0] if found else "make some with `dalle-train shards`"
+        raise FileNotFoundError(f"no shards in the folder {folder}: expected *.tar in it or below it; {hint}")
+    if found:
+        logger.warning("left out of the folder %s: %s%s", folder, "; ".join(found[:3]), "; …" * (len(found) > 3))
     return shards

@@ -16,7 +16,8 @@ from PIL import Image
 
 from dalle.data.endings import ending_of, is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
-from dalle.data.reader import ShardData, usable_part
+from dalle.data.reader import ShardData
+from dalle.data.usable import usable_part
 from dvae.images import open_image
 from storage.drawn import is_sheet
 from storage.tar import DamagedTarError

@@ -13,27 +13,25 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.data.image_tokens import TOKENS_FIELD, Encoding, unpack
+from dalle.data.captions import MAX_TEXT_BYTES, CaptionError, captions_of
+from dalle.data.image_tokens import Encoding, unpack
 from dalle.data.index import (
     IMAGE,
-    IMAGE_FIELDS,
     JSON,
-    MAX_TEXT_BYTES,
     TEXT,
     ShardIndex,
-    captions_of,
     checksum,
     index_shard,
-    with_captions,
 )
 from dalle.data.names import expand_shards
+from dalle.data.usable import DataReport, nothing_usable, usable_part
 from storage.tar import MAX_PICTURE_BYTES, DamagedTarError
 
 logger = logging.getLogger(__name__)
@@ -57,75 +55,6 @@ class Sample:
     """(V,Y,X) tokens of the picture's views, the centre crop first; None where there is a picture."""
     position: int = 0
     """Its place in the endless sequence of training, the same for any number of ranks and workers."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class DataReport:
-    """Counts of the samples in use and left out; those of several shards add up."""
-
-    n_samples: int = 0
-    """Samples in use."""
-    n_without_image: int = 0
-    """Samples left out because they have neither a picture nor image tokens."""
-    n_without_caption: int = 0
-    """Samples left out because they have no caption, a blank one or an unreadable one."""
-    n_duplicates: int = 0
-    """Members left out because their sample had such a member already."""
-    n_ignored_members: int = 0
-    """Links, devices and names that lead out of a folder."""
-    n_excluded: int = 0
-    """Samples left out because the manifest excludes them."""
-    n_lost: int = 0
-    """Samples in use that a manifest knows and that are not there any more."""
-    damaged_shards: tuple[str, ...] = ()
-    """Shards used in part or not at all, with the reason (with skip_damaged or a manifest only)."""
-
-    def __add__(self, other: "DataReport") -> "DataReport":
-        return DataReport(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
-
-    def log(self) -> None:
-        """Log a warning for each kind of sample or member that is left out."""
-        for name in ("n_without_image", "n_without_caption", "n_duplicates", "n_ignored_members", "n_excluded"):
-            if count := getattr(self, name):
-                logger.warning("left out of the shards: %d %s", count, name.removeprefix("n_").replace("_", " "))
-
-
-def usable_part(
-    index: ShardIndex, *, captions: bool, encoded: bool = False, excluded: NDArray[np.bool_] | None = None
-) -> tuple[ShardIndex, DataReport]:
-    """Return the samples of a shard that have a picture, and a caption if needed, and the counts of all.
-
-    Args:
-        index: of the whole shard; its captions are read here unless `has_caption` is known.
-        captions: whether samples need captions.
-        encoded: whether image tokens will do in place of pictures.
-        excluded: (n,) samples to leave out.
-
-    Raises:
-        ValueError: the shard holds image tokens, and pictures are needed.
-    """
-    if index.tokens is not None and not encoded:
-        raise ValueError(
-            f"{index.path} holds image tokens, and pictures are needed here: give the shards that it was made of by "
-            f"`dalle-train encode` ({index.tokens.source}, …)"
-        )
-    wanted = has_image = index.has_image
-    if captions:
-        index = index if index.has_caption is not None else with_captions(index)
-        assert index.has_caption is not None
-        wanted = has_image & index.has_caption
-    left_out = np.zeros_like(wanted) if excluded is None else wanted & excluded
-    part = index.chosen(np.flatnonzero(wanted & ~left_out))
-    report = DataReport(
-        n_samples=len(part.keys),
-        n_without_image=int((~has_image).sum()),
-        n_without_caption=int((has_image & ~wanted).sum()),
-        n_duplicates=index.n_duplicates,
-        n_ignored_members=index.n_ignored,
-        n_excluded=int(left_out.sum()),
-        n_lost=0 if part.lost is None else int(part.lost.sum()),
-    )
-    return part, report
 
 
 class _OpenFiles(threading.local):
@@ -202,7 +131,7 @@ class ShardData:
                 if part.keys:
                     used.append(part)
                 elif damage is None:
-                    raise ValueError(_nothing_usable(index))
+                    raise ValueError(nothing_usable(index, found))
         if not used:
             raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(report.damaged_shards[:3]))
         report.log()
@@ -259,7 +188,10 @@ class ShardData:
             return ()
         kind = int(self._caption_kind[i])
         member = self._member(i, kind, MAX_TEXT_BYTES)
-        captions = captions_of(member, is_json=kind == JSON, source=self.source(i))
+        try:
+            captions = captions_of(member, is_json=kind == JSON)
+        except CaptionError as error:
+            raise ValueError(f"{self.source(i)}: its {error}") from error
         if not captions:
             raise ValueError(f"{self.source(i)}: its caption is empty")
         return captions
@@ -362,24 +294,6 @@ def _common_encoding(shards: Sequence[ShardIndex]) -> Encoding | None:
                     "`dalle-train encode` made with the same dVAE, crops and seed; encode one of them again"
                 )
     return first.tokens.encoding if first.tokens is not None else None
-
-
-def _nothing_usable(index: ShardIndex) -> str:
-    """Return the message for a whole shard without a usable sample."""
-    if not index.keys:
-        return f"shard {index.path} has no samples: expected members called KEY.jpg and KEY.txt"
-    if index.has_image.any():
-        return (
-            f"shard {index.path} has no captions: expected KEY.txt beside KEY.jpg (UTF-8, one caption a line), "
-            f'or "caption" in KEY.json, for keys such as {index.keys[0]!r}'
-        )
-    if index.tokens is not None:
-        return f"shard {index.path} has no image tokens: expected KEY.{TOKENS_FIELD} in it; encode its pictures again"
-    fields = ", ".join("." + field for field in IMAGE_FIELDS)
-    return (
-        f"shard {index.path} has no pictures: expected KEY{fields} in it, "
-        f"found keys such as {index.keys[0]!r} without one"
-    )
 
 
 def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:

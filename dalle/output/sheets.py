@@ -17,6 +17,7 @@ from PIL.PngImagePlugin import PngInfo
 
 from storage.atomic import replace_file
 from storage.drawn import MARK
+from storage.text import lines_of
 
 MIN_CELL, MAX_CELL = 128, 256
 """Side in pixels of a picture's place on a sheet: smaller pictures are enlarged, larger ones reduced."""
@@ -255,7 +256,7 @@ def _wrap(text: str, font: Font, width: int, max_lines: int) -> list[str]:
     Newlines in the text are kept.
     """
     shortened = _drawable(text[:MAX_DRAWN_CHARACTERS])
-    lines = [line for part in shortened.splitlines() for line in _wrap_line(part, font, width)] or [""]
+    lines = [line for part in lines_of(shortened) for line in _wrap_line(part, font, width)] or [""]
     if len(lines) > max_lines or len(text) > MAX_DRAWN_CHARACTERS:
         lines = lines[:max_lines]
         last = lines[-1]

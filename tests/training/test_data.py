@@ -1,5 +1,6 @@
 import gzip
 import json
+import logging
 import tarfile
 from pathlib import Path
 
@@ -54,13 +55,23 @@ def test_what_is_not_there_is_named(shards: Path, tmp_path: Path) -> None:
         expand_shards([tmp_path / "nothing"])
     with pytest.raises(ValueError, match="no shards were given"):
         expand_shards([])
+    for pattern in ("x-{0..999999999999}.tar", "x-{0..999999}-{0..9}.tar", "x-{9..1}.tar"):
+        with pytest.raises(ValueError, match="expected 1 to 1,000,000"):
+            expand_shards([pattern])
 
 
-def test_compressed_shards_are_refused_by_name_and_by_content(tmp_path: Path) -> None:
+def test_compressed_shards_are_refused_by_name_and_by_content(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = write_tar(tmp_path / "a" / "x.tar", samples_of(range(2))).read_bytes()
     (tmp_path / "a.tar.gz").write_bytes(gzip.compress(plain))
-    with pytest.raises(ValueError, match="gunzip"):
+    with pytest.raises(ValueError, match=r"a\.tar\.gz is compressed \(gzip\).*gunzip it first"):
         expand_shards([tmp_path / "a.tar.gz"])
+    (tmp_path / "kept").mkdir()
+    (tmp_path / "kept" / "x.TAR").write_bytes(plain)
+    (tmp_path / "kept" / "y.tar.gz").write_bytes(gzip.compress(plain))
+    (tmp_path / "kept" / "link").symlink_to(tmp_path / "a")
+    with caplog.at_level(logging.WARNING):
+        assert [path.name for path in expand_shards([tmp_path / "kept"])] == ["x.TAR"]
+    assert "y.tar.gz is compressed: gunzip it first; link is a link to a folder" in caplog.text
     (tmp_path / "b.tar").write_bytes(gzip.compress(plain))
     with pytest.raises(ValueError, match=r"b\.tar is compressed \(gzip\).*gunzip"):
         ShardData.open([tmp_path / "b.tar"], captions=True, skip_damaged=True)
@@ -88,6 +99,66 @@ def test_captions_come_from_json_when_there_is_no_text(tmp_path: Path) -> None:
     data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
     assert [data.read(i).captions for i in range(3)] == [("one", "two lines"), ("three",), ("four",)]
     assert data.captions(1) == ("three",)
+
+
+def test_text_wins_over_json_and_json_may_call_the_caption_otherwise(tmp_path: Path) -> None:
+    members = [("a.jpg", b"1"), ("a.json", b'{"caption": "json"}'), ("a.txt", b"text"), ("b.jpg", b"1"), ("b.txt", b"")]
+    members += [("b.json", b'{"caption": "", "prompt": "four"}'), ("c.JFIF", b"1"), ("c.json", b'{"text": ["x", 7]}')]
+    data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert [data.captions(i) for i in range(3)] == [("text",), ("four",), ("x",)]
+
+
+def test_a_caption_is_a_line_with_something_to_see(tmp_path: Path) -> None:
+    texts = ["one\r\ntwo\rthree\n\u200b\nform\x0cfeed\u2028x", "\ufeff\u200b\n", "\ufeffmarked"]
+    members = [(f"{i}.{field}", data) for i, text in enumerate(texts) for field, data in (("jpg", b"1"), ("txt", text))]
+    members = [(name, data if isinstance(data, bytes) else data.encode()) for name, data in members]
+    members += [("3.jpg", b"1"), ("3.txt", "é".encode("utf-16"))]
+    data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert data.keys == ["0", "2", "3"]
+    assert data.captions(0) == ("one", "two", "three", "form\x0cfeed\u2028x")
+    assert (data.captions(1), data.captions(2)) == (("marked",), ("é",))
+
+
+def dotted(numbers: range) -> list[tuple[str, bytes]]:
+    """Samples whose names have more dots than that of the field."""
+    return [(f"p{n}.v1.{field}", data) for n in numbers for field, data in (("jpg", b"1"), ("txt", b"x"))]
+
+
+def test_names_with_more_dots_are_told_with_the_field_that_they_gave(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    told = "p0: p0.v1.jpg has the field 'v1.jpg', because a key ends at the first dot"
+    with pytest.raises(ValueError, match=rf"all\.tar has no pictures: expected KEY.*; found {told}"):
+        ShardData.open([write_tar(tmp_path / "all.tar", dotted(range(6)))], captions=True)
+    half = write_tar(tmp_path / "half.tar", [*dotted(range(6)), *samples_of(range(2))])
+    with caplog.at_level(logging.WARNING):
+        assert ShardData.open([half], captions=True).report.n_without_image == 6
+    assert f"left out of the shards: 6 without image ({told} of a name; p1:" in caplog.text
+
+
+def test_captions_that_cannot_be_read_are_told_with_reason_and_name(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    members = [*samples_of(range(2)), ("curly.jpg", b"1"), ("curly.txt", "Bob\u2019s".encode("cp1252"))]
+    members += [("none.jpg", b"1"), ("odd.jpg", b"1"), ("odd.json", b'{"url": "x"}')]
+    with caplog.at_level(logging.WARNING):
+        data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert data.report.n_without_caption == 3
+    assert "3 without caption (curly: caption is not UTF-8; none; odd: caption is missing in its JSON)" in caplog.text
+
+
+def test_pictures_of_formats_that_are_not_read_are_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    members = [
+        *samples_of(range(2)),
+        ("phone.HEIC", b"1"),
+        ("phone.txt", b"x"),
+        ("empty.jpg", b""),
+        ("empty.txt", b"x"),
+    ]
+    with caplog.at_level(logging.WARNING):
+        ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
+    assert "(phone: format .heic is not read: save it as JPEG" in caplog.text
+    assert "empty: empty.jpg is empty" in caplog.text
 
 
 def test_members_of_a_sample_may_lie_apart_and_keys_end_at_the_first_dot(tmp_path: Path) -> None:

@@ -34,6 +34,7 @@ from training.data.check_data import check_data
 from training.data.check_report import report
 from training.data.manifest import Manifest, open_with_manifest
 from training.data.shards import make_shards
+from training.data.sources.pictures import LINK
 from training.drawings.shapes import world
 from training.ranks.ranks import Ranks, join
 from training.run_files import read_metrics
@@ -419,7 +420,8 @@ def test_tables_name_no_file_outside_the_folder_of_pictures(tmp_path: Path, kind
         table.write_text("".join(json.dumps({"image": name, "caption": "words"}) + "\n" for name in names))
     made = make_shards(table, tmp_path / "out")
     assert made.n_samples == 1
-    assert made.skipped["outside the folder of pictures"] == 5
+    assert made.skipped["outside the folder of pictures"] == 4
+    assert made.skipped[LINK] == 1
     assert made.skipped["URL, not a file: download it first"] == 1
     with tarfile.open(made.shards[0]) as tar:
         assert tar.getnames() == ["good.json", "good.png", "good.txt"]
@@ -433,7 +435,7 @@ def test_a_caption_file_that_links_outside_is_not_read(tmp_path: Path) -> None:
     (tmp_path / "in" / "good.txt").write_text("good")
     (tmp_path / "in" / "bad.txt").symlink_to("/etc/passwd")
     made = make_shards(tmp_path / "in", tmp_path / "out")
-    assert made.skipped == {"outside the folder of pictures": 1}
+    assert made.skipped == {LINK: 1}
 
 
 def test_bombs_make_no_shard(tmp_path: Path) -> None:

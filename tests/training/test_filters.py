@@ -94,6 +94,7 @@ def test_captions_are_kept_or_counted_by_reason() -> None:
         {"min_caption_chars": 5, "max_caption_chars": 4},
         {"min_caption_words": 5, "max_caption_words": 4},
         {"max_aspect_ratio": 0.5},
+        {"max_aspect_ratio": float("nan")},
     ],
 )
 def test_filters_that_keep_nothing_are_refused(wrong: dict[str, float]) -> None:
@@ -120,7 +121,8 @@ def test_the_papers_filters_leave_out_what_they_should_and_count_it(
     rows = [line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines()]
     lines = [" ".join(" ".join(row).split()) for row in rows]
     assert lines == [
-        "written 1 pictures, 1 captions, 1 shards",
+        "read 4 pictures: 1 written, 3 skipped",
+        "written 1 picture, 1 caption, 1 shard",
         "skipped 3 pictures",
         "caption mostly boilerplate 1 dated.png",
         "caption of too few words 1 short.png",

@@ -171,7 +171,7 @@ def test_the_report_says_what_is_wrong_and_what_to_do(shards: Path, tmp_path: Pa
     assert "000004.tar is empty" in text
     assert "1 × picture is not a picture" in text
     assert "3.12% of the pictures cannot be used: training replaces them, up to --max-bad-fraction" in text
-    assert "1 pictures that come again byte for byte" in text
+    assert "1 × picture of another sample before, byte for byte" in text
     (line,) = (out / "duplicates.jsonl").read_text().splitlines()
     assert json.loads(line) == {
         "shard": "data/000003.tar",
@@ -180,6 +180,51 @@ def test_the_report_says_what_is_wrong_and_what_to_do(shards: Path, tmp_path: Pa
     }
     (line,) = (out / "unusable.jsonl").read_text().splitlines()
     assert json.loads(line) == {"shard": "data/000003.tar", "key": "bad", "reason": "picture is not a picture"}
+
+
+@pytest.mark.parametrize(
+    ("field", "told"),
+    [
+        ("v1.jpg", "a0.v1.jpg has the field 'v1.jpg', because a key ends at the first dot"),
+        ("heic", "format .heic is not read: save it as JPEG"),
+        ("npy", "a0.npy is none of its kinds"),
+    ],
+)
+def test_samples_without_picture_and_caption_are_never_silent(tmp_path: Path, field: str, told: str) -> None:
+    shard = write_tar(tmp_path / "s.tar", [(f"a{n}.{field}", picture(n)) for n in range(6)])
+    for out in (tmp_path / "m", tmp_path / "m"):  # the second one reads the records
+        text = report(check_data([shard], out), out)
+        assert "nothing is wrong" not in text
+        assert "6 × sample without picture and caption" in text
+        assert f"without a picture: a0 ({told}" in text
+        assert "no sample of 6 can be used as a captioned picture" in text
+    write_tar(tmp_path / "half.tar", [(f"a{n}.{field}", picture(n)) for n in range(6)] + members(range(2)))
+    text = report(check_data([tmp_path / "half.tar"], tmp_path / "h"), None)
+    assert "6 × sample without picture and caption: left out" in text
+
+
+@pytest.mark.parametrize(
+    ("extra", "told"),
+    [
+        ([], "no samples: expected members called KEY.jpg and KEY.txt"),
+        ([("a.jpg", picture(0)), ("a.json", b'{"url": "x"}')], "1 × caption is missing in its JSON"),
+        ([("a.jpg", picture(0)), ("a.txt", b"\xe2\x80\x8b")], "1 × caption is blank"),
+        ([("a.jpg", picture(0))], "1 × picture without a caption"),
+        ([("a.txt", b"x")], "1 × caption without a picture"),
+    ],
+)
+def test_nothing_is_wrong_only_if_every_sample_is_usable(
+    tmp_path: Path, extra: list[tuple[str, bytes]], told: str
+) -> None:
+    text = report(check_data([write_tar(tmp_path / "s.tar", extra)], tmp_path / "m"), None)
+    assert "nothing is wrong" not in text
+    assert told in text
+
+
+def test_numbers_of_processes_out_of_range_are_refused(tmp_path: Path) -> None:
+    for workers in (-1, 1025, 10**30):
+        with pytest.raises(ValueError, match=r"workers must be 0 to 1,024, got"):
+            check_data([tmp_path], tmp_path / "m", workers=workers)
 
 
 def test_what_is_known_is_not_read_again_and_what_changed_is(shards: Path, tmp_path: Path) -> None:
@@ -249,13 +294,13 @@ def test_a_manifest_may_grow_by_new_shards_and_follow_moved_ones(
 ) -> None:
     moved = shards.rename(shards.with_name("moved"))
     check_data([moved], manifest)
-    assert "shards are new" not in caplog.text
+    assert "new in the manifest" not in caplog.text
     with pytest.raises(ValueError, match="the shards are in another order"):
         check_data(sorted(moved.iterdir(), reverse=True), manifest)
     write_tar(moved / "000003.tar", members(range(30, 40)))
     with caplog.at_level(logging.WARNING):
         assert check_data([moved], manifest).n_read == 1
-    assert "1 shards are new in the manifest" in caplog.text
+    assert "1 shard is new in the manifest" in caplog.text
     assert len(open_with(manifest, moved)) == 40
 
 

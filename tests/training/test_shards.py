@@ -15,7 +15,9 @@ from dalle.data.reader import ShardData
 from dvae.images import open_image, to_tensor
 from training.data.batches import Share, batches
 from training.data.filters import ShardFilter
-from training.data.shards import RawSample, ShardReport, make_shards, safe_key, write_shards
+from training.data.shards import RawSample, make_shards, safe_key, write_shards
+from training.data.shards_report import ShardReport
+from training.data.sources.pictures import LINK, LINK_TO_FOLDER
 
 
 def picture(colour: tuple[int, int, int] = (200, 30, 30), kind: str = "PNG", size: tuple[int, int] = (16, 12)) -> bytes:
@@ -182,13 +184,15 @@ def test_what_a_folder_loses_is_counted_by_reason_and_named(tmp_path: Path) -> N
         "picture too small": ("dot.png",),
         "caption is not UTF-8": ("latin.png",),
         "duplicate key": ("twice.webp",),
-        "outside the folder of pictures": ("link.png",),
-        "link to a folder": ("linked",),
+        LINK: ("link.png",),
+        LINK_TO_FOLDER: ("linked",),
+        "hidden file": (".hidden.png",),
     }
     assert report.skipped["corrupt image"] == 2
     assert report.n_skipped == 10
     lines = report.table().splitlines()
-    assert lines[0].split() == ["written", "2", "pictures,", "2", "captions,", "1", "shards"]
+    assert lines[0].split() == ["read", "12", "pictures:", "2", "written,", "10", "skipped"]
+    assert lines[1].split() == ["written", "2", "pictures,", "2", "captions,", "1", "shard"]
     assert any(line.split() == ["corrupt", "image", "2", "cut.png,", "garbage.png"] for line in lines)
     saved = json.loads((tmp_path / "out" / "report.json").read_text())
     assert saved["skipped"]["corrupt image"] == 2
@@ -336,7 +340,7 @@ def test_sources_that_cannot_be_used_are_named_and_leave_nothing(tmp_path: Path)
         make_shards(put(tmp_path / "x.json", "{"), out)
     with pytest.raises(ValueError, match="is not UTF-8"):
         make_shards(put(tmp_path / "x.csv", b"image,caption\n\xff,x\n"), out)
-    with pytest.raises(ValueError, match=r"none of 1 pictures can be used: 1 × no caption \(a\.png\)"):
+    with pytest.raises(ValueError, match=r"none of 1 picture can be used: 1 × no caption \(a\.png\)"):
         make_shards(put(tmp_path / "bad" / "a.png", picture()).parent, out)
     assert list(tmp_path.glob("out/*")) == []
 

@@ -32,6 +32,7 @@ class ShardsCommand:
     """Make WebDataset shards from pictures and captions.
 
     The source is a folder of pictures with .txt captions beside them, a CSV, TSV or JSONL file, or the JSON of COCO.
+    What is skipped is counted by reason: docs/data.md.
     """
 
     arguments: Annotated[tuple[str, ...], tyro.conf.Suppress] = ()
@@ -46,6 +47,8 @@ class ShardsCommand:
     """Samples in one tar."""
     overwrite: Switch = False
     """Replace shards of the same name that are there."""
+    follow_links: Switch = False
+    """Follow links that lead out of the folder of pictures, and links to folders."""
     paper_filters: Switch = False
     """Filter as the paper does, as far as it says how: captions of at least 3 words that are not mostly boilerplate,
     and aspect ratios within 1/2 … 2. Filters that are given override it."""
@@ -61,6 +64,7 @@ class ShardsCommand:
                 samples_per_shard=self.samples_per_shard,
                 keep=self.keep(),
                 overwrite=self.overwrite,
+                follow_links=self.follow_links,
                 progress=progress,
             )
         print(printable(made.table()))

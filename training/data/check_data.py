@@ -22,7 +22,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.data.index import IMAGE, checksum
+from dalle.data.index import IMAGE, NO_PICTURE, checksum
 from dalle.data.names import expand_shards
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
@@ -34,6 +34,9 @@ from training.data.manifest import EXCLUDED, FORMAT_VERSION, RECORDS, SUMMARY, C
 from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
+
+MAX_WORKERS = 1024
+"""Processes that read, at most: all are started at once."""
 
 
 def check_data(
@@ -66,8 +69,8 @@ def check_data(
             or others are to be left out than before. Nothing has been written then.
         OSError: something cannot be read or written, or a process was killed.
     """
-    if workers < 0:
-        raise ValueError(f"workers must be at least 0, got {workers}")
+    if not 0 <= workers <= MAX_WORKERS:
+        raise ValueError(f"workers must be 0 to {MAX_WORKERS:,}, got {workers:,}")
     paths = expand_shards(shards)
     excluded = Excluded.read(exclude)
     bpe = None if tokenizer is None else Tokenizer.load(tokenizer)
@@ -150,7 +153,10 @@ def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], 
             "give another --out, or --overwrite to replace it"
         )
     if new:
-        logger.warning("%d shards are new in the manifest: for new runs only, samples get other numbers", len(new))
+        logger.warning(
+            "%s new in the manifest: for new runs only, samples get other numbers",
+            "1 shard is" if len(new) == 1 else f"{len(new):,} shards are",
+        )
 
 
 def _check_quietly(path: Path, tokenizer: Tokenizer | None) -> ShardRecord:
@@ -171,6 +177,7 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
     waiting = iter(paths)
     running: dict[Future[ShardRecord], Path] = {}
     # forked, like the loader's: a new interpreter would import torch for seconds, and hear Ctrl-C meanwhile
+    workers = min(workers, max(1, len(paths)))
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=obey_the_parent_alone, initargs=(os.getpid(),))
     try:
         while True:
@@ -213,6 +220,10 @@ class _Totals:
         self.counts: Counts = {subject: Counter() for subject in SUBJECTS}
         self.damaged: list[str] = []
         self.n_bytes = 0
+        self.n_problems = 0
+        self.n_with_neither = 0
+        self.without_picture: list[str] = []
+        """The first few samples without a picture of which it is known what may have been meant to be it."""
         self.key_hashes: list[NDArray[np.uint64]] = []
         self.picture_hashes: list[NDArray[np.uint64]] = []
         """Of each shard's n samples; 0 for a sample without a picture."""
@@ -241,7 +252,12 @@ class _Totals:
             hashes = [checksum(key.encode("utf-8", "surrogatepass")) for key in index.keys]
             self.key_hashes.append(np.array(hashes, dtype=np.uint64))
             self.picture_hashes.append(np.where(index.has_image, index.checksums[:, IMAGE], np.uint64(0)))
+            self.n_problems += len(record.problems)
+            self.n_with_neither += int((index.places[:, :, 1] == 0).all(axis=1).sum())
             for i, problem in record.problems.items():
+                meant = problem.partition(": ")[2] if problem.startswith(NO_PICTURE) else ""
+                if meant and len(self.without_picture) < NAMED_IN_REPORT:
+                    self.without_picture.append(f"{index.keys[i]} ({meant})")
                 yield sample_line(shard.listed_name, index.keys[i], problem)
 
 
@@ -268,6 +284,9 @@ def _summarise(out: Path, listed: Sequence[_Listed], n_read: int, excluded: Excl
         repeated_keys=tuple(key for _, (_, key) in repeated_keys),
         n_repeated_pictures=len(copies),
         n_excluded=len(excluded.lines),
+        n_problems=totals.n_problems,
+        n_with_neither=totals.n_with_neither,
+        without_picture=tuple(totals.without_picture),
     )
     entries = [
         {"name": one.name, "path": str(one.path.resolve()), "record": one.record.name, "n_samples": len(keys)}

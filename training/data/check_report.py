@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dalle.output.text import aligned
+from dalle.output.text import aligned, counted
 from training.data.check_shard import ASPECT_RATIOS
 from training.data.manifest import Counts
 
@@ -38,6 +38,12 @@ class Summary:
     """Samples whose picture is, byte for byte, that of another sample before them."""
     n_excluded: int
     """Lines of samples to leave out."""
+    n_problems: int = 0
+    """Samples that cannot be used as captioned pictures."""
+    n_with_neither: int = 0
+    """Samples with neither a picture nor a caption."""
+    without_picture: tuple[str, ...] = ()
+    """The first few samples without a picture, each with the member that was perhaps meant to be it."""
 
 
 def report(summary: Summary, out: Path | None) -> str:
@@ -105,29 +111,42 @@ def _findings(summary: Summary, out: Path | None) -> list[str]:
     if summary.counts["unusable pictures"]:
         share = summary.counts["unusable pictures"].total() / max(1, samples["keys"])
         found.append(f"{share:.2%} of the pictures cannot be used: training replaces them, up to --max-bad-fraction")
-    for name in ("pictures without a caption", "captions without a picture"):
-        if samples[name]:
-            found.append(f"{samples[name]:,} {name}{list_of(UNUSABLE)}: left out where captions are needed")
+    for subject, count, what in (
+        ("picture without a caption", samples["pictures without a caption"], "left out where captions are needed"),
+        ("caption without a picture", samples["captions without a picture"], "left out"),
+        ("sample without picture and caption", summary.n_with_neither, "left out"),
+    ):
+        if count:
+            found.append(f"{count:,} × {subject}{list_of(UNUSABLE)}: {what}")
+    if summary.without_picture:
+        first = "; ".join(" ".join(name.split()) for name in summary.without_picture[:2])
+        found.append(f"without a picture: {first}" + ("; …" if len(summary.without_picture) > 2 else ""))
     if samples["members that come twice"]:
-        found.append(f"{samples['members that come twice']:,} members that their sample has already: the first counts")
+        found.append(f"{samples['members that come twice']:,} × member that its sample has already: the first counts")
     if samples["links, devices and unsafe names"]:
         found.append(f"{samples['links, devices and unsafe names']:,} links, devices and unsafe names: never looked at")
     if summary.n_repeated_keys:
         keys = ", ".join(map(repr, summary.repeated_keys))
         found.append(
-            f"{summary.n_repeated_keys:,} keys that another shard has too, such as {keys}: they draw the same crops; "
+            f"{summary.n_repeated_keys:,} × key that another shard has too, such as {keys}: they draw the same crops; "
             "rename them, or leave the copies out"
         )
     if summary.n_repeated_pictures:
         found.append(
-            f"{summary.n_repeated_pictures:,} pictures that come again byte for byte{list_of(DUPLICATES)}: to "
-            "leave them out, give that list to --exclude-keys, with --overwrite"
+            f"{summary.n_repeated_pictures:,} × picture of another sample before, byte for byte"
+            f"{list_of(DUPLICATES)}: to leave them out, give that list to --exclude-keys, with --overwrite"
         )
     elongated = sum(summary.counts["aspect ratio"][name] for name in ("below 1/4", "1/4 to 1/2", "2 to 4", "above 4"))
     if elongated:
         found.append(
-            f"{elongated:,} pictures outside 1/2 … 2, of which a square crop shows little; the paper drops them"
+            f"{elongated:,} × picture outside 1/2 … 2, of which a square crop shows little; the paper drops them"
         )
     if summary.n_excluded:
-        found.append(f"{summary.n_excluded:,} lines of samples to leave out are kept")
+        found.append(f"to be left out: {counted(summary.n_excluded, 'line')} of samples")
+    if not samples["keys"]:
+        found.append("no samples: expected members called KEY.jpg and KEY.txt")
+    elif summary.n_problems == samples["keys"]:
+        found.append(f"no sample of {samples['keys']:,} can be used as a captioned picture")
+    elif summary.n_problems and not found:
+        found.append(f"{summary.n_problems:,} × sample that cannot be used{list_of(UNUSABLE)}")
     return found

@@ -9,8 +9,17 @@ from typing import BinaryIO
 import numpy as np
 from numpy.typing import NDArray
 
+from dalle.data.captions import (
+    BLANK,
+    MAX_TEXT_BYTES,
+    NO_CAPTION,
+    NOT_IN_JSON,
+    TOO_LARGE,
+    CaptionError,
+    captions_of,
+)
 from dalle.data.image_tokens import unpack
-from dalle.data.index import IMAGE, JSON, MAX_TEXT_BYTES, TEXT, ShardIndex, captions_of, checksum, index_shard
+from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, checksum, index_shard
 from dalle.tokenizer import Tokenizer
 from dvae.images import open_image
 from storage.tar import MAX_PICTURE_BYTES
@@ -116,7 +125,7 @@ class _Check:
             if problem is not None and not problem.startswith("no "):
                 self.counts[subject][problem.partition(" ")[2]] += 1
         self.has_caption[i] = caption is None
-        return caption or picture
+        return self._index.problems.get(i) or caption or picture
 
     def _content(self, i: int, kind: int) -> bytes | None:
         """Return the bytes of a member, and note their checksum; None if it is missing or too large."""
@@ -130,7 +139,7 @@ class _Check:
     def _picture(self, i: int, data: bytes | None) -> str | None:
         """Decode a picture or its tokens; returns the problem."""
         if data is None:
-            return "picture is too large" if self._index.has_image[i] else "no picture"
+            return "picture is too large" if self._index.has_image[i] else NO_PICTURE
         if self._index.tokens is not None:
             try:
                 unpack(data, self._index.tokens.encoding)
@@ -152,19 +161,21 @@ class _Check:
 
     def _caption(self, i: int, text: bytes | None) -> str | None:
         """Read a sample's captions as training does, from the text or else the JSON; returns the problem."""
-        kind = self._caption_kind[i]
+        is_json = bool(self._caption_kind[i] == JSON)
         if text is None:
-            return "caption is too large" if self._index.places[i, kind, 1] > 0 else "no caption"
+            return TOO_LARGE if self._index.places[i, self._caption_kind[i], 1] > 0 else NO_CAPTION
         try:
-            captions = captions_of(text, is_json=kind == JSON, source="")
-        except ValueError:
-            return "caption is in JSON that cannot be read" if kind == JSON else "caption is not UTF-8"
+            captions = captions_of(text, is_json=is_json)
+        except CaptionError as error:
+            return error.reason
         for caption in captions:
             self.counts["caption characters"][_length(len(caption))] += 1
             self.counts["caption words"][_length(len(caption.split()))] += 1
             if self._tokenizer is not None:
                 self.counts["caption tokens"][_length(len(self._tokenizer.encode(caption)))] += 1
-        return None if captions else "caption is blank"
+        if captions:
+            return None
+        return NOT_IN_JSON if is_json else BLANK
 
 
 def _length(n: int) -> str:

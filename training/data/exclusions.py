@@ -11,6 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from storage.atomic import replace_file
+from storage.text import lines_of, read_text
 
 _EXAMPLE = '{"shard": "000003.tar", "key": "000003017"}'
 
@@ -78,10 +79,7 @@ class Excluded:
 
 
 def _lines(path: Path) -> list[str]:
-    try:
-        return [line for line in path.read_text("utf-8").split("\n") if line.strip()]
-    except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is not UTF-8 ({error}): expected lines such as {_EXAMPLE}") from None
+    return [line for line in lines_of(read_text(path)) if line.strip()]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:

@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+from storage.text import is_visible
+
 _MONTH = (
     r"(?:jan(?:uary)?|feb(?:ruary)?|mar(?:ch)?|apr(?:il)?|may|june?|july?|aug(?:ust)?|sept?(?:ember)?|oct(?:ober)?"
     r"|nov(?:ember)?|dec(?:ember)?)\.?"
@@ -125,7 +127,7 @@ class ShardFilter(FilterOptions):
                 raise ValueError(f"max_caption_{unit} ({most}) must be at least min_caption_{unit} ({least})")
         if not self.check and (self.min_side > 1 or self.max_aspect_ratio is not None):
             raise ValueError("min_side and max_aspect_ratio need check: without it no picture is opened")
-        if self.max_aspect_ratio is not None and self.max_aspect_ratio < 1:
+        if self.max_aspect_ratio is not None and not self.max_aspect_ratio >= 1:  # which refuses nan, too
             raise ValueError(f"max_aspect_ratio must be at least 1, got {self.max_aspect_ratio}")
 
     @classmethod
@@ -152,7 +154,7 @@ class ShardFilter(FilterOptions):
 
     def _refusal(self, text: str) -> str | None:
         n_words = len(text.split())
-        if not text:
+        if not is_visible(text):
             return EMPTY
         if len(text) < self.min_caption_chars:
             return TOO_SHORT

@@ -32,7 +32,8 @@ from numpy.typing import NDArray
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.names import expand_shards
-from dalle.data.reader import DataReport, ShardData, usable_part
+from dalle.data.reader import ShardData
+from dalle.data.usable import DataReport, usable_part
 from training.data.exclusions import Excluded
 
 logger = logging.getLogger(__name__)
@@ -109,6 +110,7 @@ class ShardRecord:
             raise ValueError(f"it is of format {record['format']!r}, and this version reads {FORMAT_VERSION}")
         path, samples, tokens = Path(record["path"]), record["samples"], record["tokens"]
         n = len(samples["key"])
+        problems = {int(i): str(problem) for i, problem in record["problems"].items()}
         checksums = np.array([[int(one, 16) for one in row] for row in samples["checksums"]], dtype=np.uint64)
         index = ShardIndex(
             path=path,
@@ -121,6 +123,7 @@ class ShardRecord:
             n_duplicates=int(record["duplicates"]),
             damage=record["damage"],
             has_caption=np.array(samples["has_caption"], dtype=bool),
+            problems=problems,
             checksums=checksums.reshape(n, 3),
         )
         if len(index.image_names) != n or len(samples["has_caption"]) != n:
@@ -128,7 +131,7 @@ class ShardRecord:
         return cls(
             index=index,
             changed_ns=int(record["changed_ns"]),
-            problems={int(i): str(problem) for i, problem in record["problems"].items()},
+            problems=problems,
             counts={subject: Counter(values) for subject, values in record["counts"].items()},
             tokenizer=record["tokenizer"],
         )

@@ -1,6 +1,6 @@
 """Making shards: captioned pictures in; tar files in WebDataset's format and a report out.
 
-1. `list_source` (`sources.py`) lists the pictures.
+1. `list_source` (`sources/listing.py`) lists the pictures.
 2. Every picture is read, decoded once to see that it can be, and kept as the bytes it was when they are JPEG,
    PNG or WebP.
 3. `write_shards` writes KEY.jpg (or .png, .webp), KEY.txt (one caption a line) and KEY.json in the order of
@@ -22,22 +22,24 @@ import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dalle.output.text import aligned
+from dalle.output.text import counted
 from dvae.images import open_image
-from storage.atomic import replace_text
-from storage.tar import write_tar
+from storage.tar import MAX_PICTURE_BYTES, write_tar
 from training.data.filters import EMPTY, REFUSALS, ShardFilter
-from training.data.sources import SourcePicture, list_source
+from training.data.shards_report import ShardReport, Tally, listed, write_report
+from training.data.sources.listing import list_source
+from training.data.sources.pictures import Listing, SourcePicture
 
 logger = logging.getLogger(__name__)
 
+MAX_SAMPLES = 1_000_000_000
+"""Of a shard, at most."""
 _STORED_EXTENSIONS = ("jpg", "png", "webp")
 _MAX_KEY_BYTES = 90  # a USTAR name has 100
-_NAMED_IN_REPORT = 5
+NOT_TEXT = "caption is no text"
 
 _SampleTuple = tuple[str, bytes, str, Sequence[str], Mapping[str, Any]]  # a RawSample's fields
 
@@ -100,12 +102,11 @@ def write_shards(
 
     Raises:
         ValueError: no samples, a key that comes twice, shards that are there already, or a wrong argument.
-        OSError: the disk is full, for example.
+        OSError: the disk is full, for example; names the folder.
     """
     if not re.fullmatch(r"\w[\w.-]*", prefix):
         raise ValueError(f"prefix {prefix!r}: expected letters, digits, '-', '_' and '.'")
-    if samples_per_shard < 1:
-        raise ValueError(f"samples_per_shard must be at least 1, got {samples_per_shard}")
+    _require_size(samples_per_shard)
     old = _shards_there(out_dir, prefix)
     if old and not overwrite:
         raise ValueError(_already_there(old))
@@ -116,8 +117,17 @@ def write_shards(
         for shard in old:
             shard.unlink()
         return [path.rename(out_dir / path.name) for path in made]
+    except OSError as error:
+        if error.errno is None:
+            raise
+        raise OSError(error.errno, os.strerror(error.errno), str(out_dir)) from error  # its own name is of no use
     finally:
         shutil.rmtree(making, ignore_errors=True)
+
+
+def _require_size(samples_per_shard: int) -> None:
+    if not 1 <= samples_per_shard <= MAX_SAMPLES:
+        raise ValueError(f"samples_per_shard must be 1 to {MAX_SAMPLES:,}, got {samples_per_shard:,}")
 
 
 def _shards_there(out_dir: Path, prefix: str) -> list[Path]:
@@ -164,73 +174,6 @@ def _contents(samples: Iterable[_SampleTuple]) -> Iterator[list[tuple[str, bytes
         yield [(f"{key}.{field}", fields[field]) for field in sorted(fields)]
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardReport:
-    """Shards made of a source, and what was left out."""
-
-    source: str
-    """The folder or file."""
-    shards: tuple[Path, ...]
-    """Shards written, in order."""
-    n_samples: int
-    """Pictures written."""
-    n_captions: int
-    """Captions written."""
-    skipped: Mapping[str, int]
-    """Pictures left out, by reason, the most frequent first."""
-    captions_left_out: Mapping[str, int]
-    """Captions left out of the pictures that were written, by reason."""
-    examples: Mapping[str, tuple[str, ...]]
-    """The first few names for each reason."""
-
-    @property
-    def n_skipped(self) -> int:
-        """Pictures left out."""
-        return sum(self.skipped.values())
-
-    def table(self) -> str:
-        """Return the report as lines of text."""
-        note = f"pictures, {self.n_captions:,} captions, {len(self.shards):,} shards"
-        rows = [("written", f"{self.n_samples:,}", note), ("skipped", f"{self.n_skipped:,}", "pictures")]
-        for reason, count in self.skipped.items():
-            more = ", …" if count > len(self.examples[reason]) else ""
-            names = " ".join(", ".join(self.examples[reason]).split())
-            rows.append((f"  {reason}", f"{count:,}", names + more))
-        if self.captions_left_out:
-            note = "captions of pictures that were written"
-            rows.append(("left out", f"{sum(self.captions_left_out.values()):,}", note))
-            rows += [(f"  {reason}", f"{count:,}", "") for reason, count in self.captions_left_out.items()]
-        return aligned(rows, "<><")
-
-
-class _Tally:
-    """Counts while shards are being written."""
-
-    def __init__(self) -> None:
-        self.n_samples = 0
-        self.n_captions = 0
-        self.skipped: Counter[str] = Counter()
-        self.captions_left_out: Counter[str] = Counter()
-        self.examples: dict[str, list[str]] = {}
-
-    def skip(self, reason: str, name: str) -> None:
-        self.skipped[reason] += 1
-        names = self.examples.setdefault(reason, [])
-        if len(names) < _NAMED_IN_REPORT:
-            names.append(name.encode("utf-8", "replace").decode())
-
-    def report(self, source: Path, shards: Sequence[Path]) -> ShardReport:
-        return ShardReport(
-            source=str(source),
-            shards=tuple(shards),
-            n_samples=self.n_samples,
-            n_captions=self.n_captions,
-            skipped=dict(self.skipped.most_common()),
-            captions_left_out=dict(self.captions_left_out.most_common()),
-            examples={reason: tuple(names) for reason, names in self.examples.items()},
-        )
-
-
 def _stored_extension(data: bytes) -> str | None:
     """Return jpg, png or webp from the first bytes, whatever the file is called; None for other formats."""
     if data.startswith(b"\xff\xd8\xff"):
@@ -272,8 +215,10 @@ def _inspect(picture: SourcePicture, keep: ShardFilter) -> _Inspected:
     if not captions and keep.need_captions:
         # of several captions, the reason of the one that came nearest to being kept
         reasons = [reason for reason in REFUSALS if captions_left_out[reason]]
-        return _left_out(reasons[-1] if reasons else "no caption")
+        return _left_out(reasons[-1] if reasons else NOT_TEXT if picture.n_not_text else "no caption")
     try:
+        if picture.path.stat().st_size > MAX_PICTURE_BYTES:
+            return _left_out("picture too large")
         data = picture.path.read_bytes()
     except OSError:
         return _left_out("unreadable file")
@@ -292,18 +237,20 @@ def _inspect(picture: SourcePicture, keep: ShardFilter) -> _Inspected:
             image.save(png, format="PNG")
             data, extension = png.getvalue(), "png"
     del captions_left_out[EMPTY]  # blank lines are nobody's loss
+    captions_left_out += Counter({NOT_TEXT: picture.n_not_text})
     key = picture.name[: len(picture.name) - len(Path(picture.name).suffix)]
     sample = RawSample(key, data, extension, captions, {"source": picture.name, **picture.extra})
     return _Inspected(sample, "", captions_left_out)
 
 
 def _inspect_all(
-    pictures: Sequence[SourcePicture],
+    listing: Listing,
     keep: ShardFilter,
-    tally: _Tally,
+    tally: Tally,
     progress: Callable[[int, int], None] | None,
 ) -> Iterator[RawSample]:
     """Yield the pictures to write, in order, several being decoded at once; counts the others."""
+    pictures = listing.pictures
     n_threads = min(8, os.cpu_count() or 1)
     keys: set[str] = set()
     with ThreadPoolExecutor(n_threads) as pool:
@@ -327,8 +274,9 @@ def _inspect_all(
             f"{count:,} × {reason} ({', '.join(tally.examples[reason])})"
             for reason, count in tally.skipped.most_common()
         )
-        nothing = reasons or "the source lists none"
-        raise ValueError(f"none of {len(pictures):,} pictures can be used: {nothing}")
+        tables = [str(path) for path in listing.tables if tally.skipped["no caption"]]
+        hint = f"; {listed(tables)} may hold the captions: give the table itself" if tables else ""
+        raise ValueError(f"none of {counted(len(pictures), 'picture')} can be used: {reasons}{hint}")
 
 
 def make_shards(
@@ -339,6 +287,7 @@ def make_shards(
     samples_per_shard: int = 1000,
     keep: ShardFilter | None = None,
     overwrite: bool = False,
+    follow_links: bool = False,
     progress: Callable[[int, int], None] | None = None,
 ) -> ShardReport:
     """Make shards of a folder of pictures, a CSV, TSV or JSONL table, or COCO's caption annotations.
@@ -349,41 +298,33 @@ def make_shards(
     Args:
         source: the folder or file.
         out: folder for PREFIX-000000.tar, … and report.json, PREFIX being the source's name; made if it is missing.
+            Where report.json is that of another source, this one's is PREFIX-report.json.
         images: folder of the pictures a table names.
         samples_per_shard: of all shards but the last.
         keep: selects pictures; None keeps all that can be decoded and have a caption.
         overwrite: replace shards of the same prefix that are there.
+        follow_links: whether links may lead out of the folder of pictures.
         progress: called with (pictures done, pictures).
 
     Returns:
-        The shards, and the numbers of pictures written and skipped, by reason; also in OUT/report.json.
+        The shards, and the numbers of pictures written and skipped, by reason; also in the report's file.
 
     Raises:
         FileNotFoundError: no such source or folder of pictures.
         ValueError: the source cannot be understood, nothing in it can be used, or there are such shards
             already.
     """
-    prefix = safe_key(source.absolute().stem).lstrip("-")
+    _require_size(samples_per_shard)  # before hours of work
+    prefix = safe_key(source.absolute().stem).lstrip("-").replace("/", "_")
     there = _shards_there(out, prefix)
-    if there and not overwrite:  # before hours of work
+    if there and not overwrite:
         raise ValueError(_already_there(there))
-    tally = _Tally()
-    pictures = list_source(source, images)
-    samples = _inspect_all(pictures, keep or ShardFilter(), tally, progress)
+    tally = Tally()
+    listing = list_source(source, images, follow_links=follow_links)
+    samples = _inspect_all(listing, keep or ShardFilter(), tally, progress)
     shards = write_shards(samples, out, prefix, samples_per_shard, overwrite=overwrite)
-    report = tally.report(source, shards)
-    _write_report(report, out)
+    report = tally.report(source, listing, shards)
+    write_report(report, out, prefix)
     if report.n_skipped:
-        logger.warning("%s: %d of %d pictures were skipped", source, report.n_skipped, len(pictures))
+        logger.warning("%s: skipped %d of %s", source, report.n_skipped, counted(len(listing.pictures), "picture"))
     return report
-
-
-def _write_report(report: ShardReport, out: Path) -> None:
-    """Write OUT/report.json; it names shards with their checksums instead of paths."""
-    shards = []
-    for path in report.shards:
-        with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
-        shards.append({"name": path.name, "bytes": path.stat().st_size, "sha256": digest})
-    text = json.dumps({**asdict(report), "shards": shards}, ensure_ascii=False, indent=2)
-    replace_text(out / "report.json", text + "\n")
