@@ -31,6 +31,11 @@ def aligned(rows: Sequence[Sequence[str]], columns: str = "<", *, indent: int = 
     return "\n".join(f"{' ' * indent}{line}".rstrip() for line in lines)
 
 
+def counted(n: int, noun: str) -> str:
+    """Return a number with its noun: "1 picture", "2,000 pictures"."""
+    return f"{n:,} {noun}" if n == 1 else f"{n:,} {noun}s"
+
+
 def duration(seconds: float) -> str:
     """Return a duration for people: "42 s", "3:05", "2:14:09"."""
     minutes, s = divmod(round(seconds), 60)
