@@ -16,6 +16,7 @@ from PIL import Image
 from dalle.best_of_n import Request, Result
 from dalle.cli.command import resolve_device
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
+from dalle.cli.start import age_s
 from dalle.data.bundle import Precision
 from dalle.output.progress import part_of, progress_bar
 from dalle.output.results import ResultWriter
@@ -182,7 +183,7 @@ class Generate:
         settings = self._settings(sampling, keep_rows, batch_size)
         sections: list[Section] = []
         started_at = time.monotonic()
-        with ResultWriter(self.out) as writer:
+        with ResultWriter(self.out, age_s()) as writer:
             logger.info("sampling at %s", chosen)
             try:
                 with progress_bar("candidates") as progress:

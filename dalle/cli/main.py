@@ -4,29 +4,32 @@ Results go to files and stdout, messages to stderr. An error that the user cause
 """
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated
 
-from dalle.cli.start import stop_at_once
+from dalle.cli.start import begin
 
+TYPE_CHECKING = False  # as in dalle/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalle.cli.command import Command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run `dalle`; returns the exit code."""
-    stop_at_once()
+    begin()
     from dalle.cli.command import run_program
 
     return run_program(read, argv)
 
 
-def read(arguments: Sequence[str]) -> "Command":
+def read(arguments: "Sequence[str]") -> "Command":
     """Return the command that the arguments say.
 
     Raises:
         SystemExit: as `dalle.cli.command.parse`.
     """
+    from typing import Annotated
+
     from tyro.conf import FlagCreatePairsOff, subcommand
 
     from dalle.cli.command import parse

@@ -5,25 +5,42 @@ An interrupt within an import would show the stack of whatever was being importe
 
 import os
 import signal
-from contextlib import suppress
-from types import FrameType
+import time
+
+TYPE_CHECKING = False  # as in dalle/__init__.py
+if TYPE_CHECKING:
+    from typing import Any
+
+_began_at = time.monotonic()
 
 
-def stop_at_once() -> None:
-    """Let Ctrl-C end the process, until `let_commands_stop`; unless something else handles it, or nothing may."""
-    with suppress(ValueError):  # another thread than the main one
-        if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-            signal.signal(signal.SIGINT, _stop)
+def begin() -> None:
+    """Begin a program: Ctrl-C ends the process, until `let_commands_stop`; unless something else handles it."""
+    global _began_at
+    _began_at = time.monotonic()
+    _exchange(signal.default_int_handler, _stop)
 
 
 def let_commands_stop() -> None:
     """Let Ctrl-C raise KeyboardInterrupt again."""
-    with suppress(ValueError):
-        if signal.getsignal(signal.SIGINT) is _stop:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    _exchange(_stop, signal.default_int_handler)
 
 
-def _stop(_number: int, _frame: FrameType | None) -> None:
-    with suppress(OSError):
+def age_s() -> float:
+    """Return the seconds since the program began."""
+    return time.monotonic() - _began_at
+
+
+def _exchange(former: object, new: "Any") -> None:
+    try:
+        if signal.getsignal(signal.SIGINT) is former:
+            signal.signal(signal.SIGINT, new)
+    except ValueError:  # another thread than the main one
+        pass
+
+
+def _stop(_number: int, _frame: object) -> None:
+    try:
         os.write(2, b"error: stopped\n")
-    os._exit(1)
+    finally:
+        os._exit(1)

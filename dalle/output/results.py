@@ -29,6 +29,10 @@ logger = logging.getLogger(__name__)
 JOB = "dalle generate"
 RUN = ".run-"
 """Beginning of the name of a run's hidden folder."""
+WRITTEN = ("results.jsonl", "sheet.png")
+"""What runs write as they go on, and at their end."""
+CLOCK_STEP_S = 0.02
+"""Longest step of a disk's clock."""
 HIDDEN = {"prefix": ".", "suffix": PARTIAL}
 LONGEST_WAIT_S = 600.0
 """For the lock, which others hold as long as it takes to write the pictures of one caption."""
@@ -38,18 +42,19 @@ class ResultWriter:
     """Writes the pictures of captions to a folder: DIR/<slug>/NN.png and results.jsonl; a context.
 
     Captions of other runs stay. A caption that is made again replaces its pictures and lines that were there when the
-    run began (logged), unless another run was under way then. What another run writes meanwhile stays.
+    run began (logged), unless another run was under way then or since.
 
     Args:
         out: the folder; made if need be.
+        age_s: seconds since the run began, to load models for example.
 
     Raises:
         OSError: it cannot be written to.
         ValueError: it holds a results.jsonl of something else, or another run holds the lock for too long.
     """
 
-    def __init__(self, out: Path) -> None:
-        self._out = out
+    def __init__(self, out: Path, age_s: float = 0.0) -> None:
+        self._out, self._age_s = out, age_s
         self._path = out / "results.jsonl"
         self._older: list[dict[str, Any]] = []
         self._stack = ExitStack()
@@ -60,7 +65,7 @@ class ResultWriter:
         own = self._out / f"{RUN}{secrets.token_hex(4)}"
         with self._locked():
             lines = _read_results(self._path)
-            if not _others(self._out):
+            if not _others(self._out, self._age_s):
                 self._older = lines
             self._stack.enter_context(locked(own, JOB))
         return self
@@ -104,10 +109,14 @@ class ResultWriter:
         return locked(self._out, JOB, wait_s=LONGEST_WAIT_S)
 
 
-def _others(out: Path) -> bool:
-    """Return whether other runs write to a folder, of which this one holds the lock; remove what dead ones left."""
-    found = False
+def _others(out: Path, age_s: float) -> bool:
+    """Return whether other runs have written to a folder in the last seconds, or are under way.
+
+    This one holds the folder's lock, whose time is the disk's. What dead ones left is removed.
+    """
     now = (out / LOCK).stat().st_mtime
+    written = [out / name for name in WRITTEN if (out / name).exists()]
+    found = any(path.stat().st_mtime > now - age_s + CLOCK_STEP_S for path in written)
     for folder in out.glob(f"{RUN}*"):
         holder = holder_of(folder)
         if holder is None or (not holder.is_here and now - holder.seen_at > SILENCE_S):

@@ -76,6 +76,14 @@ def test_what_a_run_writes_meanwhile_stays(tmp_path, caplog):
     assert "stay: the new ones begin with 03.png" in caplog.text
 
 
+def test_what_was_written_since_a_run_began_stays(tmp_path):
+    write(tmp_path, drawn())
+    for seed, age_s, kept in ((1, 60.0, [0, 0, 1, 1]), (2, 0.0, [2, 2])):
+        with ResultWriter(tmp_path, age_s) as writer:
+            writer.add(drawn(seed=seed), {"seed": seed}, {})
+        assert [line["seed"] for line in checked_lines(tmp_path)] == kept
+
+
 def test_pictures_that_no_line_names_stay(tmp_path):
     folder = tmp_path / slug(CAPTION)
     folder.mkdir()

@@ -123,7 +123,7 @@ def test_commands_hear_ctrl_c_themselves_once_they_run():
         seen.append(signal.getsignal(signal.SIGINT))
         return Named()
 
-    start.stop_at_once()
+    start.begin()
     assert run_program(read, []) == 0
     assert seen == [start._stop, signal.default_int_handler]
 
@@ -131,7 +131,7 @@ def test_commands_hear_ctrl_c_themselves_once_they_run():
 def test_a_handler_of_the_caller_stays():
     own = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
-        start.stop_at_once()
+        start.begin()
         start.let_commands_stop()
         assert signal.getsignal(signal.SIGINT) is signal.SIG_IGN
     finally:

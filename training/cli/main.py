@@ -4,13 +4,13 @@ Look-ups are in look.py, data in data.py, training in train.py, whose options ar
 """
 
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from dalle.cli.start import stop_at_once
-from training.ranks.stop import Ended, Interrupted
+from dalle.cli.start import begin
 
+TYPE_CHECKING = False  # as in dalle/__init__.py
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from dalle.cli.command import Command
 
 COMMANDS = {
@@ -43,13 +43,14 @@ COMMANDS = {
 """What `dalle-train --help` says, by group."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run `dalle-train`; returns the exit code: 1 after an error, otherwise 0.
 
     An interruption that saved everything is a success too: the scheduler that asked for it repeats the command.
     """
-    stop_at_once()
+    begin()
     from dalle.cli.command import run_program
+    from training.ranks.stop import Ended, Interrupted
 
     try:
         return run_program(read, argv)
@@ -59,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended.code
 
 
-def read(arguments: Sequence[str]) -> "Command":
+def read(arguments: "Sequence[str]") -> "Command":
     """Return the command that the arguments say.
 
     Raises:
