@@ -12,7 +12,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, Self
@@ -22,11 +22,10 @@ from dalle.output.sheets import save_png, slug
 from dalle.output.text import counted
 from dvae.images import to_image
 from storage.atomic import PARTIAL, flush_names, replace_file
-from storage.lock import LOCK, SILENCE_S, holder_of, locked
+from storage.lock import LOCK, is_locked, locked
 
 logger = logging.getLogger(__name__)
 
-JOB = "dalle generate"
 RUN = ".run-"
 """Beginning of the name of a run's hidden folder."""
 WRITTEN = ("results.jsonl", "sheet.png")
@@ -67,7 +66,7 @@ class ResultWriter:
             lines = _read_results(self._path)
             if not _others(self._out, self._age_s):
                 self._older = lines
-            self._stack.enter_context(locked(own, JOB))
+            self._stack.enter_context(locked(own))
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -106,7 +105,7 @@ class ResultWriter:
             logger.info("the pictures that are in %s stay: the new ones begin with %02d.png", folder, first)
 
     def _locked(self) -> AbstractContextManager[None]:
-        return locked(self._out, JOB, wait_s=LONGEST_WAIT_S)
+        return locked(self._out, wait_s=LONGEST_WAIT_S)
 
 
 def _others(out: Path, age_s: float) -> bool:
@@ -118,11 +117,11 @@ def _others(out: Path, age_s: float) -> bool:
     written = [out / name for name in WRITTEN if (out / name).exists()]
     found = any(path.stat().st_mtime > now - age_s + CLOCK_STEP_S for path in written)
     for folder in out.glob(f"{RUN}*"):
-        holder = holder_of(folder)
-        if holder is None or (not holder.is_here and now - holder.seen_at > SILENCE_S):
-            shutil.rmtree(folder, ignore_errors=True)
-        else:
-            found = True
+        with suppress(OSError):  # it ends at this moment
+            if is_locked(folder):
+                found = True
+                continue
+        shutil.rmtree(folder, ignore_errors=True)
     return found
 
 
