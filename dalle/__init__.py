@@ -1,9 +1,11 @@
 """The original DALL·E (Ramesh et al. 2021): captions and image tokens as one stream, sampled and ranked."""
 
 from importlib import import_module
-from typing import TYPE_CHECKING, Any
 
+TYPE_CHECKING = False  # importing typing takes as long as all else before a program hears Ctrl-C
 if TYPE_CHECKING:
+    from typing import Any
+
     from dalle.model import DALLE, DALLEConfig
     from dalle.pipeline import Pipeline
     from dalle.tokenizer import Tokenizer
@@ -18,7 +20,7 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> "Any":
     """Import a public name on first use, so that a program pays only for the modules it needs."""
     if name not in _HOMES:
         raise AttributeError(f"module 'dalle' has no attribute {name!r}")

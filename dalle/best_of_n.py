@@ -18,6 +18,11 @@ from torch import Tensor
 from dalle.sampling import Ranking, check_ranking
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
+from storage.errors import check_whole, wrong_type
+from storage.text import is_visible
+
+MAX_CANDIDATES = 10**9
+"""Of one caption: years of sampling."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,8 +42,8 @@ class Request:
 
     def __post_init__(self) -> None:
         check_caption(self.caption)
-        if self.n < 1:
-            raise ValueError(f"n is {self.n}; at least 1 candidate must be sampled")
+        check_n(self.n)
+        check_whole("keep", self.keep)
         if not 1 <= self.keep <= self.n:
             raise ValueError(
                 f"keep is {self.keep}, but {self.n} candidates are sampled: keep 1 to {self.n} of them, or sample more"
@@ -52,12 +57,48 @@ class Request:
 
 
 def check_caption(caption: str) -> None:
-    """Raise ValueError for an empty caption."""
-    if not caption.strip():
+    """Raise ValueError for a caption with nothing to see, or one that is no string or no Unicode text."""
+    if not isinstance(caption, str):
+        raise wrong_type("the caption", caption, "a string: one caption")
+    if not is_visible(caption):
         raise ValueError("the caption is empty: say what the picture should show")
+    try:
+        caption.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(
+            f"the caption {caption[:60]!r} is not Unicode text ({error.reason}): give it in UTF-8"
+        ) from error
 
 
-@dataclass(frozen=True, kw_only=True)
+def check_n(n: int) -> None:
+    """Raise ValueError for a number of candidates that cannot be sampled."""
+    check_whole("n", n)
+    if not 1 <= n <= MAX_CANDIDATES:
+        raise ValueError(f"n is {n}; at least 1 candidate must be sampled, and at most {MAX_CANDIDATES:,}")
+
+
+def n_given(prefix: Tensor | None) -> int:
+    """Return how many image tokens a prefix gives to every candidate.
+
+    Raises:
+        ValueError: it is no tensor.
+    """
+    if prefix is not None and not (isinstance(prefix, Tensor) and prefix.ndim):
+        raise wrong_type("prefix", prefix, "a tensor of image tokens, as Pipeline.prefix makes it of a picture")
+    return 0 if prefix is None else prefix.shape[-1]
+
+
+def check_top_is_open(prefix: Tensor | None, grid: int) -> None:
+    """Raise ValueError if early abandon has nothing to judge: the top half of all pictures is given."""
+    given = n_given(prefix)
+    if given >= grid // 2 * grid:
+        raise ValueError(
+            f"early abandon judges candidates by the top {grid // 2} of their {grid} rows of tokens, but the first "
+            f"{given} tokens are given to all of them: give fewer rows, or leave early abandon off"
+        )
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Result:
     """The best K candidates of a caption, best first; all tensors are on the CPU."""
 
@@ -75,6 +116,13 @@ class Result:
     """The numbers of the candidates: candidate k is a function of (seed, caption, k) and the settings."""
     rank: Ranking
     """What they are ranked by."""
+
+    def __repr__(self) -> str:
+        k, _, height, width = self.images.shape
+        scores = ", ".join(f"{score:.3f}" for score in self.scores[:3].tolist())
+        more = ", …" if k > 3 else ""
+        caption = self.caption if len(self.caption) <= 60 else f"{self.caption[:59]}…"
+        return f"Result(caption={caption!r}, {k} of {width}×{height} pixels, scores {scores}{more}, rank={self.rank!r})"
 
 
 def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) -> Tensor:

@@ -14,6 +14,7 @@ from dalle.model import DALLE
 from dvae import DVAE
 from dvae.fast.model import pictures_at_once
 from rerank import CLIP
+from storage.errors import check_whole
 
 CPU_MEMORY_BUDGET = 2 << 30
 """Bytes that a batch may take on a CPU, unless told; on a GPU it is half of what is free."""
@@ -24,6 +25,8 @@ sorted)."""
 MAX_PICTURES_AT_ONCE = 32
 """Pictures decoded and scored at the same time: with more, a CPU is slower, because they outgrow its caches, a GPU
 hardly faster, and progress waits for them."""
+MAX_TRIED_COUNTS = 1000
+"""Numbers of batches that are tried for equal ones."""
 
 OnProgress = Callable[[float, int], None]
 """Called with (candidates done, those under way counted in part; how many there will be)."""
@@ -85,7 +88,8 @@ def equal_batches(n: int, max_size: int) -> int:
     batch is smaller.
     """
     fewest = math.ceil(n / max(1, max_size))
-    equal = (n // count for count in range(fewest, fewest * 3 // 2 + 1) if n % count == 0)
+    most = min(fewest * 3 // 2, fewest + MAX_TRIED_COUNTS)
+    equal = (n // count for count in range(fewest, most + 1) if n % count == 0)
     return next(equal, math.ceil(n / fewest))
 
 
@@ -102,8 +106,18 @@ def batches(n_captions: int, n: int, size: int) -> Iterator[tuple[range, range]]
 
 def check_batch_size(batch_size: int | None) -> None:
     """Raise ValueError for a batch size below 1; None leaves the choice to the memory."""
-    if batch_size is not None and batch_size < 1:
-        raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+    if batch_size is not None:
+        check_whole("batch_size", batch_size)
+        if batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
+
+
+def check_memory(memory: int | None) -> None:
+    """Raise ValueError for less memory than a byte; None leaves the choice to the device."""
+    if memory is not None:
+        check_whole("memory", memory)
+        if memory < 1:
+            raise ValueError(f"memory is {memory} bytes; it must be above 0")
 
 
 def sampling_share(dalle: DALLE, dvae: DVAE, clip: CLIP) -> float:

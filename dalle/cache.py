@@ -73,7 +73,8 @@ def slot_pattern(kind: Kind, grid: int, kernel: int, device: torch.device) -> Sl
         key_IJ = position_I[:, None] - torch.tensor(offsets(kind, grid, kernel), device=device)
         # the keys of a column's position are in its own lane, and there is no other lane for the other kinds
         slot_IJ = torch.where(key_IJ >= 0, slot_I[key_IJ], n_slots)
-        bias_IL = torch.full((len(position_I), n_slots + 1), -torch.inf, device=device).scatter_(1, slot_IJ, 0.0)
+        bias_IL = torch.full((len(position_I), n_slots + 1), -torch.inf, dtype=torch.float32, device=device)
+        bias_IL.scatter_(1, slot_IJ, 0.0)
         return SlotPattern(n_lanes, n_slots, lane_I, slot_I, bias_IL[:, :n_slots].contiguous())
 
 

@@ -20,26 +20,38 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.best_of_n import Best, BetterHalf, Candidates, Judge, Request, Result, check_caption
+from dalle.best_of_n import (
+    Best,
+    BetterHalf,
+    Candidates,
+    Judge,
+    Request,
+    Result,
+    check_caption,
+    check_n,
+    check_top_is_open,
+    n_given,
+)
 from dalle.budget import (
     BatchProgress,
     OnProgress,
     batches,
     candidates_at_once,
     check_batch_size,
+    check_memory,
     decoded_at_once,
     memory_budget,
     sampling_share,
 )
 from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
 from dalle.model import DALLE
-from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample
-from dalle.stream import text_rows
+from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample, undisturbed
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.fast.model import optimised
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP, score
+from storage.errors import check_whole, wrong_type
 
 logger = logging.getLogger(__name__)
 
@@ -64,6 +76,7 @@ class Pipeline:
             cannot be used.
     """
 
+    @undisturbed()
     def __init__(
         self,
         *,
@@ -76,8 +89,7 @@ class Pipeline:
         compile: bool = False,
     ) -> None:
         check_sizes(tokenizer, dalle, dvae)
-        if memory is not None and memory < 1:
-            raise ValueError(f"memory is {memory} bytes; it must be above 0")
+        check_memory(memory)
         self.tokenizer = tokenizer
         self.dalle = dalle.eval().requires_grad_(False)
         self.dvae = dvae.eval().requires_grad_(False)
@@ -91,9 +103,10 @@ class Pipeline:
         self.defaults = sampling_defaults(dalle)
         """How the bundle is sampled and ranked unless told otherwise."""
         self._knows_null_caption = bool(dalle.metadata.get("null_caption_probability"))
-        self._has_warned = False
+        self._warned_of: set[str] = set()
 
     @classmethod
+    @undisturbed()
     def load(
         cls,
         bundle: str | Path,
@@ -107,7 +120,7 @@ class Pipeline:
 
         Args:
             bundle: the directory.
-            device: where to compute.
+            device: where to compute: cpu, cuda, cuda:1 …, or auto for a GPU if there is one.
             precision: of sampling and decoding; in bf16 they are faster, and a candidate depends on its batch.
             memory: see `Pipeline`.
             compile: see `Pipeline`.
@@ -115,7 +128,7 @@ class Pipeline:
         Raises:
             FileNotFoundError: the bundle, or a part of it, is missing.
             ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or an argument
-                is out of range.
+                is out of range, or there is no such device.
         """
         parts = load_bundle(Path(bundle), device, precision)
         return cls(**parts._asdict(), memory=memory, compile=compile)
@@ -145,7 +158,8 @@ class Pipeline:
             caption: any text but an empty one; the end of a longer one than the model reads is cut (logged).
             n: candidates to sample.
             keep: how many of them to return.
-            seed: see `Sampling`, also for temperature, top_k, top_p and guidance.
+            seed: see `Sampling`, also for temperature, top_k, top_p and guidance; None is refused: no picture is made
+                that cannot be made again.
             temperature: divides the logits.
             top_k: sample from the k likeliest tokens only; as many as there are for all.
             top_p: sample from the likeliest tokens that together have this probability only; 1 for all.
@@ -161,8 +175,8 @@ class Pipeline:
             The best `keep`, best first; of equal ones the earlier candidate.
 
         Raises:
-            ValueError: an empty caption, a number outside its range, or an early abandon of pictures whose top half is
-                given.
+            ValueError: an empty caption, an argument of a wrong type or outside its range, or an early abandon of
+                pictures whose top half is given.
         """
         settings = self.defaults.updated(
             temperature=temperature, top_k=top_k, top_p=top_p, guidance=guidance, rank=rank
@@ -176,7 +190,7 @@ class Pipeline:
             progress=progress,
         )
 
-    @torch.no_grad()
+    @undisturbed()
     def best(
         self,
         request: Request,
@@ -194,10 +208,10 @@ class Pipeline:
         rank = self.defaults.updated(rank=rank).rank
         caption, n = request.caption, request.n
         if request.early_abandon:
-            self._check_top_is_open(prefix)
+            check_top_is_open(prefix, self.dalle.config.grid)
         self._warn_about_guidance(sampling)
         size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=request.early_abandon)
-        text_1T = self._text([caption])
+        text_1T = self.tokenizer.text_warning_of_cuts([caption], self.dalle.config.text_len)
         judge = self._judge(caption)
         share = 1.0 if rank == "likelihood" else sampling_share(self.dalle, self.dvae, self.clip)
         best = Best(request.keep, rank)
@@ -208,9 +222,11 @@ class Pipeline:
             samples = self._sample(text_1T, seeds, sampling, prefix, done, halfway)
             numbers_N = torch.tensor(ks if halfway is None else [ks[i] for i in halfway.kept])
             judge.judge(best, Candidates(numbers_N, samples.tokens[0], samples.log_likelihoods[0]), done.judged)
-        return judge.result(best)
+        result = judge.result(best)
+        self._warn_about_equal_ones(result, sampling)
+        return result
 
-    @torch.no_grad()
+    @undisturbed()
     def sample_tokens(
         self,
         captions: Sequence[str],
@@ -230,10 +246,11 @@ class Pipeline:
             ValueError: no captions, an empty one, or a number outside its range.
         """
         check_batch_size(batch_size)
+        if isinstance(captions, str):
+            raise wrong_type("captions", captions, "a list of captions")
         if not captions:
             raise ValueError("no captions: give at least one")
-        if n < 1:
-            raise ValueError(f"n is {n}; at least 1 candidate must be sampled")
+        check_n(n)
         for caption in captions:
             check_caption(caption)
         if sampling is None:
@@ -241,9 +258,9 @@ class Pipeline:
         self._warn_about_guidance(sampling)
         total = len(captions) * n
         size = batch_size or self.default_batch_size(n, n_captions=len(captions), guided=sampling.is_guided)
-        text_PT = self._text(captions)
+        text_PT = self.tokenizer.text_warning_of_cuts(captions, self.dalle.config.text_len)
         tokens_PNI = torch.empty(len(captions), n, self.dalle.config.stream.n_image, dtype=torch.int64)
-        log_likelihoods_PN = torch.empty(len(captions), n)
+        log_likelihoods_PN = torch.empty(len(captions), n, dtype=torch.float32)
         before = 0
         for rows, ks in batches(len(captions), n, size):
             done = BatchProgress(progress, before=before, n=len(rows) * len(ks), total=total)
@@ -255,7 +272,7 @@ class Pipeline:
             before += len(seeds)
         return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_PN)
 
-    @torch.no_grad()
+    @undisturbed()
     def choose(
         self, caption: str, tokens: Tensor, log_likelihoods: Tensor, *, keep: int, rank: Ranking | None = None
     ) -> Result:
@@ -280,7 +297,7 @@ class Pipeline:
         judge.judge(best, Candidates(torch.arange(request.n), tokens, log_likelihoods))
         return judge.result(best)
 
-    @torch.no_grad()
+    @undisturbed()
     def decode(self, tokens: Tensor) -> Tensor:
         """Turn image tokens into pictures, all at once.
 
@@ -293,7 +310,7 @@ class Pipeline:
         grid = self.dalle.config.grid
         return self._decoding_dvae.decode(tokens.to(self.dalle.device).reshape(len(tokens), -1, grid))
 
-    @torch.no_grad()
+    @undisturbed()
     def prefix(self, image: Image.Image, keep_rows: int) -> Tensor:
         """Return the image tokens of the top of a picture, for `generate` to complete.
 
@@ -305,8 +322,11 @@ class Pipeline:
             int64 (1, keep_rows · grid), on the device of the model.
 
         Raises:
-            ValueError: keep_rows is outside that range.
+            ValueError: keep_rows is outside that range, or there is no picture.
         """
+        if not isinstance(image, Image.Image):
+            raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
+        check_whole("keep_rows", keep_rows)
         grid = self.dalle.config.grid
         if not 0 <= keep_rows < grid:
             raise ValueError(
@@ -317,6 +337,7 @@ class Pipeline:
         tokens_1YX = self.dvae.encode(pixels[None].to(self.dalle.device))
         return tokens_1YX[:, :keep_rows].flatten(1)
 
+    @undisturbed()
     def rank(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """Return the cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
         return score(self.clip, captions, images).cpu()
@@ -347,7 +368,7 @@ class Pipeline:
         halfway: Callable[[Tensor], Tensor] | None = None,
     ) -> Samples:
         """Sample one batch; `halfway` takes the tokens (N, J) of the top half, returns the rows to continue with."""
-        grid, given = self.dalle.config.grid, _n_given(prefix)
+        grid, given = self.dalle.config.grid, n_given(prefix)
 
         def on_step(tokens_NJ: Tensor) -> Tensor | None:
             n_known = tokens_NJ.shape[1]
@@ -356,38 +377,21 @@ class Pipeline:
 
         return sample(self.dalle, text_PT, seeds, sampling, prefix=prefix, on_step=on_step, compile=self._compile)
 
-    def _text(self, captions: Sequence[str]) -> Tensor:
-        """Return the text ids (P, T) of captions; warn of each that is cut."""
-        max_ids = self.dalle.config.text_len - 1
-        each = [self.tokenizer.encode(caption) for caption in captions]
-        for caption, ids in zip(captions, each, strict=True):
-            if len(ids) > max_ids:
-                logger.warning(
-                    "the caption %r has %d tokens, the model reads %d: the last %d were cut",
-                    caption if len(caption) <= 60 else f"{caption[:57]}...",
-                    len(ids),
-                    max_ids,
-                    len(ids) - max_ids,
-                )
-        return text_rows(each, self.tokenizer.vocab_size, max_ids + 1)
-
     def _warn_about_guidance(self, sampling: Sampling) -> None:
-        if sampling.is_guided and not self._knows_null_caption and not self._has_warned:
-            self._has_warned = True  # once is enough for many captions
-            logger.warning(
-                "guidance is %g, but this transformer never saw an empty caption in training, which guidance "
-                "compares with: expect worse pictures; train with a null_caption_probability above 0",
-                sampling.guidance,
+        if sampling.is_guided and not self._knows_null_caption:
+            self._warn_once(
+                f"guidance is {sampling.guidance:g}, but this transformer never saw an empty caption in training, "
+                "which guidance compares with: expect worse pictures; train with a null_caption_probability above 0"
             )
 
-    def _check_top_is_open(self, prefix: Tensor | None) -> None:
-        grid, given = self.dalle.config.grid, _n_given(prefix)
-        if given >= grid // 2 * grid:
-            raise ValueError(
-                f"early abandon judges candidates by the top {grid // 2} of their {grid} rows of tokens, but the first "
-                f"{given} tokens are given to all of them: give fewer rows, or leave early abandon off"
-            )
+    def _warn_about_equal_ones(self, result: Result, sampling: Sampling) -> None:
+        n, n_different = len(result.tokens), len({*map(tuple, result.tokens.tolist())})
+        if n_different < n:
+            which = f"of {n} pictures " + ("all are equal" if n_different == 1 else f"only {n_different} differ")
+            self._warn_once(f"{which}: sample fewer, or at a temperature above {sampling.temperature:g}")
 
-
-def _n_given(prefix: Tensor | None) -> int:
-    return 0 if prefix is None else prefix.shape[-1]
+    def _warn_once(self, text: str) -> None:
+        """Warn: of many captions once is enough."""
+        if text not in self._warned_of:
+            self._warned_of.add(text)
+            logger.warning("%s", text)

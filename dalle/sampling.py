@@ -18,7 +18,8 @@ Legend: P prompts  n candidates per prompt  B = P·n  I image positions  m known
 """
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any, Literal, Self, get_args
@@ -31,9 +32,14 @@ from torch.nn import functional as F
 from dalle.cache import Decoder
 from dalle.model import DALLE
 from dalle.stream import check_ids, n_text_ids, null_caption, start_of_image_id
+from storage.errors import check_number, check_whole
 
 DRAW_BLOCK = 128
 """Tokens whose probabilities are summed at a time when one is drawn."""
+MIN_TEMPERATURE = 1e-20
+"""Lower ones count as 0: a logit divided by them could be infinite, and no token but the likeliest has a chance."""
+MAX_GUIDANCE = 1e6
+"""With more, logits could be infinite; long before, the likeliest token is always taken."""
 
 OnStep = Callable[[Tensor], Tensor | None]
 """Called after each sampled position with the tokens so far, int64 (B, J); returns the rows to continue with, int64 in
@@ -61,14 +67,21 @@ class Sampling:
     a model that saw empty captions in training."""
 
     def __post_init__(self) -> None:
+        check_whole("seed", self.seed)
+        check_number("temperature", self.temperature)
+        check_number("guidance", self.guidance)
         if not 0 <= self.temperature < math.inf:
             raise ValueError(f"temperature ({self.temperature}) must be at least 0 (0: the likeliest token) and finite")
-        if self.top_k is not None and self.top_k < 1:
-            raise ValueError(f"top_k ({self.top_k}) must be at least 1; leave it out for all tokens")
-        if self.top_p is not None and not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1; leave it out for all tokens")
-        if not 0 <= self.guidance < math.inf:
-            raise ValueError(f"guidance ({self.guidance}) must be at least 0 (1: none) and finite")
+        if self.top_k is not None:
+            check_whole("top_k", self.top_k)
+            if self.top_k < 1:
+                raise ValueError(f"top_k ({self.top_k}) must be at least 1; leave it out for all tokens")
+        if self.top_p is not None:
+            check_number("top_p", self.top_p)
+            if not 0 < self.top_p <= 1:
+                raise ValueError(f"top_p ({self.top_p}) must be above 0 and at most 1; leave it out for all tokens")
+        if not 0 <= self.guidance <= MAX_GUIDANCE:
+            raise ValueError(f"guidance ({self.guidance}) must be at least 0 (1: none) and at most {MAX_GUIDANCE:g}")
 
     @property
     def is_guided(self) -> bool:
@@ -144,10 +157,10 @@ class SamplingDefaults:
         return cls(**values)
 
     def __str__(self) -> str:
-        parts = [f"temperature {self.temperature:g}"]
+        parts = [f"temperature {self.temperature + 0:g}"]  # -0.0 too is 0
         parts += [f"top-k {self.top_k}"] if self.top_k is not None else []
         parts += [f"top-p {self.top_p:g}"] if self.top_p is not None else []
-        parts += [f"guidance {self.guidance:g}"] if self.guidance != 1 else []
+        parts += [f"guidance {self.guidance + 0:g}"] if self.guidance != 1 else []
         ranked_by = {"clip": "CLIP", "likelihood": "likelihood", "both": "CLIP and likelihood"}[self.rank]
         return f"{', '.join(parts)}, ranked by {ranked_by}"
 
@@ -164,7 +177,7 @@ def check_top_k(top_k: int | None, vocab: int) -> None:
         raise ValueError(f"top_k ({top_k}) must be at most the image vocabulary, {vocab}; give {vocab} for all tokens")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class Samples:
     """The candidates of P captions, n of each."""
 
@@ -173,6 +186,9 @@ class Samples:
     log_likelihoods: Tensor
     """float32 (P, n), nats: log p(tokens | caption), summed over the sampled tokens, under the transformer at
     temperature 1, over all tokens and without guidance, whatever they were sampled with."""
+
+    def __repr__(self) -> str:
+        return f"Samples(n={self.tokens.shape[1]} of {len(self.tokens)} captions, {self.tokens.shape[2]} tokens each)"
 
 
 def candidate_seed(seed: int, caption: str, k: int) -> int:
@@ -242,7 +258,7 @@ def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
 
 def choose(logits: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     """Return one token per row of logits (B, V), int64 (B,): the likeliest at temperature 0, else a drawn one."""
-    if sampling.temperature == 0:
+    if sampling.temperature < MIN_TEMPERATURE:
         return logits.argmax(-1)
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
@@ -253,6 +269,20 @@ def guide(logits: Tensor, guidance: float) -> Tensor:
     """Return guided logits (B, V) from those of B conditional rows and then B unconditional ones, (2B, V)."""
     conditional_BV, unconditional_BV = logits.chunk(2)
     return unconditional_BV + guidance * (conditional_BV - unconditional_BV)
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Compute without gradients and outside of the caller's inference mode, autocast and default device: these stay."""
+    with ExitStack() as stack:
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
 
 
 def sample(
@@ -291,12 +321,12 @@ def sample(
     check_top_k(sampling.top_k, config.image_vocab)
     text = text.to(model.device)
     n_image = config.stream.n_image
-    known = torch.empty(0, dtype=torch.int64) if prefix is None else prefix
+    known = torch.empty(0, dtype=torch.int64, device="cpu") if prefix is None else prefix
     known = known[None] if known.ndim == 1 else known
     _check_prefix(model, known, len(text))
     known = known.to(model.device)
     m = known.shape[1]
-    with torch.inference_mode():
+    with undisturbed(), torch.inference_mode():
         uniforms_BI = uniforms(seeds, n_image).to(model.device)
         tokens_BI = torch.zeros((len(seeds), n_image), dtype=torch.int64, device=model.device)
         tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)

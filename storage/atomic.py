@@ -23,7 +23,7 @@ def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
         write: called with the path to write to.
 
     Raises:
-        OSError: writing or renaming failed; the older file is still there.
+        OSError: writing or renaming failed, and `path` is named; the older file is still there.
     """
     path = Path(path)
     partial = path.with_name(f".{path.name}.{os.getpid()}{PARTIAL}")
@@ -32,6 +32,10 @@ def replace_file(path: Path | str, write: Callable[[Path], object]) -> None:
         flush(partial)
         os.replace(partial, path)
         flush_names(path.parent)
+    except OSError as error:
+        if error.errno is not None and error.filename in (None, str(partial), partial):
+            error.filename = str(path)  # a full disk is found in a file that is open, of which the error says no name
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
@@ -65,7 +69,8 @@ def write_public(path: Path, write: Callable[[Path], object]) -> None:
     path.touch()
     mode = stat.S_IMODE(path.stat().st_mode)
     write(path)
-    path.chmod(mode)
+    if stat.S_IMODE(path.stat().st_mode) != mode:  # some network disks know no modes, and refuse to set one
+        path.chmod(mode)
 
 
 def flush(file: Path) -> None:

@@ -258,6 +258,8 @@ def room_of(module: str) -> str:
         return "leaf"
     if module in PIPELINE:
         return "dalle.pipeline"
+    if inner == ["__main__"]:
+        return f"{package}.cli"
     if package in ("storage", "dvae", "rerank") or (package == "dalle" and len(inner) < 2 and module not in ROOMS):
         return package
     return ".".join([package, *inner[:1]])

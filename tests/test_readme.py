@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tyro
 
 import dalle.cli.main
 import training.cli.main
@@ -57,7 +56,7 @@ def our_commands() -> list[list[str]]:
 def parse(words: list[str]) -> Any:
     if words[0] == "dalle-train":
         return training.cli.main.read(words[1:])
-    return tyro.cli(dalle.cli.main.Commands, args=words[1:], prog=words[0], config=(tyro.conf.FlagCreatePairsOff,))
+    return dalle.cli.main.read(words[1:])
 
 
 @pytest.mark.parametrize("words", our_commands(), ids=" ".join)

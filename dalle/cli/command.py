@@ -1,28 +1,29 @@
 """How a command line is run: parsed, on a device, ending in one line if the user caused an error.
 
-Importing it does not import torch, so that commands without models answer at once.
+Importing it imports neither torch nor tyro, so that commands without models answer at once, and Ctrl-C is heard.
 """
 
 import dataclasses
+import io
 import shutil
 import sys
 import textwrap
-import traceback
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_args, get_origin
 
-import tyro
-from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
-
-from dalle.cli.terminal import error_line, is_out_of_memory, set_up_logging
-from dalle.output.text import printable
+from dalle.cli.start import let_commands_stop
+from dalle.cli.terminal import discard, flush_output, is_out_of_memory, nobody_reads, print_error, set_up_logging
 
 if TYPE_CHECKING:
     import torch
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec, StructFieldSpec, StructTypeInfo
 
 
 MAX_WIDTH = 100
 """Characters of a line of a command's description."""
+BROKEN_PIPE_CODE = 128 + 13
+"""Exit code when nobody reads the output any more, as in `dalle rank … | head -1`: that of a program that SIGPIPE ends,
+as it ends most."""
 
 
 class Command(Protocol):
@@ -40,13 +41,20 @@ def run_program(read: Callable[[list[str]], Command], argv: Sequence[str] | None
         argv: the arguments; by default those of the process.
 
     Returns:
-        The exit code: 0, or 1 after any error, also one of usage.
+        The exit code: 0, or 1 after any error, also one of usage; see also `BROKEN_PIPE_CODE`.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
-    try:
-        return run_command(lambda: read(arguments).run(), debug="--debug" in arguments)
-    except SystemExit as stop:  # help, or a usage error that tyro has explained on stderr
-        return 1 if stop.code else 0
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names that the terminal has no letters for
+
+    def run() -> None:
+        try:
+            command = read(arguments)
+        finally:
+            let_commands_stop()
+        command.run()
+
+    return run_command(run, debug="--debug" in arguments)
 
 
 def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str = "", default: Any = None) -> Any:
@@ -62,6 +70,8 @@ def parse(kind: Any, arguments: Sequence[str], *, prog: str, description: str = 
     Raises:
         SystemExit: after help, code 0; after an error of usage, which is explained on stderr, code 2.
     """
+    import tyro
+
     return tyro.cli(
         kind,
         args=[argument for argument in arguments if argument != "--debug"],
@@ -81,13 +91,15 @@ def _wrapped(text: str) -> str:
     )
 
 
-def _registry() -> ConstructorRegistry:
+def _registry() -> "ConstructorRegistry":
     """Return tyro's rule for dataclasses with our words: see `_in_our_words`."""
+    from tyro.constructors import ConstructorRegistry, StructConstructorSpec
+
     registry = ConstructorRegistry()
     inside = False
 
     @registry.struct_rule
-    def of_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
+    def of_dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
         nonlocal inside
         if inside or not dataclasses.is_dataclass(info.type):
             return None
@@ -102,8 +114,10 @@ def _registry() -> ConstructorRegistry:
     return registry
 
 
-def _in_our_words(field: StructFieldSpec) -> StructFieldSpec:
+def _in_our_words(field: "StructFieldSpec") -> "StructFieldSpec":
     """Return an option whose help is one paragraph, without a default of None, () or False; "PATH ..." for many."""
+    import tyro
+
     kind, *own = get_args(field.type) if get_origin(field.type) is Annotated else [field.type]
     words: dict[str, Any] = {}
     if field.default is None or field.default is False or field.default == ():
@@ -130,37 +144,28 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
         debug: show the traceback of any error.
 
     Returns:
-        The exit code, 0 or 1.
+        The exit code: 0, 1, or `BROKEN_PIPE_CODE`.
     """
     set_up_logging()
-    try:
-        function()
-    except (ValueError, OSError, RuntimeError, KeyboardInterrupt) as error:
-        if isinstance(error, RuntimeError) and not is_out_of_memory(error):
-            raise
-        if debug:
-            traceback.print_exc()
-        print(f"error: {printable(error_line(error))}", file=sys.stderr)
-        return 1
-    return 0
+    code = 0
+    for step in (function, flush_output):
+        try:
+            step()
+        except SystemExit as stop:  # help, or a usage error that tyro has explained on stderr
+            code = 1 if stop.code else 0
+        except (ValueError, OSError, RuntimeError, MemoryError, KeyboardInterrupt) as error:
+            if isinstance(error, RuntimeError) and not is_out_of_memory(error):
+                raise
+            if isinstance(error, BrokenPipeError) and nobody_reads():
+                discard(sys.stdout, sys.stderr)
+                return BROKEN_PIPE_CODE
+            print_error(error, debug=debug)
+            code = 1
+    return code
 
 
 def resolve_device(name: str) -> "torch.device":
-    """Return the device of a name; "auto" is the GPU if there is one, else the CPU.
+    """Return the device of a name: see `usable_device`."""
+    from dalle.data.bundle import usable_device
 
-    Raises:
-        ValueError: there is no such device.
-    """
-    import torch
-
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise ValueError(f"there is no device {name!r}: give cpu, cuda, cuda:1 … or auto") from error
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ValueError(
-            f"no device {name} here, there are {torch.cuda.device_count()} CUDA devices: give --device cpu"
-        )
-    return device
+    return usable_device(name)

@@ -4,6 +4,8 @@ import dataclasses
 import logging
 import re
 import time
+from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,14 +16,16 @@ from PIL import Image
 from dalle.best_of_n import Request, Result
 from dalle.cli.command import resolve_device
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
+from dalle.cli.start import age_s
 from dalle.data.bundle import Precision
 from dalle.output.progress import part_of, progress_bar
 from dalle.output.results import ResultWriter
 from dalle.output.sheets import Section, contact_sheet, save_png
-from dalle.output.text import duration
+from dalle.output.text import counted, duration, printable
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking, Sampling, SamplingDefaults
 from dvae.images import open_image, to_image
+from storage.text import decode_text, is_visible, lines_of
 
 logger = logging.getLogger(__name__)
 
@@ -142,7 +146,7 @@ class Generate:
     ] = ()
     """What the pictures should show; several captions are several sets of pictures."""
     captions_file: Annotated[Path | None, tyro.conf.arg(name="captions", metavar="FILE", help_behavior_hint="")] = None
-    """A text file with more captions, one on each line."""
+    """A text file with more captions, one on each line, in UTF-8."""
     bundle: Bundle = DEFAULT_BUNDLE
     n: Annotated[int, tyro.conf.arg(aliases=["-n"])] = 64
     """Candidates sampled for each caption."""
@@ -162,7 +166,7 @@ class Generate:
             Request(caption=caption, n=self.n, keep=self.keep, early_abandon=self.compute.early_abandon)
             for caption in self._all_captions()
         ]
-        self.sampling.of(SamplingDefaults())  # raises for wrong options before any model is loaded
+        self.sampling.of(SamplingDefaults()).sampling(self.seed)  # raises for wrong options before a model is loaded
         image = self.completion.open()
         pipe = self.compute.load(self.bundle)
         chosen = self.sampling.of(pipe.defaults)
@@ -177,31 +181,46 @@ class Generate:
             early_abandon = self.compute.early_abandon
             batch_size = pipe.default_batch_size(self.n, guided=sampling.is_guided, early_abandon=early_abandon)
         settings = self._settings(sampling, keep_rows, batch_size)
-        writer = ResultWriter(self.out)
-        logger.info("sampling at %s", chosen)
-        sections = []
+        sections: list[Section] = []
         started_at = time.monotonic()
-        with progress_bar("candidates") as progress:
-            for i, request in enumerate(requests):
-                result = pipe.best(
-                    request,
-                    sampling,
-                    rank=chosen.rank,
-                    prefix=prefix,
-                    batch_size=batch_size,
-                    progress=part_of(progress, i * self.n, len(requests) * self.n),
-                )
-                writer.add(result, settings, pipe.hashes)
-                if i < SHEET_CAPTIONS:
-                    sections.append(_section(result))
-        elapsed_s = time.monotonic() - started_at
-        if len(requests) > SHEET_CAPTIONS:
-            logger.info("sheet.png shows the first %d of %d captions", SHEET_CAPTIONS, len(requests))
-        save_png(contact_sheet(sections, title=self._title(chosen)), self.out / "sheet.png")
+        with ResultWriter(self.out, age_s()) as writer:
+            logger.info("sampling at %s", chosen)
+            try:
+                with progress_bar("candidates") as progress:
+                    for i, request in enumerate(requests):
+                        result = pipe.best(
+                            request,
+                            sampling,
+                            rank=chosen.rank,
+                            prefix=prefix,
+                            batch_size=batch_size,
+                            progress=part_of(progress, i * self.n, len(requests) * self.n),
+                        )
+                        writer.add(result, settings, pipe.hashes)
+                        if i < SHEET_CAPTIONS:
+                            sections.append(_section(result))
+            except BaseException:
+                with suppress(OSError):  # the disk may be what failed
+                    self._write_sheet(sections, chosen, len(requests))
+                raise
+            elapsed_s = time.monotonic() - started_at
+            self._write_sheet(sections, chosen, len(requests))
+        pictures, candidates = len(requests) * self.keep, len(requests) * self.n
         print(
-            f"{len(requests) * self.keep} pictures in {self.out}: see sheet.png and results.jsonl "
-            f"({len(requests) * self.n} candidates in {duration(elapsed_s)})"
+            f"{counted(pictures, 'picture')} in {printable(str(self.out))}: see sheet.png and results.jsonl "
+            f"({counted(candidates, 'candidate')} in {duration(elapsed_s)})"
         )
+
+    def _write_sheet(self, sections: Sequence[Section], chosen: SamplingDefaults, n_captions: int) -> None:
+        """Write the sheet of the captions that are done, if there are any."""
+        if not sections:
+            return
+        if len(sections) < n_captions:
+            logger.info("sheet.png shows the first %d of %s", len(sections), counted(n_captions, "caption"))
+        path = self.out / "sheet.png"
+        if path.exists():
+            logger.info("replaced the sheet.png of an earlier run")
+        save_png(contact_sheet(sections, title=self._title(chosen)), path)
 
     def _all_captions(self) -> list[str]:
         """Return the captions given and those in the file, each once."""
@@ -210,7 +229,7 @@ class Generate:
             raise ValueError('no captions: give some, as in `dalle generate "a red cube"`, or --captions FILE')
         different = list(dict.fromkeys(captions))
         if len(different) < len(captions):
-            logger.info("%d captions are given more than once: each is used once", len(captions) - len(different))
+            logger.info("%s left out that are given already", counted(len(captions) - len(different), "caption"))
         return different
 
     def _title(self, chosen: SamplingDefaults) -> str:
@@ -246,23 +265,29 @@ def n_bytes(size: str) -> int:
 
 
 def read_captions(file: Path) -> list[str]:
-    """Read the captions of a text file, one on each line; blank lines do not count.
+    """Read the captions of a text file, one on each line; lines with nothing to see are left out (logged).
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is not UTF-8, or has no captions.
+        ValueError: it is not UTF-8 (or UTF-16 with its mark), a line holds a NUL, or there are no captions.
     """
-    if not file.is_file():
+    if not file.exists() or file.is_dir():  # a pipe is read as well
         raise FileNotFoundError(f"no captions at {file}: expected a text file with one caption on each line")
+    data = file.read_bytes()
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = lines_of(decode_text(data))
     except UnicodeDecodeError as error:
-        raise ValueError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}): save it as UTF-8"
-        ) from error
-    captions = [line.strip() for line in lines if line.strip()]
+        number = len(re.findall(rb"\r\n|\n|\r", data[: error.start])) + 1
+        raise ValueError(f"{file}, line {number} is not UTF-8 text ({error.reason}): save it as UTF-8") from error
+    for number, line in enumerate(lines, start=1):
+        if "\0" in line:
+            raise ValueError(f"{file}, line {number} holds a NUL, as UTF-16 text and binary files do: save it as UTF-8")
+    captions = [line.strip() for line in lines if is_visible(line)]
     if not captions:
         raise ValueError(f"no captions in {file}: expected one on each line")
+    if len(captions) < len(lines):
+        n_empty = counted(len(lines) - len(captions), "empty line")
+        logger.info("%s in %s; %s left out", counted(len(captions), "caption"), file, n_empty)
     return captions
 
 

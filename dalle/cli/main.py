@@ -3,32 +3,56 @@
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
 
-from collections.abc import Sequence
-from typing import Annotated
+import sys
 
-from tyro.conf import FlagCreatePairsOff, subcommand
+from dalle.cli.start import begin
 
-from dalle.cli.command import parse, run_program
-from dalle.cli.generate import Generate
-from dalle.cli.import_dvae import ImportDVAE
-from dalle.cli.rank import Rank
-from dalle.cli.reconstruct import Reconstruct
-from dalle.cli.search import Search
+TYPE_CHECKING = False  # as in dalle/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Sequence
 
-Commands = (
-    Annotated[Generate, subcommand("generate")]
-    | Annotated[Rank, subcommand("rank")]
-    | Annotated[Search, subcommand("search")]
-    | Annotated[Reconstruct, subcommand("reconstruct")]
-    | Annotated[ImportDVAE, subcommand("import-dvae")]
-)
+    from dalle.cli.command import Command
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run `dalle`; returns the exit code."""
+    begin()
+    from dalle.cli.command import run_program
+
+    return run_program(read, argv)
+
+
+def read(arguments: "Sequence[str]") -> "Command":
+    """Return the command that the arguments say.
+
+    Raises:
+        SystemExit: as `dalle.cli.command.parse`.
+    """
+    from typing import Annotated
+
+    from tyro.conf import FlagCreatePairsOff, subcommand
+
+    from dalle.cli.command import parse
+    from dalle.cli.generate import Generate
+    from dalle.cli.import_dvae import ImportDVAE
+    from dalle.cli.rank import Rank
+    from dalle.cli.reconstruct import Reconstruct
+    from dalle.cli.search import Search
+
+    kinds = FlagCreatePairsOff[
+        Annotated[Generate, subcommand("generate")]
+        | Annotated[Rank, subcommand("rank")]
+        | Annotated[Search, subcommand("search")]
+        | Annotated[Reconstruct, subcommand("reconstruct")]
+        | Annotated[ImportDVAE, subcommand("import-dvae")]
+    ]
     description = (
         "Generates pictures from captions; ranks, searches and reconstructs pictures. "
         "Add --debug to see the traceback of an error."
     )
-    kinds = FlagCreatePairsOff[Commands]
-    return run_program(lambda arguments: parse(kinds, arguments, prog="dalle", description=description), argv)
+    command: Command = parse(kinds, arguments, prog="dalle", description=description)
+    return command
+
+
+if __name__ == "__main__":
+    sys.exit(main())

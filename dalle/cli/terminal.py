@@ -1,9 +1,14 @@
 """What commands print: errors and log messages in one line each on stderr, tables on stdout."""
 
 import logging
+import os
+import select
 import sys
+import traceback
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
+from typing import TextIO
 
 from dalle.output.text import aligned, printable, printable_line
 from storage.disk import full_disk_text, is_of_full_disk
@@ -33,9 +38,58 @@ def error_line(error: BaseException) -> str:
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether this is torch's error; without importing torch, since only torch raises it."""
+    """Return whether memory was short, of a device or of the host; without importing torch."""
     torch = sys.modules.get("torch")
-    return torch is not None and isinstance(error, torch.OutOfMemoryError)
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
+
+
+def print_error(error: BaseException, *, debug: bool) -> None:
+    """Print what went wrong on stderr, in one line; with `debug` after its traceback."""
+    if isinstance(error, OSError) and error.filename is None:
+        try:
+            flush_output()
+        except OSError as of_output:  # it was what failed
+            error = of_output
+    with suppress(OSError):  # nobody may read it
+        if debug:
+            traceback.print_exception(error)
+        print(f"error: {printable(error_line(error))}", file=sys.stderr, flush=True)
+
+
+def flush_output() -> None:
+    """Flush stdout.
+
+    Raises:
+        BrokenPipeError: nobody reads it.
+        OSError: that failed, such as on a full disk; everything further is discarded.
+    """
+    try:
+        if sys.stdout is not None:
+            sys.stdout.flush()
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        discard(sys.stdout)
+        raise OSError(error.errno, f"{error.strerror}: standard output") from error
+
+
+def nobody_reads() -> bool:
+    """Return whether stdout or stderr is a pipe or socket whose other end is closed."""
+    poll = select.poll()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # there is none, or it is no file
+            poll.register(stream.fileno(), 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def discard(*streams: TextIO | None) -> None:
+    """Send what streams hold and will be given nowhere, so that Python can flush them at its end."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for stream in streams:
+        with suppress(AttributeError, OSError, ValueError):
+            os.dup2(nowhere, stream.fileno())  # type: ignore[union-attr]
+    os.close(nowhere)
 
 
 class _StderrHandler(logging.Handler):
@@ -66,4 +120,5 @@ def warn_of_skipped(reasons: Sequence[str]) -> None:
     """Warn of pictures that were left out: how many, and the first reasons."""
     if reasons:
         more = f"; and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
-        logger.warning("%d pictures were skipped: %s%s", len(reasons), "; ".join(reasons[:SHOWN_REASONS]), more)
+        which = "1 picture was" if len(reasons) == 1 else f"{len(reasons)} pictures were"
+        logger.warning("%s skipped: %s%s", which, "; ".join(reasons[:SHOWN_REASONS]), more)

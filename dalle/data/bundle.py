@@ -4,6 +4,7 @@ It holds tokenizer.json, dvae/, dalle/ and clip/. Its transformer remembers the 
 with; others, whose ids mean something else, are refused.
 """
 
+import re
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -14,6 +15,7 @@ from dalle.sampling import SamplingDefaults, check_top_k
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from rerank import CLIP
+from storage.errors import reason_of
 from storage.model_directory import directory_hash
 
 HOW_TO_MAKE = {
@@ -46,8 +48,9 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
     Raises:
         FileNotFoundError: the bundle, or a part of it, is missing.
         ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or the precision is
-            unknown.
+            unknown; or there is no such device.
     """
+    device = usable_device(device)
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
     parts = {part: bundle_part(path, part) for part in HOW_TO_MAKE}
@@ -69,6 +72,25 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
         clip=CLIP.load(parts["clip"]).to(device),
         hashes={"tokenizer": tokenizer.hash, **hashes},
     )
+
+
+def usable_device(device: str | torch.device) -> torch.device:
+    """Return a device on which models can compute here; "auto" is the GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: there is no such device, or it cannot compute: a GPU that this torch has no code for, for example.
+    """
+    n_gpus = torch.cuda.device_count()
+    name = str(device) if device != "auto" else "cuda" if n_gpus else "cpu"
+    known = re.fullmatch(r"cpu|cuda(?::([0-9]{1,4}))?", name)
+    if known is None or (name != "cpu" and int(known[1] or 0) >= n_gpus):
+        known_ones = ", ".join(["auto", "cpu", *(f"cuda:{i}" for i in range(n_gpus))])
+        raise ValueError(f"there is no device {name!r} to compute on: give one of {known_ones}")
+    try:
+        torch.ones(1, device=name).add(1).item()
+    except RuntimeError as error:
+        raise ValueError(f"the device {name} cannot compute ({reason_of(error, 200)}): give cpu, or auto") from error
+    return torch.device(name)
 
 
 def bundle_part(bundle: Path, part: str) -> Path:

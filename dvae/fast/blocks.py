@@ -23,13 +23,13 @@ class Memory:
     """Float32 memory for the identity path, kept between calls; each map taken overwrites the one before."""
 
     def __init__(self) -> None:
-        self._elements = torch.empty(0)
+        self._elements = torch.empty(0, dtype=torch.float32)
 
     def rows(self, height: int, width: int, channels: int) -> Rows:
         """Return a map of undefined values."""
         n = winograd.rows_with_border(height) * width * channels
         if len(self._elements) < n:
-            self._elements = torch.empty(n)
+            self._elements = torch.empty(n, dtype=torch.float32)
         return Rows.new(height, width, channels, self._elements)
 
 

@@ -49,6 +49,6 @@ class Choice:
         if len(position) > MAX_CANDIDATES * len(h_NC):
             return F.linear(h_NC, self.weight, self.bias).argmax(dim=1)
         logits = (h_NC[position] * self.weight[token]).sum(dim=1) + self.bias[token]
-        best_N = torch.full((len(h_NC),), -torch.inf).scatter_reduce_(0, position, logits, "amax")
+        best_N = logits.new_full((len(h_NC),), -torch.inf).scatter_reduce_(0, position, logits, "amax")
         is_best = logits == best_N[position]
         return torch.empty(len(h_NC), dtype=torch.int64).scatter_(0, position[is_best], token[is_best])

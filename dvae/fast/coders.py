@@ -72,7 +72,7 @@ class FastEncoder:
             height // 2,
             width // 2,
             channels,
-            torch.empty(winograd.rows_with_border(height // 2) * (width // 2) * channels),
+            torch.empty(winograd.rows_with_border(height // 2) * (width // 2) * channels, dtype=torch.float32),
         )
         pairs = torch.maximum(x.inside[0::2], x.inside[1::2])
         torch.maximum(pairs[:, 0::2], pairs[:, 1::2], out=y.inside)
@@ -102,7 +102,7 @@ class FastDecoder:
         with torch.inference_mode():
             locations = [self._locations(tokens_YX) for tokens_YX in tokens]
         if not locations:
-            return torch.empty(0, 3, *(side * self.downsampling for side in tokens.shape[1:]))
+            return torch.empty(0, 3, *(side * self.downsampling for side in tokens.shape[1:]), dtype=torch.float32)
         return unmap_pixels(torch.stack(locations).sigmoid())
 
     def _locations(self, tokens_YX: Tensor) -> Tensor:

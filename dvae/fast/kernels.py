@@ -62,9 +62,10 @@ def _try_out(kernels: Kernels, dtype: torch.dtype) -> None:
     height, width, channels = 96, 40, 64
     n = winograd.rows_with_border(height) * width * channels
     # torch.compile notes which tensors are made for inference only and which begin at the same place: as in use
-    convolution = Convolution3x3(torch.zeros(channels, channels, 3, 3), torch.zeros(channels), dtype)
+    zeros = functools.partial(torch.zeros, dtype=torch.float32)
+    convolution = Convolution3x3(zeros(channels, channels, 3, 3), zeros(channels), dtype)
     with torch.inference_mode():
-        stream = Rows.new(height, width, channels, torch.zeros(n))
+        stream = Rows.new(height, width, channels, zeros(n))
         branch = Rows.new(height, width, channels, torch.zeros(n, dtype=dtype))
         kernels.place(*branch.writes(), *convolution(stream, kernels.spread))
         kernels.add(*stream.writes(), *convolution(branch, kernels.spread))

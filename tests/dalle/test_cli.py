@@ -1,7 +1,9 @@
 import io
 import json
+import os
 import re
 import tarfile
+import threading
 from dataclasses import replace
 from pathlib import Path
 
@@ -22,6 +24,7 @@ from dvae import DVAE
 from dvae.images import to_image
 from rerank import CLIP
 from storage.model_directory import directory_hash
+from training.cli.main import main as train
 
 CAPTION = "a red cube on a blue cube"
 
@@ -220,6 +223,64 @@ def test_sizes_of_memory_have_units():
             n_bytes(wrong)
 
 
+def test_an_interrupted_run_shows_the_captions_that_are_done(bundle, tmp_path, capsys, monkeypatch):
+    best = Pipeline.best
+
+    def interrupted(pipe, request, *arguments, **options):
+        if request.caption == "three":
+            raise KeyboardInterrupt
+        return best(pipe, request, *arguments, **options)
+
+    monkeypatch.setattr(Pipeline, "best", interrupted)
+    assert generate(bundle, tmp_path / "none", "three", "one") == 1
+    assert list((tmp_path / "none").iterdir()) == []
+    out = tmp_path / "out"
+    assert generate(bundle, out, "one", "two", "three", "four") == 1
+    assert [line["caption"] for line in results(out)] == ["one"] * 2 + ["two"] * 2
+    assert "note: sheet.png shows the first 2 of 4 captions\nerror: stopped\n" in capsys.readouterr().err
+    monkeypatch.undo()
+    assert generate(bundle, tmp_path / "two", "one", "two") == 0
+    sheets = [Image.open(path / "sheet.png").tobytes() for path in (out, tmp_path / "two")]
+    assert sheets[0] == sheets[1]
+
+
+def test_one_picture_is_not_pictures(bundle, tmp_path, capsys):
+    assert generate(bundle, tmp_path / "out", CAPTION, "-n", "1", "--keep", "1") == 0
+    assert re.search(r"^1 picture in .* \(1 candidate in \d+ s\)$", capsys.readouterr().out, re.MULTILINE)
+
+
+def test_a_sheet_is_not_replaced_without_a_word(bundle, tmp_path, capsys):
+    assert generate(bundle, tmp_path / "out", CAPTION) == 0
+    assert "sheet.png" not in capsys.readouterr().err
+    assert generate(bundle, tmp_path / "out", "another") == 0
+    assert "note: replaced the sheet.png of an earlier run\n" in capsys.readouterr().err
+
+
+def test_captions_of_any_characters_are_printed_and_named_safely(bundle, tmp_path, capsys):
+    captions = ["a\x1b[2Jb", "a\rb\nc", "\u202eabc", "a\0", "a\tb" * 50]
+    assert generate(bundle, tmp_path / "out\x1b[2J", *captions, "--temperature", "1e-38") == 0
+    output = capsys.readouterr()
+    assert all(c.isprintable() or c == "\n" for c in output.out + output.err)
+    names = [path.name for path in (tmp_path / "out\x1b[2J").iterdir()]
+    assert len(names) == len(captions) + 2
+    assert all(re.fullmatch(r"[a-z0-9-]+|sheet\.png|results\.jsonl", name) for name in names)
+    assert [line["caption"] for line in results(tmp_path / "out\x1b[2J")][::2] == captions
+
+
+def test_numbers_at_the_edge_of_their_range_end_in_words_or_pictures(bundle, tmp_path, capsys):
+    options = ["generate", CAPTION, "--bundle", bundle, "--out", tmp_path / "out"]
+    for wrong in (
+        ["--guidance", "1e30"], ["--temperature", "1e400"], ["--temperature", "nan"], ["--top-p", "-0.0"],
+        ["-n", str(10**18)], ["--keep", str(10**18)], ["--top-k", str(10**18)],
+    ):  # fmt: skip
+        assert_one_line_error(capsys, [*options, *wrong], "must be" if "--keep" not in wrong else "keep is")
+    for option, value in (("temperature", 1e-38), ("temperature", 1e300), ("top-p", 1e-320), ("guidance", -0.0)):
+        assert generate(bundle, tmp_path / "out", CAPTION, f"--{option}", str(value)) == 0
+    for seed in (2**64, -(2**70)):
+        assert generate(bundle, tmp_path / "out", CAPTION, "--seed", str(seed)) == 0
+        assert {line["seed"] for line in results(tmp_path / "out")} == {seed}
+
+
 def test_a_caption_is_never_a_path(bundle, tmp_path):
     out = tmp_path / "deep" / "out"
     assert generate(bundle, out, "../../escaped", "/tmp/x") == 0
@@ -236,6 +297,7 @@ def test_wrong_requests_end_in_one_line(bundle, tmp_path, capsys):
     assert_one_line_error(capsys, [*common, CAPTION, "-n", "0"], "n is 0")
     assert_one_line_error(capsys, [*common, CAPTION, "-n", "2", "--keep", "3"], "keep is 3")
     assert_one_line_error(capsys, [*common, " "], "caption is empty")
+    assert_one_line_error(capsys, [*common, CAPTION, "a\udcffb"], r"the caption 'a\udcffb' is not Unicode text")
     assert_one_line_error(capsys, common, "no captions")
     assert_one_line_error(capsys, [*common, CAPTION, "--temperature", "-1"], "temperature")
     assert_one_line_error(capsys, [*common, CAPTION, "--keep-rows", "1"], "--image")
@@ -429,7 +491,7 @@ def test_unreadable_pictures_in_a_folder_are_counted_and_named(bundle, folder, t
     for command in ("rank", "search"):
         options = ["--out", str(tmp_path / "out")]
         assert main([command, CAPTION, str(folder), "--bundle", str(bundle), *options]) == 0
-        assert re.search(r"^warning: 1 pictures were skipped: .*broken\.png", capsys.readouterr().err, re.MULTILINE)
+        assert re.search(r"^warning: 1 picture was skipped: .*broken\.png", capsys.readouterr().err, re.MULTILINE)
 
 
 def test_wrong_pictures_end_in_one_line(bundle, tmp_path, capsys):
@@ -478,7 +540,7 @@ def test_reconstruct_measures_files_folders_and_shards(bundle, folder, tmp_path,
     output = capsys.readouterr()
     assert output.out.splitlines()[0].split("  ")[-1] == "picture"
     assert re.search(r"^ *\d+\.\d\d .* mean$", output.out, re.MULTILINE)
-    assert "warning: 1 pictures were skipped" in output.err
+    assert "warning: 1 picture was skipped" in output.err
 
 
 def test_the_sheet_shows_no_more_pictures_than_its_limit(bundle, folder, tmp_path):
@@ -620,12 +682,63 @@ def test_errors_of_the_program_are_not_hidden():
 
 def test_a_file_of_captions_must_be_text_with_captions(tmp_path):
     file = tmp_path / "captions.txt"
-    file.write_text("\n \n")
-    with pytest.raises(ValueError, match="no captions in"):
-        read_captions(file)
-    file.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="not UTF-8"):
-        read_captions(file)
+    for text in ("", "\n \n", "\ufeff", "\u200b\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="no captions in"):
+            read_captions(file)
+    for data, words in (
+        (b"\xff\xfe\x00", "line 1 is not UTF-8"),
+        (b"a\r\n" * 9 + b"\xff", "line 10 is not UTF-8"),
+        (b"a cube\r\n\r\nanother\na caf\xe9\n", "line 4 is not UTF-8 text"),
+        ("a cube\n".encode("utf-16-le"), "line 1 holds a NUL, as UTF-16"),
+        (b"a cube\ra\0b", "line 2 holds a NUL"),
+    ):
+        file.write_bytes(data)
+        with pytest.raises(ValueError, match=words):
+            read_captions(file)
+    file.write_text("a\x0bred\u2028circle\r\n\u200b\na square\r", encoding="utf-16")
+    assert read_captions(file) == ["a\x0bred\u2028circle", "a square"]
+    for path in (tmp_path, tmp_path / "none"):
+        with pytest.raises(FileNotFoundError, match="no captions at"):
+            read_captions(path)
+
+
+def test_lines_of_captions_end_as_lines_of_files_do(tmp_path, caplog):
+    caplog.set_level("INFO", "dalle")
+    file = tmp_path / "captions.txt"
+    inside = [f"a{c}b" for c in "\v\f\x1c\x1d\x1e\x85\u2028\u2029\t\x1b\u200d"]
+    file.write_bytes(b"\xef\xbb\xbf" + "\r".join(inside).encode() + b"\r\n\r\n one \n\n\ntwo")
+    assert read_captions(file) == [*inside, "one", "two"]
+    assert f"13 captions in {file}; 3 empty lines left out" in caplog.text
+
+
+def test_captions_may_come_from_a_pipe(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=("a cube\na sphere\n",))
+    writer.start()
+    assert read_captions(pipe) == ["a cube", "a sphere"]
+    writer.join()
+
+
+@pytest.mark.parametrize("device", ["mps", "meta", "cuda:7", "xpu", "privateuseone", "nonsense"])
+def test_every_command_refuses_a_device_that_cannot_compute(bundle, folder, tmp_path, capsys, device):
+    shard = make_shard(tmp_path / "0.tar", {"0.png": (folder / "a.png").read_bytes(), "0.txt": b"a caption"})
+    out, with_bundle = ["--out", tmp_path / "out"], ["--bundle", bundle]
+    commands = [
+        (main, ["generate", CAPTION, *with_bundle, *out]),
+        (main, ["rank", CAPTION, folder, *with_bundle]),
+        (main, ["search", CAPTION, folder, *with_bundle, *out]),
+        (main, ["reconstruct", folder, *with_bundle, *out]),
+        (train, ["evaluate", bundle, "--data", shard]),
+        (train, ["duplicates", "--data", shard, "--clip", bundle, *out]),
+        (train, ["encode", "--data", shard, "--dvae", bundle / "dvae", *out]),
+    ]
+    for program, argv in commands:
+        assert program([*map(str, argv), "--device", device]) == 1
+        errors = capsys.readouterr().err
+        assert f"error: there is no device '{device}' to compute on: give one of auto, cpu" in errors.splitlines()[-1]
+        assert "Traceback" not in errors
 
 
 def test_a_gpu_that_is_not_there_is_refused():

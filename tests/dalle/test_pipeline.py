@@ -1,3 +1,4 @@
+import contextlib
 import dataclasses
 import gc
 import logging
@@ -8,7 +9,9 @@ import pytest
 import torch
 
 from dalle import best_of_n, budget, pipeline
+from dalle.attention import stored_mask
 from dalle.best_of_n import Judge, Request, Result, rank_order
+from dalle.cache import slot_pattern
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dalle.sampling import PAPER_SAMPLING, Sampling, SamplingDefaults
@@ -333,7 +336,162 @@ def test_numbers_out_of_range_are_refused(pipe, options, message):
         pipe.generate(CAPTION, **options)
 
 
-@pytest.mark.parametrize("caption", ["", "  \n"])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"caption": ["a cube"]}, "the caption is .*of type list; expected a string"),
+        ({"caption": b"a cube"}, "of type bytes"),
+        ({"caption": None}, "of type NoneType"),
+        ({"n": "2"}, "n is '2', of type str; expected a whole number"),
+        ({"n": 2.0}, "n is 2.0, of type float"),
+        ({"n": 10**18}, "n is 10{18}; .* at most 1,000,000,000"),
+        ({"keep": 1.0}, "keep is 1.0"),
+        ({"keep": None}, "keep is None"),
+        ({"seed": None}, "seed is None"),
+        ({"seed": "0"}, "seed is '0'"),
+        ({"temperature": "hot"}, "temperature is 'hot'"),
+        ({"top_k": 2.5}, "top_k is 2.5"),
+        ({"rank": 1}, "unknown ranking 1"),
+        ({"batch_size": 1.5}, "batch_size is 1.5"),
+        ({"prefix": [1, 2]}, "prefix is .*, of type list; expected a tensor"),
+    ],
+)
+def test_arguments_of_a_wrong_type_are_named(pipe, options, message):
+    arguments = {"caption": CAPTION, "n": 2, "keep": 1, **options}
+    with pytest.raises(ValueError, match=message):
+        pipe.generate(arguments.pop("caption"), **arguments)
+
+
+def test_other_methods_name_arguments_of_a_wrong_type(pipe, bundle):
+    with pytest.raises(ValueError, match="captions is 'a cube', of type str; expected a list"):
+        pipe.sample_tokens("a cube", 2)
+    with pytest.raises(ValueError, match=r"image is 'a\.png', of type str; expected a picture"):
+        pipe.prefix("a.png", 1)
+    with pytest.raises(ValueError, match=r"keep_rows is 1\.5"):
+        pipe.prefix(picture(), 1.5)
+    with pytest.raises(ValueError, match=r"memory is 4000000000\.0"):
+        Pipeline.load(bundle, memory=4e9)
+
+
+DEVICES = ["mps", "meta", "cuda:7", "cuda:999999", "cuda:-1", "xpu", "privateuseone", "hpu:0", "nonsense", "", None]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_a_device_that_cannot_compute_is_refused(bundle, device):
+    with pytest.raises(ValueError, match=f"there is no device '{device}' to compute on: give one of auto, cpu"):
+        Pipeline.load(bundle, device)
+
+
+def test_equal_pictures_are_warned_of_once(bundle, caplog):
+    pipe = Pipeline.load(bundle)
+    pipe.generate(CAPTION, n=4, keep=4)
+    pipe.generate(CAPTION, n=4, keep=1, temperature=0.0)
+    assert not caplog.records
+    for _ in range(2):
+        pipe.generate(CAPTION, n=4, keep=4, temperature=0.0)
+    assert [record.getMessage() for record in caplog.records] == [
+        "of 4 pictures all are equal: sample fewer, or at a temperature above 0"
+    ]
+
+
+def test_a_result_has_a_short_text(pipe):
+    text = repr(pipe.generate("x" * 1000, n=5, keep=4))
+    assert text.startswith(f"Result(caption='{'x' * 59}…', 4 of 16×16 pixels, scores ")
+    assert text.endswith(", rank='clip')")
+    assert len(text) < 160
+
+
+@contextlib.contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+@contextlib.contextmanager
+def deterministic() -> Iterator[None]:
+    torch.use_deterministic_algorithms(True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@contextlib.contextmanager
+def two_threads() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+SURROUNDINGS = {
+    "autocast": lambda: torch.autocast("cpu", dtype=torch.bfloat16),
+    "float16": lambda: torch.autocast("cpu", dtype=torch.float16),
+    "inference": torch.inference_mode,
+    "no gradients": torch.no_grad,
+    "gradients": torch.enable_grad,
+    "float64": lambda: default_dtype(torch.float64),
+    "bfloat16": lambda: default_dtype(torch.bfloat16),
+    "deterministic": deterministic,
+    "threads": two_threads,
+    "device": lambda: torch.device("meta"),
+}
+
+
+def state() -> tuple[object, ...]:
+    return (
+        torch.get_default_dtype(),
+        torch.is_autocast_enabled("cpu"),
+        torch.get_autocast_dtype("cpu"),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        torch.get_num_threads(),
+        torch.are_deterministic_algorithms_enabled(),
+        torch.get_rng_state().sum().item() if torch.get_default_device().type == "cpu" else None,
+    )
+
+
+@pytest.mark.parametrize("surroundings", SURROUNDINGS.values(), ids=SURROUNDINGS)
+def test_pictures_are_the_same_in_any_surroundings(bundle, pipe, surroundings):
+    options = {"n": 5, "keep": 3, "temperature": 0.9, "top_p": 0.9, "guidance": 1.5, "rank": "both"}
+    image = picture()
+    expected = pipe.generate(CAPTION, **options, prefix=pipe.prefix(image, 1))
+    cosines = pipe.rank([CAPTION], expected.images)
+    clear_caches()
+    with surroundings():
+        before = state()
+        inside = Pipeline.load(bundle)
+        result = inside.generate(CAPTION, **options, prefix=inside.prefix(image, 1))
+        samples = inside.sample_tokens([CAPTION], 2)
+        chosen = inside.choose(CAPTION, samples.tokens[0], samples.log_likelihoods[0], keep=2)
+        ranked = inside.rank([CAPTION], expected.images)
+        assert state() == before
+    again = inside.generate(CAPTION, **options, prefix=pipe.prefix(image, 1))  # what was kept inside serves outside
+    for found in (result, again):
+        assert found.candidates == expected.candidates
+        assert torch.equal(found.tokens, expected.tokens)
+        torch.testing.assert_close(found.images, expected.images, atol=1e-6, rtol=0)  # threads round in their own ways
+    for value in (result.images, result.scores, result.log_likelihoods, samples.log_likelihoods, ranked):
+        assert (value.dtype, value.device.type, value.requires_grad) == (torch.float32, "cpu", False)
+        assert not value.is_inference()
+    torch.testing.assert_close(result.scores, expected.scores, atol=1e-6, rtol=0)
+    torch.testing.assert_close(ranked, cosines, atol=1e-6, rtol=0)
+    assert len(chosen.images) == 2
+    assert not any(parameter.is_inference() for parameter in inside.dalle.parameters())
+
+
+def clear_caches() -> None:
+    """Let everything that is computed once be computed again."""
+    slot_pattern.cache_clear()
+    stored_mask.cache_clear()
+
+
+@pytest.mark.parametrize("caption", ["", "  \n", "\0", "\u200b", " \ufeff\u200d"])
 def test_an_empty_caption_is_refused(pipe, caption):
     with pytest.raises(ValueError, match="caption is empty"):
         pipe.generate(caption, n=1, keep=1)
@@ -348,7 +506,7 @@ def test_a_caption_that_is_too_long_is_cut_with_one_warning(pipe, caplog):
     ]
 
 
-@pytest.mark.parametrize("caption", ["一只猫坐在椅子上", "🦄🌈", "../../etc/passwd", "\0"])
+@pytest.mark.parametrize("caption", ["一只猫坐在椅子上", "🦄🌈", "../../etc/passwd", "a\0"])
 def test_any_text_is_a_caption(pipe, caption):
     assert pipe.generate(caption, n=2, keep=1).caption == caption
 

@@ -349,11 +349,53 @@ def test_filters_that_keep_everything_change_nothing(model):
         ({"top_p": 1.5}, "top_p"),
         ({"guidance": -1.0}, "guidance"),
         ({"guidance": float("inf")}, "guidance"),
+        ({"guidance": 1e30}, r"guidance \(1e\+30\) must be .* at most 1e\+06"),
+        ({"seed": None}, "seed is None, of type NoneType; expected a whole number"),
+        ({"seed": 1.5}, "seed is 1.5, of type float"),
+        ({"temperature": "0.5"}, "temperature is '0.5', of type str; expected a number"),
+        ({"temperature": 10**400}, "temperature is a number of more than 308 digits"),
+        ({"top_k": 2.5}, "top_k is 2.5, of type float"),
+        ({"top_p": True}, "top_p is True, of type bool"),
+        ({"guidance": None}, "guidance is None"),
     ],
 )
 def test_sampling_is_valid_once_built(options, message):
     with pytest.raises(ValueError, match=message):
         Sampling(**options)
+
+
+@pytest.mark.parametrize("guidance", [1.0, 1e6])
+@pytest.mark.parametrize("temperature", [-0.0, 5e-324, 1e-46, 1e-38, 1e-21, 1e-19])
+def test_the_smallest_temperatures_take_the_likeliest_token(model, temperature, guidance):
+    cold = sampled(model, TEXT, seeds(3), temperature=0.0, guidance=guidance)
+    assert torch.equal(cold, sampled(model, TEXT, seeds(3), temperature=temperature, guidance=guidance))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 1e300}, {"temperature": 3e38}, {"guidance": -0.0}])
+def test_numbers_at_the_edge_of_their_range_give_tokens(model, options):
+    tokens = sampled(model, TEXT, seeds(3), **options)
+    assert 0 <= tokens.min() <= tokens.max() < 20
+
+
+def test_the_smallest_top_p_takes_the_likeliest_token(model):
+    cold = sampled(model, TEXT, seeds(3), temperature=0.0)
+    assert torch.equal(cold, sampled(model, TEXT, seeds(3), top_p=5e-324))
+    whole = sampled(model, TEXT, seeds(3))
+    assert torch.equal(whole, sampled(model, TEXT, seeds(3), top_p=1 - 2**-53))
+
+
+def test_a_seed_may_be_any_whole_number():
+    large = [candidate_seed(seed, "a red circle", 0) for seed in (2**64, 2**64 + 1, -1, 10**1000)]
+    assert len({*large, candidate_seed(0, "a red circle", 0)}) == 5
+    assert all(0 <= seed < 2**63 for seed in large)
+
+
+def test_zero_is_written_without_a_sign():
+    assert str(SamplingDefaults(temperature=-0.0, guidance=-0.0)) == "temperature 0, guidance 0, ranked by CLIP"
+
+
+def test_samples_have_a_short_text(model):
+    assert repr(sample(model, TEXT, seeds(3))) == "Samples(n=3 of 2 captions, 16 tokens each)"
 
 
 def test_sampling_does_as_the_paper_unless_told():

@@ -39,6 +39,16 @@ def test_an_error_leaves_the_older_file_and_nothing_else(tmp_path: Path) -> None
     assert (tmp_path / "file").read_text() == "old"
 
 
+def test_an_error_names_the_file_and_not_the_hidden_one(tmp_path: Path) -> None:
+    def is_full(partial: Path) -> None:
+        raise OSError(28, "No space left on device")
+
+    for path, write in ((tmp_path / "file", is_full), (tmp_path / "none" / "file", Path.touch)):
+        with pytest.raises(OSError, match=r"No space left|No such file") as caught:
+            replace_file(path, write)
+        assert caught.value.filename == str(path)
+
+
 def test_a_folder_is_copied_whole_or_not_at_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tmp_path / "source"
     source.mkdir()

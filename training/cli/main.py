@@ -4,11 +4,14 @@ Look-ups are in look.py, data in data.py, training in train.py, whose options ar
 """
 
 import sys
-from collections.abc import Sequence
-from difflib import get_close_matches
 
-from dalle.cli.command import Command, run_program
-from training.ranks.stop import Ended, Interrupted
+from dalle.cli.start import begin
+
+TYPE_CHECKING = False  # as in dalle/__init__.py
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from dalle.cli.command import Command
 
 COMMANDS = {
     "everything": {
@@ -40,11 +43,15 @@ COMMANDS = {
 """What `dalle-train --help` says, by group."""
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(argv: "Sequence[str] | None" = None) -> int:
     """Run `dalle-train`; returns the exit code: 1 after an error, otherwise 0.
 
     An interruption that saved everything is a success too: the scheduler that asked for it repeats the command.
     """
+    begin()
+    from dalle.cli.command import run_program
+    from training.ranks.stop import Ended, Interrupted
+
     try:
         return run_program(read, argv)
     except Interrupted:
@@ -53,7 +60,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return ended.code
 
 
-def read(arguments: Sequence[str]) -> Command:
+def read(arguments: "Sequence[str]") -> "Command":
     """Return the command that the arguments say.
 
     Raises:
@@ -69,6 +76,8 @@ def read(arguments: Sequence[str]) -> Command:
         print(overview())
         raise SystemExit(0)
     if verb not in verbs:
+        from difflib import get_close_matches
+
         close = get_close_matches(verb, verbs, n=1)
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"dalle-train has no command {verb!r}: {hint}there are {', '.join(verbs)}")
@@ -99,3 +108,7 @@ def overview() -> str:
             "`dalle-train COMMAND --help` shows a command's options. --debug shows the traceback of an error.",
         ]
     )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

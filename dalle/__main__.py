@@ -1,0 +1,7 @@
+"""`python -m dalle` is `dalle` by another name."""
+
+import sys
+
+from dalle.cli.main import main
+
+sys.exit(main())
