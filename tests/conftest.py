@@ -1,7 +1,7 @@
 """A bundle of tiny random models, made once: shared by the tests of everything that uses a bundle."""
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -67,6 +67,14 @@ def tiny_clip() -> CLIP:
         embed_dim=8,
     )
     return CLIP(config, tokenizer)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Let what tests of odd names log reach xdist, which sends UTF-8 alone."""
+    report = yield
+    report.sections = [(name, text.encode(errors="backslashreplace").decode()) for name, text in report.sections]
+    return report
 
 
 @pytest.fixture(scope="session")

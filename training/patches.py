@@ -6,7 +6,7 @@ managers: outside of them the libraries are as they were.
 
 import os
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, cast
@@ -31,26 +31,6 @@ def _replaced(*replacements: tuple[Any, str, Any]) -> Iterator[None]:
     finally:
         for owner, name, value in originals:
             setattr(owner, name, value)
-
-
-# ---- what a caller has set ----------------------------------------------------------------------------------
-
-
-@contextmanager
-def as_in_a_new_process() -> Iterator[None]:
-    """Compute with torch's own settings, whatever the caller's autocast, gradients, default dtype and device are."""
-    dtype = torch.get_default_dtype()
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for kind in ("cpu", "cuda"):
-            if torch.is_autocast_enabled(kind):
-                stack.enter_context(torch.autocast(kind, enabled=False))
-        if torch.get_default_device().type != "cpu":
-            stack.enter_context(torch.device("cpu"))
-        stack.callback(torch.set_default_dtype, dtype)
-        torch.set_default_dtype(torch.float32)
-        yield
 
 
 # ---- starting -----------------------------------------------------------------------------------------------

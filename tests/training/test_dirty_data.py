@@ -411,7 +411,7 @@ def test_tables_name_no_file_outside_the_folder_of_pictures(tmp_path: Path, kind
     (inside / "link.png").symlink_to(tmp_path / "secret.png")
     (inside / "device.png").symlink_to("/dev/zero")
     os.mkfifo(inside / "pipe.png")
-    names = ["good.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "../../../../../etc/passwd"]
+    names = ["good.png", "../secret.png", str(tmp_path / "secret.png"), "link.png", "../" * 20 + "etc/passwd"]
     names += ["/etc/passwd", "device.png", "pipe.png", "pipe:touch owned", "file:///etc/passwd", "a\0b.png"]
     table = inside / f"t.{kind}"
     if kind == "csv":

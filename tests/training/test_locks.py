@@ -22,7 +22,7 @@ from dvae import DVAE
 from storage.lock import LOCK, locked
 from storage.model_directory import directory_hash
 from training.ranks.environment import PARENT
-from training.ranks.ranks import join
+from training.ranks.ranks import join, leave
 from training.stages.dvae import train_dvae
 from training.stages.inputs import Inputs
 from training.stages.locks import bundle_lock
@@ -193,6 +193,12 @@ def test_training_is_undisturbed_by_what_its_caller_has_set(tmp_path: Path, shar
     else:
         with contexts[setting]():
             assert train(setting) == plain
+
+
+def test_a_process_that_has_left_its_group_can_train_again(tmp_path: Path, shards: Path) -> None:
+    for name in ("first", "second"):
+        train_dvae(tiny.recipe(steps=1), Inputs(data=[shards], out=tmp_path / name), join(), lambda line: None)
+        leave()
 
 
 def test_a_thread_can_train(tmp_path: Path, shards: Path) -> None:

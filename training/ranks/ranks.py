@@ -6,6 +6,7 @@ One process without a launcher is a group of one.
 import hashlib
 import json
 import os
+import sys
 import time
 import warnings
 from collections.abc import Callable, Mapping
@@ -168,7 +169,12 @@ def leave(*, after_error: bool = False) -> None:
         return  # NCCL would wait for the work that is under way; the launcher ends the other ranks
     if not after_error:
         dist.barrier()
-    dist.destroy_process_group()
+    # DeepSpeed, which is loaded only if an engine was built, has groups of its own: they would outlive torch's
+    deepspeed_comm = sys.modules.get("deepspeed.comm")
+    if deepspeed_comm is not None and deepspeed_comm.is_initialized():
+        deepspeed_comm.destroy_process_group()
+    else:
+        dist.destroy_process_group()
 
 
 def agree(flag: bool, ranks: Ranks) -> bool:

@@ -47,11 +47,10 @@ from storage.tar import write_tar
 from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
 from training.data.manifest import Manifest, open_with_manifest
-from training.patches import as_in_a_new_process
 from training.ranks.ranks import MAX_WAIT, Ranks, on_first_rank
 from training.ranks.stop import Interrupted, StopSignals
 from training.stages.inputs import ShardOptions, without_made_here
-from training.stages.locks import folder_lock, held
+from training.stages.locks import as_in_a_new_process, folder_lock, held
 
 logger = logging.getLogger(__name__)
 

@@ -9,12 +9,12 @@ from dalle.output.progress import progress_bar
 from dalle.output.text import Say
 from dvae import DVAE
 from storage.model_directory import directory_hash
-from training.patches import as_in_a_new_process
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
 from training.stages.encode import EncodeConfig, EncodeReport, encode_shards, token_shards
 from training.stages.inputs import ENCODED, Inputs, without_made_here
+from training.stages.locks import as_in_a_new_process
 
 
 @as_in_a_new_process()

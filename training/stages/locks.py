@@ -1,4 +1,6 @@
-"""Who may write in a bundle: one job in each stage's run, and none beside one that makes the whole bundle.
+"""Keeps a training undisturbed: by other jobs, and by what its caller has set.
+
+One job writes in each stage's run, and none beside one that makes the whole bundle.
 
 The first rank holds the locks (`storage/lock.py`). The stages of `all` and `demo`, in this process or in child
 processes, are parts of the job that holds the bundle.
@@ -11,9 +13,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
+import torch
+
 from dalle.output.text import Say
 from storage.lock import is_locked_by, locked, require_free
-from training.patches import as_in_a_new_process
 from training.ranks.environment import PARENT
 from training.ranks.ranks import Ranks, on_first_rank
 from training.ranks.watch import end_process
@@ -59,6 +62,23 @@ def bundle_lock(out: Path) -> Iterator[None]:
     with folder_lock(runs):
         for run in sorted(path for path in runs.iterdir() if path.is_dir()):
             require_free(run, wait_s=ENDING_S)
+        yield
+
+
+@contextmanager
+def as_in_a_new_process() -> Iterator[None]:
+    """Compute with torch's own settings, whatever the caller's autocast, gradients, default dtype and device are."""
+    dtype = torch.get_default_dtype()
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        if torch.get_default_device().type != "cpu":
+            stack.enter_context(torch.device("cpu"))
+        stack.callback(torch.set_default_dtype, dtype)
+        torch.set_default_dtype(torch.float32)
         yield
 
 
