@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from PIL import Image
+from PIL.PngImagePlugin import PngImageFile
 
 from dvae.colour import MAX_PROFILE_BYTES
 from storage.tar import MAX_PICTURE_BYTES
@@ -76,7 +77,7 @@ def scale_transparent_colour(image: Image.Image) -> None:
     Pillow scales only the samples of PNGs with greys of 2 or 4 bits, and colours of 16.
     """
     colour = image.info.get("transparency")
-    if image.format != "PNG" or colour is None or not image.tile:
+    if not isinstance(image, PngImageFile) or colour is None or not image.tile:
         return
     match image.tile[0][3]:
         case "L;2":
