@@ -251,13 +251,18 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
     for steps in (50, 400):
         assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
         before, after = recipe("demo").dvae, given[-1].dvae
-        assert after.warmup == before.warmup
+        assert before.warmup is not None
+        assert after.warmup is not None
         factor = steps / before.train.steps
+        assert after.warmup.steps == before.warmup.steps * factor
         pairs = [(before.train.learning_rate, after.train.learning_rate)]
         pairs += [(before.kl_weight, after.kl_weight), (before.temperature, after.temperature)]
-        for old, new in pairs:
+        warmups = [(before.warmup.learning_rate, after.warmup.learning_rate), (before.warmup_noise, after.warmup_noise)]
+        for old, new, run_steps in [(*pair, before.train.steps) for pair in pairs] + [
+            (*pair, before.warmup.steps) for pair in warmups
+        ]:
             for part in (0.3, 0.75, 1.0):
-                at = round(part * before.train.steps)
+                at = round(part * run_steps)
                 assert new.at(round(at * factor)) == pytest.approx(old.at(at), rel=0.1, abs=1e-6)
     plateau = recipe("12b").transformer.train.learning_rate
     assert plateau.stretched(0.1) == plateau
