@@ -290,7 +290,7 @@ _HOW_MADE = {
 
 def _require_files(path: Path, kind: str) -> None:
     expected = f"expected {CONFIG_FILE} and {WEIGHTS_FILE}"
-    how = _HOW_MADE.get(kind, "train it with `dalle-train`")
+    how = _HOW_MADE.get(kind, "train one with `dalle-train`")
     how += f", or copy {f'a {kind}' if kind in _HOW_MADE else 'one'} there"
     if not path.is_dir():
         found = f"{path} is a file, not a directory" if path.exists() else "there is no such directory"

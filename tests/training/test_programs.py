@@ -41,7 +41,7 @@ from training.ranks.stop import Interrupted
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
-from training.stages.all import train_all
+from training.stages.all import train_all, what_next
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.inputs import Inputs
@@ -241,6 +241,13 @@ def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(t
     said.clear()
     assert train("parts", 4, 4) == whole
     assert not any("clip-warmup" in line for line in said)
+
+
+def test_all_ends_with_where_the_bundle_is_and_says_if_it_was_not_measured(tmp_path: Path) -> None:
+    unmeasured = what_next(Inputs(data=[tmp_path], out=tmp_path / "my out"))
+    assert f"`dalle-train evaluate '{tmp_path}/my out' --data SHARDS` measures it" in unmeasured
+    measured = what_next(Inputs(data=[tmp_path], validation=[tmp_path], out=tmp_path / "mine"))
+    assert measured == f'bundle: {tmp_path}/mine\nnext:   dalle generate "…" --bundle {tmp_path}/mine'
 
 
 def test_a_run_of_other_steps_has_its_schedules_stretched(

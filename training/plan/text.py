@@ -27,7 +27,7 @@ def text(plan: Plan) -> str:
         f"  {tera:.3g} TFLOP per sample and training step{more}; {plan.sparse_flops_per_sample / 1e12:.3g} with only "
         "the keys that the masks allow",
         f"  {plan.flops_per_sample / plan.tokens_per_sample / 1e9:.3g} GFLOP per token, "
-        f"{tera * plan.global_batch:,.0f} TFLOP per step of {plan.global_batch} samples",
+        f"{_count(tera * plan.global_batch)} TFLOP per step of {plan.global_batch} samples",
         f"  {_count(plan.tokens_per_day)} tokens a day, {_duration(plan.days)} for all steps, on {_gpus(plan)} at "
         f"{plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s each",
         "",
@@ -48,10 +48,10 @@ def _gpus(plan: Plan) -> str:
 
 
 def _count(value: float) -> str:
-    """Return a large number for people: "33.6 billion"."""
+    """Return a number for people: "12.3", "10,737", "33.6 billion"."""
     names = ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"))
     size, name = next(((size, name) for size, name in names if value >= size), (1, ""))
-    return f"{value / size:,.1f}{name}" if name else f"{value:,.0f}"
+    return f"{value / size:,.1f}{name}" if name else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _duration(days: float) -> str:
@@ -84,7 +84,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         f"  GiB per GPU at the peak, on {_gpus(plan)} of {plan.gpu_memory_gib:g} GiB, micro-batch {plan.micro_batch}, "
         f"activation checkpointing {'on' if plan.checkpointing else 'off'}{advice}"
     )
-    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host of a rank", "largest micro-batch"]]
+    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host/rank", "largest micro-batch"]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         parts = [f"{getattr(row.peak, name) / GIB:.2f}" for name in _COLUMNS]
         at_start = [f"{row.start / GIB:.1f}", f"{row.host / GIB:.1f}"]
