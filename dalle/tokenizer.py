@@ -61,7 +61,8 @@ class Tokenizer:
             return cls(BytePairs.from_json(file.read_text(encoding="utf-8"), space_first=False))
         except FileNotFoundError:
             raise FileNotFoundError(
-                f"no tokenizer at {file}: expected a tokenizer.json; train one with `dalle-train tokenizer`"
+                f"no tokenizer at {file}: expected a tokenizer.json; train one with `dalle-train tokenizer`, or give "
+                "--tokenizer"
             ) from None
         except ValueError as error:
             raise ValueError(f"{file} is not a tokenizer.json of `dalle-train tokenizer`: {error}") from error

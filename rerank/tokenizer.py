@@ -45,7 +45,7 @@ class CLIPTokenizer:
         Args:
             captions: the training captions; read once.
             vocab_size: the wanted number of ids, start and end included; at least 258. With few or repetitive
-                captions the result is smaller (logged): use `.vocab_size` of the result for the model.
+                captions the result is smaller: use `.vocab_size` of the result for the model.
 
         Raises:
             ValueError: vocab_size is too small for the 256 bytes, there is no caption, or one is not text.
@@ -55,10 +55,7 @@ class CLIPTokenizer:
                 f"vocab_size is {vocab_size}; it must be at least {N_BYTES + N_SPECIAL}: "
                 f"{N_BYTES} bytes, start-of-text and end-of-text"
             )
-        tokenizer = cls(BytePairs.train(map(_checked, captions), vocab_size - N_SPECIAL, space_first=True))
-        if tokenizer.vocab_size < vocab_size:
-            logger.info("CLIP's captions gave a vocabulary of %d, not %d", tokenizer.vocab_size, vocab_size)
-        return tokenizer
+        return cls(BytePairs.train(map(_checked, captions), vocab_size - N_SPECIAL, space_first=True))
 
     @classmethod
     def from_json(cls, text: str) -> Self:

@@ -280,9 +280,18 @@ def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
     return description
 
 
+_HOW_MADE = {
+    "dvae": "train one with `dalle-train dvae`, import one with `dalle import-dvae`",
+    "dalle": "train one with `dalle-train transformer`",
+    "clip": "train one with `dalle-train clip`",
+}
+"""The commands that make a model, by its kind."""
+
+
 def _require_files(path: Path, kind: str) -> None:
     expected = f"expected {CONFIG_FILE} and {WEIGHTS_FILE}"
-    how = f"train one with `dalle-train` or copy one there (kind: {kind})"
+    how = _HOW_MADE.get(kind, "train one with `dalle-train`")
+    how += f", or copy {f'a {kind}' if kind in _HOW_MADE else 'one'} there"
     if not path.is_dir():
         found = f"{path} is a file, not a directory" if path.exists() else "there is no such directory"
         if _aside(path).is_dir():

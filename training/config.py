@@ -89,11 +89,12 @@ class SizeOptions:
     """How long a run is, and how many samples a step has."""
 
     steps: int
-    """Optimizer steps. Schedules that end at a step are stretched in proportion."""
+    """Optimizer steps. Schedules that end at a step, and a warm-up run of the recipe's, are stretched in proportion."""
     global_batch: int
     """Samples per optimizer step, over all ranks."""
     micro_batch: int | None = None
-    """Samples per rank and forward pass; by default the global batch ÷ ranks. Accumulation is derived."""
+    """Samples per rank and forward pass; by default the global batch ÷ ranks. The rest of the global batch is
+    accumulated."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +151,7 @@ class MemoryOptions:
     """Precision, ZeRO stage and offloading at once: a name that `dalle-train presets` lists. Options that say otherwise
     are refused."""
     zero_stage: int = 0
-    """DeepSpeed's ZeRO stage, 0 to 3: ranks share nothing, the optimizer, gradients too, weights too."""
+    """What ranks share out: 0 nothing, 1 the optimizer's state, 2 gradients too, 3 weights too."""
     offload: Offload = "none"
     """State to keep and update in the CPU's memory: the optimizer (ZeRO 1, 2 or 3), or the parameters too (ZeRO 3)."""
     deepspeed_config: Path | None = None

@@ -79,7 +79,8 @@ class Evaluation:
             ("codes used", f"{self.codes_used} of {self.codes}, perplexity {self.perplexity:.0f}"),
             (
                 "image loss",
-                f"{self.image_loss:.3f} nats per token; unigram {self.image_unigram:.3f}, {self.image_gain:.3f} better",
+                f"{self.image_loss:.3f} nats per token; unigram {self.image_unigram:.3f}, "
+                f"{abs(self.image_gain):.3f} {'better' if self.image_gain >= 0 else 'worse'}",
             ),
             ("text loss", f"{self.text_loss:.3f} nats per token; unigram {self.text_unigram:.3f}"),
             ("captions cut", f"{self.captions_cut}"),

@@ -100,11 +100,9 @@ def test_training_gives_the_same_tokenizer_in_another_process(tokenizer):
     assert other.stdout == tokenizer.to_json()
 
 
-def test_training_learns_words_and_says_when_the_vocabulary_is_smaller(caplog):
-    with caplog.at_level(logging.INFO):
-        tokenizer = CLIPTokenizer.train(iter(CAPTIONS), 5000)
+def test_training_learns_words_and_few_captions_give_a_smaller_vocabulary():
+    tokenizer = CLIPTokenizer.train(iter(CAPTIONS), 5000)
     assert 258 < tokenizer.vocab_size < 5000
-    assert f"a vocabulary of {tokenizer.vocab_size}, not 5000" in caplog.text
     assert len(tokenizer.encode("a red cat on a dark table")) == 7
 
 

@@ -172,7 +172,9 @@ def test_a_missing_directory_and_missing_files_are_named(tmp_path: Path) -> None
         load_directory(tmp_path / "m", "dvae", Config)
     save(tmp_path / "m")
     (tmp_path / "m" / "model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match=r"but model.safetensors is missing; train one with `dalle-train"):
+    with pytest.raises(
+        FileNotFoundError, match=r"but model.safetensors is missing; train one with `dalle-train dvae`,"
+    ):
         load_directory(tmp_path / "m", "dvae", Config)
     with pytest.raises(FileNotFoundError, match="is a file, not a directory"):
         load_directory(tmp_path / "m" / "config.json", "dvae", Config)

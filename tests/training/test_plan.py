@@ -322,6 +322,7 @@ def test_a_plan_as_json_says_what_the_text_says(name: str) -> None:
     content = json.loads(plan.as_json())
     assert content["parameters"]["total"] == plan.parameters["total"]
     assert f"{content['parameters']['total']:,}" in text(plan)
+    assert "e+" not in text(plan), "large numbers are in words"
     assert [mode["preset"] for mode in content["modes"]] == [mode.preset for mode in plan.modes]
     assert content["modes"][0]["peak"]["weights"] == plan.modes[0].peak.weights
     assert content["flops_per_token"] * plan.tokens_per_sample == pytest.approx(plan.flops_per_sample)

@@ -41,7 +41,7 @@ from training.ranks.stop import Interrupted
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
 from training.schedules import Cosine, Schedule, WarmupCosine, WarmupPlateau
-from training.stages.all import train_all
+from training.stages.all import train_all, what_next
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae
 from training.stages.inputs import Inputs
@@ -243,6 +243,13 @@ def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(t
     assert not any("clip-warmup" in line for line in said)
 
 
+def test_all_ends_with_where_the_bundle_is_and_says_if_it_was_not_measured(tmp_path: Path) -> None:
+    unmeasured = what_next(Inputs(data=[tmp_path], out=tmp_path / "my out"))
+    assert f"`dalle-train evaluate '{tmp_path}/my out' --data SHARDS` measures it" in unmeasured
+    measured = what_next(Inputs(data=[tmp_path], validation=[tmp_path], out=tmp_path / "mine"))
+    assert measured == f'bundle: {tmp_path}/mine\nnext:   dalle generate "…" --bundle {tmp_path}/mine'
+
+
 def test_a_run_of_other_steps_has_its_schedules_stretched(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -251,13 +258,18 @@ def test_a_run_of_other_steps_has_its_schedules_stretched(
     for steps in (50, 400):
         assert run("dvae", "demo", "--data", shards, "--out", tmp_path, "--steps", steps) == 0
         before, after = recipe("demo").dvae, given[-1].dvae
-        assert after.warmup == before.warmup
+        assert before.warmup is not None
+        assert after.warmup is not None
         factor = steps / before.train.steps
+        assert after.warmup.steps == before.warmup.steps * factor
         pairs = [(before.train.learning_rate, after.train.learning_rate)]
         pairs += [(before.kl_weight, after.kl_weight), (before.temperature, after.temperature)]
-        for old, new in pairs:
+        warmups = [(before.warmup.learning_rate, after.warmup.learning_rate), (before.warmup_noise, after.warmup_noise)]
+        for old, new, run_steps in [(*pair, before.train.steps) for pair in pairs] + [
+            (*pair, before.warmup.steps) for pair in warmups
+        ]:
             for part in (0.3, 0.75, 1.0):
-                at = round(part * before.train.steps)
+                at = round(part * run_steps)
                 assert new.at(round(at * factor)) == pytest.approx(old.at(at), rel=0.1, abs=1e-6)
     plateau = recipe("12b").transformer.train.learning_rate
     assert plateau.stretched(0.1) == plateau

@@ -31,7 +31,7 @@ class StatusCommand:
     """Show how a run is going: state, losses, validation, speed, checkpoints. Only reads what the run has written."""
 
     path: RunPath
-    watch: float | None = None
+    watch: Annotated[float | None, tyro.conf.arg(metavar="SECONDS")] = None
     """Seconds after which to show it again, until all runs there have ended, or Ctrl-C; by default it is shown once."""
 
     def run(self) -> None:

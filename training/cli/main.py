@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 COMMANDS = {
     "everything": {
         "demo": "draw a small world, train everything on it, sample and check: minutes on two CPU cores",
-        "all": "train tokenizer, dVAE, CLIP and transformer with one recipe, and evaluate the bundle",
+        "all": "train tokenizer, dVAE, CLIP and transformer with one recipe; with --validation, measure them",
     },
     "data": {
         "shards": "make shards from pictures and captions",

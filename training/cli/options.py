@@ -19,7 +19,7 @@ from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_t
 
 import tyro
 
-from training.config import LayerOptions, OptimizerConfig, OptimizerKind, SizeOptions, TrainConfig
+from training.config import MAX_STEPS, LayerOptions, OptimizerConfig, OptimizerKind, SizeOptions, TrainConfig
 from training.engine.deepspeed_config import with_files
 from training.recipes import RECIPES, CLIPOptions, Recipe, TransformerOptions
 
@@ -54,8 +54,8 @@ class StageOptions(SizeOptions):
     learning_rate: float
     """Highest learning rate; the recipe's schedule is scaled to it."""
     optimizer: OptimizerKind
-    """adamw, or muon (transformer and CLIP): Muon for the matrices of the layers, with the same learning rate and
-    weight decay, and AdamW for everything else. A run resumes with the one that it began with."""
+    """adamw, or muon (transformer and CLIP; the dVAE refuses it): Muon for the matrices of the layers, with the same
+    learning rate and weight decay, and AdamW for everything else. A run resumes with the one that it began with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -220,7 +220,7 @@ def arguments_of(options: Mapping[str, Any]) -> list[str]:
 def changed_recipe(recipe: Recipe, stage: Stage, options: Mapping[str, Any]) -> Recipe:
     """Return a recipe with the options that were given to one stage; options of other things are ignored.
 
-    Its warm-up takes the same options, but has its own steps and learning rate.
+    Its warm-up takes the same options, but has its own learning rate, and its own steps, in the same proportion.
 
     Raises:
         ValueError: an option is impossible, or contradicts a preset or a DeepSpeed JSON.
@@ -229,12 +229,15 @@ def changed_recipe(recipe: Recipe, stage: Stage, options: Mapping[str, Any]) -> 
     of = getattr(recipe, stage)
     changes = {name: options[name] for name in options.keys() & {field.name for field in fields(of)}}
     changes["train"] = train = changed_run(of.train, options)
+    factor = train.steps / of.train.steps
     if getattr(of, "warmup", None) is not None:
-        of_warmup = {name: value for name, value in options.items() if name not in ("steps", "learning_rate")}
+        of_warmup = {name: value for name, value in options.items() if name != "learning_rate"}
+        if "steps" in options:
+            of_warmup["steps"] = min(MAX_STEPS, max(1, round(of.warmup.steps * factor)))
         changes["warmup"] = changed_run(of.warmup, of_warmup)
     if stage == "dvae":
-        factor = train.steps / of.train.steps
-        changes |= {name: getattr(of, name).stretched(factor) for name in ("kl_weight", "temperature")}
+        schedules = ("kl_weight", "temperature", "warmup_noise")
+        changes |= {name: getattr(of, name).stretched(factor) for name in schedules}
     return dataclasses.replace(recipe, **{stage: dataclasses.replace(of, **changes)})
 
 

@@ -141,7 +141,7 @@ class StageCommand(TrainCommand):
 class DVAECommand(StageCommand):
     """Train a dVAE on the pictures of shards.
 
-    Small recipes warm it up as an autoencoder first, with the same options but as many steps as the recipe says.
+    Small recipes warm it up as an autoencoder first, with the same options, and steps that --steps scales too.
     """
 
     own: Annotated[InStage[DVAEOwnOptions], tyro.conf.arg(name="dVAE")]
@@ -232,7 +232,7 @@ class StagesCommand(TrainCommand):
 
 @dataclass(frozen=True, kw_only=True)
 class AllCommand(StagesCommand):
-    """Train tokenizer, dVAE, CLIP and transformer with one recipe, and evaluate the bundle.
+    """Train tokenizer, dVAE, CLIP and transformer with one recipe, and, with --validation, measure the bundle.
 
     On CPU cores, stages that do not need each other are trained side by side, each by one or more processes. Options
     without a stage's name go to every stage; where stages differ, no default is shown.

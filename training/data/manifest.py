@@ -335,7 +335,7 @@ def open_with_manifest(
         if part.keys:
             used.append(part)
     _log_some("shard", report.damaged_shards)
-    _log_some("shard left out", [f"{path} is not in the manifest {manifest.folder}" for path in unknown])
+    _log_some("shard", [f"{path} is left out: the manifest in {manifest.folder} does not know it" for path in unknown])
     if report.n_lost == report.n_samples:
         listed = "; ".join(report.damaged_shards[:3])
         raise ValueError(

@@ -27,8 +27,8 @@ def text(plan: Plan) -> str:
         f"  {tera:.3g} TFLOP per sample and training step{more}; {plan.sparse_flops_per_sample / 1e12:.3g} with only "
         "the keys that the masks allow",
         f"  {plan.flops_per_sample / plan.tokens_per_sample / 1e9:.3g} GFLOP per token, "
-        f"{tera * plan.global_batch:,.3g} TFLOP per step of {plan.global_batch} samples",
-        f"  {plan.tokens_per_day:.3g} tokens/day, {_duration(plan.days)} for all steps, on {_gpus(plan)} at "
+        f"{_count(tera * plan.global_batch)} TFLOP per step of {plan.global_batch} samples",
+        f"  {_count(plan.tokens_per_day)} tokens a day, {_duration(plan.days)} for all steps, on {_gpus(plan)} at "
         f"{plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s each",
         "",
         *_memory_table(plan),
@@ -45,6 +45,13 @@ def text(plan: Plan) -> str:
 
 def _gpus(plan: Plan) -> str:
     return f"{plan.gpus} GPU{'s' if plan.gpus > 1 else ''}"
+
+
+def _count(value: float) -> str:
+    """Return a number for people: "12.3", "10,737", "33.6 billion"."""
+    names = ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"))
+    size, name = next(((size, name) for size, name in names if value >= size), (1, ""))
+    return f"{value / size:,.1f}{name}" if name else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
 
 
 def _duration(days: float) -> str:
@@ -77,7 +84,7 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         f"  GiB per GPU at the peak, on {_gpus(plan)} of {plan.gpu_memory_gib:g} GiB, micro-batch {plan.micro_batch}, "
         f"activation checkpointing {'on' if plan.checkpointing else 'off'}{advice}"
     )
-    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host", "largest micro-batch"]]
+    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host/rank", "largest micro-batch"]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         parts = [f"{getattr(row.peak, name) / GIB:.2f}" for name in _COLUMNS]
         at_start = [f"{row.start / GIB:.1f}", f"{row.host / GIB:.1f}"]
@@ -88,13 +95,14 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         f"  Of the first rank, which has the averages; {RESERVED_FRACTION:.0%} of a GPU is kept free. Start: before "
         "ZeRO has shared out the model."
     )
-    yield "  Host: memory of this rank there; while it starts, every rank needs as much as the model in float32."
+    yield "  Host: memory there for each rank, so a machine needs as much for each of its GPUs; while it starts, every"
+    yield "  rank needs as much as the model in float32."
     yield "  Derived for CUDA, not measured; the same model on a CPU is held to measured peaks (benchmarks/plan.py)."
 
 
 def _micro_batch_table(plan: Plan) -> Iterator[str]:
     usable = plan.gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
-    yield "  GiB per GPU by micro-batch; in parentheses what does not fit"
+    yield "  GiB per GPU at the peak of a step, the start left out, by micro-batch; in parentheses what does not fit"
     rows = [["", *map(str, plan.modes[0].totals)]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         cells = (f"{total / GIB:.1f}" if total <= usable else f"({total / GIB:.1f})" for total in row.totals.values())

@@ -4,6 +4,7 @@ A bundle is one directory: tokenizer.json, dvae/, dalle/ and clip/ for use, and 
 them.
 """
 
+import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
@@ -25,7 +26,7 @@ from training.stages.transformer import train_transformer
 
 
 def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_crops: int | None = None) -> None:
-    """Train all stages, one after the other, and evaluate the bundle on the validation data.
+    """Train all stages, one after the other, and evaluate the bundle on the validation data, if there are any.
 
     Args:
         recipe: of all stages.
@@ -54,6 +55,14 @@ def train_all(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, encode_
             on_first_rank(
                 lambda: evaluate_bundle(inputs.out, validation, say, device=device, also=measure_exchanged), ranks
             )
+        say(what_next(inputs))
+
+
+def what_next(inputs: Inputs) -> str:
+    """Return where the trained bundle is, whether it was measured, and the command that samples from it."""
+    out = shlex.quote(str(inputs.out))
+    measuring = f"; not measured, for want of --validation: `dalle-train evaluate {out} --data SHARDS` measures it"
+    return f'bundle: {inputs.out}{"" if inputs.validation else measuring}\nnext:   dalle generate "…" --bundle {out}'
 
 
 def _require_crops(encode_crops: int | None) -> None:
@@ -98,6 +107,7 @@ def train_all_side_by_side(
         run_phases(recipe, inputs, plan, time_left, say, encode_crops=encode_crops, options=options)
         if inputs.validation:
             evaluate_bundle(inputs.out, inputs.open_validation(captions=True), say, also=measure_exchanged)
+        say(what_next(inputs))
 
 
 def time_of(plan: MachinePlan) -> list[list[dict[str, float]]]:

@@ -284,6 +284,8 @@ def _clip_tokenizer(program: Program, vocab_size: int) -> CLIPTokenizer:
     if path.is_file() and any(program.has_checkpoint(stage) for stage in ("clip", "clip-warmup")):
         return CLIPTokenizer.load(path)
     tokenizer = CLIPTokenizer.train(all_captions(program.data), vocab_size=vocab_size)
+    if tokenizer.vocab_size < vocab_size:
+        program.say(f"clip: the captions gave a vocabulary of {tokenizer.vocab_size:,}, not {vocab_size:,}")
 
     def save() -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
