@@ -1,3 +1,4 @@
+import os
 from pathlib import Path
 
 import pytest
@@ -46,4 +47,6 @@ def test_letters_signs_and_new_characters_are_visible(text: str) -> None:
 def test_another_programs_picture_is_no_sheet(tmp_path: Path) -> None:
     Image.new("RGB", (9, 9)).save(tmp_path / "a.png")
     assert not is_sheet(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    assert not is_sheet(tmp_path / "pipe.png"), "nobody would ever write to it"
     assert not is_sheet(tmp_path / "gone.png")

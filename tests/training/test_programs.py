@@ -214,10 +214,10 @@ def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after
     assert directory_hash(tmp_path / "out" / "dvae") == directory_hash(bundle / "dvae")
 
 
-def test_a_warm_up_takes_the_options_of_its_command_but_not_the_steps(tmp_path: Path, shards: Path) -> None:
+def test_a_warm_up_takes_the_options_and_the_proportion_of_steps(tmp_path: Path, shards: Path) -> None:
     options = ["--steps", 1, "--global-batch", 6, "--micro-batch", 3, "--seed", 5, "--learning-rate", 1e-5]
     assert run("dvae", "tiny", "--data", shards, "--out", tmp_path, *options) == 0
-    for stage, steps in (("dvae-warmup", 4), ("dvae", 1)):
+    for stage, steps in (("dvae-warmup", 1), ("dvae", 1)):
         record = json.loads((tmp_path / "training" / stage / "config.json").read_text())["training"]
         assert [record[name] for name in ("steps", "global_batch", "micro_batch", "seed")] == [steps, 6, 3, 5]
         assert record["learning_rate"]["peak"] == (1e-5 if stage == "dvae" else 2e-3)
