@@ -150,3 +150,10 @@ def test_the_command_finds_them_with_the_clip_of_a_bundle(
     assert json.loads((tmp_path / "found" / "excluded.jsonl").read_text().splitlines()[0])["key"] == "b3"
     assert training.cli.main.main([*command, "--threshold", "1.5"]) == 1
     assert "the threshold must be a cosine" in capsys.readouterr().err
+
+
+def test_a_list_of_no_duplicates_leaves_nothing_out(tmp_path: Path, clip: CLIP) -> None:
+    path = write_tar(tmp_path / "s.tar", members({"a": smooth(1), "b": smooth(2)}))
+    found = find_duplicates(ShardData.open([path], captions=False), None, clip, tmp_path / "found", threshold=1.0)
+    assert found.n_excluded == 0
+    check_data([path], tmp_path / "m", exclude=[tmp_path / "found" / "excluded.jsonl"])

@@ -159,7 +159,9 @@ class DuplicatesCommand:
                 workers=self.workers,
                 progress=progress,
             )
-        print(f"{found}\nto choose the threshold, look at {self.out / SHEET}")
+        print(found)
+        if (self.out / SHEET).exists():
+            print(f"to choose the threshold, look at {self.out / SHEET}")
         if found.n_excluded:
             print(f"to leave them out, give {self.out / EXCLUDED} to `dalle-train check-data --exclude-keys`")
 

@@ -30,6 +30,7 @@ from dvae.images import open_image
 from rerank import CLIP
 from rerank.pixels import clip_view
 from rerank.score import embed_images
+from storage.atomic import replace_text
 from training.data.batches import BadSamples, parts_in_order
 from training.data.exclusions import listed_names, sample_line, write_lines
 
@@ -249,7 +250,7 @@ def find_duplicates(
         else [Pair(pair.cosine, numbers[pair.first], other_numbers[pair.second]) for pair in nearest(features, others)]
     )
     write_lines(out / PAIRS, (names.line(pair) for pair in listed))
-    write_lines(out / EXCLUDED, (names.reason(number, left_out[number]) for number in sorted(left_out)))
+    replace_text(out / EXCLUDED, "".join(names.reason(number, left_out[number]) for number in sorted(left_out)))
     _save_sheet(out / SHEET, shown, data, against or data, threshold)
     return DuplicatesReport(
         n_pictures=len(features),
