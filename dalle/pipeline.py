@@ -385,10 +385,11 @@ class Pipeline:
             )
 
     def _warn_about_equal_ones(self, result: Result, sampling: Sampling) -> None:
-        n, n_different = len(result.tokens), len({*map(tuple, result.tokens.tolist())})
-        if n_different < n:
-            which = f"of {n} pictures " + ("all are equal" if n_different == 1 else f"only {n_different} differ")
-            self._warn_once(f"{which}: sample fewer, or at a temperature above {sampling.temperature:g}")
+        n = len(result.tokens)
+        if n > 1 and bool((result.tokens == result.tokens[0]).all()):
+            self._warn_once(
+                f"all {n} pictures are equal: sample one, or at a temperature above {sampling.temperature:g}"
+            )
 
     def _warn_once(self, text: str) -> None:
         """Warn: of many captions once is enough."""

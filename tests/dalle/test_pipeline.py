@@ -390,7 +390,7 @@ def test_equal_pictures_are_warned_of_once(bundle, caplog):
     for _ in range(2):
         pipe.generate(CAPTION, n=4, keep=4, temperature=0.0)
     assert [record.getMessage() for record in caplog.records] == [
-        "of 4 pictures all are equal: sample fewer, or at a temperature above 0"
+        "all 4 pictures are equal: sample one, or at a temperature above 0"
     ]
 
 
