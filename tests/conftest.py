@@ -1,6 +1,7 @@
 """A bundle of tiny random models, made once: shared by the tests of everything that uses a bundle."""
 
 import shutil
+import signal
 from collections.abc import Callable, Generator
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from storage.model_directory import directory_hash
 CAPTIONS = ["a red cube on a blue cube", "a green sphere left of a red cube", "一只猫坐在椅子上"]
 # the models of the tests are so small that threads only wait for one another, badly so on a busy machine
 torch.set_num_threads(1)
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in the background of a shell; programs would inherit it
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 IMAGE_SIZE, GRID, TEXT_LEN = 16, 4, 24
 
