@@ -3,6 +3,8 @@
 Importing it imports neither torch nor tyro, so that commands without models answer at once, and Ctrl-C is heard.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import io
 import shutil
@@ -91,7 +93,7 @@ def _wrapped(text: str) -> str:
     )
 
 
-def _registry() -> "ConstructorRegistry":
+def _registry() -> ConstructorRegistry:
     """Return tyro's rule for dataclasses with our words: see `_in_our_words`."""
     from tyro.constructors import ConstructorRegistry, StructConstructorSpec
 
@@ -99,7 +101,7 @@ def _registry() -> "ConstructorRegistry":
     inside = False
 
     @registry.struct_rule
-    def of_dataclass(info: "StructTypeInfo") -> "StructConstructorSpec | None":
+    def of_dataclass(info: StructTypeInfo) -> StructConstructorSpec | None:
         nonlocal inside
         if inside or not dataclasses.is_dataclass(info.type):
             return None
@@ -114,7 +116,7 @@ def _registry() -> "ConstructorRegistry":
     return registry
 
 
-def _in_our_words(field: "StructFieldSpec") -> "StructFieldSpec":
+def _in_our_words(field: StructFieldSpec) -> StructFieldSpec:
     """Return an option whose help is one paragraph, without a default of None, () or False; "PATH ..." for many."""
     import tyro
 
@@ -164,7 +166,7 @@ def run_command(function: Callable[[], None], *, debug: bool = False) -> int:
     return code
 
 
-def resolve_device(name: str) -> "torch.device":
+def resolve_device(name: str) -> torch.device:
     """Return the device of a name: see `usable_device`."""
     from dalle.data.bundle import usable_device
 
