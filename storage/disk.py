@@ -24,6 +24,11 @@ def is_of_full_disk(error: BaseException, path: Path) -> bool:
     return shutil.disk_usage(_nearest(path)).free < _ALL_BUT_FULL
 
 
+def full_disk_note(error: BaseException, path: Path) -> str:
+    """Return what follows an error's own words: "; " and `full_disk_text` if the disk was full, else nothing."""
+    return f"; {full_disk_text(path)}" if is_of_full_disk(error, path) else ""
+
+
 def full_disk_text(path: Path) -> str:
     """Return in words which disk a path is on, how much of it is left, and what to do."""
     there = _nearest(path)

@@ -9,7 +9,7 @@ _PLACE = slice(37, 41)  # after the signature (8), the header (25) and the chunk
 
 def is_sheet(path: Path) -> bool:
     """Return whether a file is a sheet that this program drew; False if it cannot be read, or is no plain file."""
-    if not path.is_file():  # a pipe would never answer
+    if path.suffix.lower() != ".png" or not path.is_file():  # a pipe would never answer
         return False
     try:
         with path.open("rb") as file:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from storage.atomic import flush, write_public
-from storage.disk import full_disk_text, is_of_full_disk
+from storage.disk import full_disk_note
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -80,7 +80,8 @@ def save_directory(
         _swap(temporary, path)
     except (OSError, SafetensorError) as error:
         code = _errno(error)
-        full = f"; {full_disk_text(path)}, or choose another place" if is_of_full_disk(error, path) else ""
+        full = full_disk_note(error, path)
+        full += ", or choose another place" if full else ""
         raise OSError(
             code,
             f"cannot save the {kind} in {path}: {os.strerror(code)}; what was there before is unchanged{full}",
@@ -280,18 +281,17 @@ def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
     return description
 
 
-_HOW_MADE = {
-    "dvae": "train one with `dalle-train dvae`, import one with `dalle import-dvae`",
-    "dalle": "train one with `dalle-train transformer`",
-    "clip": "train one with `dalle-train clip`",
+HOW_TO_MAKE = {
+    "dvae": "`dalle-train dvae`, or `dalle import-dvae` for published weights",
+    "dalle": "`dalle-train transformer`",
+    "clip": "`dalle-train clip`",
 }
 """The commands that make a model, by its kind."""
 
 
 def _require_files(path: Path, kind: str) -> None:
     expected = f"expected {CONFIG_FILE} and {WEIGHTS_FILE}"
-    how = _HOW_MADE.get(kind, "train one with `dalle-train`")
-    how += f", or copy {f'a {kind}' if kind in _HOW_MADE else 'one'} there"
+    how = f"train one with {HOW_TO_MAKE.get(kind, '`dalle-train`')}, or copy one there"
     if not path.is_dir():
         found = f"{path} is a file, not a directory" if path.exists() else "there is no such directory"
         if _aside(path).is_dir():

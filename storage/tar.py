@@ -14,7 +14,7 @@ from storage.atomic import replace_file
 MAX_PICTURE_BYTES = 512 << 20
 """Larger members are not read as pictures: one would fill the memory."""
 
-COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")
+COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Usual endings of compressed tar files."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 _ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)

@@ -17,7 +17,7 @@ from dalle.data.bundle import bundle_part
 from dalle.data.pictures import Pictures
 from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.output.sheets import save_png, side_by_side
-from dalle.output.text import printable
+from dalle.output.text import counted, printable
 from dvae import DVAE
 from dvae.remarks import REMARKS
 from storage.atomic import replace_text
@@ -78,7 +78,7 @@ class Reconstruct:
             "left_out": +pictures.left_out,
         }
         replace_text(self.out / "metrics.json", json.dumps(report, indent=2))
-        measured = "1 picture" if len(measures) == 1 else f"{len(measures):,} pictures"
+        measured = counted(len(measures), "picture")
         print(f"{measured} measured: see reconstructions.png and metrics.json in {printable(str(self.out))}")
 
 

@@ -14,6 +14,7 @@ from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Caption, Device, Flag, JSO
 from dalle.cli.ranking import SHEET_PICTURES, load_clip, print_ranking, tell_left_out, thumbnail, write_ranking
 from dalle.cli.terminal import warn_of_skipped
 from dalle.output.progress import progress_bar
+from dalle.output.text import counted
 from dvae.images import open_image
 from dvae.remarks import REMARKS
 from rerank.score import embed_captions
@@ -52,8 +53,7 @@ class Search:
             found = folder_features(clip, clip_hash, self.folder, follow_links=self.follow_links, progress=progress)
         tell_left_out(found.left_out)
         warn_of_skipped(found.unreadable)
-        pictures = "1 picture" if len(found.files) == 1 else f"{len(found.files)} pictures"
-        logger.info("%s, %d of them new or changed", pictures, found.n_embedded)
+        logger.info("%s, %d of them new or changed", counted(len(found.files), "picture"), found.n_embedded)
         caption_E = embed_captions(clip, [self.caption])[0].cpu()
         scores_N, order_N = (found.features @ caption_E).sort(descending=True, stable=True)
         files = [found.files[i] for i in order_N[: self.top].tolist()]

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TextIO
 
 from dalle.output.text import aligned, printable, printable_line
-from storage.disk import full_disk_text, is_of_full_disk
+from storage.disk import full_disk_note
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -32,8 +32,7 @@ def error_line(error: BaseException) -> str:
         if error.filename is None:
             return error.strerror
         path = Path(error.filename if isinstance(error.filename, str) else "")
-        full = f"; {full_disk_text(path)}" if is_of_full_disk(error, path) else ""
-        return f"{error.strerror}: {error.filename}{full}"
+        return f"{error.strerror}: {error.filename}{full_disk_note(error, path)}"
     return reason_of(error)
 
 

@@ -16,14 +16,9 @@ from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from rerank import CLIP
 from storage.errors import reason_of
-from storage.model_directory import directory_hash
+from storage.model_directory import HOW_TO_MAKE, directory_hash
 
-HOW_TO_MAKE = {
-    "tokenizer.json": "`dalle-train tokenizer`",
-    "dvae": "`dalle-train dvae`, or `dalle import-dvae` for published weights",
-    "dalle": "`dalle-train transformer`",
-    "clip": "`dalle-train clip`",
-}
+PARTS = {"tokenizer.json": "`dalle-train tokenizer`", **HOW_TO_MAKE}
 """The parts of a bundle, and what makes each."""
 
 Precision = Literal["fp32", "bf16"]
@@ -53,7 +48,7 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
     device = usable_device(device)
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
-    parts = {part: bundle_part(path, part) for part in HOW_TO_MAKE}
+    parts = {part: bundle_part(path, part) for part in PARTS}
     tokenizer = Tokenizer.load(parts["tokenizer.json"])
     hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
     dalle = DALLE.load(parts["dalle"])
@@ -101,11 +96,10 @@ def bundle_part(bundle: Path, part: str) -> Path:
     """
     if not bundle.is_dir():
         raise FileNotFoundError(
-            f"no bundle at {bundle}: expected a directory with {', '.join(HOW_TO_MAKE)}; "
-            "`make demo` makes one in runs/demo"
+            f"no bundle at {bundle}: expected a directory with {', '.join(PARTS)}; `make demo` makes one in runs/demo"
         )
     if not (bundle / part).exists():
-        raise FileNotFoundError(f"the bundle {bundle} has no {part}: make it with {HOW_TO_MAKE[part]}")
+        raise FileNotFoundError(f"the bundle {bundle} has no {part}: make it with {PARTS[part]}")
     return bundle / part
 
 

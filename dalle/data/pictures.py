@@ -5,7 +5,6 @@ A single picture that cannot be read is an error; in a folder or shard it is ski
 """
 
 import os
-import re
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
@@ -14,17 +13,17 @@ from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from dalle.data.endings import ending_of, is_picture, not_read
+from dalle.data.endings import is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData
 from dalle.data.usable import usable_part
 from dvae.images import open_image
 from storage.drawn import is_sheet
-from storage.tar import DamagedTarError
+from storage.tar import COMPRESSED_ENDINGS, DamagedTarError
 
 Item = TypeVar("Item")
-_SHARD = re.compile(r"\.(tar(\.(gz|bz2|xz|zst))?|tgz|tbz2?|txz|tzst)$", re.IGNORECASE)
-"""Names of shards, also of compressed ones, which are refused in words."""
+_SHARD_ENDINGS = (".tar", *COMPRESSED_ENDINGS)
+"""Endings of shards, also of compressed ones, which are refused in words."""
 LINK = "link: --follow-links reads it"
 SHEET = "sheet that this program drew"
 
@@ -39,8 +38,7 @@ class FolderPictures(NamedTuple):
 
     def without_sheets(self, files: Sequence[Path]) -> list[Path]:
         """Return those of the files that are no sheets of this program, and count the others as left out."""
-        # anything but a plain file, such as a pipe, could block
-        kept = [file for file in files if not (ending_of(file) == ".png" and file.is_file() and is_sheet(file))]
+        kept = [file for file in files if not is_sheet(file)]
         self.left_out.update({SHEET: len(files) - len(kept)})
         return kept
 
@@ -154,7 +152,7 @@ class Pictures:
 
     def _readable(self) -> Iterator[tuple[str, Image.Image]]:
         for path, is_named in self._files:
-            if _SHARD.search(path.name):
+            if path.name.lower().endswith(_SHARD_ENDINGS):
                 yield from self._in_shard(path)
             elif is_named:
                 yield str(path), open_image(path)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from dalle.output.text import Say
 from storage.atomic import write_public
-from storage.disk import full_disk_text, is_of_full_disk
+from storage.disk import full_disk_note
 from storage.errors import reason_of
 from training.engine import resharding
 from training.engine.checkpoints import (
@@ -368,8 +368,7 @@ class Engine:
 
 def _problem_of(error: Exception, directory: Path) -> str:
     """Return why a checkpoint could not be written, and if the disk is full, which."""
-    full = f"; {full_disk_text(directory)}" if is_of_full_disk(error, directory) else ""
-    return first_line(error) + full
+    return first_line(error) + full_disk_note(error, directory)
 
 
 def _initialize(

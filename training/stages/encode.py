@@ -42,7 +42,7 @@ from dalle.data.reader import Sample, ShardData, sample_rng
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.atomic import PARTIAL
-from storage.disk import full_disk_text, is_of_full_disk
+from storage.disk import full_disk_note
 from storage.tar import write_tar
 from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
@@ -379,11 +379,10 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
         write_tar(path, members)
     except OSError as error:
         code = error.errno or errno.EIO
-        full = f"; {full_disk_text(path)}" if is_of_full_disk(error, path) else ""
         raise OSError(
             code,
-            f"cannot make {path}: {os.strerror(code)}{full}; the shards before it are kept, and the same command "
-            "continues from there",
+            f"cannot make {path}: {os.strerror(code)}{full_disk_note(error, path)}; the shards before it are kept, "
+            "and the same command continues from there",
         ) from error
 
 

@@ -104,7 +104,7 @@ class _Folder:
                 stems.add(path.stem)
                 self._skip(path, reason)
             elif is_picture(name):
-                if ending_of(name) == ".png" and is_sheet(path):
+                if is_sheet(path):
                     self._other("sheet that this program drew", path)
                     continue
                 stems.add(path.stem)
