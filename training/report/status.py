@@ -100,7 +100,7 @@ def summary_rows(run: Run, now: float, blocks: str = "") -> list[tuple[str, str]
 
 
 def state_line(run: Run, now: float) -> str:
-    """Return whether a run is running, or how and when it ended."""
+    """Say whether a run still trains, or how and when it ended."""
     state, since = run.state(now), run.last_sign_at
     when = f"{time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(since))}, {ago(now - since)}" if since else "never"
     reason = f": {run.last_state['reason']}" if run.last_state.get("reason") else ""
