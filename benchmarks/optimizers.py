@@ -32,6 +32,10 @@ from training.stages.transformer import train_transformer
 
 COLOURS = {"adamw": "#8a8a8a", "muon": "#c0392b"}
 D_HEAD = 64
+VALIDATIONS = 5
+"""In a run."""
+VALIDATION_SAMPLES = 64
+"""In each of them."""
 PAPER = OptimizerConfig()
 """The paper's settings, but for the kind."""
 
@@ -51,7 +55,7 @@ class Trial:
         """Return what `dalle-train transformer` is told."""
         base = recipe("icons-cpu")
         train = base.transformer.train
-        every = math.ceil(steps / 20)
+        every = math.ceil(steps / VALIDATIONS)
         train = dataclasses.replace(
             train,
             steps=steps,
@@ -61,6 +65,7 @@ class Trial:
             learning_rate=train.learning_rate.stretched(steps / train.steps).with_peak(self.learning_rate),
             log_every=every,
             validate_every=every,
+            validation_samples=VALIDATION_SAMPLES,
             sample_every=0,
         )
         model = dataclasses.replace(base.transformer.model, d_model=self.width, n_heads=self.width // D_HEAD)
