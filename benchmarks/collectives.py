@@ -17,7 +17,7 @@ from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConf
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
-from training.plan.communication import Counts, Step, Traffic, traffic
+from training.plan.costs.communication import Counts, Step, Traffic, traffic
 from training.plan.memory_model import LIVE
 from training.plan.state import PERSISTENT, Mode, shapes_only
 from training.ranks.ranks import Ranks
@@ -56,7 +56,7 @@ class Case:
     averages: bool = False
     """Whether the weights are averaged in the step that is looked at."""
     live: int = LIVE
-    """Parameters that stage 3 passes before it gathers one again; it works ahead by as many."""
+    """Parameters that stage 3 has gathered at a time, at most."""
     persistent: int = PERSISTENT
     """Parameters of a tensor below which stage 3 does not share it."""
 
@@ -70,7 +70,6 @@ class Case:
                 mode=Mode(zero_stage=self.zero_stage, precision=self.precision),
                 accumulation=self.accumulation,
                 ema_every=1 if self.averages else _NEVER,
-                checkpointing=self.checkpointing,
                 optimizer=self.optimizer,
                 powersgd=self.powersgd_rank > 0,
                 device="cpu",
@@ -145,7 +144,7 @@ def found(ranks: Ranks, case: Case) -> dict[str, float]:
     zero = {
         "stage3_max_reuse_distance": case.live,
         "stage3_max_live_parameters": case.live,
-        "stage3_prefetch_bucket_size": min(case.live, 50_000_000),
+        "stage3_prefetch_bucket_size": case.live // 20,
         "stage3_param_persistence_threshold": case.persistent,
     }
     deepspeed = {**resolved.deepspeed, "zero_optimization": {**resolved.deepspeed["zero_optimization"], **zero}}

@@ -28,8 +28,8 @@ from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.engine.resharding import convert
-from training.plan.checkpoints import GB, Checkpoint, Saved, Speeds, checkpoint_of, measured_speeds
-from training.plan.communication import Counts, Traffic
+from training.plan.costs.checkpoints import GB, Checkpoint, Saved, Speeds, checkpoint_of, measured_speeds
+from training.plan.costs.communication import Counts, Traffic
 from training.plan.state import Mode, shapes_only
 from training.ranks.ranks import Ranks, join, leave, on_first_rank
 from training.run_files import checkpoint_tag

@@ -11,7 +11,7 @@ from dalle.model import DALLEConfig
 from dalle.output.text import GIB
 from training.cli.main import main
 from training.config import TrainConfig
-from training.plan.checkpoints import GB, Checkpoint, Saved, Speeds, checkpoint_of, measured_speeds
+from training.plan.costs.checkpoints import GB, Checkpoint, Saved, Speeds, checkpoint_of, measured_speeds
 from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
 from training.plan.state import Mode

@@ -19,8 +19,8 @@ from storage.disk import nearest_folder
 from training.config import TrainConfig
 from training.engine.muon import block_matrices
 from training.plan.advice import advice, divisors, recommended
-from training.plan.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
-from training.plan.communication import Communication, Counts, Network, Step, communications, papers_rank
+from training.plan.costs.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
+from training.plan.costs.communication import Communication, Counts, Network, Step, communications, papers_rank
 from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
 from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
@@ -144,7 +144,6 @@ def _communications(plan: Plan, model: DALLE, train: TrainConfig, options: PlanO
         mode=Mode(zero_stage=1, precision=plan.precision),
         accumulation=plan.accumulation,
         ema_every=train.ema_every,
-        checkpointing=plan.checkpointing,
         optimizer=plan.optimizer,
     )
     yield from communications(step, rank, plan.network, computing_s=plan.computing_s, steps=plan.steps)

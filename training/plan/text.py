@@ -3,7 +3,7 @@
 from collections.abc import Iterator
 
 from dalle.output.text import GIB, aligned, duration
-from training.plan.checkpoints import GB, Checkpoint
+from training.plan.costs.checkpoints import GB, Checkpoint
 from training.plan.state import Mode
 from training.plan.types import RESERVED_FRACTION, OtherStage, Plan
 from training.recipes import RECIPES
@@ -52,7 +52,9 @@ def _gpus(plan: Plan) -> str:
 
 
 def _count(value: float) -> str:
-    """Return a number for people: "12.3", "10,737", "33.6 billion"."""
+    """Return a number for people: "12.3", "10,737", "33.6 billion", and "0" below a thousandth."""
+    if value < 0.001:
+        return "0"
     names = ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"))
     size, name = next(((size, name) for size, name in names if value >= size), (1, ""))
     return f"{value / size:,.1f}{name}" if name else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -143,12 +145,12 @@ def _communication_table(plan: Plan) -> Iterator[str]:
     )
     rows = [["", "in its host", "to others", "sending", "a step", "all steps", "GPU-hours"]]
     for row in plan.communication:
-        sent = [f"{row.sent.in_host / GIB:,.3g}", f"{row.sent.between_hosts / GIB:,.3g}", f"{row.sent.seconds:,.3g} s"]
+        sent = [_count(row.sent.in_host / GIB), _count(row.sent.between_hosts / GIB), f"{_count(row.sent.seconds)} s"]
         hours = _gpu_hours(plan, row.days).replace(" GPU-hours", "")
-        rows.append([row.name, *sent, f"{row.step_s:,.3g} s", _duration(row.days), hours])
+        rows.append([row.name, *sent, f"{_count(row.step_s)} s", _duration(row.days), hours])
     yield aligned(rows, "<>", indent=4)
     yield (
-        f"  A step computes for {plan.computing_s:.3g} s and then sends; stage 3 and the paper's mix send meanwhile. "
+        f"  A step computes for {_count(plan.computing_s)} s and then sends; stage 3 and the paper's mix send meanwhile. "
         "Rings at full speed, derived, not measured."
     )
     if network.hosts > 1:
@@ -172,11 +174,11 @@ def _checkpoint_table(plan: Plan) -> Iterator[str]:
     for_good = f", those of every {plan.keep_every:,} steps" if plan.keep_every else ""
     yield (
         f"  On the disk at most: {kept}{for_good}, one that is being written, and the export twice, which has "
-        f"{export.export / GIB:.3g} GiB and takes {duration(export.export_s)}."
+        f"{_count(export.export / GIB)} GiB and takes {duration(export.export_s)}."
     )
     yield (
         "  Of the time: saving and exporting, beside computing. Convert: to another number of ranks, which adds "
-        f"{converted / GIB:.3g} GiB for a while."
+        f"{_count(converted / GIB)} GiB for a while."
     )
     if plan.disk_free is not None:
         yield f"  The disk has {plan.disk_free / GIB:,.0f} GiB left."
@@ -187,7 +189,7 @@ def _checkpoint_cells(checkpoint: Checkpoint, computing_s: float) -> list[str]:
     sizes = (checkpoint.first, checkpoint.other, checkpoint.total, checkpoint.kept)
     writing_s = checkpoint.save_s + checkpoint.export_s
     return [
-        *(f"{size / GIB:,.3g}" for size in sizes),
+        *(_count(size / GIB) for size in sizes),
         duration(checkpoint.save_s),
         f"{writing_s / (writing_s + computing_s):.1%}",
         duration(checkpoint.verify_s),

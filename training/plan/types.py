@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from dalle.model import DALLEConfig
 from training.config import OptimizerKind, Precision
-from training.plan.checkpoints import Checkpoint, Speeds
-from training.plan.communication import Communication, Network
+from training.plan.costs.checkpoints import Checkpoint, Speeds
+from training.plan.costs.communication import Communication, Network
 from training.plan.memory_model import Memory
 from training.plan.state import Mode, StateBytes
 

@@ -11,10 +11,8 @@ others as many bytes as one GPU sends. Latency is not counted, nor are the few b
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import groupby
 
 from torch import nn
 
@@ -55,8 +53,6 @@ class Part:
     """Those that stage 3 shares."""
     in_half: bool
     """Whether autocast sends them in 16 bits."""
-    layer: int
-    """Number of its layer; -1 outside of layers."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,16 +107,11 @@ class Counts:
 
 
 def _parts(model: DALLE, persistent: int) -> Iterator[Part]:
-    for name, module in model.named_modules():
+    for module in model.modules():
         sizes = [parameter.numel() for parameter in module.parameters(recurse=False)]
         if sizes:
-            layer = name.split(".")[1] if name.startswith("blocks.") else "-1"
-            yield Part(
-                total=sum(sizes),
-                shared=sum(size for size in sizes if size >= persistent),
-                in_half=type(module) in _IN_HALF,
-                layer=int(layer),
-            )
+            shared = sum(size for size in sizes if size >= persistent)
+            yield Part(total=sum(sizes), shared=shared, in_half=type(module) in _IN_HALF)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,14 +144,12 @@ class Step:
     """Micro-batches."""
     ema_every: int
     """Steps between two updates of the averaged weights."""
-    checkpointing: bool
-    """Whether the backward pass recomputes each layer."""
     optimizer: OptimizerKind = "adamw"
     powersgd: bool = False
     """Whether gradients are sent as factors; stages 0 and 1."""
     device: Device = "cuda"
     live: int = LIVE
-    """Parameters that stage 3 passes in its order of work before it gathers one again, rather than keeping it."""
+    """Parameters that stage 3 has gathered at a time, at most."""
 
 
 def traffic(step: Step) -> Traffic:
@@ -198,36 +187,18 @@ def _in_precision(total: int, linear: int, mode: Mode) -> float:
 
 
 def _fetched(step: Step) -> float:
-    """Return the bytes that stage 3 gathers for a micro-batch.
+    """Return the bytes that stage 3 gathers for a micro-batch: all it shares, for either pass.
 
-    A part is gathered when it is used, and given up unless it is used again within the next `live` parameters of the
-    order of work: the forward pass, then the backward pass, in which each layer may be computed once more.
+    The last parts, as many as may be there at a time, are kept between the passes: it works ahead until it has that
+    many, and gives up nothing of what comes up again in what it has looked at. Layers that are computed once more are
+    gathered once for that and the backward pass.
     """
-    parts = step.counts.parts
-    n_fetches = [0] * len(parts)
-    last_use = [-math.inf] * len(parts)
-    """Parameters that had been passed after a part was used, by part."""
-    passed = 0
-    for number in _order(parts, checkpointing=step.checkpointing):
-        if passed - last_use[number] >= step.live:
-            n_fetches[number] += 1
-        passed += parts[number].total
-        last_use[number] = passed
-    return sum(
-        n * _in_precision(part.shared, part.shared if part.in_half else 0, step.mode)
-        for n, part in zip(n_fetches, parts, strict=True)
-    )
-
-
-def _order(parts: Sequence[Part], *, checkpointing: bool) -> Iterator[int]:
-    """Yield the numbers of the parts as a micro-batch uses them."""
-    numbers = range(len(parts))
-    yield from numbers
-    for layer, group in groupby(reversed(numbers), key=lambda number: parts[number].layer):
-        backward = list(group)
-        if checkpointing and layer >= 0:
-            yield from reversed(backward)
-        yield from backward
+    needed, there = 0.0, 0
+    for part in reversed(step.counts.parts):
+        there += part.shared
+        size = _in_precision(part.shared, part.shared if part.in_half else 0, step.mode)
+        needed += size if there <= step.live else 2 * size
+    return needed
 
 
 def papers_mix(step: Step, powersgd_rank: int, per_host: int) -> tuple[Traffic, Traffic]:
