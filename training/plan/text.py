@@ -150,8 +150,8 @@ def _communication_table(plan: Plan) -> Iterator[str]:
         rows.append([row.name, *sent, f"{_count(row.step_s)} s", _duration(row.days), hours])
     yield aligned(rows, "<>", indent=4)
     yield (
-        f"  A step computes for {_count(plan.computing_s)} s and then sends; stage 3 and the paper's mix send meanwhile. "
-        "Rings at full speed, derived, not measured."
+        f"  A step computes for {_count(plan.computing_s)} s and then sends; stage 3 and the paper's mix send "
+        "meanwhile. Rings at full speed, derived, not measured."
     )
     if network.hosts > 1:
         yield "  * The GPUs of a host share the weights, and hosts exchange PowerSGD's factors; not built here."
