@@ -85,13 +85,13 @@ class Counts:
 
         Args:
             model: the transformer.
-            powersgd_rank: columns of PowerSGD's factors.
+            powersgd_rank: columns of PowerSGD's factors; 0 if nothing is compressed.
             persistent: parameters of a tensor below which stage 3 does not share it.
         """
         parts = tuple(_parts(model, persistent))
         linear = [part for part in parts if part.in_half]
         shapes = {name: parameter.shape for name, parameter in model.named_parameters()}
-        compressed = compressed_names(model, powersgd_rank)
+        compressed = compressed_names(model, powersgd_rank) if powersgd_rank else []
         return cls(
             total=sum(part.total for part in parts),
             linear=sum(part.total for part in linear),
