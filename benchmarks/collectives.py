@@ -18,7 +18,6 @@ from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective
 from training.plan.costs.communication import Counts, Step, Traffic, traffic
-from training.plan.memory_model import LIVE
 from training.plan.state import PERSISTENT, Mode, shapes_only
 from training.ranks.ranks import Ranks
 from training.schedules import WarmupCosine
@@ -55,7 +54,7 @@ class Case:
     powersgd_rank: int = 0
     averages: bool = False
     """Whether the weights are averaged in the step that is looked at."""
-    live: int = LIVE
+    live: int = 1_000_000_000
     """Parameters that stage 3 has gathered at a time, at most."""
     persistent: int = PERSISTENT
     """Parameters of a tensor below which stage 3 does not share it."""

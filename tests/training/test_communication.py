@@ -39,7 +39,7 @@ def counts(**options: int) -> Counts:
 
 
 def step_of(stage: int, **changes: object) -> Step:
-    settings = {"counts": counts(), "accumulation": 1, "ema_every": 10**9, **changes}
+    settings = {"counts": counts(), "accumulation": 1, "ema_every": 10**9, "live": 10**9, **changes}
     return Step(mode=Mode(zero_stage=stage, precision="fp32"), **settings)  # type: ignore[arg-type]
 
 

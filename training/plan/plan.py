@@ -22,7 +22,7 @@ from training.plan.advice import advice, divisors, recommended
 from training.plan.costs.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
 from training.plan.costs.communication import Communication, Counts, Network, Step, communications, papers_rank
 from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
-from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
+from training.plan.memory_model import LIVE, Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
 from training.plan.state import PERSISTENT, Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
@@ -144,6 +144,7 @@ def _communications(plan: Plan, model: DALLE, train: TrainConfig, options: PlanO
         mode=Mode(zero_stage=1, precision=plan.precision),
         accumulation=plan.accumulation,
         ema_every=train.ema_every,
+        live=LIVE,
         optimizer=plan.optimizer,
     )
     yield from communications(step, rank, plan.network, computing_s=plan.computing_s, steps=plan.steps)

@@ -21,7 +21,6 @@ from training.config import OptimizerKind
 from training.engine.muon import DTYPES, block_matrices
 from training.engine.powersgd import compressed_names, n_in_factors
 from training.plan.activations import FLOAT, Device, widths
-from training.plan.memory_model import LIVE
 from training.plan.state import PERSISTENT, Mode, modes_of, preset_name
 
 HALF = 2
@@ -144,12 +143,12 @@ class Step:
     """Micro-batches."""
     ema_every: int
     """Steps between two updates of the averaged weights."""
+    live: int
+    """Parameters that stage 3 has gathered at a time, at most."""
     optimizer: OptimizerKind = "adamw"
     powersgd: bool = False
     """Whether gradients are sent as factors; stages 0 and 1."""
     device: Device = "cuda"
-    live: int = LIVE
-    """Parameters that stage 3 has gathered at a time, at most."""
 
 
 def traffic(step: Step) -> Traffic:
