@@ -32,9 +32,10 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.summary --page
 
-# What `dalle-train plan` predicts beside measured peaks of training; a few minutes.
+# What `dalle-train plan` predicts beside measured memory, communication and checkpoints; a few minutes.
 bench-plan: $(STAMP)
 	$(BIN)/python -m benchmarks.plan
+	$(BIN)/python -m benchmarks.costs
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

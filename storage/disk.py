@@ -21,7 +21,7 @@ def is_of_full_disk(error: BaseException, path: Path) -> bool:
         return error.errno in _FULL
     if any(os.strerror(number) in str(error) for number in _FULL):
         return True
-    return shutil.disk_usage(_nearest(path)).free < _ALL_BUT_FULL
+    return shutil.disk_usage(nearest_folder(path)).free < _ALL_BUT_FULL
 
 
 def full_disk_note(error: BaseException, path: Path) -> str:
@@ -31,14 +31,14 @@ def full_disk_note(error: BaseException, path: Path) -> str:
 
 def full_disk_text(path: Path) -> str:
     """Return in words which disk a path is on, how much of it is left, and what to do."""
-    there = _nearest(path)
+    there = nearest_folder(path)
     mount = next(folder for folder in (there, *there.parents) if os.path.ismount(folder))
     usage = shutil.disk_usage(there)
     left = f"{usage.free / 2**20:,.1f} of {usage.total / 2**20:,.1f} MiB left"
     return f"the disk at {mount} is full, or your share of it ({left}): free some space"
 
 
-def _nearest(path: Path) -> Path:
+def nearest_folder(path: Path) -> Path:
     """Return a path, or the nearest folder above it that exists."""
     path = path.absolute()
     return next(folder for folder in (path, *path.parents) if folder.exists())

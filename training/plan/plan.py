@@ -6,7 +6,8 @@ from training/plan/memory_model.py.
 
 import dataclasses
 import math
-from collections.abc import Mapping
+import shutil
+from collections.abc import Iterator, Mapping
 
 from torch import nn
 
@@ -14,13 +15,16 @@ from dalle.model import DALLE
 from dalle.output.text import GIB
 from dvae.model import DVAE, DVAEConfig
 from rerank.model import CLIP
+from storage.disk import nearest_folder
 from training.config import TrainConfig
 from training.engine.muon import block_matrices
 from training.plan.advice import advice, divisors, recommended
+from training.plan.costs.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
+from training.plan.costs.communication import Communication, Counts, Network, Step, communications, papers_rank
 from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
-from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
+from training.plan.memory_model import LIVE, Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
-from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
+from training.plan.state import PERSISTENT, Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
 
@@ -57,9 +61,10 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         dvae_weights=4.0 * sum(parameter.numel() for parameter in dvae.parameters()),
         dvae_working=_dvae_working(recipe.dvae.model),
     )
-    modes = tuple(_mode_plan(run, mode, train, options.gpu_memory) for mode in modes_of(precision))
+    speeds = _speeds(options)
+    modes = tuple(_mode_plan(run, mode, train, options.gpu_memory, speeds) for mode in modes_of(precision))
     recommendation = recommended(recipe, gpus, samples, modes, optimizer)
-    return Plan(
+    plan = Plan(
         recipe=recipe.name,
         purpose=recipe.purpose,
         model=config,
@@ -81,7 +86,12 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
         recommendation=recommendation,
         advice=() if recommendation else tuple(advice(run, precision, train.global_batch, options.gpu_memory)),
         dvae=_other_stage(
-            {"encoder": dvae.encoder, "decoder": dvae.decoder}, dvae, dvae_flops(dvae.config), recipe.dvae.train, gpus
+            {"encoder": dvae.encoder, "decoder": dvae.decoder},
+            dvae,
+            dvae_flops(dvae.config),
+            recipe.dvae.train,
+            gpus,
+            speeds,
         ),
         clip=_other_stage(
             {"image tower": clip.vision, "text tower": clip.text},
@@ -89,8 +99,55 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
             clip_flops(clip.config, recipe.clip.captions_per_picture),
             recipe.clip.train,
             gpus,
+            speeds,
         ),
+        checkpoint_every=train.checkpoint_every,
+        keep_last=train.keep_last,
+        keep_every=train.keep_every,
+        disk=speeds,
+        disk_free=shutil.disk_usage(nearest_folder(options.out)).free if options.out else None,
+        network=_network(options),
+        communication=(),
+        gpu_hour_price=options.gpu_hour_price,
     )
+    return dataclasses.replace(plan, communication=tuple(_communications(plan, model, train, options)))
+
+
+def _speeds(options: PlanOptions) -> Speeds:
+    """Return the speeds that are assumed: measured on the run's disk if it is named; --disk goes before that."""
+    speeds = measured_speeds(options.out) if options.out else Speeds()
+    if options.disk is None:
+        return speeds
+    return dataclasses.replace(speeds, write=options.disk * GB, read=options.disk * GB, source="given")
+
+
+def _network(options: PlanOptions) -> Network | None:
+    """Return the GPUs and the speeds between them, in bytes a second; None if none is given."""
+    if options.network is None:
+        return None
+    per_host = min(options.gpus, options.gpus_per_host)
+    return Network(
+        gpus=options.gpus,
+        per_host=per_host,
+        in_host=options.gpu_link * 1e9 / 8,
+        between_hosts=options.network * 1e9 / 8,
+    )
+
+
+def _communications(plan: Plan, model: DALLE, train: TrainConfig, options: PlanOptions) -> Iterator[Communication]:
+    """Yield the rows of the table of communication; none without a network."""
+    if plan.network is None:
+        return
+    rank = options.powersgd_rank or train.powersgd_rank or papers_rank(model.config.d_model)
+    step = Step(
+        counts=Counts.of(model, rank),
+        mode=Mode(zero_stage=1, precision=plan.precision),
+        accumulation=plan.accumulation,
+        ema_every=train.ema_every,
+        live=LIVE,
+        optimizer=plan.optimizer,
+    )
+    yield from communications(step, rank, plan.network, computing_s=plan.computing_s, steps=plan.steps)
 
 
 def _micro_batch(train: TrainConfig, gpus: int, wanted: int | None) -> int:
@@ -119,13 +176,14 @@ def _dvae_working(config: DVAEConfig) -> float:
     return 4.0 * 3 * config.n_hid * config.image_size**2
 
 
-def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float) -> ModePlan:
+def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float, speeds: Speeds) -> ModePlan:
     usable = gpu_memory_gib * (1 - RESERVED_FRACTION) * GIB
     run = dataclasses.replace(run, mode=mode)
     totals = {n: peak_bytes(run, train.global_batch, n) for n in divisors(train.global_batch // run.gpus)}
     shown = {n for n in totals if n <= MAX_SAMPLES and n.bit_count() == 1} | {run.micro_batch}
     moment, memory = training_peak(run)
     start = moments(run)["start"].total
+    saved = Saved(total=run.sizes.total, small=run.sizes.persistent, by_muon=run.by_muon)
     return ModePlan(
         preset=preset_name(mode),
         mode=mode,
@@ -137,19 +195,28 @@ def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float) 
         fits=max(memory.total, start) <= usable,
         totals={n: total for n, total in totals.items() if n in shown},
         largest_micro_batch=max((n for n, total in totals.items() if total <= usable), default=0),
+        checkpoint=checkpoint_of(saved, mode, run.gpus, train, speeds),
     )
 
 
 def _other_stage(
-    parts: Mapping[str, nn.Module], model: nn.Module, forward_flops: int, train: TrainConfig, gpus: int
+    parts: Mapping[str, nn.Module],
+    model: nn.Module,
+    forward_flops: int,
+    train: TrainConfig,
+    gpus: int,
+    speeds: Speeds,
 ) -> OtherStage:
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     total = sum(p.numel() for p in model.parameters())
     by_muon = sum(p.numel() for p in block_matrices(model)) if train.optimizer.kind == "muon" else 0
+    small = sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT)
+    mode = Mode(zero_stage=train.zero_stage, precision=train.precision)
     stages = range(1 if train.precision == "bf16" else 0, 4)
     return OtherStage(
         parameters=counts | {"total": total},
         flops_per_sample=3.0 * forward_flops,
         precision=train.precision,
         state={stage: state_bytes(total, train.precision, stage, gpus, by_muon=by_muon) for stage in stages},
+        checkpoint=checkpoint_of(Saved(total=total, small=small, by_muon=by_muon), mode, gpus, train, speeds),
     )

@@ -2,7 +2,8 @@
 
 from collections.abc import Iterator
 
-from dalle.output.text import GIB, aligned
+from dalle.output.text import GIB, aligned, duration
+from training.plan.costs.checkpoints import GB, Checkpoint
 from training.plan.state import Mode
 from training.plan.types import RESERVED_FRACTION, OtherStage, Plan
 from training.recipes import RECIPES
@@ -28,12 +29,15 @@ def text(plan: Plan) -> str:
         "the keys that the masks allow",
         f"  {plan.flops_per_sample / plan.tokens_per_sample / 1e9:.3g} GFLOP per token, "
         f"{_count(tera * plan.global_batch)} TFLOP per step of {plan.global_batch} samples",
-        f"  {_count(plan.tokens_per_day)} tokens a day, {_duration(plan.days)} for all steps, on {_gpus(plan)} at "
-        f"{plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s each",
+        f"  {_count(plan.tokens_per_day)} tokens a day, {_duration(plan.days)} for all steps, "
+        f"{_gpu_hours(plan, plan.days)}, on {_gpus(plan)} at {plan.mfu:.0%} of {plan.peak_tflops:g} TFLOP/s each",
         "",
         *_memory_table(plan),
         "",
         *_micro_batch_table(plan),
+        "",
+        *_communication_table(plan),
+        *_checkpoint_table(plan),
         "",
         *_recommendation_lines(plan),
         "",
@@ -48,7 +52,9 @@ def _gpus(plan: Plan) -> str:
 
 
 def _count(value: float) -> str:
-    """Return a number for people: "12.3", "10,737", "33.6 billion"."""
+    """Return a number for people: "12.3", "10,737", "33.6 billion", and "0" below a thousandth."""
+    if value < 0.001:
+        return "0"
     names = ((1e12, " trillion"), (1e9, " billion"), (1e6, " million"))
     size, name = next(((size, name) for size, name in names if value >= size), (1, ""))
     return f"{value / size:,.1f}{name}" if name else f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"
@@ -120,6 +126,77 @@ def _recommendation_lines(plan: Plan) -> Iterator[str]:
     yield from (f"    {line}" for line in plan.advice)
 
 
+def _gpu_hours(plan: Plan, days: float) -> str:
+    """Return "30,400 GPU-hours", with their cost if a price is given."""
+    hours = days * 24 * plan.gpus
+    cost = "" if plan.gpu_hour_price is None else f" (cost {hours * plan.gpu_hour_price:,.0f})"
+    return f"{_count(hours)} GPU-hours{cost}"
+
+
+def _communication_table(plan: Plan) -> Iterator[str]:
+    """Yield the table of what GPUs send each other, if the network is known."""
+    network = plan.network
+    if network is None:
+        return
+    hosts = f"{network.hosts} host{'s' if network.hosts > 1 else ''} of {network.per_host}"
+    yield (
+        f"  GiB that a GPU sends in a step; {hosts}, {network.in_host * 8 / 1e9:,.6g} Gbit/s from GPU to GPU, "
+        f"{network.between_hosts * 8 / 1e9:,.6g} from host to host"
+    )
+    rows = [["", "in its host", "to others", "sending", "a step", "all steps", "GPU-hours"]]
+    for row in plan.communication:
+        sent = [_count(row.sent.in_host / GIB), _count(row.sent.between_hosts / GIB), f"{_count(row.sent.seconds)} s"]
+        hours = _gpu_hours(plan, row.days).replace(" GPU-hours", "")
+        rows.append([row.name, *sent, f"{_count(row.step_s)} s", _duration(row.days), hours])
+    yield aligned(rows, "<>", indent=4)
+    yield (
+        f"  A step computes for {_count(plan.computing_s)} s and then sends; stage 3 and the paper's mix send "
+        "meanwhile. Rings at full speed, derived, not measured."
+    )
+    if network.hosts > 1:
+        yield "  * The GPUs of a host share the weights, and hosts exchange PowerSGD's factors; not built here."
+    yield ""
+
+
+def _checkpoint_table(plan: Plan) -> Iterator[str]:
+    """Yield the table of what a checkpoint takes."""
+    yield (
+        f"  GiB of a checkpoint, one every {plan.checkpoint_every:,} steps; the ranks' disk writes "
+        f"{plan.disk.write / GB:.2g} and reads {plan.disk.read / GB:.2g} GB/s ({plan.disk.source})"
+    )
+    rows = [["", "first rank", "each other", "in all", "on the disk", "save", "of the time", "verify", "convert"]]
+    for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
+        if row.mode.offload == "none":
+            rows.append([row.preset, *_checkpoint_cells(row.checkpoint, plan.checkpoint_every * plan.computing_s)])
+    yield aligned(rows, "<>", indent=4)
+    export, converted = plan.modes[0].checkpoint, max(row.checkpoint.converted for row in plan.modes)
+    kept = f"the newest {plan.keep_last}" if plan.keep_last > 1 else "the newest"
+    for_good = f", those of every {plan.keep_every:,} steps" if plan.keep_every else ""
+    yield (
+        f"  On the disk at most: {kept}{for_good}, one that is being written, and the export twice, which has "
+        f"{_count(export.export / GIB)} GiB and takes {duration(export.export_s)}."
+    )
+    yield (
+        "  Of the time: saving and exporting, beside computing. Convert: to another number of ranks, which adds "
+        f"{_count(converted / GIB)} GiB for a while."
+    )
+    if plan.disk_free is not None:
+        yield f"  The disk has {plan.disk_free / GIB:,.0f} GiB left."
+
+
+def _checkpoint_cells(checkpoint: Checkpoint, computing_s: float) -> list[str]:
+    """Return the cells of a row; `computing_s` are the seconds between two checkpoints."""
+    sizes = (checkpoint.first, checkpoint.other, checkpoint.total, checkpoint.kept)
+    writing_s = checkpoint.save_s + checkpoint.export_s
+    return [
+        *(_count(size / GIB) for size in sizes),
+        duration(checkpoint.save_s),
+        f"{writing_s / (writing_s + computing_s):.1%}",
+        duration(checkpoint.verify_s),
+        duration(checkpoint.convert_s) if checkpoint.converted else "-",
+    ]
+
+
 def _stage_lines(title: str, stage: OtherStage, unit: str) -> Iterator[str]:
     parts = ", ".join(f"{part} {count:,}" for part, count in stage.parameters.items() if part != "total")
     states = ", ".join(f"{number}: {state.total / GIB:.2f}" for number, state in stage.state.items())
@@ -128,6 +205,11 @@ def _stage_lines(title: str, stage: OtherStage, unit: str) -> Iterator[str]:
         f"to train on a {unit}"
     )
     yield f"    GiB per GPU without activations, {stage.precision}, by ZeRO stage: {states}"
+    saved = stage.checkpoint
+    yield (
+        f"    checkpoint {saved.total / GIB:.2f} GiB, {duration(saved.save_s)} to save; export {saved.export / GIB:.2f}"
+        f" GiB; {saved.kept / GIB:.2f} GiB on the disk at most"
+    )
 
 
 def recipe_list() -> str:

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from dalle.model import DALLEConfig
 from training.config import OptimizerKind, Precision
+from training.plan.costs.checkpoints import Checkpoint, Speeds
+from training.plan.costs.communication import Communication, Network
 from training.plan.memory_model import Memory
 from training.plan.state import Mode, StateBytes
 
@@ -37,6 +39,8 @@ class ModePlan:
     """Peak bytes by micro-batch, of start or step."""
     largest_micro_batch: int
     """Largest micro-batch that fits and divides a GPU's share of the batch; 0 if none fits."""
+    checkpoint: Checkpoint
+    """Bytes and seconds of its checkpoints."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +69,8 @@ class OtherStage:
     """Precision of its run."""
     state: dict[int, StateBytes]
     """Bytes on one GPU, by ZeRO stage."""
+    checkpoint: Checkpoint
+    """Of its run's stage."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,19 @@ class Plan:
     """Settings that would fit, a line each, if nothing does."""
     dvae: OtherStage
     clip: OtherStage
+    checkpoint_every: int
+    """Steps between two checkpoints."""
+    keep_last: int
+    keep_every: int
+    disk: Speeds
+    """Of the disk and of processes, as assumed or measured."""
+    disk_free: float | None
+    """Bytes left on the disk of the run; None if none was named."""
+    network: Network | None
+    """None if no speed was given."""
+    communication: tuple[Communication, ...]
+    """By way to train; empty without a network."""
+    gpu_hour_price: float | None
 
     @property
     def tokens_per_sample(self) -> int:
@@ -114,15 +133,24 @@ class Plan:
         return self.model.stream.length
 
     @property
+    def computing_s(self) -> float:
+        """Seconds of a step without communication, at the assumed utilisation."""
+        return self.flops_per_sample * self.global_batch / (self.gpus * self.peak_tflops * 1e12 * self.mfu)
+
+    @property
+    def gpu_hours(self) -> float:
+        """GPU-hours of all steps, communication left out."""
+        return self.days * 24 * self.gpus
+
+    @property
     def tokens_per_day(self) -> float:
         """Tokens trained on in a day, at the assumed utilisation."""
-        flops_per_day = self.gpus * self.peak_tflops * 1e12 * self.mfu * 86_400
-        return flops_per_day / self.flops_per_sample * self.tokens_per_sample
+        return 86_400 / self.computing_s * self.global_batch * self.tokens_per_sample
 
     @property
     def days(self) -> float:
         """Days for all steps."""
-        return self.steps * self.global_batch * self.tokens_per_sample / self.tokens_per_day
+        return self.steps * self.computing_s / 86_400
 
     def as_json(self) -> str:
         """Return the plan as JSON, sizes in bytes; `measured` is false: figures for CUDA are derived."""
@@ -131,6 +159,8 @@ class Plan:
             "flops_per_step": self.flops_per_sample * self.global_batch,
             "tokens_per_day": self.tokens_per_day,
             "days": self.days,
+            "gpu_hours": self.gpu_hours,
+            "computing_s": self.computing_s,
             "device": "cuda",
             "measured": False,
         }

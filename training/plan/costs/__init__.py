@@ -1,0 +1,1 @@
+"""What a run costs beside memory: what its ranks send each other, and what its checkpoints take."""
