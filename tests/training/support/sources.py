@@ -56,6 +56,7 @@ RAW = "format .dng is not read: develop it to JPEG or TIFF"
 SVG = "format .svg is not read: draw it as PNG"
 OF_PICTURES = (CORRUPT, EMPTY_FILE, SMALL, HEIC, RAW, SVG, LINK_OUT, BROKEN_LINK)
 """Reasons that hold whatever the caption is."""
+OTHER_FILES = ("Thumbs.db", "IMG_0001.MOV", "notes.docx", "spare.txt")
 
 Encoder = Callable[[Image.Image, int], bytes]
 
@@ -260,7 +261,7 @@ def write_folder(path: Path, pictures: Iterable[tuple[Image.Image, str]], n: int
             folder.add_odd()
         else:
             folder.add_sound()
-    for name in ("Thumbs.db", ".DS_Store", "._IMG_0001.JPG", "IMG_0001.MOV", "notes.docx", "spare.txt"):
+    for name in (*OTHER_FILES, ".DS_Store", "._IMG_0001.JPG"):
         folder.write(name, b"something")
     return folder.made
 
