@@ -26,6 +26,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dalle.data.pictures import picture_files, problem_of
+from dalle.output.text import counted
 from dvae.images import open_image
 from rerank import CLIP
 from rerank.pixels import clip_view
@@ -123,7 +124,8 @@ def folder_features(
             if not is_kept:
                 is_kept = _write(kept_at, entries)
             if n_done < len(unseen) and is_kept:
-                logger.info("%d of %d pictures are embedded and kept: the next search continues", n_done, len(unseen))
+                done = f"{n_done:,} of {counted(len(unseen), 'picture')}"
+                logger.info("%s are embedded and kept: the next search continues", done)
     if not entries:
         if not unreadable:
             raise found.no_pictures(folder)
