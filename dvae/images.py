@@ -77,6 +77,15 @@ _UPRIGHT = {
 """The inverse of each EXIF orientation (Exif 2.3, 4.6.4)."""
 
 
+class PictureError(ValueError):
+    """A picture that cannot be used."""
+
+    def __init__(self, name: str, problem: str, details: str) -> None:
+        super().__init__(f"{name} {problem}{details}")
+        self.problem = problem
+        """The same for all pictures with this problem, so that they can be counted: "is damaged"."""
+
+
 def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     """Read a picture of one of the FORMATS as 8-bit RGB.
 
@@ -92,7 +101,7 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
 
     Raises:
         FileNotFoundError: there is no such file.
-        ValueError: it is a folder, empty, not a picture, damaged, too large or too small.
+        PictureError (a ValueError): it is a folder, empty, not a picture, damaged, too large or too small.
         OSError: the file cannot be read, e.g. for lack of permission.
     """
     if isinstance(source, bytes):
@@ -102,33 +111,34 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         source = Path(source)
         name = name or str(source)
         if source.is_dir():
-            raise ValueError(f"{name} is a folder: expected a picture file, such as a PNG or JPEG")
+            raise PictureError(name, "is a folder", ": expected a picture file, such as a PNG or JPEG")
         if not source.exists():
             raise FileNotFoundError(f"no picture at {name}: expected a file; check the path")
         is_empty = source.stat().st_size == 0
     if is_empty:
-        raise ValueError(f"{name} is empty (0 bytes): expected a picture; copy or download it again")
+        raise PictureError(name, "is empty", " (0 bytes): expected a picture; copy or download it again")
     try:
         return _decoded(source, name)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise ValueError(
-            f"{name} is too large ({error}): expected at most {_MEGAPIXELS}; make it smaller first"
-        ) from error
+        details = f" ({error}): expected at most {_MEGAPIXELS}; make it smaller first"
+        raise PictureError(name, "is too large", details) from error
     except UnidentifiedImageError as error:
-        raise ValueError(
-            f"{name} is not a picture: expected a PNG, JPEG, WebP, GIF, TIFF or BMP file; convert or remove it"
-        ) from error
-    except _RefusedError as error:
-        raise ValueError(str(error)) from None
+        details = ": expected a PNG, JPEG, WebP, GIF, TIFF or BMP file; convert or remove it"
+        raise PictureError(name, "is not a picture", details) from error
+    except PictureError:
+        raise
     except _DECODER_ERRORS as error:
         if isinstance(error, OSError) and error.errno is not None:
             raise  # the system's, not the decoder's
-        raise ValueError(f"{name} is damaged ({error}): expected a whole picture; copy or download it again") from error
+        details = f" ({error}): expected a whole picture; copy or download it again"
+        raise PictureError(name, "is damaged", details) from error
 
 
 def _decoded(source: Path | bytes, name: str) -> Image.Image:
     try:
         return _read(source, name)
+    except PictureError:
+        raise
     except _DECODER_ERRORS:
         # for a large text or profile Pillow refuses the whole picture
         lean = lean_png(source)
@@ -149,24 +159,17 @@ def _read(source: Path | bytes, name: str, profile: bytes | None = None) -> Imag
         return _as_rgb(image, name)
 
 
-class _RefusedError(Exception):
-    """A refusal in final words; no ValueError, so that it differs from a decoder's."""
-
-
 _MEGAPIXELS = f"{MAX_PIXELS / 1e6:.0f} megapixels"
 
 
 def _require_size(image: Image.Image, name: str) -> None:
     width, height = image.size
     if width * height > MAX_PIXELS:
-        raise _RefusedError(
-            f"{name} is too large ({width}×{height} pixels): expected at most {_MEGAPIXELS}; make it smaller first"
-        )
+        details = f" ({width}×{height} pixels): expected at most {_MEGAPIXELS}; make it smaller first"
+        raise PictureError(name, "is too large", details)
     if min(width, height) < MIN_SIDE:
-        raise _RefusedError(
-            f"{name} is too small ({width}×{height} pixels): expected {MIN_SIDE}×{MIN_SIDE} or more; "
-            "use a larger picture"
-        )
+        details = f" ({width}×{height} pixels): expected {MIN_SIDE}×{MIN_SIDE} or more; use a larger picture"
+        raise PictureError(name, "is too small", details)
 
 
 def _as_rgb(image: Image.Image, name: str) -> Image.Image:

@@ -25,7 +25,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from dalle.data.pictures import picture_files
+from dalle.data.pictures import picture_files, problem_of
+from dalle.output.text import counted
 from dvae.images import open_image
 from rerank import CLIP
 from rerank.pixels import clip_view
@@ -62,6 +63,8 @@ class FolderFeatures(NamedTuple):
     """Unit vectors, float32 (N, E), on the CPU."""
     unreadable: list[str]
     """Why each of the others could not be read."""
+    problems: Counter[str]
+    """Their numbers, by problem."""
     left_out: Counter[str]
     """Numbers of other files that are not read, by reason."""
     n_embedded: int
@@ -99,7 +102,7 @@ def folder_features(
     entries = {name: known[name] for file, name in names.items() if name in known and _is_current(known[name], file)}
     n_known = len(entries)
     unseen = found.without_sheets([file for file, name in names.items() if name not in entries])
-    unreadable: list[str] = []
+    unreadable: list[tuple[str, str]] = []
     n_done, next_time, is_kept = 0, time.monotonic() + KEEP_EVERY_S, len(known) == n_known
     with _sigterm_raises():
         try:
@@ -121,16 +124,18 @@ def folder_features(
             if not is_kept:
                 is_kept = _write(kept_at, entries)
             if n_done < len(unseen) and is_kept:
-                logger.info("%d of %d pictures are embedded and kept: the next search continues", n_done, len(unseen))
+                done = f"{n_done:,} of {counted(len(unseen), 'picture')}"
+                logger.info("%s are embedded and kept: the next search continues", done)
     if not entries:
         if not unreadable:
             raise found.no_pictures(folder)
-        raise ValueError(f"none of the {len(unseen)} pictures in {folder} can be read; the first: {unreadable[0]}")
+        raise ValueError(f"none of the {len(unseen)} pictures in {folder} can be read; the first: {unreadable[0][0]}")
     files = [file for file, name in names.items() if name in entries]
     return FolderFeatures(
         files=files,
         features=torch.stack([entries[names[file]].feature for file in files]),
-        unreadable=unreadable,
+        unreadable=[message for message, _ in unreadable],
+        problems=Counter(problem for _, problem in unreadable),
         left_out=found.left_out,
         n_embedded=len(entries) - n_known,
     )
@@ -167,8 +172,8 @@ def feature_file(folder: Path, clip_hash: str) -> Path:
     return folder / f".dalle-search-{clip_hash}.safetensors"
 
 
-def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict[str, Entry]:
-    """Return entries of the files that can be read; add the reasons for the others to `unreadable`."""
+def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[tuple[str, str]]) -> dict[str, Entry]:
+    """Return entries of the files that can be read; add messages and problems of the others to `unreadable`."""
     images: list[Tensor] = []
     states: dict[str, tuple[int, int]] = {}
     for name, file in files.items():
@@ -176,7 +181,7 @@ def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[str]) -> dict
             state = _state(file)  # before reading: a change while reading shows next time
             images.append(clip_view(open_image(file), clip.config.image_size))
         except (ValueError, OSError) as error:
-            unreadable.append(str(error))
+            unreadable.append((str(error), problem_of(error)))
         else:
             states[name] = state
     if not images:

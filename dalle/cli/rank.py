@@ -64,7 +64,7 @@ class Rank:
                 shown.append((score, name, image))
             shown = sorted(shown, key=lambda entry: -entry[0])[:SHEET_PICTURES]
         tell_left_out(pictures.left_out)
-        warn_of_skipped(pictures.skipped)
+        warn_of_skipped(pictures.skipped, pictures.problems)
         REMARKS.log_totals()
         print_ranking(sorted(ranking, key=lambda entry: -entry[0]), as_json=self.as_json)
         if self.out is not None:

@@ -59,7 +59,7 @@ class Reconstruct:
             if len(shown) < self.sheet_limit:
                 shown.append(one)
         tell_left_out(pictures.left_out)
-        warn_of_skipped(pictures.skipped)
+        warn_of_skipped(pictures.skipped, pictures.problems)
         REMARKS.log_totals()
         means = mean([row for _, row in measures])
         print_table(HEADS, [_measure_row(name, row) for name, row in [*measures, ("mean", means)]])

@@ -52,8 +52,8 @@ class Search:
         with progress_bar("pictures") as progress:
             found = folder_features(clip, clip_hash, self.folder, follow_links=self.follow_links, progress=progress)
         tell_left_out(found.left_out)
-        warn_of_skipped(found.unreadable)
-        logger.info("%s, %d of them new or changed", counted(len(found.files), "picture"), found.n_embedded)
+        warn_of_skipped(found.unreadable, found.problems)
+        logger.info("%s, %s of them new or changed", counted(len(found.files), "picture"), f"{found.n_embedded:,}")
         caption_E = embed_captions(clip, [self.caption])[0].cpu()
         scores_N, order_N = (found.features @ caption_E).sort(descending=True, stable=True)
         files = [found.files[i] for i in order_N[: self.top].tolist()]

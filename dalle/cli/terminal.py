@@ -5,6 +5,7 @@ import os
 import select
 import sys
 import traceback
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -115,9 +116,12 @@ def print_table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     print(aligned([heads, *cells], ">" * (len(heads) - 1) + "<"))
 
 
-def warn_of_skipped(reasons: Sequence[str]) -> None:
-    """Warn of pictures that were left out: how many, and the first reasons."""
-    if reasons:
-        more = f"; and {len(reasons) - SHOWN_REASONS} more" if len(reasons) > SHOWN_REASONS else ""
-        which = "1 picture was" if len(reasons) == 1 else f"{len(reasons)} pictures were"
-        logger.warning("%s skipped: %s%s", which, "; ".join(reasons[:SHOWN_REASONS]), more)
+def warn_of_skipped(messages: Sequence[str], problems: Counter[str]) -> None:
+    """Warn of pictures that were left out: how many, by problem if they are many, and the first messages."""
+    n = problems.total()
+    if n:
+        which = "1 picture was" if n == 1 else f"{n:,} pictures were"
+        counts = ", ".join(f"{count:,} × {problem.removeprefix('is ')}" for problem, count in problems.most_common())
+        by_problem = f" ({counts})" if n > 1 else ""
+        more = "; …" if len(messages) > SHOWN_REASONS else ""
+        logger.warning("%s skipped%s: %s%s", which, by_problem, "; ".join(messages[:SHOWN_REASONS]), more)

@@ -43,9 +43,12 @@ def captions_of(data: bytes, *, is_json: bool) -> tuple[str, ...]:
         captions = [" ".join(line.split()) for line in lines if isinstance(line, str)]
     else:
         try:
-            captions = [line.strip() for line in lines_of(decode_text(data))]
+            text = decode_text(data)
         except UnicodeDecodeError as error:
             raise CaptionError(NOT_TEXT, str(error)) from error
+        if "\0" in text:
+            raise CaptionError(NOT_TEXT, "it has NUL bytes: is it UTF-16 without its mark?")
+        captions = [line.strip() for line in lines_of(text)]
     return tuple(filter(is_visible, captions))
 
 

@@ -13,6 +13,7 @@ import dataclasses
 import hashlib
 import os
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -54,7 +55,7 @@ class ShardIndex:
     n_ignored: int
     """Links, devices, sparse members and names that lead out of a folder: never looked at."""
     n_duplicates: int
-    """Members whose sample had such a member already: the first one counts."""
+    """Members whose sample had such a member already: the first one counts. Among them a.b.jpg beside a.jpg."""
     damage: str | None
     """Damage of the file after these samples; None if it is whole."""
     ignored_names: tuple[str, ...] = ()
@@ -119,6 +120,7 @@ def index_shard(path: Path) -> ShardIndex:
     samples: dict[str, _Row] = {}
     ignored: list[str] = []
     strangers: dict[str, tuple[str, str]] = {}  # by key, name and field of a member that is none of the kinds
+    n_strange_pictures: Counter[str] = Counter()
     n_duplicates = 0
     for member in members:
         if not member.is_safe:
@@ -131,13 +133,18 @@ def index_shard(path: Path) -> ShardIndex:
         row = samples.setdefault(key, [None, None, None])
         kind = kinds.get(field_name)
         if kind is None:
-            if key not in strangers or _is_picture_like(member.name):
+            is_picture_like = _is_picture_like(member.name)
+            if key not in strangers or is_picture_like:
                 strangers[key] = (_text(member.name), field_name)
+            if is_picture_like:
+                n_strange_pictures[key] += 1
             continue
         n_duplicates += row[kind] is not None
         row[kind] = row[kind] or member
     if damage is not None:
         _drop_cut_sample(samples)
+    for key, row in samples.items():  # one stands for the picture that its sample has not got
+        n_duplicates += max(0, n_strange_pictures[key] - (row[IMAGE] is None))
     rows = list(samples.values())
     places = [[(m.offset, m.size) if m else (0, 0) for m in row] for row in rows]
     return ShardIndex(

@@ -17,7 +17,7 @@ from dalle.data.endings import is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData
 from dalle.data.usable import usable_part
-from dvae.images import open_image
+from dvae.images import PictureError, open_image
 from storage.drawn import is_sheet
 from storage.tar import COMPRESSED_ENDINGS, DamagedTarError
 
@@ -54,7 +54,7 @@ def picture_files(folder: str | Path, *, follow_links: bool = False) -> FolderPi
 
     Args:
         folder: the folder; it may be a link itself.
-        follow_links: read links to files and to folders too, each folder once.
+        follow_links: read links to folders too, each folder once, and those to files elsewhere.
 
     Raises:
         FileNotFoundError: there is no such folder.
@@ -84,10 +84,12 @@ def picture_files(folder: str | Path, *, follow_links: bool = False) -> FolderPi
         entered.add(place)
         return is_new
 
+    inside = folder.resolve()
     for parent, folders, names in os.walk(folder, onerror=refused, followlinks=follow_links):
         folders[:] = [name for name in sorted(folders) if is_to_enter(Path(parent, name))]
         for file in (Path(parent, name) for name in names):
-            reason = not_read(file) or (LINK if is_picture(file) and file.is_symlink() and not follow_links else None)
+            is_left_out = is_picture(file) and not follow_links and _is_link_out(file, inside)
+            reason = not_read(file) or (LINK if is_left_out else None)
             if reason is not None:
                 found.left_out[reason] += 1
             elif is_picture(file):
@@ -96,6 +98,25 @@ def picture_files(folder: str | Path, *, follow_links: bool = False) -> FolderPi
         raise found.no_pictures(folder)
     found.files.sort()
     return found
+
+
+def _is_link_out(file: Path, folder: Path) -> bool:
+    """Return whether a file is a link to something else than a file within a folder, which has no links on its path."""
+    if not file.is_symlink():
+        return False
+    try:
+        target = file.resolve()
+    except (OSError, RuntimeError):  # a link to itself
+        return True
+    return not (target.is_relative_to(folder) and target.is_file())
+
+
+def problem_of(error: Exception) -> str:
+    """Return what an error of `open_image` says of the picture, in words that can be counted."""
+    if isinstance(error, PictureError):
+        return error.problem
+    reason = getattr(error, "strerror", None)
+    return f"cannot be read ({reason})" if reason else "cannot be read"
 
 
 def in_words(left_out: Counter[str]) -> str:
@@ -120,6 +141,8 @@ class Pictures:
             raise ValueError("no pictures: give picture files, folders or shards (.tar)")
         self.skipped: list[str] = []
         """A reason for each picture of a folder or shard that could not be read."""
+        self.problems: Counter[str] = Counter()
+        """Their numbers, by problem."""
         self.left_out: Counter[str] = Counter()
         """Numbers of other files in folders that are not read, by reason."""
         self._files: list[tuple[Path, bool]] = []
@@ -160,7 +183,7 @@ class Pictures:
                 try:
                     image = open_image(path)
                 except (ValueError, OSError) as error:
-                    self.skipped.append(str(error))
+                    self._skip(str(error), problem_of(error))
                 else:
                     yield str(path), image
 
@@ -171,17 +194,23 @@ class Pictures:
         if not part.keys and not left_out:
             raise ValueError(f"no pictures in the shard {shard}: expected members like 000.jpg or 000.png")
         if n_without := sum(not name for name in index.image_names):
-            left_out.append(f"… {n_without:,} samples without a picture of a format that is read")
-        self.skipped += [f"{shard.name}/{reason}" for reason in left_out]
+            without = "without a picture of a format that is read"
+            left_out.append((f"… {n_without:,} samples {without}", without, n_without))
+        for message, problem, n in left_out:
+            self._skip(f"{shard.name}/{message}", problem, n)
         data = ShardData([part], report, captions=False)
         for i, member in enumerate(data.names):
             name = f"{shard.name}/{member}"
             try:
                 image = open_image(data.read(i).image_bytes, name)
             except ValueError as error:
-                self.skipped.append(str(error))
+                self._skip(str(error), problem_of(error))
             else:
                 yield name, image
+
+    def _skip(self, message: str, problem: str, n: int = 1) -> None:
+        self.skipped.append(message)
+        self.problems[problem] += n
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:
@@ -206,12 +235,16 @@ def _whole_index(shard: Path) -> ShardIndex:
     return index
 
 
-def _left_out(index: ShardIndex) -> list[str]:
-    """Return the names of pictures that a shard has and its index leaves out, each with the reason."""
-    ignored = "is a link, a sparse file, or leads out of a folder: expected a plain file"
-    reasons = [f"{name} {ignored}" for name in index.ignored_names if is_picture(name)]
+def _left_out(index: ShardIndex) -> list[tuple[str, str, int]]:
+    """Return messages about the pictures that a shard has and its index leaves out, each with problem and number."""
+    ignored = "is a link, a sparse file, or leads out of a folder"
+    left_out = [
+        (f"{name} {ignored}: expected a plain file", ignored, 1) for name in index.ignored_names if is_picture(name)
+    ]
     has_image = index.has_image.tolist()
-    reasons += [f"{name} is empty" for name, has in zip(index.image_names, has_image, strict=True) if name and not has]
-    if index.n_duplicates:
-        reasons.append(f"… {index.n_duplicates:,} members whose sample has such a member already: the first one counts")
-    return reasons
+    names = [name for name, has in zip(index.image_names, has_image, strict=True) if name and not has]
+    left_out += [(f"{name} is empty", "is empty", 1) for name in names]
+    if n := index.n_duplicates:
+        problem = "whose sample has such a member already"
+        left_out.append((f"… {n:,} members {problem}: the first one counts", problem, n))
+    return left_out

@@ -88,6 +88,24 @@ def test_links_are_left_out_and_counted_unless_they_are_asked_for(verb, folder, 
     assert "left out" not in messages
 
 
+def test_links_that_stay_in_the_folder_are_read(folder):
+    (folder / "twin.png").symlink_to("a.png")
+    (folder / "gone.png").symlink_to("nothing.png")
+    found = picture_files(folder)
+    assert [file.name for file in found.files] == ["a.png", "b.png", "c.png", "twin.png"]
+    assert dict(found.left_out) == {LINK: 1}
+
+
+@pytest.mark.parametrize("verb", ["rank", "search"])
+def test_many_unreadable_pictures_are_counted_by_problem(verb, folder, ranked):
+    (folder / "empty.jpg").touch()
+    for n in range(7):
+        (folder / f"page {n}.jpg").write_text("<html>")
+    found, messages = ranked(verb, folder)
+    assert found == ["a.png", "b.png", "c.png"]
+    assert "warning: 8 pictures were skipped (7 × not a picture, 1 × empty): " in messages
+
+
 def test_what_a_user_names_may_be_a_link(folder, tmp_path, ranked):
     (tmp_path / "link").symlink_to(folder)
     (tmp_path / "link.png").symlink_to(folder / "a.png")
@@ -148,6 +166,7 @@ def test_samples_of_a_shard_without_a_picture_are_counted(folder, tmp_path):
     found = Pictures([tmp_path / "s.tar"])
     assert [name for name, _ in found] == ["s.tar/0.png"]
     assert found.skipped == ["s.tar/… 2 samples without a picture of a format that is read"]
+    assert found.problems.total() == 2
 
 
 ODD_NAMES = [b"not utf-8 \xff.png", b"line\nend.png", b"red \x1b[31m.png", "e\u0301 🐈.png".encode()]

@@ -70,7 +70,8 @@ def test_the_text_wins_over_the_json_unless_it_is_empty(tmp_path: Path) -> None:
 
 
 def test_captions_that_cannot_be_read_are_skipped_with_the_reason(tmp_path: Path) -> None:
-    pictures_in(tmp_path / "in", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg"])
+    pictures_in(tmp_path / "in", ["a.jpg", "b.jpg", "c.jpg", "d.jpg", "e.jpg", "f.jpg"])
+    (tmp_path / "in" / "f.txt").write_bytes("no mark".encode("utf-16-le"))
     (tmp_path / "in" / "a.txt").write_bytes("Bob\u2019s".encode("cp1252"))
     put(tmp_path / "in" / "b.json", "{")
     put(tmp_path / "in" / "c.txt", "\u200b\ufeff")
@@ -79,7 +80,7 @@ def test_captions_that_cannot_be_read_are_skipped_with_the_reason(tmp_path: Path
     report = make_shards(tmp_path / "in", tmp_path / "out")
     assert captions_in(report) == {"d": ("UTF-16 \u2019",), "e": ("form feed one",)}
     reasons = ["caption is not UTF-8", "caption is in JSON that cannot be read", "empty caption"]
-    assert report.skipped == dict.fromkeys(reasons, 1)
+    assert report.skipped == {**dict.fromkeys(reasons, 1), "caption is not UTF-8": 2}
 
 
 def test_other_files_are_told_by_kind(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@ import json
 import logging
 import os
 import random
+import re
 import shutil
 import signal
 import tarfile
@@ -219,6 +220,44 @@ def test_nothing_is_wrong_only_if_every_sample_is_usable(
     text = report(check_data([write_tar(tmp_path / "s.tar", extra)], tmp_path / "m"), None)
     assert "nothing is wrong" not in text
     assert told in text
+
+
+def test_usable_samples_and_those_of_each_problem_are_all_samples(tmp_path: Path) -> None:
+    odd = [
+        ("bad.jpg", b"x"),
+        ("bad.txt", b"y"),
+        ("worse.jpg", b"x"),
+        ("c.heic", b"x"),
+        ("c.txt", b"y"),
+        ("d.heic", b"x"),
+    ]
+    shard = write_tar(tmp_path / "s.tar", [*members(range(4)), *odd])
+    text = report(check_data([shard], tmp_path / "m"), None)
+    told = [
+        r"usable +4  4 not",
+        "    1 × picture is not a picture",
+        "    1 × no picture",
+        "    1 × no picture and no caption",
+    ]
+    assert all(re.search(f"^{line}$", text, re.MULTILINE) for line in [*told, "    1 × no caption"])
+
+
+def test_a_picture_with_more_dots_beside_one_of_its_key_is_counted(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    more = [
+        ("k000.edited.jpg", picture(9)),
+        ("k001.HEIC", b"x"),
+        ("k002.note", b"x"),
+        ("e.1.jpg", b"x"),
+        ("e.2.jpg", b"x"),
+    ]
+    shard = write_tar(tmp_path / "s.tar", [*members(range(4)), *more])
+    text = report(check_data([shard], tmp_path / "m"), None)
+    assert "3 × further picture or caption of a sample: the first counts" in text
+    assert "1 × sample without picture and caption" in text
+    ShardData.open([shard], captions=True)
+    assert "left out of the shards: 3 duplicates" in caplog.text
 
 
 def test_numbers_of_processes_out_of_range_are_refused(tmp_path: Path) -> None:

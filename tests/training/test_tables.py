@@ -167,7 +167,9 @@ def test_tables_in_utf16_are_read_and_nul_bytes_are_told(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="NUL bytes in its first line: no text, or UTF-16 without its mark"):
         make_shards(source, tmp_path / "two")
     source.write_bytes(b"file,caption\n0.jpg,a\0b\n\0.jpg,c\n")
-    assert make_shards(source, tmp_path / "three").skipped == {"missing image": 1}
+    report = make_shards(source, tmp_path / "three")
+    assert report.skipped == {"missing image": 1}
+    assert captions_in(report) == {"0": ("a b",)}
 
 
 def test_very_long_fields_are_read(tmp_path: Path) -> None:

@@ -220,7 +220,7 @@ class _Totals:
         self.counts: Counts = {subject: Counter() for subject in SUBJECTS}
         self.damaged: list[str] = []
         self.n_bytes = 0
-        self.n_problems = 0
+        self.problems: Counter[str] = Counter()
         self.n_with_neither = 0
         self.without_picture: list[str] = []
         """The first few samples without a picture of which it is known what may have been meant to be it."""
@@ -252,7 +252,7 @@ class _Totals:
             hashes = [checksum(key.encode("utf-8", "surrogatepass")) for key in index.keys]
             self.key_hashes.append(np.array(hashes, dtype=np.uint64))
             self.picture_hashes.append(np.where(index.has_image, index.checksums[:, IMAGE], np.uint64(0)))
-            self.n_problems += len(record.problems)
+            self.problems.update(problem.partition(": ")[0] for problem in record.problems.values())
             self.n_with_neither += int((index.places[:, :, 1] == 0).all(axis=1).sum())
             for i, problem in record.problems.items():
                 meant = problem.partition(": ")[2] if problem.startswith(NO_PICTURE) else ""
@@ -284,7 +284,7 @@ def _summarise(out: Path, listed: Sequence[_Listed], n_read: int, excluded: Excl
         repeated_keys=tuple(key for _, (_, key) in repeated_keys),
         n_repeated_pictures=len(copies),
         n_excluded=len(excluded.lines),
-        n_problems=totals.n_problems,
+        problems=dict(totals.problems.most_common()),
         n_with_neither=totals.n_with_neither,
         without_picture=tuple(totals.without_picture),
     )

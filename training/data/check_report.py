@@ -2,7 +2,8 @@
 
 import math
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -38,12 +39,17 @@ class Summary:
     """Samples whose picture is, byte for byte, that of another sample before them."""
     n_excluded: int
     """Lines of samples to leave out."""
-    n_problems: int = 0
-    """Samples that cannot be used as captioned pictures."""
+    problems: Mapping[str, int] = field(default_factory=dict)
+    """Samples that cannot be used as captioned pictures, by problem: each sample once."""
     n_with_neither: int = 0
     """Samples with neither a picture nor a caption."""
     without_picture: tuple[str, ...] = ()
     """The first few samples without a picture, each with the member that was perhaps meant to be it."""
+
+    @property
+    def n_problems(self) -> int:
+        """Samples that cannot be used as captioned pictures."""
+        return sum(self.problems.values())
 
 
 def report(summary: Summary, out: Path | None) -> str:
@@ -58,8 +64,14 @@ def report(summary: Summary, out: Path | None) -> str:
         ("shards", f"{summary.n_shards:,}", f"{summary.n_bytes / 1e9:,.2f} GB; {summary.n_read:,} of them read now"),
         ("samples", f"{samples['keys']:,}", ""),
         ("pictures with a caption", f"{samples['pairs']:,}", ""),
+        (
+            "usable",
+            f"{samples['keys'] - summary.n_problems:,}",
+            f"{summary.n_problems:,} not" if summary.n_problems else "",
+        ),
     ]
     lines = [aligned(rows, "<><")]
+    lines += [f"    {count:,} × {problem}" for problem, count in summary.problems.items()]
     for subject in ("caption characters", "caption words", "caption tokens"):
         if summary.counts[subject]:
             lines.append(f"{subject}: {_quantiles(summary.counts[subject])}")
@@ -122,7 +134,9 @@ def _findings(summary: Summary, out: Path | None) -> list[str]:
         first = "; ".join(" ".join(name.split()) for name in summary.without_picture[:2])
         found.append(f"without a picture: {first}" + ("; …" if len(summary.without_picture) > 2 else ""))
     if samples["members that come twice"]:
-        found.append(f"{samples['members that come twice']:,} × member that its sample has already: the first counts")
+        found.append(
+            f"{samples['members that come twice']:,} × further picture or caption of a sample: the first counts"
+        )
     if samples["links, devices and unsafe names"]:
         found.append(f"{samples['links, devices and unsafe names']:,} links, devices and unsafe names: never looked at")
     if summary.n_repeated_keys:

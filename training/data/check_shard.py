@@ -21,7 +21,7 @@ from dalle.data.captions import (
 from dalle.data.image_tokens import unpack
 from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, checksum, index_shard
 from dalle.tokenizer import Tokenizer
-from dvae.images import open_image
+from dvae.images import PictureError, open_image
 from storage.tar import MAX_PICTURE_BYTES
 from training.data.manifest import Counts, ShardRecord
 
@@ -34,7 +34,6 @@ ASPECT_RATIOS = ((0.25, "below 1/4"), (0.5, "1/4 to 1/2"), (1.0, "1/2 to 1"), (2
 UNREADABLE = -1
 """In place of the time of the last change of a shard that could not be read: it is tried again."""
 _EXACT_LENGTHS = 1000  # longer captions are counted by two digits of their lengths
-_PICTURE_PROBLEMS = ("is empty", "is not a picture", "is too large", "is too small")
 
 
 def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
@@ -148,10 +147,10 @@ class _Check:
             return None
         try:
             width, height = open_image(data, "picture").size
-        except (ValueError, OSError) as error:
-            found = str(error).removeprefix("picture ")
-            problem = next((problem for problem in _PICTURE_PROBLEMS if found.startswith(problem)), "is damaged")
-            return f"picture {problem}"
+        except PictureError as error:
+            return f"picture {error.problem}"
+        except OSError:
+            return "picture is damaged"
         low = 1 << (min(width, height).bit_length() - 1)
         self.counts["shorter side"][f"{low} to {2 * low - 1}"] += 1
         ratio = width / height

@@ -26,7 +26,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from dalle.output.text import counted
-from dvae.images import open_image
+from dvae.images import PictureError, open_image
 from storage.tar import MAX_PICTURE_BYTES, write_tar
 from training.data.filters import EMPTY, REFUSALS, ShardFilter
 from training.data.shards_report import ShardReport, Tally, listed, write_report
@@ -40,6 +40,12 @@ MAX_SAMPLES = 1_000_000_000
 _STORED_EXTENSIONS = ("jpg", "png", "webp")
 _MAX_KEY_BYTES = 90  # a USTAR name has 100
 NOT_TEXT = "caption is no text"
+_REFUSALS = {
+    "is empty": "empty image file",
+    "is too small": "picture too small",
+    "is too large": "picture too large",
+}
+"""Problems of pictures as the report calls them; all others are "corrupt image"."""
 
 _SampleTuple = tuple[str, bytes, str, Sequence[str], Mapping[str, Any]]  # a RawSample's fields
 
@@ -163,7 +169,7 @@ def _contents(samples: Iterable[_SampleTuple]) -> Iterator[list[tuple[str, bytes
         if sample.extension not in _STORED_EXTENSIONS:
             known = ", ".join(_STORED_EXTENSIONS)
             raise ValueError(f"{key}: extension {sample.extension!r}, expected one of {known}")
-        captions = [" ".join(caption.split()) for caption in sample.captions]
+        captions = [" ".join(caption.replace("\0", " ").split()) for caption in sample.captions]
         about = {**sample.extra, "key": key, "captions": captions}
         fields = {
             sample.extension: sample.image_bytes,
@@ -181,14 +187,6 @@ def _stored_extension(data: bytes) -> str | None:
     if data.startswith(b"\x89PNG\r\n\x1a\n"):
         return "png"
     return "webp" if data[:4] == b"RIFF" and data[8:12] == b"WEBP" else None
-
-
-def _refusal(message: str) -> str:
-    """Return the reason for the report from the message of `open_image`."""
-    for size in ("small", "large"):
-        if f"is too {size}" in message:
-            return f"picture too {size}"
-    return "corrupt image"
 
 
 class _Inspected(NamedTuple):
@@ -226,8 +224,8 @@ def _inspect(picture: SourcePicture, keep: ShardFilter) -> _Inspected:
     if keep.check or extension is None:
         try:
             image = open_image(data, picture.name)
-        except (ValueError, OSError) as error:
-            return _left_out(_refusal(str(error).removeprefix(picture.name)) if data else "empty image file")
+        except (PictureError, OSError) as error:
+            return _left_out(_REFUSALS.get(getattr(error, "problem", ""), "corrupt image"))
         if min(image.size) < keep.min_side:
             return _left_out("picture too small")
         if keep.max_aspect_ratio is not None and max(image.size) > keep.max_aspect_ratio * min(image.size):

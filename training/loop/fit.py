@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 from dalle.data.reader import ShardData
-from dalle.output.text import Say
+from dalle.output.text import Say, counted
 from storage.errors import reason_of
 from training.config import TrainConfig
 from training.engine.checkpoints import latest_tag
@@ -72,6 +72,7 @@ def fit(
     try:
         with StopSignals() as stop:
             engine = Engine(Objective(stage.model, stage.loss), resolved, ranks)
+            say(f"{stage.name}: {counted(len(train), 'sample')} in {counted(len(train.shards), 'shard')}")
             say(f"{stage.name}: {engine.batch}")
             run = Run(stage=stage, config=config, ranks=ranks, spec=spec, engine=engine, validation=validation, say=say)
             start = 0 if tag is None else _resume(run)
