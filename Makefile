@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all faults bench bench-plan lint clean
+.PHONY: demo test test-all fuzz faults bench bench-plan lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -17,6 +17,10 @@ test: $(STAMP)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -m "not gpu"
+
+# Thousands of odd and damaged inputs at every door, with a table of what came out; see docs/data.md.
+fuzz: $(STAMP)
+	$(BIN)/python -m pytest tests/fuzz -m slow
 
 # Kills, signals, hangs, full disks and damaged shards, injected into real runs on two ranks; see docs/faults.md.
 faults: $(STAMP)

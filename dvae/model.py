@@ -26,6 +26,7 @@ from dvae.images import map_pixels, unmap_pixels
 from storage.model_directory import ADDED_LATER, load_directory, load_weights, save_directory
 
 KIND = "dvae"
+MAX_GROUPS = 24
 _DECODER_KERNELS = (1, 3, 3, 3)
 
 
@@ -65,6 +66,8 @@ class DVAEConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or value < least:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+        if self.n_groups > MAX_GROUPS:
+            raise ValueError(f"n_groups ({self.n_groups}) must be at most {MAX_GROUPS}: each halves the picture")
         if self.encoder_kernel % 2 == 0:
             raise ValueError(f"encoder_kernel ({self.encoder_kernel}) must be odd: a kernel has a centre")
         if self.n_hid % 4:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from dvae.model import DVAE, DVAEConfig
+from storage.errors import reason_of
 from storage.model_directory import load_weights
 from storage.pickles import (
     READING_ERRORS,
@@ -97,9 +98,9 @@ def _read_module(path: Path, kind: str) -> dict[str, Tensor]:
             raise ValueError(f"it holds {found} instead of {origin}")
         _collect(module, "", file, state, set())
     except RefusedNameError as error:
-        raise ValueError(f"{path} would run code: {error}; refused; {expected}, from {url}") from None
+        raise ValueError(f"{path} would run code: {reason_of(error, 200)}; refused; {expected}, from {url}") from None
     except READING_ERRORS as error:
-        raise ValueError(f"{path} cannot be read ({error}); {expected}, from {url}") from error
+        raise ValueError(f"{path} cannot be read ({reason_of(error, 200)}); {expected}, from {url}") from error
     return state
 
 

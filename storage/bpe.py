@@ -11,6 +11,8 @@ from typing import Self
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
+from storage.errors import reason_of
+
 N_BYTES = 256
 MIN_PAIR_COUNT = 2
 """Occurrences of a pair before it is merged: a pair seen once would only memorise its caption."""
@@ -83,7 +85,7 @@ class BytePairs:
             added = [token["content"] for token in json.loads(saved)["added_tokens"]]
             pairs = cls(*_vocab_and_merges(saved), space_first=space_first)
         except Exception as error:  # the library raises nothing narrower
-            raise ValueError(f"damaged or no byte-level BPE: {error}") from error
+            raise ValueError(f"damaged or no byte-level BPE: {reason_of(error, 200)}") from error
         if added:
             raise ValueError(f"it has added tokens, {added[:4]}, which a caption could spell")
         if pairs.to_json() != saved:

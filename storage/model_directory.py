@@ -22,6 +22,8 @@ from torch import Tensor, nn
 
 from storage.atomic import flush, write_public
 from storage.disk import full_disk_note
+from storage.errors import check_whole
+from storage.text import parse_json
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -33,8 +35,13 @@ FORMAT_VERSION = 1
 ADDED_LATER = {"added_later": True}
 """Metadata of a configuration's field that older directories lack; they are read with its default."""
 
+MAX_SIZE = 1 << 24
+"""Largest whole number of a configuration that is read: of a larger one, torch could not even tell the memory."""
+
 Config = TypeVar("Config")
 
+_PARTS = ("layers", "groups", "blocks")
+"""Ends of the names of fields that count parts of a model."""
 _CONFIG_KEYS = {"format", "kind", "config", "metadata", "weights_sha256"}
 
 
@@ -119,6 +126,15 @@ def load_directory(
         raise ValueError(
             f"{weights} is no readable safetensors file ({error}); copy or save the directory again"
         ) from error
+    if not_numbers := [name for name, tensor in state.items() if not tensor.is_floating_point()]:
+        raise ValueError(
+            f"{weights} holds {state[not_numbers[0]].dtype} in {not_numbers[0]!r}, expected floating-point weights; "
+            "copy or save the directory again"
+        )
+    for name, value in vars(config).items():
+        # each has weights of its own: thousands of millions of them would be built for hours, to be refused in the end
+        if name.endswith(_PARTS) and value > len(state):
+            raise ValueError(f"{path / CONFIG_FILE} says {name} {value:,}, but {weights.name} has {len(state)} weights")
     return config, state, description["metadata"]
 
 
@@ -185,8 +201,8 @@ def _require_replaceable(path: Path, kind: str, names: Set[str]) -> None:
 def _format_and_kind(file: Path) -> tuple[Any, Any] | None:
     """Return format and kind of a config.json; None if it is not one of ours."""
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        description = parse_json(file.read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError):
         return None
     is_ours = isinstance(description, dict) and {"format", "kind"} <= description.keys()
     return (description["format"], description["kind"]) if is_ours else None
@@ -260,7 +276,7 @@ def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
     _require_files(path, kind or "model")
     file = path / CONFIG_FILE
     try:
-        description = json.loads(file.read_text(encoding="utf-8"))
+        description = parse_json(file.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{file} is not valid JSON ({error}); copy or save the directory again") from error
     if not isinstance(description, dict) or "format" not in description:
@@ -309,6 +325,11 @@ def _config(file: Path, values: dict[str, Any], config_type: type[Config]) -> Co
     if values.keys() | added != known:
         raise ValueError(f"the config of {file} {_difference(values.keys() | added, known)}")
     try:
+        for field in fields:
+            if field.type is int and field.name in values:
+                check_whole(field.name, values[field.name])
+                if abs(values[field.name]) > MAX_SIZE:
+                    raise ValueError(f"{field.name} is above {MAX_SIZE:,}")
         return config_type(**{name: _tuples(value) for name, value in values.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the config of {file} is not valid: {error}") from error

@@ -5,10 +5,14 @@ inert stand-in, made on the spot, which only records its arguments; any other na
 called. Afterwards the tensors are taken out of the records, with every size checked.
 """
 
+import errno
 import io
 import math
 import pickle
+import pickletools
+import struct
 import zipfile
+import zlib
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,6 +35,11 @@ _PARAMETER, _TENSOR = "torch._utils._rebuild_parameter", "torch._utils._rebuild_
 TENSOR_NAMES = frozenset({"collections.OrderedDict", _PARAMETER, _TENSOR, *_STORAGES})
 """Names in files that hold tensors and parameters."""
 
+MAX_PICKLE_BYTES = 64 << 20
+"""Largest pickle; the numbers of tensors are outside of it."""
+MAX_PARTS = 10_000_000
+"""Objects that one object may hold, those that it holds several times counted as often."""
+
 READING_ERRORS = (
     pickle.UnpicklingError,
     zipfile.BadZipFile,
@@ -38,10 +47,11 @@ READING_ERRORS = (
     AttributeError,
     EOFError,
     LookupError,
-    NotImplementedError,
-    RecursionError,
+    RuntimeError,
     TypeError,
     ValueError,
+    struct.error,
+    zlib.error,
 )
 """Raised by reading a damaged file, or records of another form than expected."""
 
@@ -138,7 +148,44 @@ def read_torch_file(path: Path, allowed: Allowed) -> TorchFile:
     """
     with path.open("rb") as file:
         is_zip = file.read(len(_ZIP_MAGIC)) == _ZIP_MAGIC
-    return _read_zip(path, allowed) if is_zip else _read_legacy(path, allowed)
+    try:
+        return _read_zip(path, allowed) if is_zip else _read_legacy(path, allowed)
+    except OSError as error:
+        if error.errno not in (None, errno.EINVAL):
+            raise  # the system's
+        raise ValueError("it names places outside of itself, or is damaged") from error
+
+
+def _refuse_bombs(file: io.BytesIO) -> None:
+    """Read a pickle's instructions without following them; the place in the file stays.
+
+    A pickle of a few bytes can ask for gigabytes, by a number for one of its parts, or hold itself so many times over
+    that a hash of it would never end.
+
+    Raises:
+        ValueError, LookupError: it is such a pickle, or none.
+    """
+    start, mark = file.tell(), -1
+    stack: list[int] = []  # for each object on the unpickler's stack the number of its parts
+    memo: dict[int, int] = {}
+    for opcode, argument, _ in pickletools.genops(file):
+        name, n_before, parts = opcode.name, len(opcode.stack_before), 0
+        if pickletools.markobject in opcode.stack_before or (name == "POP" and stack[-1] == mark):
+            while (top := stack.pop()) != mark:
+                parts += top
+            n_before = 0 if name == "POP" else opcode.stack_before.index(pickletools.markobject)
+        if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
+            number = len(memo) if name == "MEMOIZE" else argument
+            if not 0 <= number <= len(memo):
+                raise ValueError("it numbers its parts in an impossible way")
+            memo[number] = stack[-1]
+        parts += sum(stack.pop() for _ in range(n_before))
+        if name in ("GET", "BINGET", "LONG_BINGET"):
+            parts = memo[argument]
+        if parts > MAX_PARTS:
+            raise ValueError(f"it has more than {MAX_PARTS:,} parts")
+        stack += [mark if after is pickletools.markobject else 1 + parts for after in opcode.stack_after]
+    file.seek(start)
 
 
 class _InertUnpickler(pickle.Unpickler):
@@ -148,6 +195,7 @@ class _InertUnpickler(pickle.Unpickler):
     """
 
     def __init__(self, file: io.BytesIO, allowed: Allowed) -> None:
+        _refuse_bombs(file)
         super().__init__(file)
         self._allowed = allowed
         self._classes: dict[str, type[Inert]] = {}
@@ -192,6 +240,8 @@ def _read_zip(path: Path, allowed: Allowed) -> TorchFile:
         root = roots[0]
         if f"{root}byteorder" in entries and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("its numbers are big-endian")
+        if entries[f"{root}data.pkl"].file_size > MAX_PICKLE_BYTES:
+            raise ValueError(f"its pickle has more than {MAX_PICKLE_BYTES:,} bytes")
         unpickler = _InertUnpickler(io.BytesIO(archive.read(f"{root}data.pkl")), allowed)
         content = unpickler.load()
         storages = {}

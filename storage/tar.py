@@ -4,10 +4,11 @@
 all headers are read first, and the damage after the last good one is found.
 """
 
+import errno
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple, Self
 
 from storage.atomic import replace_file
 
@@ -17,12 +18,30 @@ MAX_PICTURE_BYTES = 512 << 20
 COMPRESSED_ENDINGS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz", ".tar.zst", ".tzst")
 """Usual endings of compressed tar files."""
 _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ\x00": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
-_ERRORS = (tarfile.TarError, ValueError, OverflowError, MemoryError)
-"""Raised by `tarfile` for headers that hold anything."""
+MAX_NAME_BYTES = 1 << 20
+"""Longest header of a name and the like; `tarfile` reads those that are declared longer, or below 0, into memory."""
+_OF_NAMES = (tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK, *(b"x", b"g", b"X"))
+"""Types of headers that hold a name, or pax's records, for the next one."""
 
 
 class DamagedTarError(ValueError):
     """A file of which no member can be read: empty, or no tar file. The message names it and gives no advice."""
+
+
+class _Header(tarfile.TarInfo):
+    """A header whose numbers are possible."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        """Read 512 bytes.
+
+        Raises:
+            HeaderError: it is no header, or its size is impossible.
+        """
+        info = super().frombuf(buf, encoding, errors)
+        if info.size < 0 or (info.type in _OF_NAMES and info.size > MAX_NAME_BYTES):
+            raise tarfile.HeaderError("impossible size")
+        return info
 
 
 class Member(NamedTuple):
@@ -64,9 +83,10 @@ def whole_members(path: Path) -> tuple[list[Member], str | None]:
                 if info.isreg() and info.offset_data + info.size > n_bytes:
                     return members, "ends in the middle of a sample (truncated)"
                 members.append(_member(info))
-        except _ERRORS:
-            return members, _damage_after(file, tar.offset) or f"has a damaged header at byte {tar.offset:,}"
-        return members, _damage_after(file, tar.offset)
+        except Exception as error:  # tarfile raises anything for headers that hold anything
+            _raise_if_of_system(error)
+            return members, _damage_after(file, tar.offset, n_bytes) or f"has a damaged header at byte {tar.offset:,}"
+        return members, _damage_after(file, tar.offset, n_bytes)
 
 
 def refuse_compressed(path: Path) -> None:
@@ -115,11 +135,18 @@ def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
 
 def _opened(path: Path, file: BinaryIO) -> tarfile.TarFile:
     try:
-        return tarfile.open(fileobj=file, mode="r:")
-    except _ERRORS as error:
+        return tarfile.open(fileobj=file, mode="r:", tarinfo=_Header)
+    except Exception as error:  # see above
+        _raise_if_of_system(error)
         raise DamagedTarError(
             f"{path} is not a tar file ({error}): expected a shard of KEY.jpg and KEY.txt members"
         ) from error
+
+
+def _raise_if_of_system(error: Exception) -> None:
+    """Raise an error again that is of the disk, not of what the file says: EINVAL is for a place before its start."""
+    if isinstance(error, OSError) and error.errno not in (None, errno.EINVAL):
+        raise error
 
 
 def _refuse_if_compressed(path: Path, start: bytes) -> None:
@@ -142,9 +169,9 @@ def _member(info: tarfile.TarInfo) -> Member:
     )
 
 
-def _damage_after(file: BinaryIO, offset: int) -> str | None:
+def _damage_after(file: BinaryIO, offset: int, n_bytes: int) -> str | None:
     """Return the damage where `tarfile` stopped reading, which it does silently at a damaged header."""
-    file.seek(offset)
+    file.seek(min(max(offset, 0), n_bytes))
     block = file.read(tarfile.BLOCKSIZE)
     if len(block) < tarfile.BLOCKSIZE:
         return "ends in the middle of a sample (truncated)"

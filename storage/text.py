@@ -1,11 +1,15 @@
-"""Text files that people give: their encoding, what a line is, and whether a text has anything to see."""
+"""Text files that people give: their encoding, what a line is, whether there is anything to see, and JSON."""
 
 import codecs
 import io
+import json
 import unicodedata
 from pathlib import Path
+from typing import Any
 
 _UTF16_MARKS = (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+MAX_JSON_DEPTH = 100
+"""Objects and lists within one another; deeper ones would exhaust Python's stack wherever they are walked through."""
 _BLANK_LETTERS = "\u115f\u1160\u2800\u3164\uffa0"  # letters and signs without ink: fillers, Braille without dots
 
 
@@ -47,6 +51,30 @@ def lines_with_ends(text: str) -> list[str]:
 def lines_of(text: str) -> list[str]:
     """Return the lines of a text without their ends; none for an empty text."""
     return [line.rstrip("\r\n") for line in lines_with_ends(text)]
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Return the value of a JSON text.
+
+    Raises:
+        ValueError: it is no JSON, or nested more than `MAX_JSON_DEPTH` deep.
+    """
+    too_deep = ValueError(f"it is nested more than {MAX_JSON_DEPTH} deep")
+    try:
+        value = json.loads(text)
+    except RecursionError:
+        raise too_deep from None
+    layer = [value] if isinstance(value, dict | list) else []
+    for _ in range(MAX_JSON_DEPTH):
+        layer = [
+            inner
+            for outer in layer
+            for inner in (outer.values() if isinstance(outer, dict) else outer)
+            if isinstance(inner, dict | list)
+        ]
+    if layer:
+        raise too_deep
+    return value
 
 
 def is_visible(text: str) -> bool:

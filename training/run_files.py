@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from storage.atomic import replace_text
+from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -33,6 +34,8 @@ LATEST = "latest"
 RunState = Literal["running", "stopped", "finished", "failed"]
 Line = dict[str, Any]
 """A line of metrics.jsonl: step, split, time, and the values by name."""
+MAX_STEP = 10**18
+"""Steps above it, or below 0, are no steps of ours: their line is damaged."""
 
 
 # -------------------------------------------------------------------------------------------------- config.json
@@ -58,7 +61,7 @@ def read_description(run: Path) -> dict[str, Any] | None:
     if not path.is_file():
         return None
     try:
-        return dict(json.loads(path.read_text(encoding="utf-8"))["run"])
+        return dict(parse_json(path.read_text(encoding="utf-8"))["run"])
     except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is damaged ({error}): delete it, or use --fresh to train anew") from None
 
@@ -105,10 +108,11 @@ def parse_metrics(run: Path) -> tuple[list[Line], int]:
 
 def _line(text: bytes) -> Line | None:
     try:
-        line = json.loads(text.decode("utf-8", "replace"))
+        line = parse_json(text.decode("utf-8", "replace"))
     except ValueError:
         return None
-    return line if isinstance(line, dict) and isinstance(line.get("step"), int) else None
+    step = line.get("step") if isinstance(line, dict) else None
+    return line if type(step) is int and 0 <= step <= MAX_STEP else None
 
 
 # --------------------------------------------------------------------------------------- state.json, data.json
@@ -140,15 +144,34 @@ def write_data(run: Path, record: Mapping[str, Any]) -> None:
 
 
 def read_data(run: Path) -> dict[str, Any] | None:
-    """Return data.json; None without it. Raises ValueError if it is no JSON."""
+    """Return data.json; None without it.
+
+    Raises:
+        ValueError: it is damaged.
+    """
     path = run / DATA
-    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        found = parse_json(path.read_text(encoding="utf-8"))
+        orders = [found.get("order", []), found.get("validation") or []]
+        n_rows = {len(row) for order in orders for row in order}
+        if type(found["samples"]) is not int or not all(type(n) is int for n in found["shards"].values()):
+            raise ValueError("its numbers of samples are no whole numbers")
+        if n_rows - {2}:
+            raise ValueError("its shards are not pairs of name and fingerprint")
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(
+            f"{path} is damaged ({error!r}): it tells which samples the run has seen; restore it, or delete it to "
+            "resume without this check"
+        ) from None
+    return dict(found)
 
 
 def _object(path: Path) -> dict[str, Any]:
     """Return the JSON object in a file; an empty one if there is none to read."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}

@@ -19,6 +19,8 @@ logger = logging.getLogger(__name__)
 
 OUR_PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
 SHOWN_REASONS = 5
+MAX_REASON = 2000
+"""Characters of an error: messages of other programs may quote a whole file."""
 CLEAR_LINE = "\r\x1b[K"
 """Removes a progress line from a terminal."""
 
@@ -34,7 +36,8 @@ def error_line(error: BaseException) -> str:
             return error.strerror
         path = Path(error.filename if isinstance(error.filename, str) else "")
         return f"{error.strerror}: {error.filename}{full_disk_note(error, path)}"
-    return reason_of(error)
+    reason = reason_of(error)
+    return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
 
 
 def is_out_of_memory(error: BaseException) -> bool:

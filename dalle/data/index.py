@@ -194,8 +194,9 @@ def _why_no_picture(row: _Row, stranger: tuple[str, str] | None) -> str | None:
 
 def _key_and_field(name: str) -> tuple[str, str] | None:
     """Return ("a.b/c", "d.jpg") for "a.b/c.d.jpg"; None without key or field, as in macOS's "._c.jpg"."""
-    match = re.fullmatch(r"(?:\./)*((?:.*/)?[^./][^./]*)\.([^/]+)", name, re.DOTALL)
-    return None if match is None else (match.group(1), match.group(2).lower())
+    folder, slash, base = re.sub(r"\A(?:\./)+", "", name).rpartition("/")
+    stem, _, field_name = base.partition(".")
+    return (folder + slash + stem, field_name.lower()) if stem and field_name else None
 
 
 def _drop_cut_sample(samples: dict[str, _Row]) -> None:

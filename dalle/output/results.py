@@ -23,6 +23,7 @@ from dalle.output.text import counted
 from dvae.images import to_image
 from storage.atomic import PARTIAL, flush_names, replace_file
 from storage.lock import LOCK, is_locked, locked
+from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -208,12 +209,12 @@ def _read_results(path: Path) -> list[dict[str, Any]]:
     foreign = ValueError(f"{path} is not a results.jsonl of `dalle generate`: give another folder with --out")
     try:
         *whole, last = path.read_bytes().decode().split("\n")
-        lines = [json.loads(line) for line in whole if line.strip()]
+        lines = [parse_json(line) for line in whole if line.strip()]
     except ValueError as error:
         raise foreign from error
     if last.strip():
         try:
-            lines.append(json.loads(last))
+            lines.append(parse_json(last))
         except ValueError:
             logger.warning("the last line of %s was cut short by a crash and is left out", path)
     # the names are removed when their captions are made again: only such as we write

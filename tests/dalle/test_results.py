@@ -159,7 +159,16 @@ def test_a_last_line_without_an_end_is_kept(tmp_path):
     assert len(checked_lines(tmp_path)) == 4
 
 
-@pytest.mark.parametrize("text", ["notes", '{"caption": "x"}\n', '{"caption": "x", "file": "../../precious.png"}\n'])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "notes",
+        "[" * 100_000,
+        "[" * 100_000 + "\n",
+        '{"caption": "x"}\n',
+        '{"caption": "x", "file": "../../precious.png"}\n',
+    ],
+)
 def test_a_file_of_something_else_is_not_touched(tmp_path, text):
     (tmp_path / "results.jsonl").write_text(text)
     with pytest.raises(ValueError, match=r"is not a results\.jsonl"):

@@ -212,6 +212,23 @@ def test_a_picture_cut_short_is_refused_by_name(kind: str) -> None:
             open_image(whole[:length], "cat")
 
 
+def test_errors_of_decoders_of_any_kind_are_in_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    def chunk(name: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+    header = chunk(b"IHDR", struct.pack(">IIBBBBB", 8, 8, 1, 3, 0, 0, 0))
+    without_palette = b"\x89PNG\r\n\x1a\n" + header + chunk(b"IDAT", zlib.compress(bytes(16))) + chunk(b"IEND", b"")
+    with pytest.raises(ValueError, match=r"^cat is damaged"):
+        open_image(without_palette, "cat")
+
+    def fail(*_: object) -> None:
+        raise RuntimeError("Failed to decode frame 0")  # as libavif's
+
+    monkeypatch.setattr(images, "as_srgb", fail)
+    with pytest.raises(ValueError, match=r"^cat is damaged \(Failed to decode frame 0\)"):
+        open_image(encoded(gradient(), "PNG"), "cat")
+
+
 @pytest.mark.filterwarnings("ignore::UserWarning")
 def test_damaged_bytes_never_escape_as_another_error() -> None:
     rng = np.random.default_rng(1)

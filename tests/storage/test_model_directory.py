@@ -10,13 +10,14 @@ import torch
 from torch import nn
 
 from storage import model_directory as directory
-from storage.model_directory import directory_hash, load_directory, load_weights, save_directory
+from storage.model_directory import ADDED_LATER, directory_hash, load_directory, load_weights, save_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     width: int = 4
     kinds: tuple[str, ...] = ("row", "column")
+    n_layers: int = dataclasses.field(default=1, metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -189,7 +190,10 @@ def test_a_missing_directory_and_missing_files_are_named(tmp_path: Path) -> None
         ({"config": {"width": 4}}, "lacks kinds"),
         ({"config": {"width": 4, "kinds": [], "depth": 1}}, "has unknown depth"),
         ({"config": {"width": 0, "kinds": []}}, r"is not valid: width \(0\) must be positive"),
-        ({"config": {"width": "x", "kinds": []}}, "is not valid"),
+        ({"config": {"width": "x", "kinds": []}}, "is not valid: width is 'x', of type str; expected a whole number"),
+        ({"config": {"width": 4.0, "kinds": []}}, "is not valid: width is 4.0, of type float"),
+        ({"config": {"width": 1 << 40, "kinds": []}}, "is not valid: width is above 16,777,216"),
+        ({"config": {"width": 4, "kinds": [], "n_layers": 3}}, r"n_layers 3, but model\.safetensors has 2 weights"),
         ({"config": [4]}, "must be JSON objects"),
         ({"weights_sha256": "0" * 64}, "is damaged: its sha256 is"),
     ],
@@ -205,7 +209,7 @@ def test_a_config_that_does_not_fit_is_refused_in_words(
 
 def test_invalid_json_is_refused(tmp_path: Path) -> None:
     save(tmp_path / "m")
-    for text in ("{", "[]", "\x00"):
+    for text in ("{", "[]", "\x00", "[" * 100_000):
         (tmp_path / "m" / "config.json").write_text(text)
         with pytest.raises(ValueError, match=r"config.json (is not valid JSON|does not describe a model)"):
             load_directory(tmp_path / "m", "dvae", Config)
@@ -221,6 +225,12 @@ def test_truncated_and_corrupted_weights_are_refused(tmp_path: Path) -> None:
             load_directory(tmp_path / "m", "dvae", Config)
     edit(tmp_path / "m", weights_sha256=directory._sha256(weights))
     with pytest.raises(ValueError, match="no readable safetensors file"):
+        load_directory(tmp_path / "m", "dvae", Config)
+
+
+def test_weights_that_are_whole_numbers_are_refused(tmp_path: Path) -> None:
+    save(tmp_path / "m", state={"weight": torch.arange(12)})
+    with pytest.raises(ValueError, match=r"holds torch\.int64 in 'weight', expected floating-point weights"):
         load_directory(tmp_path / "m", "dvae", Config)
 
 

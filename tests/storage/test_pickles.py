@@ -9,7 +9,15 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.pickles import READING_ERRORS, TENSOR_NAMES, Allowed, Inert, RefusedNameError, read_torch_file
+from storage.pickles import (
+    MAX_PICKLE_BYTES,
+    READING_ERRORS,
+    TENSOR_NAMES,
+    Allowed,
+    Inert,
+    RefusedNameError,
+    read_torch_file,
+)
 
 ALLOWED = Allowed(names=TENSOR_NAMES, packages=("dall_e", "torch.nn.modules"))
 
@@ -146,6 +154,34 @@ def test_compressed_data_is_refused(tmp_path: Path) -> None:
     data = zipfile.ZipFile(tensor_file(tmp_path, 0, (4,), (1,))).read("a/data.pkl")
     with pytest.raises(ValueError, match="storage 0"):
         read_torch_file(save(tmp_path / "x.pkl", data, method=zipfile.ZIP_DEFLATED), ALLOWED)
+
+
+BOMBS = {
+    "a number of a part": b"Nr\xff\xff\xff\x7f.",
+    "bytes": b"\x8e" + b"\xff" * 7 + b"\x7f.",
+    "a byte array": b"\x96" + (1 << 40).to_bytes(8, "little") + b".",
+    "a tuple of itself": b")q\0" + b"".join(b"h%ch%c\x86q%c0" % (i, i, i + 1) for i in range(60)) + b"}h\x3cNs.",
+    "more marks than objects": b"N1.",
+}
+"""Pickles of a few bytes that ask for gigabytes, or for a hash that never ends."""
+
+
+@pytest.mark.parametrize("name", BOMBS)
+def test_a_pickle_that_asks_for_much_is_refused(tmp_path: Path, name: str) -> None:
+    with pytest.raises(READING_ERRORS):
+        read_torch_file(save(tmp_path / "x.pkl", BOMBS[name]), ALLOWED)
+
+
+def test_a_zip_that_unpacks_to_much_or_is_encrypted_is_refused(tmp_path: Path) -> None:
+    path = save(tmp_path / "x.pkl", bytes(MAX_PICKLE_BYTES + 1), method=zipfile.ZIP_DEFLATED)
+    with pytest.raises(ValueError, match="its pickle has more than 67,108,864 bytes"):
+        read_torch_file(path, ALLOWED)
+    encrypted = bytearray(save(tmp_path / "x.pkl", b"N.").read_bytes())
+    for place in (6, encrypted.index(b"PK\1\2") + 8):  # the flags of the pickle's entry
+        encrypted[place] |= 1
+    path.write_bytes(encrypted)
+    with pytest.raises(READING_ERRORS):
+        read_torch_file(path, ALLOWED)
 
 
 @pytest.mark.parametrize("is_zip", [True, False])

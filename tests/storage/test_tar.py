@@ -62,3 +62,45 @@ def test_links_and_names_that_lead_outside_are_not_safe(tmp_path: Path) -> None:
         ("../b.jpg", False, False),
         ("c", False, True),
     ]
+
+
+def header(kind: bytes, size: bytes = b"%011o\0" % 0) -> bytes:
+    """A header with the right checksum."""
+    block = bytearray(tarfile.TarInfo("a.txt").tobuf())
+    block[156:157], block[124:136], block[148:156] = kind, size, b" " * 8
+    block[482] = kind == b"S"  # more of a sparse file's places follow
+    block[148:156] = b"%06o\0 " % sum(block)
+    return bytes(block)
+
+
+def large(number: int) -> bytes:
+    """A size as GNU writes those that are large, or below 0."""
+    return (b"\x80" if number >= 0 else b"\xff") + (number % (1 << 88)).to_bytes(11, "big")
+
+
+@pytest.mark.parametrize(
+    "block",
+    [
+        header(b"L") * 2000,
+        header(b"L", large(-512)),
+        header(b"x", large(-1024)),
+        header(b"x", large(2**40)),
+        header(b"0", large(-1)),
+        header(b"Z", large(2**70)),
+        header(b"S"),
+        header(b"x", b"%011o\0" % 40) + b"40 size=-1000000000000000000000000000000\n".ljust(512, b"\0") + header(b"0"),
+    ],
+    ids=["names of names", "negative name", "negative", "long", "below 0", "beyond", "sparse", "pax"],
+)
+def test_headers_that_hold_anything_are_damage(tmp_path: Path, block: bytes) -> None:
+    path = tmp_path / "s.tar"
+    path.write_bytes(header(b"0") + block)
+    members, damage = whole_members(path)
+    assert members[0].name == "a.txt"
+    assert damage is not None
+    path.write_bytes(block)
+    try:
+        _, damage = whole_members(path)
+    except DamagedTarError:
+        return
+    assert damage is not None

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from storage.drawn import is_sheet
-from storage.text import decode_text, is_visible, lines_of, lines_with_ends, read_text
+from storage.text import MAX_JSON_DEPTH, decode_text, is_visible, lines_of, lines_with_ends, parse_json, read_text
 
 
 def test_only_three_line_ends_make_lines() -> None:
@@ -29,6 +29,15 @@ def test_another_encoding_is_refused_with_what_to_do(tmp_path: Path) -> None:
         read_text(tmp_path / "a.txt")
     with pytest.raises(UnicodeDecodeError):
         decode_text(b"\xff\xfe")  # a mark alone
+
+
+def test_json_of_any_depth_is_read_or_refused() -> None:
+    deep = "[" * MAX_JSON_DEPTH + "]" * MAX_JSON_DEPTH
+    assert parse_json(deep)
+    assert parse_json(b'{"a": [1, {"b": null}]}') == {"a": [1, {"b": None}]}
+    for text in (f"[{deep}]", '{"a":' * 500 + "1" + "}" * 500, "[" * 100_000):
+        with pytest.raises(ValueError, match="nested more than 100 deep"):
+            parse_json(text)
 
 
 @pytest.mark.parametrize(

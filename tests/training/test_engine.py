@@ -121,6 +121,10 @@ def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
         ({"bf16": True}, "expected an object"),
         ('{"zero_optimization": ', "not valid JSON"),
         ([1], "holds a list"),
+        ("[" * 100_000, r"ds\.json is not valid JSON \(it is nested"),
+        ('{"gradient_clipping": ' + "1" * 5000 + "}", r"ds\.json is not valid JSON"),
+        ('{"gradient_clipping": ' + "1" * 400 + "}", r"gradient_clipping to 1.*: expected 0 or more, up to 1e\+30"),
+        ('{"gradient_clipping": NaN}', "gradient_clipping to NaN: expected 0 or more"),
     ],
 )
 def test_a_wrong_deepspeed_json_is_refused_in_words(tmp_path: Path, content: object, message: str) -> None:

@@ -623,7 +623,15 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_version_is_refused(sha
         with pytest.raises(ValueError, match="make it again with `dalle-train check-data`"):
             open_with(manifest, shards)
         record.write_text(text_before)
-    for change in ({"format": 99}, {"shards": [{}]}, {"shards": [{**summary["shards"][0], "record": "../x.json"}]}):
+    first, whole = summary["shards"][0], json.loads(record.read_text())
+    for odd in ({"damage": 5}, {"tokenizer": []}, {"problems": {"99": "x"}}, {"counts": {"caption words": {"x": 1}}}):
+        with pytest.raises(ValueError, match=r".+"):
+            ShardRecord.from_json(json.dumps({**whole, **odd}))
+    for name, odd in (("has_caption", [[1]] * len(whole["samples"]["key"])), ("places", [[[-1, 2]] * 3])):
+        with pytest.raises(ValueError, match=r".+"):
+            ShardRecord.from_json(json.dumps({**whole, "samples": {**whole["samples"], name: odd}}))
+    changes = ({"format": 99}, {"shards": [{}]}, *({"shards": [{**first, "path": odd}]} for odd in (5, [], None)))
+    for change in (*changes, {"shards": [{**first, "record": "../x.json"}]}):
         (manifest / "summary.json").write_text(json.dumps({**summary, **change}))
         with pytest.raises(ValueError, match=r"summary\.json cannot be used"):
             Manifest.open(manifest)

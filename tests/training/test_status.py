@@ -124,6 +124,20 @@ def test_damaged_files_are_left_out_and_counted(folder: NewFolder) -> None:
     assert "checkpoints  none" in run.summary()
 
 
+def test_numbers_that_nothing_can_hold_are_left_out(folder: NewFolder) -> None:
+    run = folder().config().lines(40)
+    with (run.path / "metrics.jsonl").open("a") as file:
+        for odd in ("1" * 400, "-3", "1e308", "true", "[" * 100_000):
+            file.write(f'{{"step": {odd}, "split": "train", "loss": 1}}\n')
+            file.write(f'{{"step": 50, "split": "train", "loss": {odd}, "time": {odd}}}\n')
+    (run.path / "state.json").write_text('{"state": "failed", "time": 1e300}')
+    assert "step 50 of 100" in run.summary()
+    (run.path / "config.json").write_text('{"run": {}, "training": {"steps": 0, "log_every": -1}}')
+    assert "step 50\n" in run.summary()
+    (run.path / "config.json").write_text("[" * 100_000)
+    assert "step 50\n" in run.summary()
+
+
 def test_a_run_that_has_only_begun_is_a_run(folder: NewFolder) -> None:
     text = folder().config().said("running", at=NOW - 30).summary()
     assert "running, last sign of life 30 s ago" in text

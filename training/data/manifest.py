@@ -24,7 +24,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -126,8 +126,14 @@ class ShardRecord:
             problems=problems,
             checksums=checksums.reshape(n, 3),
         )
-        if len(index.image_names) != n or len(samples["has_caption"]) != n:
+        if len(index.image_names) != n or index.has_caption is None or index.has_caption.shape != (n,):
             raise ValueError("its columns differ in length")
+        if (index.places < 0).any() or not set(problems) <= set(range(n)):
+            raise ValueError("a place is below 0, or a problem of no sample")
+        if not all(text is None or isinstance(text, str) for text in (index.damage, record["tokenizer"])):
+            raise ValueError("damage and tokenizer must be texts")
+        if not all(_is_count(subject, *one) for subject, found in record["counts"].items() for one in found.items()):
+            raise ValueError("its counts are no counts")
         return cls(
             index=index,
             changed_ns=int(record["changed_ns"]),
@@ -135,6 +141,14 @@ class ShardRecord:
             counts={subject: Counter(values) for subject, values in record["counts"].items()},
             tokenizer=record["tokenizer"],
         )
+
+
+def _is_count(subject: str, value: str, number: Any) -> bool:
+    """Return whether a count of a record is one, of a length where the subject asks for it."""
+    is_length = subject.startswith("caption ") or subject == "shorter side"
+    if is_length and not value.partition(" ")[0].isdecimal():
+        return False
+    return type(number) is int and 0 <= number < 1 << 53
 
 
 def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | None]:
@@ -246,6 +260,8 @@ class Manifest:
             if summary["format"] != FORMAT_VERSION:
                 raise ValueError(f"it is of format {summary['format']!r}, and this version reads {FORMAT_VERSION}")
             entries = [Entry(**{**row, "n_samples": int(row["n_samples"])}) for row in summary["shards"]]
+            if not all(isinstance(text, str) for entry in entries for text in (entry.name, entry.path, entry.record)):
+                raise ValueError("name, path and record of a shard must be texts")
             if any(PurePosixPath(entry.record).name != entry.record for entry in entries):
                 raise ValueError("a record lies in another folder")
         except _READING_ERRORS as error:

@@ -242,6 +242,7 @@ def _inspect(picture: SourcePicture, keep: ShardFilter) -> _Inspected:
 
 
 def _inspect_all(
+    source: Path,
     listing: Listing,
     keep: ShardFilter,
     tally: Tally,
@@ -274,7 +275,7 @@ def _inspect_all(
         )
         tables = [str(path) for path in listing.tables if tally.skipped["no caption"]]
         hint = f"; {listed(tables)} may hold the captions: give the table itself" if tables else ""
-        raise ValueError(f"none of {counted(len(pictures), 'picture')} can be used: {reasons}{hint}")
+        raise ValueError(f"none of {counted(len(pictures), 'picture')} in {source} can be used: {reasons}{hint}")
 
 
 def make_shards(
@@ -319,7 +320,7 @@ def make_shards(
         raise ValueError(_already_there(there))
     tally = Tally()
     listing = list_source(source, images, follow_links=follow_links)
-    samples = _inspect_all(listing, keep or ShardFilter(), tally, progress)
+    samples = _inspect_all(source, listing, keep or ShardFilter(), tally, progress)
     shards = write_shards(samples, out, prefix, samples_per_shard, overwrite=overwrite)
     report = tally.report(source, listing, shards)
     write_report(report, out, prefix)

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from storage.atomic import flush_names, replace_text
+from storage.text import parse_json
 from training.ranks.ranks import Ranks, from_all_ranks
 from training.run_files import CHECKPOINTS, LATEST, is_tag, named_latest, step_of, tags_in
 
@@ -118,11 +119,11 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """
     path = folder / MANIFEST
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
         digest = manifest.pop("blake2b")
         if digest != _digest_of_manifest(manifest):
             raise ValueError("its digest does not match")
-        if not all(isinstance(manifest[name], int) for name in ("step", "ranks", "zero_stage")):
+        if not all(type(manifest[name]) is int for name in ("step", "ranks", "zero_stage")):
             raise ValueError("step, ranks and zero_stage must be integers")
         if not isinstance(manifest["state"], dict):
             raise ValueError("state must be an object")

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from dalle.output.text import aligned
+from storage.text import parse_json
 from training.config import HALF_PRECISIONS, Offload, Precision, TrainConfig
 
 # DeepSpeed's documented top-level options that make sense here; anything else is probably a typing error.
@@ -59,6 +60,8 @@ _DECIDED_KEYS = {
     "activation_checkpointing": "--activation-checkpointing",
 }
 """Options of DeepSpeed that the user may not set, and who decides them."""
+MAX_CLIPPING = 1e30
+"""A gradient norm above all of them."""
 MAX_BUCKET = 500_000_000
 """Gradients that are reduced at a time, DeepSpeed's default; it allocates a buffer of that many."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
@@ -110,8 +113,8 @@ def read_user_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise FileNotFoundError(f"no DeepSpeed configuration at {path}: --deepspeed-config expects a JSON file")
     try:
-        config = json.loads(path.read_text())
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        config = parse_json(path.read_text("utf-8"))
+    except ValueError as error:
         message = f"{path} is not valid JSON ({error}): --deepspeed-config expects a DeepSpeed configuration"
         raise ValueError(message) from None
     if not isinstance(config, dict):
@@ -219,8 +222,10 @@ class _File:
         clipping = self.content.get("gradient_clipping")
         if clipping is None:
             return None
-        if isinstance(clipping, bool) or not isinstance(clipping, int | float) or clipping < 0:
-            raise ValueError(f"{self.name} sets gradient_clipping to {json.dumps(clipping)}: expected 0 or more")
+        is_number = isinstance(clipping, int | float) and not isinstance(clipping, bool)
+        if not is_number or not 0 <= clipping <= MAX_CLIPPING:  # which refuses nan, too
+            expected = f"expected 0 or more, up to {MAX_CLIPPING:g}"
+            raise ValueError(f"{self.name} sets gradient_clipping to {json.dumps(clipping)}: {expected}")
         return float(clipping)
 
 

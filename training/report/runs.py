@@ -5,7 +5,6 @@ are counted and left out.
 """
 
 import itertools
-import math
 import statistics
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,6 +13,7 @@ from typing import Any
 
 from training.run_files import (
     CHECKPOINTS,
+    MAX_STEP,
     is_run,
     named_latest,
     parse_metrics,
@@ -33,6 +33,11 @@ SILENCE_FACTOR = 5
 """A run that has not written for this many times the usual time shows no sign of life."""
 MIN_SILENCE_S, SILENCE_AT_START_S = 120.0, 600.0
 """Seconds that any run may be silent, and a run whose usual time is not known yet."""
+
+MAX_VALUE = 1e100
+"""Numbers beyond it are left out, as infinite ones are."""
+MAX_TIME_S = 2e11
+"""The year 8307."""
 
 Points = list[tuple[int, float]]
 """Step and value."""
@@ -82,7 +87,7 @@ class Run:
     @property
     def steps(self) -> int | None:
         """Optimizer steps of the whole run."""
-        return _whole(_dictionary(self.config.get("training")).get("steps"))
+        return _count(_dictionary(self.config.get("training")).get("steps"))
 
     @property
     def step(self) -> int:
@@ -110,7 +115,7 @@ class Run:
     @property
     def seconds_per_step(self) -> float | None:
         """Seconds that a step takes of late, validation included; None without enough lines."""
-        lines = [line for line in self.split("train") if is_number(line.get("time"))][-RECENT_LINES:]
+        lines = [line for line in self.split("train") if is_time(line.get("time"))][-RECENT_LINES:]
         pairs = [
             (later["time"] - earlier["time"], later["step"] - earlier["step"])
             for earlier, later in itertools.pairwise(lines)
@@ -132,9 +137,9 @@ class Run:
     @property
     def last_sign_at(self) -> float | None:
         """Time of the last write, in seconds since 1970."""
-        times = [line["time"] for line in self.lines if is_number(line.get("time"))]
+        times = [line["time"] for line in self.lines if is_time(line.get("time"))]
         times += [saved.saved_at for saved in self.checkpoints]
-        times += [self.last_state["time"]] if is_number(self.last_state.get("time")) else []
+        times += [self.last_state["time"]] if is_time(self.last_state.get("time")) else []
         return max(times, default=None)
 
     def state(self, now: float) -> str:
@@ -154,7 +159,7 @@ class Run:
 
     @property
     def _patience_s(self) -> float:
-        log_every = _whole(_dictionary(self.config.get("training")).get("log_every"))
+        log_every = _count(_dictionary(self.config.get("training")).get("log_every"))
         if self.seconds_per_step is None or log_every is None:
             return SILENCE_AT_START_S
         return max(MIN_SILENCE_S, SILENCE_FACTOR * log_every * self.seconds_per_step)
@@ -164,8 +169,13 @@ _NO_METRICS = {"step", "time", "samples"}
 
 
 def is_number(value: Any) -> bool:
-    """Whether a value read from JSON is a finite number."""
-    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    """Whether a value read from JSON is a finite number, and none that sums and curves of floats cannot hold."""
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) <= MAX_VALUE
+
+
+def is_time(value: Any) -> bool:
+    """Whether a value read from JSON is a time in seconds since 1970 that a calendar knows."""
+    return is_number(value) and 0 <= value <= MAX_TIME_S
 
 
 def find_runs(path: Path) -> list[Path]:
@@ -237,5 +247,5 @@ def _dictionary(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _whole(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None
+def _count(value: Any) -> int | None:
+    return value if type(value) is int and 1 <= value <= MAX_STEP else None

@@ -1,0 +1,267 @@
+"""Pictures: Pillow's formats and modes made on the fly, whole and damaged, with metadata, at extreme sizes."""
+
+import functools
+import io
+import struct
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from doors import Door, fuzz, require_kept
+from hypothesis import given
+from hypothesis import strategies as st
+from odd import ODD_TEXTS, damaged
+from PIL import ExifTags, Image, ImageCms, ImageDraw
+from PIL.PngImagePlugin import PngInfo
+
+from dvae.images import FORMATS, MIN_SIDE, dvae_augmentation, open_image, resize_and_crop, to_tensor
+
+WIDTH, HEIGHT = 19, 13
+MODES = (
+    "1",
+    "L",
+    "LA",
+    "P",
+    "PA",
+    "RGB",
+    "RGBA",
+    "RGBX",
+    "CMYK",
+    "YCbCr",
+    "LAB",
+    "HSV",
+    "I",
+    "F",
+    "I;16",
+    "I;16B",
+    "La",
+    "RGBa",
+)
+OPTIONS: dict[str, tuple[dict[str, Any], ...]] = {
+    "JPEG": (
+        {"quality": 90},
+        {"progressive": True},
+        {"subsampling": 0},
+        {"comment": b"x" * 99},
+        {"restart_marker_rows": 1},
+    ),
+    "PNG": ({}, {"compress_level": 0}, {"bits": 2}, {"dpi": (300, 300)}),
+    "WEBP": ({}, {"lossless": True}, {"quality": 10}),
+    "TIFF": tuple({"compression": name} for name in ("raw", "tiff_lzw", "jpeg", "packbits", "tiff_deflate", "group4")),
+    "GIF": ({}, {"interlace": 1}, {"transparency": 0}),
+    "JPEG2000": ({}, {"irreversible": True}, {"tile_size": (8, 8)}, {"num_resolutions": 2}),
+    "AVIF": ({"quality": 30}, {"quality": 100, "subsampling": "4:4:4"}),
+}
+REFUSED = ("TGA", "ICO", "PCX", "SGI", "IM", "DDS", "MSP", "XBM", "PDF", "EPS", "ICNS", "SPIDER", "DIB", "BLP", "PALM")
+"""Formats that Pillow writes and the product does not read."""
+
+
+def drawn(mode: str) -> Image.Image:
+    image = Image.linear_gradient("L").resize((WIDTH, HEIGHT)).convert("RGB")
+    ImageDraw.Draw(image).rectangle((2, 2, 9, 5), fill=(250, 40, 3))
+    match mode:
+        case "I;16" | "I;16B":
+            return Image.fromarray(np.asarray(image.convert("L"), np.uint16) * 257).convert(mode)
+        case "LAB":
+            profiles = ImageCms.createProfile("sRGB"), ImageCms.createProfile("LAB")
+            return ImageCms.profileToProfile(image, *profiles, outputMode="LAB")
+        case "La" | "RGBa":
+            return image.convert({"La": "LA", "RGBa": "RGBA"}[mode]).convert(mode)
+        case "PA":
+            return image.convert("P").convert("PA")
+        case "RGBX":
+            return image.convert("RGBX")
+    return image.convert(mode)
+
+
+def exif(orientation: int) -> bytes:
+    found = Image.Exif()
+    found[ExifTags.Base.Orientation], found[ExifTags.Base.Make] = orientation, "Camera"
+    found.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.ExposureTime] = 0.01
+    return found.tobytes()
+
+
+PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+LAB_PROFILE = ImageCms.ImageCmsProfile(ImageCms.createProfile("LAB")).tobytes()
+
+
+def metadata(kind: str) -> list[dict[str, Any]]:
+    """Options that add metadata to a file."""
+    extra: list[dict[str, Any]] = [
+        {"exif": exif(6)},
+        {"exif": b"Exif\0\0II*\0" + b"\xff" * 30},
+        {"icc_profile": PROFILE},
+    ]
+    extra += [{"icc_profile": PROFILE[:200]}, {"icc_profile": LAB_PROFILE}, {"icc_profile": b"x" * 70_000}]
+    if kind == "PNG":
+        texts = PngInfo()
+        texts.add_text("caption", "a" * 3000, zip=True)
+        texts.add_itxt("é", "日本" * 99)
+        texts.add(b"gAMA", struct.pack(">I", 0))
+        extra.append({"pnginfo": texts})
+    return extra
+
+
+def saved(image: Image.Image, kind: str, **options: Any) -> bytes | None:
+    file = io.BytesIO()
+    try:
+        image.save(file, kind, **options)
+    except Exception:  # Pillow does not write this mode so
+        return None
+    return file.getvalue()
+
+
+@functools.cache
+def corpus() -> list[tuple[str, bytes]]:
+    """Sound pictures of all formats, modes and options, with their names."""
+    found = []
+    for kind in FORMATS:
+        for mode in MODES:
+            for options in (
+                *OPTIONS.get(kind, ({},)),
+                *(metadata(kind) if mode in ("RGB", "L", "RGBA", "CMYK") else ()),
+            ):
+                data = saved(drawn(mode), kind, **options)
+                if data is not None:
+                    found.append((f"{kind} {mode} {sorted(options)}", data))
+    frames = [drawn("RGB"), drawn("RGB").rotate(90), drawn("L").convert("RGB")]
+    for kind in ("GIF", "PNG", "WEBP", "TIFF", "AVIF", "MPO"):
+        data = saved(frames[0], kind, save_all=True, append_images=frames[1:])
+        if data is not None:
+            found.append((f"{kind} of three frames", data))
+    return found
+
+
+@functools.cache
+def strangers() -> list[tuple[str, bytes]]:
+    """Sound pictures of formats that are not read."""
+    found = [(kind, saved(drawn(mode), kind)) for kind in REFUSED for mode in ("RGB", "L", "1")]
+    return [(kind, data) for kind, data in found if data is not None]
+
+
+def read(source: bytes | Path, name: str) -> Image.Image:
+    """Open a picture and use it, as training does."""
+    image = open_image(source, name)
+    assert image.mode == "RGB"
+    assert min(image.size) >= MIN_SIDE
+    view = resize_and_crop(image, 16)
+    assert dvae_augmentation(image, 16, np.random.default_rng(0)).size == view.size == (16, 16)
+    assert to_tensor(view).shape == (3, 16, 16)
+    return image
+
+
+@fuzz(400)
+@given(number=st.integers(0, 10_000))
+def test_sound_pictures_of_all_modes(number: int, door: Door) -> None:
+    name, data = corpus()[number % len(corpus())]
+
+    def check() -> int:
+        image = read(data, name)
+        require_kept(sorted(image.size) == sorted((WIDTH, HEIGHT)), image.size)
+        return 0
+
+    door.knock(check)
+    require_kept(door.counts["words"] == 0, f"{name}: refused")
+
+
+@fuzz(6000)
+@given(
+    data=st.integers(0, 10_000).flatmap(lambda number: damaged(corpus()[number % len(corpus())][1], 5)),
+    as_file=st.booleans(),
+)
+def test_damaged_pictures(data: bytes, as_file: bool, tmp_path: Path, door: Door) -> None:
+    source: bytes | Path = data
+    if as_file:
+        source = tmp_path / "x.jpg"
+        source.write_bytes(data)
+    name = str(source) if isinstance(source, Path) else "x.jpg"
+    door.knock(lambda: bool(read(source, name)) - 1, names=name)
+
+
+@fuzz(300)
+@given(data=st.integers(0, 10_000).flatmap(lambda number: damaged(strangers()[number % len(strangers())][1], 1)))
+def test_other_formats(data: bytes, door: Door) -> None:
+    door.knock(lambda: bool(read(data, "x.png")) - 1, names="x.png")
+
+
+def chunk(name: bytes, data: bytes) -> bytes:
+    return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
+
+
+SIDES = st.one_of(st.integers(0, 40), st.sampled_from((1, 7, 8, 100_000, 2**16, 2**24, 2**31 - 1, 2**31, 2**32 - 1)))
+
+
+@st.composite
+def pngs(draw: st.DrawFn) -> bytes:
+    """PNGs with right checksums: any size, depth and colour, chunks in any order with any content."""
+    width, height = draw(SIDES), draw(SIDES)
+    depth, colour = draw(st.sampled_from((1, 2, 4, 8, 16, 3))), draw(st.sampled_from((0, 2, 3, 4, 6, 1)))
+    chunks = [
+        chunk(b"IHDR", struct.pack(">IIBBBBB", width, height, depth, colour, 0, 0, draw(st.sampled_from((0, 0, 1, 2)))))
+    ]
+    n_bytes = min(height * (width * depth * 4 // 8 + 1), 1 << 22)
+    pixels = zlib.compress(
+        draw(st.sampled_from((b"\0", b"\xff"))) * draw(st.sampled_from((0, n_bytes // 2, n_bytes))), 1
+    )
+    contents = {
+        b"PLTE": st.binary(max_size=12).map(lambda data: data * 64),
+        b"tRNS": st.binary(max_size=8),
+        b"iCCP": st.sampled_from((PROFILE, LAB_PROFILE, b"", b"\0" * (6 << 20))).map(
+            lambda p: b"p\0\0" + zlib.compress(p, 1)
+        ),
+        b"zTXt": st.sampled_from((b"x", bytes(70 << 20))).map(lambda text: b"key\0\0" + zlib.compress(text, 1)),
+        b"tEXt": st.sampled_from(ODD_TEXTS).map(lambda text: b"key\0" + text.encode("utf-8", "replace") * 9),
+        b"iTXt": st.binary(max_size=30),
+        b"eXIf": st.one_of(st.just(exif(3)), st.binary(max_size=40), damaged(exif(8))),
+        b"gAMA": st.binary(max_size=5),
+        b"cHRM": st.binary(max_size=33),
+        b"acTL": st.binary(min_size=8, max_size=8),
+        b"fcTL": st.binary(min_size=26, max_size=26),
+        b"bKGD": st.binary(max_size=6),
+        b"sRGB": st.binary(max_size=2),
+        b"pHYs": st.binary(max_size=9),
+    }
+    for name in draw(st.lists(st.sampled_from(sorted(contents)), max_size=3)):
+        chunks.append(chunk(name, draw(contents[name])))
+    chunks.append(chunk(b"IDAT", pixels))
+    if draw(st.integers(0, 5)) == 0:
+        chunks = [chunks[0], *draw(st.permutations(chunks[1:]))]
+    return b"\x89PNG\r\n\x1a\n" + b"".join(chunks) + chunk(b"IEND", b"")
+
+
+@fuzz(1500)
+@given(data=pngs())
+def test_chunks_of_png(data: bytes, door: Door) -> None:
+    door.knock(lambda: bool(read(data, "x.png")) - 1, names="x.png")
+
+
+@fuzz(1500)
+@given(
+    block=st.one_of(damaged(exif(5), 6), damaged(PROFILE, 4)),
+    kind=st.sampled_from(("JPEG", "PNG", "WEBP", "TIFF", "AVIF")),
+)
+def test_metadata_of_pictures(block: bytes, kind: str, door: Door) -> None:
+    """EXIF and profiles never cost the picture."""
+    is_profile = b"acsp" in block[:64]
+    data = saved(drawn("RGB"), kind, **{"icc_profile" if is_profile else "exif": block})
+    if data is None:
+        return
+
+    def check() -> int:
+        require_kept(sorted(read(data, "x").size) == sorted((WIDTH, HEIGHT)), "size")
+        return 0
+
+    door.knock(check, names="x")
+
+
+@fuzz(60)
+@given(
+    size=st.sampled_from(((8, 60_000), (60_000, 8), (4000, 3000), (7, 100), (1, 1), (30_000, 9))),
+    kind=st.sampled_from(("PNG", "JPEG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "JPEG2000")),
+    mode=st.sampled_from(("1", "L", "RGB", "RGBA", "I;16")),
+)
+def test_extreme_sizes(size: tuple[int, int], kind: str, mode: str, door: Door) -> None:
+    data = saved(Image.new(mode, size), kind)
+    if data is not None:
+        door.knock(lambda: bool(read(data, "x")) - 1, names="x")
