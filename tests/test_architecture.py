@@ -75,7 +75,7 @@ ROOMS: dict[str, set[str]] = {
         "training.drawings",
         "training.schedules",
     },
-    "training.plan": {"dalle", "dalle.output", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
+    "training.plan": {"storage", "dalle", "dalle.output", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
 }
 ROOMS["training.stages"] = {*ROOMS} - {"dalle.cli", "training.report"}
 ROOMS["training.demo"] = {*ROOMS} - {"dalle.cli"}

@@ -134,9 +134,9 @@ def _gpu_hours(plan: Plan, days: float) -> str:
 
 
 def _communication_table(plan: Plan) -> Iterator[str]:
-    """Yield the table of what GPUs send each other, if the network is known."""
+    """Yield the table of what GPUs send each other, if there are several and the network is known."""
     network = plan.network
-    if network is None:
+    if network is None or network.gpus == 1:
         return
     hosts = f"{network.hosts} host{'s' if network.hosts > 1 else ''} of {network.per_host}"
     yield (

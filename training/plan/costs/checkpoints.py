@@ -103,7 +103,7 @@ class Checkpoint:
     first: float
     """Of the first rank, which writes the averaged weights, too, and below stage 3 the weights."""
     other: float
-    """Of each other rank."""
+    """Of each other rank, if there is one."""
     total: float
     """Of all ranks."""
     export: float
@@ -146,7 +146,7 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
     export = FLOAT * n
     return Checkpoint(
         first=first,
-        other=own,
+        other=own if ranks > 1 else 0.0,
         total=total,
         export=export,
         converted=converted,
