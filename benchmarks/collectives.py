@@ -104,7 +104,7 @@ class _Collectives(TorchDispatchMode):
     """Sums the bytes of all collectives while it is entered, by kind."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.sums: Counter[str] = Counter()
 
     def __torch_dispatch__(

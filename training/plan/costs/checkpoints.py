@@ -53,13 +53,14 @@ def measured_speeds(folder: Path) -> Speeds:
         OSError: nothing can be written there.
     """
     there = nearest_folder(folder)
-    data = torch.frombuffer(bytearray(os.urandom(1 << 20)) * (_MEASURED >> 20), dtype=torch.uint8)
-    pack_s = _seconds(lambda: torch.save(data, io.BytesIO()))
-    digest_s = _seconds(lambda: hashlib.blake2b(data.numpy()).digest())
+    content = bytearray(os.urandom(1 << 20)) * (_MEASURED >> 20)
+    tensor = torch.frombuffer(content, dtype=torch.uint8)
+    pack_s = _seconds(lambda: torch.save(tensor, io.BytesIO()))
+    digest_s = _seconds(lambda: hashlib.blake2b(content).digest())
     with tempfile.TemporaryFile(dir=there) as file:
 
         def write() -> None:
-            file.write(data.numpy())
+            file.write(content)
             file.flush()
             os.fsync(file.fileno())
 
