@@ -77,8 +77,8 @@ class Case:
         )
 
 
-_SHORT = {"live": 200_000, "persistent": 1_000}
-"""Of stage 3: about a layer is kept, and matrices are shared."""
+_LIVE, _PERSISTENT = 200_000, 1_000
+"""Elements at stage 3: about a layer is kept, and matrices are shared."""
 
 CASES: dict[str, Case] = {
     "stage 0": Case(zero_stage=0, accumulation=2, averages=True),
@@ -92,9 +92,11 @@ CASES: dict[str, Case] = {
     "stage 2, autocast": Case(zero_stage=2, precision="autocast"),
     "stage 3, all kept": Case(zero_stage=3, accumulation=2, averages=True, persistent=1_000),
     "stage 3, nothing shared": Case(zero_stage=3),
-    "stage 3": Case(zero_stage=3, accumulation=2, **_SHORT),
-    "stage 3, bf16, checkpointing": Case(zero_stage=3, precision="bf16", checkpointing=True, **_SHORT),
-    "stage 3, autocast": Case(zero_stage=3, precision="autocast", **_SHORT),
+    "stage 3": Case(zero_stage=3, accumulation=2, live=_LIVE, persistent=_PERSISTENT),
+    "stage 3, bf16, checkpointing": Case(
+        zero_stage=3, precision="bf16", checkpointing=True, live=_LIVE, persistent=_PERSISTENT
+    ),
+    "stage 3, autocast": Case(zero_stage=3, precision="autocast", live=_LIVE, persistent=_PERSISTENT),
     "PowerSGD": Case(zero_stage=0, powersgd_rank=4, accumulation=2),
     "PowerSGD, stage 1": Case(zero_stage=1, powersgd_rank=4),
 }

@@ -212,7 +212,7 @@ def sent(options: Options, report: Report) -> None:
 def on_ranks(n: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
     """Return what `function(ranks, *arguments)` returns on each of n ranks, processes of their own; as JSON."""
     with tempfile.TemporaryDirectory() as folder:
-        multiprocessing.spawn(_rank, (n, folder, function, arguments), nprocs=n)  # type: ignore[no-untyped-call]
+        multiprocessing.spawn(_rank, (n, folder, function, arguments), nprocs=n)  # type: ignore[attr-defined, no-untyped-call]
         return [json.loads((Path(folder) / f"{rank}.json").read_text()) for rank in range(n)]
 
 

@@ -168,20 +168,21 @@ def _refuse_bombs(file: io.BytesIO) -> None:
     start, mark = file.tell(), -1
     stack: list[int] = []  # for each object on the unpickler's stack the number of its parts
     memo: dict[int, int] = {}
-    for opcode, argument, _ in pickletools.genops(file):
+    given: Any  # pickletools says nothing of its kind
+    for opcode, given, _ in pickletools.genops(file):
         name, n_before, parts = opcode.name, len(opcode.stack_before), 0
         if pickletools.markobject in opcode.stack_before or (name == "POP" and stack[-1] == mark):
             while (top := stack.pop()) != mark:
                 parts += top
             n_before = 0 if name == "POP" else opcode.stack_before.index(pickletools.markobject)
         if name in ("PUT", "BINPUT", "LONG_BINPUT", "MEMOIZE"):
-            number = len(memo) if name == "MEMOIZE" else argument
+            number = len(memo) if name == "MEMOIZE" else int(given)
             if not 0 <= number <= len(memo):
                 raise ValueError("it numbers its parts in an impossible way")
             memo[number] = stack[-1]
         parts += sum(stack.pop() for _ in range(n_before))
         if name in ("GET", "BINGET", "LONG_BINGET"):
-            parts = memo[argument]
+            parts = memo[int(given)]
         if parts > MAX_PARTS:
             raise ValueError(f"it has more than {MAX_PARTS:,} parts")
         stack += [mark if after is pickletools.markobject else 1 + parts for after in opcode.stack_after]
