@@ -13,7 +13,7 @@ Legend: n samples in all  place, position within an epoch, 0 … n - 1
 
 from bisect import bisect_right
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
 
@@ -52,6 +52,9 @@ class Shuffle:
                 f"the order of samples needs a window of at least 0 shards and 1 to {self.batch} streams (the global "
                 f"batch), got {self.window} and {self.streams}"
             )
+
+    def __str__(self) -> str:
+        return f"samples are shuffled in windows of {self.window} shards, in {self.streams} streams side by side"
 
     @classmethod
     def of(cls, counts: Sequence[int], batch: int, *, window: int | None = None, streams: int | None = None) -> Self:
@@ -115,8 +118,9 @@ class Order:
         self._counts = np.array(counts, dtype=np.int64)
         self._firsts = np.cumsum([0, *counts], dtype=np.int64)
         self.n = n = int(self._firsts[-1])
-        self._is_full = not 0 < shuffle.window < len(counts)
-        self._per_window = len(counts) if self._is_full else shuffle.window
+        self.is_full = not 0 < shuffle.window < len(counts)
+        """Whether all samples are shuffled together."""
+        self._per_window = len(counts) if self.is_full else shuffle.window
         # places of a stream in each batch, and where its segment of the epoch begins
         bounds = [stream * shuffle.batch // shuffle.streams for stream in range(shuffle.streams + 1)]
         self._bounds, self._sizes = bounds[:-1], np.diff(bounds).tolist()
@@ -137,32 +141,42 @@ class Order:
         return self._held(epoch, window).number(self._in_sequence(place) - start)
 
     def instead(self, position: int, attempt: int) -> int:
-        """Return the number of the sample to try in place of an unusable one, in attempt 1, 2, …
+        """Return the number of the sample to try in place of an unusable one.
 
-        Those of the next places of the epoch; with windows, whose shards may be lost as a whole, after a few of them
-        places spread over all of the epoch.
+        It is that of a next place of the epoch; with windows, whose shards may be lost as a whole, after a few of them
+        the places are spread over all of the epoch.
+
+        Args:
+            position: of the unusable one.
+            attempt: 1, 2, …
         """
         epoch, place = divmod(position, self.n)
-        step = 1 if self._is_full or attempt <= _NEAR else self.n // _FAR + 1
+        step = 1 if self.is_full or attempt <= _NEAR else self.n // _FAR + 1
         return self.number(epoch * self.n + (place + attempt * step) % self.n)
 
     def epoch(self, epoch: int) -> NDArray[np.int64]:
         """Return the numbers of a whole epoch, (n,)."""
+        if self.is_full and self._shuffle.streams == 1:
+            return self._held(epoch, 0).shuffled.astype(np.int64)
         return np.array([self.number(epoch * self.n + place) for place in range(self.n)], dtype=np.int64)
 
-    def shards_ahead(self, position: int, n_windows: int = 2) -> list[int]:
-        """Return the shards that the stream of a position reads from there on, in the order of need.
+    def shards_ahead(self, positions: Iterable[int], n_windows: int = 2) -> list[int]:
+        """Return the shards that the streams of some positions read from there on, in the order of need.
 
         Args:
-            position: of the endless sequence.
-            n_windows: the window at this position, and those after it in the stream; no more than the epoch has.
+            positions: of the endless sequence; of each stream, the first of them counts.
+            n_windows: windows of each stream, the one at the position and those after it; no more than the epoch has.
         """
-        epoch, place = divmod(position, self.n)
-        shards, starts = self._epoch(epoch)
-        window, _ = self._window_at(epoch, self._in_sequence(place))
-        end = self._segments[self._stream(place) + 1]
-        windows = [w for w in range(window, min(window + n_windows, len(starts))) if starts[w] < end]
-        return [int(shard) for w in windows for shard in self._shards_in(shards, w)]
+        first = {self._stream(position % self.n): position for position in reversed(list(positions))}
+        windows: dict[tuple[int, int], None] = {}
+        for ahead in range(n_windows):
+            for stream, position in sorted(first.items(), key=lambda item: item[1]):
+                epoch, place = divmod(position, self.n)
+                window, _ = self._window_at(epoch, self._in_sequence(place))
+                starts = self._epoch(epoch).starts
+                if window + ahead < len(starts) and starts[window + ahead] < self._segments[stream + 1]:
+                    windows[epoch, window + ahead] = None
+        return [int(shard) for epoch, window in windows for shard in self._shards_in(self._epoch(epoch).shards, window)]
 
     def _stream(self, place: int) -> int:
         return bisect_right(self._bounds, place % self._shuffle.batch) - 1
@@ -177,7 +191,7 @@ class Order:
 
     def _window_at(self, epoch: int, at: int) -> tuple[int, int]:
         """Return the number of the window in which a place of the sequence is, and where it begins."""
-        if self._is_full:
+        if self.is_full:
             return 0, 0
         starts = self._epoch(epoch).starts
         window = bisect_right(starts, at) - 1
@@ -192,8 +206,8 @@ class Order:
     def _epoch(self, epoch: int) -> _Epoch:
         if epoch not in self._epochs:
             n_shards = len(self._counts)
-            shards = np.arange(n_shards) if self._is_full else self._bits(epoch, n_shards, 0)
-            starts = np.cumsum([0, *self._counts[shards]])[:-1 : self._per_window].tolist()
+            shards = np.arange(n_shards) if self.is_full else self._bits(epoch, n_shards, 0)
+            starts = np.cumsum([0, *self._counts[shards]])[: -1 : self._per_window].tolist()
             self._epochs[epoch] = _Epoch(shards, starts)
             if len(self._epochs) > 2:  # a micro-batch may reach over the end of an epoch
                 self._epochs.popitem(last=False)
@@ -211,7 +225,7 @@ class Order:
         shards = self._shards_in(self._epoch(epoch).shards, window)
         starts = np.cumsum([0, *self._counts[shards]])
         n = int(starts[-1])
-        shuffled = self._bits(epoch, n) if self._is_full else self._bits(epoch, n, 1 + window)
+        shuffled = self._bits(epoch, n) if self.is_full else self._bits(epoch, n, 1 + window)
         held = _Window(
             firsts=self._firsts[shards].tolist(),
             starts=starts[:-1].tolist(),

@@ -16,6 +16,7 @@ from PIL import Image
 from dalle.data.endings import is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData
+from dalle.data.shard import Shard
 from dalle.data.usable import usable_part
 from dvae.images import open_image
 from storage.drawn import is_sheet
@@ -173,9 +174,11 @@ class Pictures:
         if n_without := sum(not name for name in index.image_names):
             left_out.append(f"… {n_without:,} samples without a picture of a format that is read")
         self.skipped += [f"{shard.name}/{reason}" for reason in left_out]
-        data = ShardData([part], report, captions=False)
-        for i, member in enumerate(data.names):
-            name = f"{shard.name}/{member}"
+        if not part.keys:
+            return
+        data = ShardData([Shard.held(part)], report, captions=False)
+        for i in range(len(data)):
+            name = f"{shard.name}/{data.name(i)}"
             try:
                 image = open_image(data.read(i).image_bytes, name)
             except ValueError as error:

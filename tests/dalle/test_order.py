@@ -117,11 +117,13 @@ def test_the_shards_that_a_stream_needs_next_are_known() -> None:
     counts, batch = (10,) * 40, 8
     order = Order(counts, 0, Shuffle(window=2, streams=4, batch=batch))
     for position in (0, 2, 131, 200, 399):
-        ahead = order.shards_ahead(position)
+        ahead = order.shards_ahead([position])
         assert shard_of(order.number(position), counts) in ahead[:2]
-        later = [p for p in range(position, 400, batch)]
+        later = range(position, 400, batch)
         read = list(dict.fromkeys(shard_of(order.number(p), counts) for p in later))
-        assert set(read[:4]) <= set(order.shards_ahead(position, 3))
+        assert set(read[:4]) <= set(order.shards_ahead([position], 3))
+    together = order.shards_ahead(range(16, 24), 1)
+    assert together == [shard for first in range(16, 24, 2) for shard in order.shards_ahead([first], 1)]
 
 
 @pytest.mark.parametrize("streams", [1, 4])
