@@ -5,6 +5,8 @@ are the memory of a rank, the time to its first batch, at the start and at step 
 of the order; counted are the bytes that the ranks of a host read, and how well windows mix.
 """
 
+import dataclasses
+import json
 import math
 import os
 import tempfile
@@ -20,8 +22,11 @@ import torch
 
 from benchmarks import measure
 from benchmarks.measure import Options, PeakMemory, Report
+from dalle.data import index_file
 from dalle.data.index import ShardIndex, checksum
+from dalle.data.index_file import read_header
 from dalle.data.order import Order, Shuffle
+from dalle.data.reader import ShardData
 from training.data.batches import Share, batches
 from training.data.manifest import RECORDS, Entry, Manifest, open_with_manifest, write_summary
 from training.data.record import ShardRecord
@@ -88,6 +93,23 @@ def make(folder: Path, n_shards: int) -> tuple[Path, Path]:
     return shards, manifest
 
 
+def keep_indexes(shards: Path) -> None:
+    """Make the index file beside each shard, of which only the header is right: a start reads no more."""
+    first = shards / "000000.tar"
+    index = dataclasses.replace(
+        ShardRecord.load(shards.parent / "manifest" / RECORDS / "000000.index").index, path=first
+    )
+    path = first.with_name(first.name + index_file.ENDING)
+    path.write_bytes(index_file.index_bytes(index, 0, {}))
+    header = read_header(path)
+    size, text = path.stat().st_size, json.dumps(header.record, separators=(",", ":"))
+    for shard in shards.glob("*.tar"):
+        named = text.replace(first.name, shard.name).encode()
+        other = shard.with_name(shard.name + index_file.ENDING)
+        other.write_bytes(index_file.with_prefix(named))
+        os.truncate(other, size)
+
+
 def rank(shards: Path, manifest: Path, ranks: int, batch: int, step: int, n: int) -> Found:
     """Read n samples as the first rank of some does, from a step on; in a process of its own."""
     memory, started = PeakMemory(), time.perf_counter()
@@ -133,6 +155,11 @@ def ranks(options: Options, report: Report) -> None:
         for name, ranks, batch, step in cases:
             found.append(apart(shards, manifest, ranks, batch=batch, step=step, n=n))
             rows.append([name, *_cells(found[-1])])
+        keep_indexes(shards)
+        measure.say("scale: without a manifest")
+        with ProcessPoolExecutor(1, get_context("spawn")) as pool:
+            opened = pool.submit(start, shards).result()
+        rows.append(["without a manifest, indexes beside the shards", opened.memory / 1e6, opened.open_s, None, 0, 0])
         (shards / "000007.tar").unlink()
         found.append(apart(shards, manifest, 8, n=n))
         rows.append(["8 ranks, a shard lost", *_cells(found[-1])])
@@ -143,27 +170,35 @@ def ranks(options: Options, report: Report) -> None:
     report.line("time to the first batch", "the limit", max(one.first_s for one in found), 10, at_most=True, unit=" s")
 
 
+def start(shards: Path) -> Found:
+    """Open the shards by the headers of their indexes; in a process of its own."""
+    memory, started = PeakMemory(), time.perf_counter()
+    ShardData.open([shards], captions=False)
+    return Found(time.perf_counter() - started, 0.0, memory.bytes(), 0, 0)
+
+
 def _cells(found: Found) -> list[measure.Cell]:
     return [found.memory / 1e6, found.open_s, found.first_s, found.n_samples, found.n_bad]
 
 
 def order(options: Options, report: Report) -> None:
-    """Time of the order, by ranks."""
+    """Time of the order, by ranks: while all windows are made, and after that."""
     rows: list[list[measure.Cell]] = []
     counts = [PER_SHARD] * SHARDS
     for ranks in RANKS:
-        times = []
+        times: list[list[float]] = [[], []]
         for _ in range(options.n(3)):
             made = Order(counts, 0, Shuffle.of(counts, BATCH))
             per_rank = BATCH // ranks
-            n_steps = max(1, (2_000 if options.quick else 50_000) // per_rank)
-            started = time.process_time()
-            for step in range(RESUMED_AT, RESUMED_AT + n_steps):
-                for position in range(step * BATCH, step * BATCH + per_rank):
-                    made.number(position)
-            times.append((time.process_time() - started) / (n_steps * per_rank) * 1e6)
-        rows.append([f"{ranks:,} ranks", median(times)])
-    report.table("The order from step 300,000 on, µs a sample, its windows' permutations included", ["", "µs"], rows)
+            n_steps = max(1, (2_000 if options.quick else 25_000) // per_rank)
+            for first, found in zip((RESUMED_AT, RESUMED_AT + n_steps), times, strict=True):
+                started = time.process_time()
+                for step in range(first, first + n_steps):
+                    for position in range(step * BATCH, step * BATCH + per_rank):
+                        made.number(position)
+                found.append((time.process_time() - started) / (n_steps * per_rank) * 1e6)
+        rows.append([f"{ranks:,} ranks", *map(median, times)])
+    report.table("The order from step 300,000 on, µs a sample", ["", "the first 25,000 samples", "then"], rows)
     report.line("order", "the limit", max(float(row[1] or 0) for row in rows), 20, at_most=True, unit=" µs a sample")
 
 

@@ -112,8 +112,13 @@ def index_bytes(index: ShardIndex, changed_ns: int, more: Mapping[str, Any]) -> 
         "columns_digest": _digest(body).hex(),
     }
     text = json.dumps(header, separators=(",", ":")).encode()  # ASCII: names may hold halves of surrogate pairs
-    text += b" " * (-len(text) % _ALIGNMENT)
-    return _PREFIX.pack(_MAGIC, _VERSION, len(text), _digest(text)) + text + bytes(body)
+    return with_prefix(text) + bytes(body)
+
+
+def with_prefix(header: bytes) -> bytes:
+    """Return a header as it stands in a file, with what comes before it."""
+    text = header + b" " * (-len(header) % _ALIGNMENT)
+    return _PREFIX.pack(_MAGIC, _VERSION, len(text), _digest(text)) + text
 
 
 def _columns(index: ShardIndex) -> dict[str, NDArray[Any]]:

@@ -14,7 +14,9 @@ import dalle.data.shard
 from dalle.data import index_file
 from dalle.data.index import Texts, index_shard, with_captions
 from dalle.data.index_file import IndexFileError, index_bytes, read_header, read_index
+from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
+from training.data.sources.folders import list_folder
 
 N = 12
 
@@ -171,6 +173,14 @@ def test_an_index_that_vanishes_is_made_again(shard: Path) -> None:
     data = opened(shard)
     shard.with_name("s.tar.index").unlink()
     assert data.key(0) == "k000"
+
+
+def test_an_index_beside_a_shard_is_no_other_file_of_the_folder(shard: Path) -> None:
+    opened(shard)
+    (shard.parent / "a.png").write_bytes(b"")
+    found = list_folder(shard.parent)
+    assert found.others == {".tar file": ["s.tar"]}
+    assert expand_shards([shard.parent]) == [shard]
 
 
 def test_more_shards_than_are_held_open_are_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
