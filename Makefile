@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all faults bench bench-plan lint clean
+.PHONY: demo test test-all faults bench bench-plan bench-scale lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -35,6 +35,10 @@ bench: $(BENCH_STAMP)
 # What `dalle-train plan` predicts beside measured peaks of training; a few minutes.
 bench-plan: $(STAMP)
 	$(BIN)/python -m benchmarks.plan
+
+# Memory, start and order of a rank at 250 million samples, on simulated shards; a few minutes.
+bench-scale: $(STAMP)
+	$(BIN)/python -m benchmarks.scale
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -67,6 +67,12 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
         pool.shutdown(cancel_futures=True)
 
 
+def state_of(shard: Path) -> State:
+    """Return the size of a shard and the time of its last change; raises OSError where it cannot be found out."""
+    status = shard.stat()
+    return status.st_size, status.st_mtime_ns
+
+
 def changed(shard: Path) -> ValueError:
     """Return the error for a shard that is not the one of the start any more."""
     return ValueError(f"{shard} has changed since it was indexed: start again to read it anew")
@@ -85,8 +91,7 @@ def look_at(path: Path, *, captions: bool, encoded: bool, skip_damaged: bool) ->
         ValueError: it is damaged, unless `skip_damaged`; a whole one has no usable sample, or image tokens where
             pictures are needed; or as `index_shard`.
     """
-    status = path.stat()
-    state = (status.st_size, status.st_mtime_ns)
+    state = state_of(path)
     header = kept_header(path, state)
     if header is None or captions not in header.parts:
         index, damage = _indexed(path, skip_damaged=skip_damaged)
@@ -107,7 +112,7 @@ def look_at(path: Path, *, captions: bool, encoded: bool, skip_damaged: bool) ->
         raise ValueError(nothing_usable(read_index(header.path, path)[0], part.report))
     shard = Shard(
         path=path,
-        n_bytes=status.st_size,
+        n_bytes=state[0],
         n_samples=part.report.n_samples,
         tokens=header.tokens,
         load=partial(_load, path, state, captions),
@@ -123,11 +128,9 @@ def _load(path: Path, before: State, captions: bool) -> ShardIndex:
         ValueError: the shard has changed, or cannot be indexed.
         OSError: it cannot be read.
     """
-    status = path.stat()
-    state = (status.st_size, status.st_mtime_ns)
-    if state != before:
+    if state_of(path) != before:
         raise changed(path)
-    index = kept_index(path, state) or index_shard(path)
+    index = kept_index(path, before) or index_shard(path)
     return usable_part(index, captions=captions, encoded=True)[0]
 
 

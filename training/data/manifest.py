@@ -33,7 +33,7 @@ from dalle.data.index import ShardIndex
 from dalle.data.index_file import READING_ERRORS
 from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
-from dalle.data.shard import Shard, State, in_threads
+from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
 from storage.atomic import replace_text
 from training.data.exclusions import Excluded
@@ -272,17 +272,16 @@ def _look_at(
 
 def _state(path: Path | None) -> State | None:
     try:
-        status = None if path is None else path.stat()
+        return None if path is None else state_of(path)
     except OSError:
         return None
-    return None if status is None else (status.st_size, status.st_mtime_ns)
 
 
 def _load(manifest: Manifest, entry: Entry, path: Path, captions: bool) -> ShardIndex:
     """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`."""
     index = manifest.record(entry).index
     excluded = manifest.excluded.rows(index.keys, entry.path) if manifest.excluded.names(entry.path) else None
-    index = dataclasses.replace(index, path=path, n_bytes=path.stat().st_size)
+    index = dataclasses.replace(index, path=path, n_bytes=state_of(path)[0])
     return usable_part(index, captions=captions, encoded=True, excluded=excluded)[0]
 
 

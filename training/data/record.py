@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.index_file import READING_ERRORS, index_bytes, keep, kept_index, read_index
-from dalle.data.shard import State
+from dalle.data.shard import State, state_of
 from storage.atomic import replace_file
 
 FORMAT_VERSION = 2
@@ -140,22 +140,22 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     index, n = record.index, len(record.index.keys)
     all_lost = np.ones(n, dtype=bool)
     try:
-        status = path.stat() if path is not None else None
+        state = state_of(path) if path is not None else None
     except OSError:
-        status = None
-    if path is None or status is None:
+        state = None
+    if path is None or state is None:
         return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
-    if (status.st_size, status.st_mtime_ns) == (index.n_bytes, record.changed_ns):
+    if state == (index.n_bytes, record.changed_ns):
         return dataclasses.replace(index, path=path, lost=~all_lost), None
     try:
-        places, lost, damage = _search(index, path, (status.st_size, status.st_mtime_ns))
+        places, lost, damage = _search(index, path, state)
     except OSError as error:
         return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
-    if status.st_size != index.n_bytes:
-        damage = damage or f"it has {status.st_size:,} bytes, and had {index.n_bytes:,}"
+    if state[0] != index.n_bytes:
+        damage = damage or f"it has {state[0]:,} bytes, and had {index.n_bytes:,}"
     elif damage is None and lost.any():
         damage = "it holds other samples"
-    return dataclasses.replace(index, path=path, n_bytes=status.st_size, places=places, lost=lost), damage
+    return dataclasses.replace(index, path=path, n_bytes=state[0], places=places, lost=lost), damage
 
 
 def _search(
