@@ -22,6 +22,7 @@ from numpy.typing import NDArray
 
 from dalle.data.index import IMAGE, NO_PICTURE, checksum
 from dalle.data.names import expand_shards
+from dalle.data.shard import state_of
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
 from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Summary
@@ -120,8 +121,7 @@ def _known(out: Path, name: str) -> ShardRecord | None:
 
 def _is_of(record: ShardRecord, path: Path) -> bool:
     """Return whether a shard has the size and the time of change that it had when it was checked."""
-    status = path.stat()
-    return (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
+    return (record.index.n_bytes, record.changed_ns) == state_of(path)
 
 
 def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], excluded: Excluded) -> None:
