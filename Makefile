@@ -6,7 +6,7 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all fuzz faults bench bench-plan lint clean
+.PHONY: demo test test-all fuzz faults bench bench-plan bench-scale lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -40,6 +40,10 @@ bench: $(BENCH_STAMP)
 bench-plan: $(STAMP)
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.costs
+
+# Memory, start and order of a rank at 250 million samples, on simulated shards; a few minutes.
+bench-scale: $(STAMP)
+	$(BIN)/python -m benchmarks.scale
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

@@ -117,6 +117,12 @@ class ReadingOptions:
     """Processes that read and augment, per rank; 0 reads in the training process."""
     max_bad_fraction: float = 0.01
     """Fraction of unusable samples above which training stops."""
+    shuffle_window: int | None = None
+    """Shards that are read, and their samples shuffled, together; 0 for all. By default all of up to a million samples,
+    8 shards of more. A run keeps the window that it began with."""
+    shuffle_streams: int | None = None
+    """Parts of an epoch that are read side by side where there are windows, so that each rank reads the shards of few
+    parts. By default up to 64. A run keeps those that it began with."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -215,6 +221,7 @@ class TrainConfig(
         check_bounds(self, {"steps": (1, MAX_STEPS), "global_batch": (1, MAX_BATCH), "micro_batch": (1, None)})
         check_bounds(self, dict.fromkeys(("log_every", "checkpoint_every", "keep_last", "ema_every"), (1, None)))
         check_bounds(self, {"seed": (0, MAX_SEED), "workers": (0, MAX_WORKERS), "validation_samples": (1, None)})
+        check_bounds(self, {"shuffle_window": (0, None), "shuffle_streams": (1, None)})
         check_bounds(self, dict.fromkeys(("validate_every", "sample_every", "keep_every"), (0, None)))
         check_bounds(self, dict.fromkeys(("max_skipped_steps", "powersgd_rank"), (0, None)))
         if not 0 < self.learning_rate.peak < math.inf:

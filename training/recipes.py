@@ -17,8 +17,8 @@ from dalle.sampling import SamplingDefaults
 from dvae.model import DVAEConfig
 from rerank.model import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig, check_bounds
-from training.data.wrong_captions import SOURCES, Source
 from training.drawings.shapes import FROM_ONE_END
+from training.drawings.wrong_captions import SOURCES, Source
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
 
 

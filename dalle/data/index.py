@@ -14,9 +14,10 @@ import hashlib
 import os
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +37,46 @@ _TOKEN_KINDS = {TOKENS_FIELD: IMAGE} | _CAPTION_KINDS
 _Row = list[Member | None]  # the members of a sample, by kind
 
 
+class Texts(Sequence[str]):
+    """Texts that lie in one block of bytes and are decoded when one is asked for: no Python object for each.
+
+    Args:
+        starts: where each begins in the block.
+        ends: where each ends.
+        block: their UTF-8; halves of surrogate pairs, of names that are not UTF-8, have three bytes each.
+    """
+
+    def __init__(self, starts: NDArray[np.integer[Any]], ends: NDArray[np.integer[Any]], block: memoryview) -> None:
+        self._starts, self._ends, self._block = starts, ends, block
+
+    @classmethod
+    def of(cls, texts: Iterable[str]) -> "Texts":
+        """Return some texts in a block of their own."""
+        block, ends = joined(texts)
+        return cls.by_ends(ends, memoryview(block))
+
+    @classmethod
+    def by_ends(cls, ends: NDArray[np.integer[Any]], block: memoryview) -> "Texts":
+        """Return the texts of a block without gaps, by their ends."""
+        return cls(np.concatenate([np.zeros(1, dtype=ends.dtype), ends[:-1]]), ends, block)
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, i: int) -> str: ...
+    @overload
+    def __getitem__(self, i: slice) -> list[str]: ...
+    def __getitem__(self, i: int | slice) -> str | list[str]:
+        if isinstance(i, slice):
+            return [self[number] for number in range(*i.indices(len(self)))]
+        return str(self._block[self._starts[i] : self._ends[i]], "utf-8", "surrogatepass")
+
+    def chosen(self, rows: NDArray[np.int64]) -> "Texts":
+        """Return some of the texts, of the same block."""
+        return Texts(self._starts[rows], self._ends[rows], self._block)
+
+
 @dataclass(frozen=True, kw_only=True)
 class ShardIndex:
     """Places of the n samples of one shard."""
@@ -46,11 +87,11 @@ class ShardIndex:
     """Its size."""
     tokens: Description | None
     """Description of its image tokens; None for a shard of pictures."""
-    keys: tuple[str, ...]
+    keys: Sequence[str]
     """One per sample."""
-    image_names: tuple[str, ...]
+    image_names: Sequence[str]
     """Member names of the pictures, or of their tokens; "" where a sample has none."""
-    places: NDArray[np.int64]
+    places: NDArray[np.integer[Any]]
     """(n, 3, 2): offset and size in bytes of each kind of member; size 0 for a member that is missing."""
     n_ignored: int
     """Links, devices, sparse members and names that lead out of a folder: never looked at."""
@@ -81,14 +122,41 @@ class ShardIndex:
 
     def chosen(self, rows: NDArray[np.int64]) -> "ShardIndex":
         """Return the index of some of the samples, without problems: they can be used."""
+        if len(rows) == len(self.keys):
+            return dataclasses.replace(self, problems={})
         columns = {name: getattr(self, name) for name in ("places", "has_caption", "checksums", "lost")}
         return dataclasses.replace(
             self,
-            keys=tuple(self.keys[i] for i in rows),
-            image_names=tuple(self.image_names[i] for i in rows),
+            keys=_texts(self.keys).chosen(rows),
+            image_names=_texts(self.image_names).chosen(rows),
             problems={},
             **{name: column[rows] for name, column in columns.items() if column is not None},
         )
+
+    def compact(self) -> "ShardIndex":
+        """Return the index in few bytes, without a Python object for each sample."""
+        return dataclasses.replace(
+            self,
+            keys=_texts(self.keys),
+            image_names=_texts(self.image_names),
+            places=self.places.astype(compact_type(self.places)),
+        )
+
+
+def _texts(texts: Sequence[str]) -> Texts:
+    return texts if isinstance(texts, Texts) else Texts.of(texts)
+
+
+def joined(texts: Iterable[str]) -> tuple[bytes, NDArray[np.integer[Any]]]:
+    """Return the block of some texts, as `Texts` has it, and where each of them ends in it."""
+    encoded = [text.encode("utf-8", "surrogatepass") for text in texts]
+    ends = np.cumsum(list(map(len, encoded)), dtype=np.int64)
+    return b"".join(encoded), ends.astype(compact_type(ends))
+
+
+def compact_type(values: NDArray[np.integer[Any]]) -> np.dtype[Any]:
+    """Return the smaller one of two types of stored numbers that holds these."""
+    return np.dtype("<u4" if values.size == 0 or 0 <= values.min() <= values.max() < 1 << 32 else "<i8")
 
 
 def checksum(data: bytes) -> int:

@@ -16,6 +16,7 @@ from PIL import Image
 from dalle.data.endings import is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData
+from dalle.data.shard import Shard
 from dalle.data.usable import usable_part
 from dvae.images import PictureError, open_image
 from storage.drawn import is_sheet
@@ -198,9 +199,11 @@ class Pictures:
             left_out.append((f"… {n_without:,} samples {without}", without, n_without))
         for message, problem, n in left_out:
             self._skip(f"{shard.name}/{message}", problem, n)
-        data = ShardData([part], report, captions=False)
-        for i, member in enumerate(data.names):
-            name = f"{shard.name}/{member}"
+        if not part.keys:
+            return
+        data = ShardData([Shard.held(part)], report, captions=False)
+        for i in range(len(data)):
+            name = f"{shard.name}/{data.name(i)}"
             try:
                 image = open_image(data.read(i).image_bytes, name)
             except ValueError as error:

@@ -1,7 +1,8 @@
-"""Reading shards: the samples of many, read by number, and the order in which an epoch shows them.
+"""Reading shards: the samples of many, read by number.
 
-`index.py` finds the samples of one shard; `ShardData` reads those of many, in any order, from any process. The sample
-at a position of the endless sequence is a function of (seed, position) alone.
+`index.py` finds the samples of one shard; `ShardData` reads those of many, in any order, from any process. It knows a
+shard by its counts, and opens the index when a sample is read: its memory does not grow with the samples. Only indexes
+that are kept nowhere (`index_file.py`) stay in memory.
 
 Indexes may come from a manifest (`training/data/manifest.py`), which knows samples that a shard has lost since, and the
 checksums of all: a lost sample keeps its number and cannot be read, and changed bytes are noticed.
@@ -11,9 +12,11 @@ import hashlib
 import logging
 import os
 import threading
+from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -22,21 +25,20 @@ from numpy.typing import NDArray
 
 from dalle.data.captions import MAX_TEXT_BYTES, CaptionError, captions_of
 from dalle.data.image_tokens import Encoding, unpack
-from dalle.data.index import (
-    IMAGE,
-    JSON,
-    TEXT,
-    ShardIndex,
-    checksum,
-    index_shard,
-)
+from dalle.data.index import IMAGE, JSON, TEXT, ShardIndex, checksum
 from dalle.data.names import expand_shards
-from dalle.data.usable import DataReport, nothing_usable, usable_part
-from storage.tar import MAX_PICTURE_BYTES, DamagedTarError
+from dalle.data.order import MAX_FULL_SHUFFLE, Order
+from dalle.data.shard import Shard, changed, common_encoding, in_threads, look_at
+from dalle.data.usable import DataReport, fingerprint
+from storage.read_ahead import ReadAhead
+from storage.tar import MAX_PICTURE_BYTES
 
 logger = logging.getLogger(__name__)
 
-_MAX_OPEN_FILES = 64  # per thread: far below the usual limit of 1,024 per process
+_MAX_OPEN = 64
+"""Files that a thread has open: far below the usual limit of 1,024 per process."""
+_MAX_HELD = MAX_FULL_SHUFFLE
+"""Samples whose indexes a thread holds, some 50 to 80 bytes each: all that are shuffled together, or some windows."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,44 +59,39 @@ class Sample:
     """Its place in the endless sequence of training, the same for any number of ranks and workers."""
 
 
-class _OpenFiles(threading.local):
-    """The files of one thread, so that no thread closes what another one reads.
+class _Open(threading.local):
+    """The files and indexes of one thread, so that no thread closes what another one reads.
 
     Reading by `pread`, which moves no file position, makes inherited files safe after a fork.
     """
 
     def __init__(self) -> None:
         self.files: OrderedDict[int, BinaryIO] = OrderedDict()
+        self.indexes: OrderedDict[int, ShardIndex] = OrderedDict()
+        self.n_held = 0
 
 
 class ShardData:
     """The samples of some shards, numbered from 0; threads and forked processes may read at once."""
 
-    def __init__(self, shards: Sequence[ShardIndex], report: DataReport, *, captions: bool) -> None:
-        """Take indexes of usable samples only; `ShardData.open` makes them."""
+    def __init__(self, shards: Sequence[Shard], report: DataReport, *, captions: bool) -> None:
+        """Take shards with usable samples; `ShardData.open` makes them."""
         self.report = report
-        self.encoding = _common_encoding(shards)
+        self.encoding = common_encoding(shards)
         """The way that image tokens in place of pictures were made; None if there are pictures."""
         self.shards = [shard.path for shard in shards]
-        self.keys = [key for shard in shards for key in shard.keys]
-        self.names = [name for shard in shards for name in shard.image_names]
-        """Member names of the pictures."""
         self.has_captions = captions
-        sizes = [len(shard.keys) for shard in shards]
-        self.is_lost = np.concatenate(
-            [
-                np.zeros(n, dtype=bool) if shard.lost is None else shard.lost
-                for shard, n in zip(shards, sizes, strict=True)
-            ]
-        )
-        """(n,) samples that a manifest knows and that cannot be read any more."""
-        self._n_bytes = [shard.n_bytes for shard in shards]
-        self._first = np.cumsum([0, *sizes])
-        self._shard = np.repeat(np.arange(len(shards)), sizes)
-        self._places = np.concatenate([shard.places for shard in shards])
-        self._caption_kind = np.concatenate([shard.caption_kind for shard in shards])
-        self._checksums = [shard.checksums for shard in shards]
-        self._open_files = _OpenFiles()
+        self.counts = [shard.n_samples for shard in shards]
+        """Samples of each shard."""
+        self._shards = shards
+        self._first: list[int] = np.cumsum([0, *self.counts]).tolist()
+        self._lost = {
+            number: shard.index.lost
+            for number, shard in enumerate(shards)
+            if shard.index is not None and shard.index.lost is not None and shard.index.lost.any()
+        }
+        self._open = _Open()
+        self._ahead = ReadAhead()
 
     @classmethod
     def open(
@@ -105,7 +102,7 @@ class ShardData:
         encoded: bool = False,
         skip_damaged: bool = False,
     ) -> "ShardData":
-        """Index shards.
+        """Index shards, or read the indexes that are kept of them.
 
         Args:
             shards: what `expand_shards` takes.
@@ -119,64 +116,124 @@ class ShardData:
                 where pictures are needed, among others, or made in another way than the others.
         """
         paths = expand_shards(shards)
-        used: list[ShardIndex] = []
-        report = DataReport()
-        for path in paths:
-            index, damage = _indexed(path, skip_damaged=skip_damaged)
-            if damage is not None:
-                report += DataReport(damaged_shards=(damage,))
-            if index is not None:
-                part, found = usable_part(index, captions=captions, encoded=encoded)
-                report += found
-                if part.keys:
-                    used.append(part)
-                elif damage is None:
-                    raise ValueError(nothing_usable(index, found))
+        look = partial(look_at, captions=captions, encoded=encoded, skip_damaged=skip_damaged)
+        used: list[Shard] = []
+        reports: list[DataReport] = []
+        for shard, found in in_threads(look, paths):
+            reports.append(found)
+            for damage in found.damaged_shards:
+                logger.warning("%s, which are used" if found.n_samples else "shard left out: %s", damage)
+            if shard is not None:
+                used.append(shard)
+        report = DataReport.total(reports)
         if not used:
             raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(report.damaged_shards[:3]))
         report.log()
         return cls(used, report, captions=captions)
 
     def __len__(self) -> int:
-        return len(self.keys)
+        return self._first[-1]
+
+    def _index(self, shard: int) -> ShardIndex:
+        """Return the index of a shard's usable samples.
+
+        Raises:
+            ValueError, OSError: it cannot be read, or is another one than at the start.
+        """
+        known = self._shards[shard]
+        if known.index is not None:
+            return known.index
+        held = self._open
+        if shard in held.indexes:
+            held.indexes.move_to_end(shard)
+            return held.indexes[shard]
+        assert known.load is not None
+        index = known.load()
+        if (len(index.keys), index.n_bytes) != (known.n_samples, known.n_bytes):
+            raise changed(known.path)
+        held.indexes[shard] = index
+        held.n_held += known.n_samples
+        while held.n_held > _MAX_HELD and len(held.indexes) > 1:
+            held.n_held -= self.counts[held.indexes.popitem(last=False)[0]]
+        return index
+
+    def _at(self, i: int) -> tuple[int, ShardIndex, int]:
+        """Return the shard of sample i, its index and the row of the sample in it."""
+        shard = self.shard_number(i)
+        return shard, self._index(shard), i - self._first[shard]
 
     def _member(self, i: int, kind: int, max_bytes: int) -> bytes:
         """Return the bytes of one member of sample i."""
-        if self.is_lost[i]:
+        shard, index, row = self._at(i)
+        if self.is_lost(i):
             raise ValueError(f"{self.source(i)}: the sample is lost: its shard is missing or damaged; restore it")
-        offset, size = self._places[i, kind].tolist()
+        offset, size = index.places[row, kind].tolist()
         if size > max_bytes:
             raise ValueError(f"{self.source(i)} is too large ({size:,} bytes): expected at most {max_bytes:,}")
-        shard = int(self._shard[i])
-        files = self._open_files.files
-        if shard in files:
-            files.move_to_end(shard)
-        else:
-            file = self.shards[shard].open("rb", buffering=0)
-            if os.fstat(file.fileno()).st_size != self._n_bytes[shard]:
-                file.close()
-                raise ValueError(f"{self.shards[shard]} has changed since it was indexed: start again to read it anew")
-            files[shard] = file
-            if len(files) > _MAX_OPEN_FILES:
-                files.popitem(last=False)[1].close()
-        data = os.pread(files[shard].fileno(), size, offset)
+        data = os.pread(self._file_of(shard), size, offset)
         if len(data) != size:
             raise ValueError(f"{self.source(i)}: the shard ends at byte {offset + len(data):,}, before the member does")
-        known = self._checksums[shard]
-        if known is not None and checksum(data) != int(known[i - int(self._first[shard]), kind]):
+        if index.checksums is not None and checksum(data) != int(index.checksums[row, kind]):
             raise ValueError(
                 f"{self.source(i)}: its bytes are not those that the manifest knows (another checksum): the shard has "
                 "changed or is damaged; restore it"
             )
         return data
 
+    def _file_of(self, shard: int) -> int:
+        """Return the number of a shard's open file.
+
+        Raises:
+            ValueError: it has another size than it had when it was indexed.
+            OSError: it cannot be opened.
+        """
+        files = self._open.files
+        if shard in files:
+            files.move_to_end(shard)
+        else:
+            file = self.shards[shard].open("rb", buffering=0)
+            if os.fstat(file.fileno()).st_size != self._shards[shard].n_bytes:
+                file.close()
+                raise changed(self.shards[shard])
+            files[shard] = file
+            if len(files) > _MAX_OPEN:
+                files.popitem(last=False)[1].close()
+        return files[shard].fileno()
+
+    def read_ahead(self, shards: Sequence[int]) -> None:
+        """Tell which shards are read soon, all of their samples, in the order of need; returns at once."""
+        self._ahead.want([self.shards[shard] for shard in shards])
+
+    def key(self, i: int) -> str:
+        """Return the key of sample i; may raise as `read`."""
+        _, index, row = self._at(i)
+        return index.keys[row]
+
+    def name(self, i: int) -> str:
+        """Return the member name of sample i's picture, or of its tokens; may raise as `read`."""
+        _, index, row = self._at(i)
+        return index.image_names[row]
+
     def source(self, i: int) -> str:
-        """Return "SHARD: MEMBER" of sample i, for messages."""
-        return f"{self.shard_of(i)}: {self.names[i]}"
+        """Return "SHARD: MEMBER" of sample i, for messages; may raise as `read`."""
+        return f"{self.shard_of(i)}: {self.name(i)}"
+
+    def shard_number(self, i: int) -> int:
+        """Return the number of sample i's shard."""
+        return bisect_right(self._first, i) - 1
 
     def shard_of(self, i: int) -> Path:
         """Return the shard of sample i."""
-        return self.shards[int(self._shard[i])]
+        return self.shards[self.shard_number(i)]
+
+    def is_lost(self, i: int) -> bool:
+        """Return whether a manifest knows sample i, and it cannot be read any more."""
+        lost = self._lost.get(shard := self.shard_number(i))
+        return lost is not None and bool(lost[i - self._first[shard]])
+
+    def lost_in(self) -> dict[Path, int]:
+        """Return the number of lost samples of each shard that has some."""
+        return {self.shards[number]: int(lost.sum()) for number, lost in self._lost.items()}
 
     def captions(self, i: int) -> tuple[str, ...]:
         """Return the captions of sample i without reading its picture; () if the data was opened without.
@@ -186,7 +243,8 @@ class ShardData:
         """
         if not self.has_captions:
             return ()
-        kind = int(self._caption_kind[i])
+        _, index, row = self._at(i)
+        kind = TEXT if index.places[row, TEXT, 1] > 0 else JSON
         member = self._member(i, kind, MAX_TEXT_BYTES)
         try:
             captions = captions_of(member, is_json=kind == JSON)
@@ -203,7 +261,7 @@ class ShardData:
             ValueError, OSError: its bytes, image tokens or captions cannot be read. The picture is not decoded here.
         """
         return Sample(
-            key=self.keys[i],
+            key=self.key(i),
             image_bytes=self._member(i, IMAGE, MAX_PICTURE_BYTES) if self.encoding is None else b"",
             captions=self.captions(i),
             source=self.source(i),
@@ -223,77 +281,25 @@ class ShardData:
         Raises:
             ValueError, OSError: they cannot be read any more.
         """
+        _, index, row = self._at(i)
         kinds = {"txt": TEXT, "json": JSON}
         return {
             field: self._member(i, kind, MAX_TEXT_BYTES)
             for field, kind in kinds.items()
-            if self._places[i, kind, 1] > 0
+            if index.places[row, kind, 1] > 0
         }
 
     def samples_of(self, shard: int) -> range:
         """Return the numbers of the samples of `shards[shard]`."""
-        return range(int(self._first[shard]), int(self._first[shard + 1]))
+        return range(self._first[shard], self._first[shard + 1])
 
     def fingerprint(self, shard: int) -> str:
-        """Return 16 hexadecimal digits of the keys, places and sizes in `shards[shard]`; only its headers are read."""
-        samples = self.samples_of(shard)
-        digest = hashlib.blake2b(repr(self.keys[samples.start : samples.stop]).encode(), digest_size=8)
-        for kind in (IMAGE, TEXT, JSON):
-            digest.update(self._places[samples.start : samples.stop, kind].astype("<i8").tobytes())
-        return digest.hexdigest()
+        """Return 16 hexadecimal digits of the keys, places and sizes in `shards[shard]`."""
+        return self._shards[shard].fingerprint or fingerprint(self._index(shard))
 
     def order(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Return the order of an epoch: (n,) int64, a permutation that depends on (seed, epoch, n) alone.
-
-        The sample at position p of the endless sequence is `order(seed, p // n)[p % n]`.
-        """
-        bits = np.random.Philox(np.random.SeedSequence([seed, epoch]))
-        # Sorting raw bits, because NumPy guarantees those across its versions and not Generator.permutation.
-        return np.argsort(bits.random_raw(len(self)), kind="stable").astype(np.int64)
-
-
-def _indexed(path: Path, *, skip_damaged: bool) -> tuple[ShardIndex | None, str | None]:
-    """Return the index of a shard, None if nothing can be read, and the damage, None if it is whole.
-
-    Raises:
-        ValueError: it is damaged, unless `skip_damaged`; or as `index_shard`.
-    """
-    index: ShardIndex | None = None
-    try:
-        index = index_shard(path)
-        if index.damage is None:
-            return index, None
-        damage = f"{path} {index.damage}: {len(index.keys):,} whole samples before it"
-    except DamagedTarError as error:
-        damage = str(error)
-    if not skip_damaged:
-        raise ValueError(f"{damage}; make it again, or pass --skip-damaged-shards to leave out what is damaged")
-    logger.warning("shard left out: %s" if index is None else "%s, which are used", damage)
-    return index, damage
-
-
-def _common_encoding(shards: Sequence[ShardIndex]) -> Encoding | None:
-    """Return the one encoding of all shards; None if they hold pictures.
-
-    Raises:
-        ValueError: there are shards of both kinds, or tokens that were made differently.
-    """
-    first = shards[0]
-    for other in shards[1:]:
-        if (other.tokens is None) != (first.tokens is None):
-            tokens, pictures = (first, other) if other.tokens is None else (other, first)
-            raise ValueError(
-                f"{tokens.path} holds image tokens and {pictures.path} pictures: give shards of one kind; "
-                "`dalle-train encode` makes those of tokens"
-            )
-        if first.tokens is not None and other.tokens is not None:
-            differences = other.tokens.encoding.differences(first.tokens.encoding)
-            if differences:
-                raise ValueError(
-                    f"{other.path} holds other image tokens than {first.path} ({differences}): expected shards that "
-                    "`dalle-train encode` made with the same dVAE, crops and seed; encode one of them again"
-                )
-    return first.tokens.encoding if first.tokens is not None else None
+        """Return the full shuffle of an epoch: (n,) int64, a permutation that depends on (seed, epoch, n) alone."""
+        return Order(self.counts, seed).epoch(epoch)
 
 
 def sample_rng(seed: int, epoch: int, key: str, purpose: str) -> np.random.Generator:

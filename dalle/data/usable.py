@@ -1,18 +1,26 @@
-"""The samples of one shard that can be used, and the counts of those that are left out."""
+"""The samples of one shard that can be used, and the counts of those that are left out.
 
+`Part` is what is kept of them beside a shard's index.
+"""
+
+import hashlib
 import logging
-from dataclasses import dataclass, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 from dalle.data.captions import JSON_FIELDS, NO_CAPTION
-from dalle.data.image_tokens import TOKENS_FIELD
-from dalle.data.index import NO_PICTURE, ShardIndex, with_captions
+from dalle.data.image_tokens import TOKENS_FIELD, Description
+from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, with_captions
 
 logger = logging.getLogger(__name__)
 
 _NAMED = 3  # samples that a warning names
+_LISTS = ("damaged_shards", "problems")  # of a report; everything else is counted
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,8 +46,14 @@ class DataReport:
     problems: tuple[tuple[str, str], ...] = ()
     """The first few samples of each shard left out for want of a picture or caption: what is missing, name and why."""
 
-    def __add__(self, other: "DataReport") -> "DataReport":
-        return DataReport(**{one.name: getattr(self, one.name) + getattr(other, one.name) for one in fields(self)})
+    @classmethod
+    def total(cls, reports: Sequence["DataReport"]) -> "DataReport":
+        """Return the sums of the counts, and all shards and problems in the order of the reports."""
+        columns = {one.name: [getattr(report, one.name) for report in reports] for one in fields(cls)}
+        joined: dict[str, Any] = {
+            name: tuple(value for values in columns.pop(name) for value in values) for name in _LISTS
+        }
+        return cls(**{name: sum(values) for name, values in columns.items()}, **joined)
 
     def log(self) -> None:
         """Log a warning for each kind of sample or member that is left out."""
@@ -50,6 +64,64 @@ class DataReport:
                 shown = f" ({'; '.join(named)}{more})" if named else ""
                 what = name.removeprefix("n_").replace("_", " ")
                 logger.warning("left out of the shards: %d %s%s", count, what, shown)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """The usable samples of a shard, counted: with a caption each, or pictures alone."""
+
+    report: DataReport
+    fingerprint: str
+    """Of the usable ones, as `fingerprint` gives it."""
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the counts that are not 0, and the fingerprint."""
+        return {"fingerprint": self.fingerprint, **{k: v for k, v in asdict(self.report).items() if v}}
+
+    @classmethod
+    def from_json(cls, record: Mapping[str, Any]) -> Self:
+        """Read the record of `to_json`.
+
+        Raises:
+            ValueError, KeyError, TypeError: it is something else.
+        """
+        values = dict(record)
+        fingerprint, problems = values.pop("fingerprint"), values.pop("problems", ())
+        if not isinstance(fingerprint, str) or not all(type(value) is int and value >= 0 for value in values.values()):
+            raise ValueError("its counts are none")
+        named = tuple((str(kind), str(text)) for kind, text in problems)
+        return cls(report=DataReport(**values, problems=named), fingerprint=fingerprint)
+
+
+def fingerprint(index: ShardIndex) -> str:
+    """Return 16 hexadecimal digits of the keys, places and sizes of an index."""
+    digest = hashlib.blake2b(repr(list(index.keys)).encode(), digest_size=8)
+    for kind in (IMAGE, TEXT, JSON):
+        digest.update(index.places[:, kind].astype("<i8").tobytes())
+    return digest.hexdigest()
+
+
+def parts_of(index: ShardIndex) -> dict[bool, Part]:
+    """Return the counts of a shard's usable samples, with captions (True) as far as they are known, and without."""
+    parts = {}
+    for captions in (False, True):
+        if not captions or index.has_caption is not None:
+            part, report = usable_part(index, captions=captions, encoded=True)
+            parts[captions] = Part(report=report, fingerprint=fingerprint(part))
+    return parts
+
+
+def refuse_tokens(shard: Path, tokens: Description | None) -> None:
+    """Check that a shard holds pictures.
+
+    Raises:
+        ValueError: it holds image tokens.
+    """
+    if tokens is not None:
+        raise ValueError(
+            f"{shard} holds image tokens, and pictures are needed here: give the shards that it was made of by "
+            f"`dalle-train encode` ({tokens.source}, …)"
+        )
 
 
 def usable_part(
@@ -66,11 +138,8 @@ def usable_part(
     Raises:
         ValueError: the shard holds image tokens, and pictures are needed.
     """
-    if index.tokens is not None and not encoded:
-        raise ValueError(
-            f"{index.path} holds image tokens, and pictures are needed here: give the shards that it was made of by "
-            f"`dalle-train encode` ({index.tokens.source}, …)"
-        )
+    if not encoded:
+        refuse_tokens(index.path, index.tokens)
     wanted = has_image = index.has_image
     if captions:
         index = index if index.has_caption is not None else with_captions(index)

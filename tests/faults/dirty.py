@@ -151,7 +151,7 @@ def _lost(course: Course, name: str, *, damage: Damage) -> tuple[str, str]:
     said = course.finish(command, f"{name}-end", inject=notes[1])
     require(f"{DAMAGED}: " in said and " samples are left" in said, f"the shard is not named: {said[-600:]}")
     data = open_with_manifest([world], Manifest.open(manifest), captions=True)
-    lost = {key for key, is_lost in zip(data.keys, data.is_lost, strict=True) if is_lost}
+    lost = {data.key(i) for i in range(len(data)) if data.is_lost(i)}
     expected, found = map(_noted_keys, folders)
     require(len(expected) == 4 * STEPS, f"{len(expected)} samples were taken in place of {4 * STEPS}")
     n_replaced = 0

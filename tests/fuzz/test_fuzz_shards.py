@@ -20,7 +20,7 @@ from dalle.data.usable import usable_part
 from dvae.images import open_image
 from storage.tar import whole_members
 from training.data.check_shard import check_shard
-from training.data.manifest import ShardRecord
+from training.data.record import ShardRecord
 
 PICTURE = picture()
 KEYS = ("000", "001", "a/002", "./003", "é", "x y", "caf\udce9", "../up", "/abs", "a.b/c", "-", "k" * 120, "n\nl", "🙂")
@@ -94,7 +94,8 @@ def check_counts(path: Path) -> int:
     record = check_shard(path)
     assert record.index.has_caption is not None
     require_kept(record.index.keys == index.keys, "the check finds other keys")
-    require_kept(ShardRecord.from_json(record.to_json()).index.keys == index.keys, "keys of a record")
+    record.save(path.with_name("record.index"))
+    require_kept(ShardRecord.load(path.with_name("record.index")).index.keys == index.keys, "keys of a record")
     if index.damage is not None:
         return 1
     opened = ShardData.open([path], captions=index.tokens is None, encoded=index.tokens is not None)

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from support.tiny import samples_of, write_tar
+from support.tiny import all_keys, samples_of, write_tar
 
 from dalle.data.index import IMAGE, index_shard
 from dalle.data.names import expand_shards
@@ -87,7 +87,7 @@ def test_an_img2dataset_shard_is_read_as_it_is(tmp_path: Path) -> None:
         about = json.dumps({"caption": f"json {number}", "url": "http://x", "status": "success"}).encode()
         members += [(f"{key}.jpg", bytes([number])), (f"{key}.json", about), (f"{key}.txt", f"text {number}".encode())]
     data = ShardData.open([write_tar(tmp_path / "00000.tar", members)], captions=True)
-    assert data.keys == ["000000000", "000000001", "000000002"]
+    assert all_keys(data) == ["000000000", "000000001", "000000002"]
     assert data.read(2) == Sample(
         key="000000002", image_bytes=b"\2", captions=("text 2",), source=f"{tmp_path}/00000.tar: 000000002.jpg"
     )
@@ -114,7 +114,7 @@ def test_a_caption_is_a_line_with_something_to_see(tmp_path: Path) -> None:
     members = [(name, data if isinstance(data, bytes) else data.encode()) for name, data in members]
     members += [("3.jpg", b"1"), ("3.txt", "é".encode("utf-16"))]
     data = ShardData.open([write_tar(tmp_path / "s.tar", members)], captions=True)
-    assert data.keys == ["0", "2", "3"]
+    assert all_keys(data) == ["0", "2", "3"]
     assert data.captions(0) == ("one", "two", "three", "form\x0cfeed\u2028x")
     assert (data.captions(1), data.captions(2)) == (("marked",), ("é",))
 
@@ -164,7 +164,7 @@ def test_pictures_of_formats_that_are_not_read_are_told(tmp_path: Path, caplog: 
 def test_members_of_a_sample_may_lie_apart_and_keys_end_at_the_first_dot(tmp_path: Path) -> None:
     names = ["./d.x/a.txt", "./d.x/a.seg.png", "b.jpg", "./d.x/a.jpg", "b.txt", "._b.jpg", "noextension"]
     data = ShardData.open([write_tar(tmp_path / "s.tar", [(n, n.encode()) for n in names])], captions=True)
-    assert data.keys == ["d.x/a", "b"]
+    assert all_keys(data) == ["d.x/a", "b"]
     assert data.read(0).image_bytes == b"./d.x/a.jpg"
 
 
@@ -177,7 +177,7 @@ def test_links_devices_and_names_that_lead_outside_are_ignored_and_counted(tmp_p
     hostile += [("../../up.jpg", b"1"), ("/etc/abs.jpg", b"1")]
     path = write_tar(tmp_path / "s.tar", [*hostile, *samples_of(range(2))])
     data = ShardData.open([path], captions=True)
-    assert data.keys == ["k000", "k001"]
+    assert all_keys(data) == ["k000", "k001"]
     assert data.report.n_ignored_members == 5
     assert sorted(p.name for p in tmp_path.iterdir()) == ["s.tar"]
 
@@ -209,7 +209,7 @@ def test_a_truncated_shard_is_refused_and_its_whole_samples_can_be_used(
             with pytest.raises(ValueError, match=message):
                 ShardData.open([cut], captions=captions)
             data = ShardData.open([cut], captions=captions, skip_damaged=True)
-            assert data.keys == [f"k{number:03}" for number in range(n_whole)]
+            assert all_keys(data) == [f"k{number:03}" for number in range(n_whole)]
             assert len(data.report.damaged_shards) == 1
     assert "which are used" in caplog.text
 

@@ -17,7 +17,7 @@ from PIL import Image
 from support import tiny
 from support.corrupt import CORRUPT, UNUSUAL, corrupt_pictures, encoded, noise, png_of_size
 from support.ranks import on_ranks
-from support.tiny import write_tar
+from support.tiny import all_keys, write_tar
 from torch import Tensor
 
 import training.cli.data
@@ -322,7 +322,7 @@ def files_below(folder: Path) -> set[str]:
 def test_hostile_members_are_ignored_or_refused_when_read(hostile: Path, tmp_path: Path) -> None:
     before = files_below(tmp_path)
     data = ShardData.open([hostile], captions=True)
-    assert data.keys == ["x", "bomb", "\x1b[2Jevil\nname", "y"]
+    assert all_keys(data) == ["x", "bomb", "\x1b[2Jevil\nname", "y"]
     assert data.report.n_ignored_members == 11
     stream = batches(data, decode, Share(seed=0, micro_batch=1), max_bad_fraction=0.5)
     assert {key for batch in islice(stream, 4) for key in batch.keys} == {"x", "y"}

@@ -16,7 +16,7 @@ import pytest
 import torch
 from support import tiny
 from support.corrupt import encoded, noise
-from support.tiny import samples_of, write_tar
+from support.tiny import all_keys, samples_of, write_tar
 from torch import Tensor
 
 import training.cli.main
@@ -27,11 +27,12 @@ from dalle.data.reader import Sample, ShardData
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from training.data.batches import Share, batches, validation_batches
-from training.data.check_data import check_data
+from training.data.check_data import _record_name, check_data
 from training.data.check_report import Summary, report
 from training.data.check_shard import check_shard
 from training.data.exclusions import Excluded
-from training.data.manifest import Manifest, ShardRecord, open_with_manifest
+from training.data.manifest import Entry, Manifest, open_with_manifest
+from training.data.record import ShardRecord
 from training.ranks.ranks import join
 from training.stages.encode import EncodeConfig, encode_shards
 
@@ -152,13 +153,18 @@ def test_everything_in_a_shard_is_counted(tmp_path: Path) -> None:
     }
 
 
-def test_a_record_reads_back_as_it_was_written(shards: Path) -> None:
+def test_a_record_reads_back_as_it_was_written(shards: Path, tmp_path: Path) -> None:
+    write_tar(shards / "000000.tar", [*members(range(9)), ("bad.jpg", b"x"), ("words.txt", b"y")])
     record = check_shard(shards / "000000.tar")
-    again = ShardRecord.from_json(record.to_json())
-    assert again.to_json() == record.to_json()
+    record.save(tmp_path / "a.index")
+    again = ShardRecord.load(tmp_path / "a.index")
+    again.save(tmp_path / "b.index")
+    assert (tmp_path / "a.index").read_bytes() == (tmp_path / "b.index").read_bytes()
+    assert (again.problems, again.counts, again.changed_ns) == (record.problems, record.counts, record.changed_ns)
+    assert again.index.path == record.index.path
     assert (again.index.places == record.index.places).all()
     assert again.index.checksums is not None
-    assert len(set(again.index.checksums[:, 0].tolist())) == 10
+    assert len(set(again.index.checksums[:, 0].tolist())) == 11
 
 
 def test_the_report_says_what_is_wrong_and_what_to_do(shards: Path, tmp_path: Path) -> None:
@@ -349,8 +355,8 @@ def test_parallel_processes_find_the_same(shards: Path, tmp_path: Path) -> None:
         return dict(vars(summary))
 
     assert facts(check_data([shards], tmp_path / "one")) == facts(check_data([shards], tmp_path / "two", workers=2))
-    assert [p.read_text() for p in sorted((tmp_path / "one" / "shards").iterdir())] == [
-        p.read_text() for p in sorted((tmp_path / "two" / "shards").iterdir())
+    assert [p.read_bytes() for p in sorted((tmp_path / "one" / "shards").iterdir())] == [
+        p.read_bytes() for p in sorted((tmp_path / "two" / "shards").iterdir())
     ]
 
 
@@ -386,7 +392,7 @@ def test_the_command_prints_the_report_and_findings_are_no_error(
 
 def test_a_manifest_changes_nothing_about_whole_shards(shards: Path, manifest: Path) -> None:
     without, data = ShardData.open([shards], captions=True), open_with(manifest, shards)
-    assert data.keys == without.keys
+    assert all_keys(data) == all_keys(without)
     assert data.shards == without.shards
     assert [data.read(i) for i in range(N)] == [without.read(i) for i in range(N)]
     assert [data.fingerprint(shard) for shard in range(3)] == [without.fingerprint(shard) for shard in range(3)]
@@ -422,7 +428,7 @@ def test_without_a_manifest_the_same_damage_stops_or_gives_another_order(shards:
         ShardData.open([shards], captions=True)
     less = ShardData.open([shards], captions=True, skip_damaged=True)
     assert len(less) == N - 6
-    assert [key for key in whole if key in less.keys] != keys_of(less, N - 6)
+    assert [key for key in whole if key in all_keys(less)] != keys_of(less, N - 6)
 
 
 def test_more_lost_samples_than_allowed_stop_at_once_and_list_the_shards(shards: Path, manifest: Path) -> None:
@@ -481,7 +487,7 @@ def test_shards_of_one_name_in_two_folders_are_told_apart(shards: Path, tmp_path
     assert open_with(tmp_path / "m", moved).report.n_lost == 0
     (moved / "a" / "0.tar").unlink()
     data = open_with(tmp_path / "m", moved)
-    assert np.flatnonzero(data.is_lost).tolist() == [0, 1, 2, 3, 4]
+    assert [i for i in range(10) if data.is_lost(i)] == [0, 1, 2, 3, 4]
 
 
 def test_a_flipped_bit_in_a_picture_that_still_decodes_is_noticed(shards: Path, manifest: Path) -> None:
@@ -521,7 +527,7 @@ def test_a_flipped_bit_in_a_header_loses_nothing(
 def test_a_shard_that_was_made_again_with_fewer_samples_is_searched(shards: Path, manifest: Path) -> None:
     write_tar(shards / "000001.tar", members([19, 11, 13]))
     data = open_with(manifest, shards)
-    assert [int(i) for i in np.flatnonzero(~data.is_lost[10:20])] == [1, 3, 9]
+    assert [i for i in range(10, 20) if not data.is_lost(i)] == [11, 13, 19]
     for i in (11, 13, 19):
         assert data.read(i).image_bytes == picture(i)
 
@@ -541,7 +547,7 @@ def test_whatever_is_flipped_no_wrong_sample_is_read(shards: Path, manifest: Pat
         for _ in range(20):
             flip(shard, chance.randrange(shard.stat().st_size))
     data = open_with(manifest, shards)
-    assert data.keys == whole.keys
+    assert all_keys(data) == all_keys(whole)
     n_read = 0
     for i, sample in enumerate(samples):
         try:
@@ -561,7 +567,7 @@ def test_samples_to_leave_out_have_no_number(shards: Path, tmp_path: Path) -> No
     (tmp_path / "a.jsonl").write_text("\n".join(map(json.dumps, lines)))
     check_data([shards], tmp_path / "m", exclude=[tmp_path / "a.jsonl"])
     data = open_with(tmp_path / "m", shards)
-    assert set(ShardData.open([shards], captions=True).keys) - set(data.keys) == {"k011", "k025"}
+    assert set(all_keys(ShardData.open([shards], captions=True))) - set(all_keys(data)) == {"k011", "k025"}
     assert (len(data), data.report.n_excluded) == (28, 2)
     again = check_data([shards], tmp_path / "m", overwrite=True)
     assert (again.n_excluded, again.n_read) == (0, 0)
@@ -583,7 +589,7 @@ def test_copies_in_one_data_set_are_not_left_out_of_another_with_equal_names(tmp
     both = [tmp_path / "a", tmp_path / "b"]
     check_data(both, tmp_path / "m", exclude=[copies])
     data = open_with_manifest(both, Manifest.open(tmp_path / "m"), captions=True)
-    assert data.keys == ["k000", "k001", "k002", "k003"]
+    assert all_keys(data) == ["k000", "k001", "k002", "k003"]
     copies.write_text('{"shard": "0.tar", "key": "k002"}\n')
     with pytest.raises(
         ValueError, match=r"'k002' of shard '0\.tar' means a sample of .*a/0\.tar and one of .*b/0\.tar"
@@ -599,14 +605,16 @@ def test_copies_that_check_data_lists_can_be_left_out(shards: Path, tmp_path: Pa
     exclude = ["--exclude-keys", str(tmp_path / "m" / "duplicates.jsonl")]
     assert training.cli.main.main([*command, *exclude]) == 1, "a run may have begun with the manifest"
     assert training.cli.main.main([*command, *exclude, "--overwrite"]) == 0
-    assert set(ShardData.open([shards], captions=True).keys) - set(open_with(tmp_path / "m", shards).keys) == {"copy"}
+    assert set(all_keys(ShardData.open([shards], captions=True))) - set(
+        all_keys(open_with(tmp_path / "m", shards))
+    ) == {"copy"}
 
 
 def test_a_manifest_without_captions_knows_pictures_without_them(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", [*members(range(3)), ("alone.jpg", picture(9)), ("words.txt", b"x")])
     check_data([shard], tmp_path / "m")
     data = open_with(tmp_path / "m", shard, captions=False)
-    assert data.keys == ShardData.open([shard], captions=False).keys == ["k000", "k001", "k002", "alone"]
+    assert all_keys(data) == all_keys(ShardData.open([shard], captions=False)) == ["k000", "k001", "k002", "alone"]
     assert data.report.n_without_image == 1
     with_captions = open_with(tmp_path / "m", shard)
     assert with_captions.report == ShardData.open([shard], captions=True).report
@@ -617,19 +625,17 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_version_is_refused(sha
         Manifest.open(shards)
     summary = json.loads((manifest / "summary.json").read_text())
     record = manifest / "shards" / summary["shards"][0]["record"]
-    for text in ("", "[]", "{}", '{"format": 1}', record.read_text()[:-300], record.read_text().replace("[", "{")):
-        text_before = record.read_text()
-        record.write_text(text)
+    whole = record.read_bytes()
+    for content in (b"", b"[]", b'{"format": 1}' * 9, whole[:-300], whole.replace(b"[", b"{")):
+        record.write_bytes(content)
+        with pytest.raises(ValueError, match="make it again with `dalle-train check-data`"):
+            open_with(manifest, shards).read(0)
+        os.utime(shards / "000000.tar", ns=(0, 5))  # a changed shard is compared with its record at the start
         with pytest.raises(ValueError, match="make it again with `dalle-train check-data`"):
             open_with(manifest, shards)
-        record.write_text(text_before)
-    first, whole = summary["shards"][0], json.loads(record.read_text())
-    for odd in ({"damage": 5}, {"tokenizer": []}, {"problems": {"99": "x"}}, {"counts": {"caption words": {"x": 1}}}):
-        with pytest.raises(ValueError, match=r".+"):
-            ShardRecord.from_json(json.dumps({**whole, **odd}))
-    for name, odd in (("has_caption", [[1]] * len(whole["samples"]["key"])), ("places", [[[-1, 2]] * 3])):
-        with pytest.raises(ValueError, match=r".+"):
-            ShardRecord.from_json(json.dumps({**whole, "samples": {**whole["samples"], name: odd}}))
+        os.utime(shards / "000000.tar", ns=(0, summary["shards"][0]["state"][1]))
+    record.write_bytes(whole)
+    first = summary["shards"][0]
     changes = ({"format": 99}, {"shards": [{}]}, *({"shards": [{**first, "path": odd}]} for odd in (5, [], None)))
     for change in (*changes, {"shards": [{**first, "record": "../x.json"}]}):
         (manifest / "summary.json").write_text(json.dumps({**summary, **change}))
@@ -652,7 +658,7 @@ def test_image_tokens_have_manifests_too(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="pictures are needed here"):
         open_with(tmp_path / "m", tmp_path / "tokens")
     shard = sorted((tmp_path / "tokens").glob("*.tar"))[0]
-    flip(shard, place_of(shard, f"{data.keys[2]}.txt").offset_data)
+    flip(shard, place_of(shard, f"{data.key(2)}.txt").offset_data)
     with pytest.raises(ValueError, match="another checksum"):
         open_with(tmp_path / "m", tmp_path / "tokens", encoded=True).read(2)
     shard.unlink()
@@ -660,13 +666,13 @@ def test_image_tokens_have_manifests_too(tmp_path: Path) -> None:
 
 
 def keys_of_tokens(data: ShardData) -> list[str]:
-    return [f"{data.keys[i]} {data.read(i).image_tokens}" for i in data.order(0, 0)]
+    return [f"{data.key(i)} {data.read(i).image_tokens}" for i in data.order(0, 0)]
 
 
 def test_encoding_with_a_manifest_leaves_changed_pictures_out_and_wants_all_shards(tmp_path: Path) -> None:
     shards = tiny.write_world(tmp_path / "world", 16)
     check_data([shards], tmp_path / "m")
-    key = ShardData.open([shards], captions=True).keys[9]
+    key = all_keys(ShardData.open([shards], captions=True))[9]
     flip(shards / "world-000001.tar", place_of(shards / "world-000001.tar", f"{key}.txt").offset_data)
     dvae, config = (
         DVAE(tiny.recipe().dvae.model),
@@ -683,4 +689,74 @@ def test_samples_of_bad_pictures_keep_their_numbers(tmp_path: Path) -> None:
     shard = write_tar(tmp_path / "s.tar", samples_of(range(6), bad=[2]))
     summary = check_data([shard], tmp_path / "m")
     assert summary.counts["unusable pictures"].total() == 6  # single bytes are no pictures, and still have numbers
-    assert open_with(tmp_path / "m", shard).keys == ShardData.open([shard], captions=True).keys
+    assert all_keys(open_with(tmp_path / "m", shard)) == all_keys(ShardData.open([shard], captions=True))
+
+
+# ----------------------------------------------------------------------------------------------- many samples
+
+
+def test_unchanged_shards_are_known_by_the_summary_alone(
+    shards: Path, manifest: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = ShardData.open([shards], captions=True)
+    read: list[str] = []
+    load = Manifest.record
+
+    def noted(self: Manifest, entry: Entry) -> ShardRecord:
+        read.append(entry.name)
+        return load(self, entry)
+
+    monkeypatch.setattr(Manifest, "record", noted)
+    data = open_with(manifest, shards)
+    assert (len(data), data.report) == (N, expected.report)
+    assert [data.fingerprint(number) for number in range(3)] == [expected.fingerprint(number) for number in range(3)]
+    assert read == []
+    data.read(12)
+    assert read == ["000001.tar"]
+
+
+def test_only_shards_that_a_list_names_are_read_at_the_start(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "out.jsonl").write_text('{"shard": "data/000001.tar", "key": "k013"}\n')
+    check_data([shards], tmp_path / "m", exclude=[tmp_path / "out.jsonl"])
+    read: list[str] = []
+    load = Manifest.record
+
+    def noted(self: Manifest, entry: Entry) -> ShardRecord:
+        read.append(entry.name)
+        return load(self, entry)
+
+    monkeypatch.setattr(Manifest, "record", noted)
+    data = open_with(tmp_path / "m", shards)
+    assert read == ["000001.tar"]
+    assert (len(data), data.report.n_excluded) == (N - 1, 1)
+    assert [data.key(i) for i in (12, 13, 14)] == ["k012", "k014", "k015"]
+
+
+def test_a_copy_with_other_times_is_read_like_the_original(shards: Path, manifest: Path) -> None:
+    before = [open_with(manifest, shards).read(i) for i in range(N)]
+    for shard in shards.iterdir():
+        os.utime(shard, ns=(0, 5))
+    data = open_with(manifest, shards)
+    assert [data.read(i) for i in range(N)] == before
+    assert all(shard.index is None for shard in data._shards), "their records hold"
+
+
+def test_a_manifest_of_version_0_1_is_read_and_goes_on_in_the_new_form(tmp_path: Path) -> None:
+    shutil.copytree(Path(__file__).parents[1] / "fixtures" / "v0.1", tmp_path / "old")
+    shards, manifest = tmp_path / "old" / "shards", tmp_path / "old" / "manifest"
+    with_old = open_with(manifest, shards)
+    without = ShardData.open([shards], captions=True)
+    assert (with_old.report, all_keys(with_old)) == (without.report, all_keys(without))
+    shard, summary = shards / "world-000000.tar", json.loads((manifest / "summary.json").read_text())
+    (row,) = summary["shards"]
+    old = (manifest / "shards" / row["record"]).rename(manifest / "shards" / _record_name(shard))
+    old = old.rename(old.with_suffix(".json"))
+    row |= {"path": str(shard), "record": old.name}
+    (manifest / "summary.json").write_text(json.dumps(summary))
+    os.utime(shard, ns=(0, json.loads(old.read_text())["changed_ns"]))
+    assert check_data([shards], manifest).n_read == 0
+    entries = Manifest.open(manifest).entries
+    assert all(entry.record.endswith(".index") and set(entry.parts) == {True, False} for entry in entries)
+    assert all_keys(open_with(manifest, shards)) == all_keys(without)

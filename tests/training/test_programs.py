@@ -27,8 +27,8 @@ from dvae import DVAE, DVAEConfig
 from rerank import CLIP
 from storage.model_directory import directory_hash
 from training.config import TrainConfig
-from training.data.wrong_captions import EXCHANGES
 from training.demo.demo import run_demo
+from training.drawings.wrong_captions import EXCHANGES
 from training.engine.checkpoints import latest_tag
 from training.loop.metrics import MetricLog
 from training.plan.flops import flops_per_sample

@@ -49,14 +49,14 @@ def keys(data: ShardData, batch_size: int, samples: int | None, world_size: int 
 def test_a_part_of_the_samples_is_the_same_part_whatever_the_batches_and_ranks(data: ShardData) -> None:
     (chosen,) = keys(data, 4, 10)
     assert len(set(chosen)) == 10
-    assert chosen == [key for key in data.keys if key in set(chosen)], "in the order of the shards"
+    assert chosen == [key for key in tiny.all_keys(data) if key in set(chosen)], "in the order of the shards"
     assert keys(data, 3, 10) == [chosen]
     for world_size in (2, 3, 5):
         shared = keys(data, 3, 10, world_size)
         assert sorted(key for rank in shared for key in rank) == sorted(chosen)
-    assert chosen != data.keys[:10], "from all shards"
+    assert chosen != tiny.all_keys(data)[:10], "from all shards"
     assert set(keys(data, 4, 6)[0]) < set(chosen), "the first of one order"
-    assert keys(data, 4, 100) == keys(data, 4, None) == [data.keys]
+    assert keys(data, 4, 100) == keys(data, 4, None) == [tiny.all_keys(data)]
 
 
 def validation_lines(run: Run) -> list[dict[str, Any]]:

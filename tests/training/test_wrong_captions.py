@@ -11,7 +11,16 @@ from support import tiny
 from torch import Tensor
 
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
-from training.data.wrong_captions import (
+from training.drawings.shapes import (
+    Scene,
+    Split,
+    Thing,
+    captions,
+    held_out_reason,
+    parse,
+    random_scene,
+)
+from training.drawings.wrong_captions import (
     EXCHANGES,
     KINDS,
     SOURCES,
@@ -21,15 +30,6 @@ from training.data.wrong_captions import (
     wrong_drawn_caption,
     wrong_real_caption,
     wrong_scene,
-)
-from training.drawings.shapes import (
-    Scene,
-    Split,
-    Thing,
-    captions,
-    held_out_reason,
-    parse,
-    random_scene,
 )
 from training.stages.exchanged_captions import drawn_pictures, exchanged_captions_table, is_of_the_world
 

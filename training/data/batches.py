@@ -13,17 +13,17 @@ import itertools
 import logging
 import math
 import os
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 
+from dalle.data.order import MAX_FULL_SHUFFLE, Order, Shuffle
 from dalle.data.reader import Sample, ShardData, sample_rng
 from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
@@ -40,7 +40,7 @@ Transform = Callable[[Sample, np.random.Generator], dict[str, Tensor]]
 class Share:
     """One rank's part of the endless sequence of samples.
 
-    Optimizer step s takes the positions s·G to (s + 1)·G of the sequence (`ShardData.order`), where G is
+    Optimizer step s takes the positions s·G to (s + 1)·G of the sequence (`dalle/data/order.py`), where G is
     micro_batch × accumulation × world_size; rank r takes the r-th of world_size equal parts, in micro-batches.
 
     Raises:
@@ -100,6 +100,7 @@ class _Read:
     tensors: dict[str, Tensor] | None
     """None if too many samples in a row were unusable."""
     numbers: list[int]
+    keys: list[str]
     bad: list[tuple[int, str]]
     """Number of each unusable sample, and the reason."""
 
@@ -111,29 +112,24 @@ def _stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
 class _Positions(Dataset[_Read]):
     """Reads the micro-batch at a range of positions of the endless sequence."""
 
-    def __init__(self, data: ShardData, transform: Transform, seed: int) -> None:
+    def __init__(self, data: ShardData, transform: Transform, seed: int, shuffle: Shuffle) -> None:
         self._data = data
         self._transform = transform
         self._seed = seed
-        self._orders: OrderedDict[int, NDArray[np.int64]] = OrderedDict()
-
-    def _order(self, epoch: int) -> NDArray[np.int64]:
-        if epoch not in self._orders:
-            self._orders[epoch] = self._data.order(self._seed, epoch)
-            if len(self._orders) > 2:  # a micro-batch may reach over the end of an epoch
-                self._orders.popitem(last=False)
-        return self._orders[epoch]
+        self._order = Order(data.counts, seed, shuffle)
 
     def __getitem__(self, positions: range) -> _Read:
         tensors: list[dict[str, Tensor]] = []
         used: list[int] = []
+        keys: list[str] = []
         bad: list[tuple[int, str]] = []
         n = len(self._data)
+        if not self._order.is_full:
+            self._data.read_ahead(self._order.shards_ahead(positions))
         for position in positions:
-            epoch, place = divmod(position, n)
-            order = self._order(epoch)
+            epoch = position // n
             for attempt in range(min(n, 1 + _REPLACEMENTS)):
-                i = int(order[(place + attempt) % n])
+                i = self._order.instead(position, attempt) if attempt else self._order.number(position)
                 try:
                     sample = dataclasses.replace(self._data.read(i), position=position)
                     tensors.append(self._transform(sample, sample_rng(self._seed, epoch, sample.key, "training")))
@@ -142,10 +138,11 @@ class _Positions(Dataset[_Read]):
                         bad.append((i, str(error)))
                     continue
                 used.append(i)
+                keys.append(sample.key)
                 break
             else:
-                return _Read(tensors=None, numbers=used, bad=bad)
-        return _Read(tensors=_stack(tensors), numbers=used, bad=bad)
+                return _Read(tensors=None, numbers=used, keys=keys, bad=bad)
+        return _Read(tensors=_stack(tensors), numbers=used, keys=keys, bad=bad)
 
 
 class _Parts(Dataset[_Read]):
@@ -158,15 +155,17 @@ class _Parts(Dataset[_Read]):
     def __getitem__(self, numbers: Sequence[int]) -> _Read:
         tensors: list[dict[str, Tensor]] = []
         used: list[int] = []
+        keys: list[str] = []
         bad: list[tuple[int, str]] = []
         for i in numbers:
             try:
                 sample = self._data.read(i)
                 tensors.append(self._transform(sample, sample_rng(0, 0, sample.key, "validation")))
                 used.append(i)
+                keys.append(sample.key)
             except (ValueError, OSError) as error:
                 bad.append((i, str(error)))
-        return _Read(tensors=_stack(tensors), numbers=used, bad=bad)
+        return _Read(tensors=_stack(tensors), numbers=used, keys=keys, bad=bad)
 
 
 class BadSamples:
@@ -186,8 +185,10 @@ class BadSamples:
         self._max_fraction = max_fraction
         self._n_seen = 0
         self._n_bad = 0
-        self._reasons = {int(i): "the sample is lost" for i in np.flatnonzero(data.is_lost)}
-        n_lost = data.report.n_lost
+        self._found: set[int] = set()
+        self._per_shard = Counter({str(shard): count for shard, count in data.lost_in().items()})
+        self._n_lost = n_lost = data.report.n_lost
+        self._first_reason = "the sample is lost" if n_lost else ""
         if n_lost > max_fraction * len(data):
             shards = data.report.damaged_shards
             listed = "; ".join(shards[:_NAMED_IN_LOG]) + ("; …" if len(shards) > _NAMED_IN_LOG else "")
@@ -201,13 +202,28 @@ class BadSamples:
         """Count unusable samples, given by number and reason."""
         self._n_bad += len(bad)
         for i, reason in bad:
-            if i in self._reasons:
+            if i in self._found or self._data.is_lost(i):
                 continue
-            self._reasons[i] = reason
-            if len(self._reasons) <= _NAMED_IN_LOG:
-                logger.warning("unusable sample %s (%s): %s", self._data.keys[i], self._data.shard_of(i), reason)
-            elif len(self._reasons) == _NAMED_IN_LOG + 1:
+            shard = self._data.shard_of(i)
+            self._found.add(i)
+            self._per_shard[str(shard)] += 1
+            self._first_reason = self._first_reason or reason
+            if self._n_different <= _NAMED_IN_LOG:
+                logger.warning("unusable sample %s (%s): %s", self._name(i), shard, reason)
+            elif self._n_different == _NAMED_IN_LOG + 1:
                 logger.warning("further unusable samples are counted, not named")
+
+    def _name(self, i: int) -> str:
+        """Return the key of a sample, or its number where the index of its shard cannot be read."""
+        try:
+            return self._data.key(i)
+        except (ValueError, OSError):
+            return f"number {i:,}"
+
+    @property
+    def _n_different(self) -> int:
+        """Different unusable samples up to now, lost ones included."""
+        return self._n_lost + len(self._found)
 
     def add(self, bad: Sequence[tuple[int, str]], n_seen: int) -> None:
         """Count `n_seen` more samples, of which those in `bad` (number, reason) are unusable.
@@ -218,21 +234,19 @@ class BadSamples:
         self._n_seen += n_seen
         self.name(bad)
         limit = self._max_fraction * self._n_seen
-        is_certain = len(self._reasons) > self._max_fraction * len(self._data)
+        is_certain = self._n_different > self._max_fraction * len(self._data)
         is_likely = self._n_bad >= _MIN_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
         # The first condition spares long runs that add up rare failures of the disk or the network.
         if self._n_bad > limit and (is_certain or is_likely):
             n_read = min(self._n_seen, len(self._data))
-            raise self.error(f"{len(self._reasons):,} unusable samples after reading {n_read:,} of {len(self._data):,}")
+            raise self.error(f"{self._n_different:,} unusable samples after reading {n_read:,} of {len(self._data):,}")
 
     def error(self, what: str) -> ValueError:
         """Return an error with the message `what`, the shards with most unusable samples, and the remedy."""
-        per_shard = Counter(str(self._data.shard_of(i)) for i in self._reasons)
-        worst = ", ".join(f"{shard} ({count:,})" for shard, count in per_shard.most_common(3))
-        first = next(iter(self._reasons.values()), "")
+        worst = ", ".join(f"{shard} ({count:,})" for shard, count in self._per_shard.most_common(3))
         return ValueError(
             f"{what}, more than --max-bad-fraction {self._max_fraction:g} allows; most are in {worst}; "
-            f"the first: {first}; repair the shards, or raise --max-bad-fraction"
+            f"the first: {self._first_reason}; repair the shards, or raise --max-bad-fraction"
         )
 
 
@@ -260,24 +274,29 @@ def _deliver(reads: Iterator[_Read], data: ShardData, bad_samples: BadSamples) -
             bad_samples.name(read.bad)
             raise bad_samples.error(f"{min(len(data), 1 + _REPLACEMENTS)} samples in a row are unusable")
         bad_samples.add(read.bad, n_seen=len(read.numbers))
-        yield _batch(read, read.tensors, data)
+        yield _batch(read, read.tensors)
 
 
-def _batch(read: _Read, tensors: dict[str, Tensor], data: ShardData) -> Batch:
-    keys = [data.keys[i] for i in read.numbers]
-    return Batch(tensors=tensors, numbers=read.numbers, keys=keys, n_bad=len(read.bad))
+def _batch(read: _Read, tensors: dict[str, Tensor]) -> Batch:
+    return Batch(tensors=tensors, numbers=read.numbers, keys=read.keys, n_bad=len(read.bad))
 
 
 def batches(
-    data: ShardData, transform: Transform, share: Share, *, workers: int = 0, max_bad_fraction: float = 0.01
+    data: ShardData,
+    transform: Transform,
+    share: Share,
+    *,
+    workers: int = 0,
+    max_bad_fraction: float = 0.01,
+    shuffle: Shuffle | None = None,
 ) -> Iterator[Batch]:
     """Return the micro-batches of a training run, without end.
 
     What a step sees depends on (seed, step, global batch) alone: not on the number of workers or ranks, nor on where
     it was resumed.
 
-    A sample whose reading or transform raises ValueError or OSError is replaced by the next usable one of its
-    epoch's order.
+    A sample whose reading or transform raises ValueError or OSError is replaced by another usable one of its epoch:
+    see `Order.instead`.
 
     Args:
         data: the samples.
@@ -286,6 +305,7 @@ def batches(
         share: selects the samples.
         workers: forked processes that read ahead; 0 reads in this one.
         max_bad_fraction: of all samples that may be unusable, in [0, 1].
+        shuffle: how samples are shuffled; all together by default.
 
     Raises:
         ValueError: an argument is out of range (at once); too many samples are unusable (while iterating).
@@ -293,7 +313,8 @@ def batches(
     if workers < 0 or not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"workers ({workers}) must be at least 0, max_bad_fraction ({max_bad_fraction}) in [0, 1]")
     # a step's micro-batches are taken at once: they are read ahead while the step before is computed
-    reads = _reads(_Positions(data, transform, share.seed), share.positions(), workers, ahead=share.accumulation)
+    reader = _Positions(data, transform, share.seed, shuffle or Shuffle())
+    reads = _reads(reader, share.positions(), workers, ahead=share.accumulation)
     return _deliver(reads, data, BadSamples(data, max_bad_fraction))
 
 
@@ -315,7 +336,7 @@ def parts_in_order(
     for read in _reads(_Parts(data, transform), parts, workers):
         assert read.tensors is not None
         bad_samples.add(read.bad, n_seen=len(read.numbers) + len(read.bad))
-        yield _batch(read, read.tensors, data)
+        yield _batch(read, read.tensors)
 
 
 def validation_batches(
@@ -346,9 +367,10 @@ def validation_batches(
         raise ValueError(f"batch_size must be at least 1, got {batch_size}")
     bad_samples = BadSamples(data, max_bad_fraction)
     chosen = _chosen(data, samples)
-    parts = [chosen[first : first + batch_size] for first in range(0, len(chosen), batch_size)]
+    firsts = range(rank * batch_size, len(chosen), world_size * batch_size)
+    parts = (chosen[first : first + batch_size] for first in firsts)
     n_usable = 0
-    for batch in parts_in_order(data, transform, parts[rank::world_size], bad_samples):
+    for batch in parts_in_order(data, transform, parts, bad_samples):
         n_usable += len(batch.numbers)
         yield batch
     if n_usable == 0 and world_size == 1:
@@ -356,8 +378,16 @@ def validation_batches(
 
 
 def _chosen(data: ShardData, count: int | None) -> Sequence[int]:
-    """Return the numbers of all samples, or of some of them, in the order of the shards."""
-    if count is None or count >= len(data):
-        return range(len(data))
-    chosen: list[int] = sorted(data.order(0, 0)[:count].tolist())
-    return chosen
+    """Return the numbers of all samples, or of some of them, in the order of the shards.
+
+    Of very many samples, one is taken from each of `count` equal parts: a permutation of all would not fit in memory.
+    """
+    n = len(data)
+    if count is None or count >= n:
+        return range(n)
+    if n <= MAX_FULL_SHUFFLE:
+        chosen: list[int] = sorted(data.order(0, 0)[:count].tolist())
+        return chosen
+    bits = np.random.Philox(0).random_raw(count).tolist()
+    ends = [(part + 1) * n // count for part in range(count)]
+    return [first + int(bit) % (end - first) for first, end, bit in zip([0, *ends], ends, bits, strict=False)]

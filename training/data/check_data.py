@@ -7,10 +7,8 @@
 """
 
 import itertools
-import json
 import logging
 import os
-import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
@@ -24,13 +22,14 @@ from numpy.typing import NDArray
 
 from dalle.data.index import IMAGE, NO_PICTURE, checksum
 from dalle.data.names import expand_shards
+from dalle.data.shard import state_of
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
-from storage.atomic import replace_text
 from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Summary
 from training.data.check_shard import SUBJECTS, UNREADABLE, check_shard
 from training.data.exclusions import Excluded, listed_names, sample_line, short_names, write_lines
-from training.data.manifest import EXCLUDED, FORMAT_VERSION, RECORDS, SUMMARY, Counts, Manifest, ShardRecord
+from training.data.manifest import EXCLUDED, RECORDS, Entry, Manifest, write_summary
+from training.data.record import Counts, ShardRecord
 from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
@@ -79,8 +78,11 @@ def check_data(
     if not overwrite:
         _refuse_to_lose(out, records, changed, excluded)
     (out / RECORDS).mkdir(parents=True, exist_ok=True)
+    for path in set(paths).difference(missing):
+        if not (out / RECORDS / records[path]).exists() and (known := _known(out, records[path])) is not None:
+            known.save(out / RECORDS / records[path])  # a record of version 0.1
     for n_done, (path, record) in enumerate(_checked(missing, workers, bpe), start=1):
-        replace_text(out / RECORDS / records[path], record.to_json())
+        record.save(out / RECORDS / records[path])
         if progress is not None:
             progress(len(paths) - len(missing) + n_done, len(paths))
     rows = zip(short_names(paths), listed_names(paths), records.items(), strict=True)
@@ -89,7 +91,7 @@ def check_data(
 
 
 def _record_name(path: Path) -> str:
-    return f"{slug(path.stem, 40)}-{checksum(os.fsencode(path.resolve())):016x}.json"
+    return f"{slug(path.stem, 40)}-{checksum(os.fsencode(path.resolve())):016x}.index"
 
 
 def _not_known(out: Path, records: Mapping[Path, str], tokenizer: str | None) -> tuple[list[Path], set[Path]]:
@@ -108,9 +110,10 @@ def _not_known(out: Path, records: Mapping[Path, str], tokenizer: str | None) ->
 
 
 def _known(out: Path, name: str) -> ShardRecord | None:
-    """Return an existing record; None if it cannot be used or is of a shard that could not be read."""
+    """Return an existing record, perhaps of version 0.1; None if it cannot be used or its shard could not be read."""
+    path = out / RECORDS / name
     try:
-        record = ShardRecord.from_json((out / RECORDS / name).read_text("utf-8"))
+        record = ShardRecord.load(path if path.exists() else path.with_suffix(".json"))
     except (OSError, ValueError):
         return None
     return None if record.changed_ns == UNREADABLE else record
@@ -118,8 +121,7 @@ def _known(out: Path, name: str) -> ShardRecord | None:
 
 def _is_of(record: ShardRecord, path: Path) -> bool:
     """Return whether a shard has the size and the time of change that it had when it was checked."""
-    status = path.stat()
-    return (record.index.n_bytes, record.changed_ns) == (status.st_size, status.st_mtime_ns)
+    return (record.index.n_bytes, record.changed_ns) == state_of(path)
 
 
 def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], excluded: Excluded) -> None:
@@ -138,7 +140,9 @@ def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], 
         if path is None:
             lost.append(f"{entry.name} is gone")
             continue
-        record = None if records[path] == entry.record else _known(out, entry.record)  # of before it was moved
+        record = (
+            None if Path(records[path]).stem == Path(entry.record).stem else _known(out, entry.record)
+        )  # of before it was moved
         if path in changed or (record is not None and not _is_of(record, path)):
             lost.append(f"{entry.name} has changed")
     found, added = [path for _, path in matches if path is not None], set(new)
@@ -210,7 +214,7 @@ class _Listed(NamedTuple):
     """File of its record."""
 
     def read(self) -> ShardRecord:
-        return ShardRecord.from_json(self.record.read_text("utf-8"))
+        return ShardRecord.load(self.record)
 
 
 class _Totals:
@@ -218,6 +222,7 @@ class _Totals:
 
     def __init__(self) -> None:
         self.counts: Counts = {subject: Counter() for subject in SUBJECTS}
+        self.entries: list[Entry] = []
         self.damaged: list[str] = []
         self.n_bytes = 0
         self.problems: Counter[str] = Counter()
@@ -243,7 +248,8 @@ class _Totals:
             record = shard.read()
             index = record.index
             assert index.checksums is not None
-            excluded.rows(index.keys, str(shard.path.resolve()))
+            self.entries.append(Entry.of(shard.name, shard.path, shard.record.name, record))
+            excluded.rows(index.keys, self.entries[-1].path)
             for subject, found in record.counts.items():
                 self.counts.setdefault(subject, Counter()).update(found)
             self.n_bytes += index.n_bytes
@@ -288,13 +294,7 @@ def _summarise(out: Path, listed: Sequence[_Listed], n_read: int, excluded: Excl
         n_with_neither=totals.n_with_neither,
         without_picture=tuple(totals.without_picture),
     )
-    entries = [
-        {"name": one.name, "path": str(one.path.resolve()), "record": one.record.name, "n_samples": len(keys)}
-        for one, keys in zip(listed, totals.key_hashes, strict=True)
-    ]
-    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
-    text = json.dumps({"format": FORMAT_VERSION, "made": made, "found": vars(summary), "shards": entries}, indent=1)
-    replace_text(out / SUMMARY, text + "\n")
+    write_summary(out, [entry.to_json() for entry in totals.entries], vars(summary))
     return summary
 
 

@@ -10,7 +10,7 @@ import numpy as np
 
 from dalle.output.text import aligned, counted
 from training.data.check_shard import ASPECT_RATIOS
-from training.data.manifest import Counts
+from training.data.record import Counts
 
 UNUSABLE, DUPLICATES = "unusable.jsonl", "duplicates.jsonl"
 """Names of the lists in a manifest's folder."""

@@ -23,7 +23,7 @@ from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, checksum
 from dalle.tokenizer import Tokenizer
 from dvae.images import PictureError, open_image
 from storage.tar import MAX_PICTURE_BYTES
-from training.data.manifest import Counts, ShardRecord
+from training.data.record import Counts, ShardRecord
 
 SUBJECTS = (
     *("samples", "unusable pictures", "unusable captions", "caption characters", "caption words", "caption tokens"),

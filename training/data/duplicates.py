@@ -113,7 +113,7 @@ def features_of(
     def view(sample: Sample, _: np.random.Generator) -> dict[str, Tensor]:
         return {"view": clip_view(open_image(sample.image_bytes, sample.source), clip.config.image_size)}
 
-    parts = [range(first, min(first + _BATCH, len(data))) for first in range(0, len(data), _BATCH)]
+    parts = (range(first, min(first + _BATCH, len(data))) for first in range(0, len(data), _BATCH))
     bad_samples = BadSamples(data, max_fraction=1.0)
     features: list[Tensor] = []
     numbers: list[int] = []
@@ -281,7 +281,7 @@ class _Names:
 
 def _sample_names(data: ShardData) -> Callable[[int], tuple[str, str]]:
     shards = dict(zip(data.shards, listed_names(data.shards), strict=True))
-    return lambda i: (shards[data.shard_of(i)], data.keys[i])
+    return lambda i: (shards[data.shard_of(i)], data.key(i))
 
 
 def _save_sheet(path: Path, pairs: Sequence[Pair], data: ShardData, others: ShardData, threshold: float) -> None:
@@ -313,5 +313,5 @@ def _pictures(pairs: Sequence[Pair], data: ShardData, others: ShardData) -> tupl
     for pair in pairs:
         for source, number in ((data, pair.first), (others, pair.second)):
             images.append(open_image(source.read(number).image_bytes, source.source(number)))
-            labels.append(f"{pair.cosine:.3f} {source.keys[number]}")
+            labels.append(f"{pair.cosine:.3f} {source.key(number)}")
     return images, labels

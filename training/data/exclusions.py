@@ -22,6 +22,8 @@ class Excluded:
     def __init__(self, shards_of: Mapping[str, Sequence[tuple[str, ...]]], lines: Sequence[str]) -> None:
         """Take lines, and for each key the last parts of its shards' paths, () for all shards; `read` makes both."""
         self._shards_of = shards_of
+        self._shards = {shard for shards in shards_of.values() for shard in shards}
+        self._depths = {len(shard) for shard in self._shards}
         self._found_in: dict[tuple[str, tuple[str, ...]], str] = {}
         self.lines = lines
         """As they are in the files."""
@@ -52,6 +54,11 @@ class Excluded:
                 shards_of.setdefault(key, []).append(PurePosixPath(shard).parts)
                 lines.append(line)
         return cls(shards_of, list(dict.fromkeys(lines)))
+
+    def names(self, path: str) -> bool:
+        """Return whether a line may mean a sample of the shard of this path."""
+        parts = PurePosixPath(path).parts
+        return any(parts[len(parts) - depth :] in self._shards for depth in self._depths if depth <= len(parts))
 
     def rows(self, keys: Sequence[str], path: str) -> NDArray[np.bool_]:
         """Return which samples of a shard are left out, (n,).

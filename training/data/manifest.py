@@ -2,225 +2,51 @@
 
 `dalle-train check-data` (`training/data/check_data.py`) writes it, a folder:
 
-    summary.json            the shards in order, and the counts of all of them
-    shards/NAME-HASH.json   `ShardRecord`: for every sample its key, and the places and checksums of its members
+    summary.json            the shards in order, with the counts of each, and what was found in all of them
+    shards/NAME-HASH.index  `ShardRecord`: for every sample its key, and the places and checksums of its members
     unusable.jsonl, duplicates.jsonl     samples to look at: {"shard", "key", "reason"}, one a line
     excluded.jsonl          samples that training leaves out, in the same form
 
-Each shard has a file of its own: hundreds of millions of samples are not one file.
+Each shard has a file of its own, which is read when one of its samples is: a run of hundreds of millions of samples
+starts with the summary alone, where the shards have not changed and no list leaves samples of them out. (Records of
+version 0.1 are JSON, and read at the start.)
 
 A manifest changes nothing about whole shards: the samples have the numbers that they have without it, so a run may
 begin to use one at any time. When a shard has lost samples, the others keep their numbers, and hence the order of
 training stays the same; `located` finds the samples that are left. Only excluded samples have no number.
 
-Order of the file: the record of a shard, its samples in the shard as it is now, the folder, the data opened with it.
+Order of the file: a shard in the summary, the folder, the data opened with it. `record.py` has the records.
 """
 
 import dataclasses
 import json
 import logging
-import os
-from collections import Counter
+import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
-import numpy as np
-from numpy.typing import NDArray
-
 from dalle.data.image_tokens import Description
-from dalle.data.index import ShardIndex, checksum, index_shard
+from dalle.data.index import ShardIndex
+from dalle.data.index_file import READING_ERRORS
 from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
-from dalle.data.usable import DataReport, usable_part
+from dalle.data.shard import Shard, State, in_threads, state_of
+from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
+from storage.atomic import replace_text
 from training.data.exclusions import Excluded
+from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable
 
 logger = logging.getLogger(__name__)
 
-FORMAT_VERSION = 1
-"""Raised when manifests of this version could no longer be read by the code before it."""
 SUMMARY, RECORDS, EXCLUDED = "summary.json", "shards", "excluded.jsonl"
 
-Counts = dict[str, Counter[str]]
-"""Counts by subject and value: {"shorter side": {"64 to 127": 12}}; those of several shards add up."""
-
 _NAMED_IN_LOG = 20  # shards that are logged by name
-_READING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
-@dataclass(frozen=True, kw_only=True)
-class ShardRecord:
-    """The contents of one shard when it was checked."""
-
-    index: ShardIndex
-    """All its samples, usable or not, with `has_caption` and `checksums`."""
-    changed_ns: int
-    """Time of its last change then, in ns: a shard that keeps it and its size is taken to be the same."""
-    problems: Mapping[int, str]
-    """The problem of each sample that cannot be used as a captioned picture, by row."""
-    counts: Counts
-    tokenizer: str | None
-    """Hash of the tokenizer that counted the captions' tokens; None if they were not counted."""
-
-    def to_json(self) -> str:
-        """Return the text of its file."""
-        index = self.index
-        assert index.checksums is not None
-        assert index.has_caption is not None
-        record = {
-            "format": FORMAT_VERSION,
-            "path": str(index.path),
-            "bytes": index.n_bytes,
-            "changed_ns": self.changed_ns,
-            "damage": index.damage,
-            "tokens": None if index.tokens is None else json.loads(index.tokens.to_json()),
-            "tokenizer": self.tokenizer,
-            "counts": self.counts,
-            "problems": self.problems,
-            "ignored": index.n_ignored,
-            "duplicates": index.n_duplicates,
-            "samples": {
-                "key": index.keys,
-                "name": index.image_names,
-                "places": index.places.tolist(),
-                "checksums": [[f"{one:016x}" for one in row] for row in index.checksums.tolist()],
-                "has_caption": index.has_caption.astype(int).tolist(),
-            },
-        }
-        # ASCII: names that are not UTF-8 hold halves of surrogate pairs, which a file cannot
-        return json.dumps(record, separators=(",", ":")) + "\n"
-
-    @classmethod
-    def from_json(cls, text: str) -> Self:
-        """Read the text of `to_json`.
-
-        Raises:
-            ValueError: it is something else, of another format or damaged.
-        """
-        try:
-            return cls._from_json(text)
-        except _READING_ERRORS as error:
-            raise ValueError(str(error)) from error
-
-    @classmethod
-    def _from_json(cls, text: str) -> Self:
-        record = json.loads(text)
-        if record["format"] != FORMAT_VERSION:
-            raise ValueError(f"it is of format {record['format']!r}, and this version reads {FORMAT_VERSION}")
-        path, samples, tokens = Path(record["path"]), record["samples"], record["tokens"]
-        n = len(samples["key"])
-        problems = {int(i): str(problem) for i, problem in record["problems"].items()}
-        checksums = np.array([[int(one, 16) for one in row] for row in samples["checksums"]], dtype=np.uint64)
-        index = ShardIndex(
-            path=path,
-            n_bytes=int(record["bytes"]),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
-            keys=tuple(map(str, samples["key"])),
-            image_names=tuple(map(str, samples["name"])),
-            places=np.array(samples["places"], dtype=np.int64).reshape(n, 3, 2),
-            n_ignored=int(record["ignored"]),
-            n_duplicates=int(record["duplicates"]),
-            damage=record["damage"],
-            has_caption=np.array(samples["has_caption"], dtype=bool),
-            problems=problems,
-            checksums=checksums.reshape(n, 3),
-        )
-        if len(index.image_names) != n or index.has_caption is None or index.has_caption.shape != (n,):
-            raise ValueError("its columns differ in length")
-        if (index.places < 0).any() or not set(problems) <= set(range(n)):
-            raise ValueError("a place is below 0, or a problem of no sample")
-        if not all(text is None or isinstance(text, str) for text in (index.damage, record["tokenizer"])):
-            raise ValueError("damage and tokenizer must be texts")
-        if not all(_is_count(subject, *one) for subject, found in record["counts"].items() for one in found.items()):
-            raise ValueError("its counts are no counts")
-        return cls(
-            index=index,
-            changed_ns=int(record["changed_ns"]),
-            problems=problems,
-            counts={subject: Counter(values) for subject, values in record["counts"].items()},
-            tokenizer=record["tokenizer"],
-        )
-
-
-def _is_count(subject: str, value: str, number: Any) -> bool:
-    """Return whether a count of a record is one, of a length where the subject asks for it."""
-    is_length = subject.startswith("caption ") or subject == "shorter side"
-    if is_length and not value.partition(" ")[0].isdecimal():
-        return False
-    return type(number) is int and 0 <= number < 1 << 53
-
-
-def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | None]:
-    """Find the samples of a record in the shard as it is now.
-
-    A shard of the same size and time of change is not read: changes in it are noticed when a sample is read. Of any
-    other, the headers are read; where they do not lead to a sample, its old place is read, which still holds it if only
-    a header was damaged.
-
-    Args:
-        record: the contents when the shard was checked.
-        path: where it is now; None if it is missing.
-
-    Returns:
-        The index of the same samples, in the same order, with those that are gone marked as lost; and the damage of the
-        shard, None if it is whole.
-    """
-    index, n = record.index, len(record.index.keys)
-    all_lost = np.ones(n, dtype=bool)
-    try:
-        status = path.stat() if path is not None else None
-    except OSError:
-        status = None
-    if path is None or status is None:
-        return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
-    if (status.st_size, status.st_mtime_ns) == (index.n_bytes, record.changed_ns):
-        return dataclasses.replace(index, path=path, lost=~all_lost), None
-    try:
-        places, lost, damage = _search(index, path)
-    except OSError as error:
-        return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
-    if status.st_size != index.n_bytes:
-        damage = damage or f"it has {status.st_size:,} bytes, and had {index.n_bytes:,}"
-    elif damage is None and lost.any():
-        damage = "it holds other samples"
-    return dataclasses.replace(index, path=path, n_bytes=status.st_size, places=places, lost=lost), damage
-
-
-def _search(index: ShardIndex, path: Path) -> tuple[NDArray[np.int64], NDArray[np.bool_], str | None]:
-    """Return the places (n, 3, 2) of an index's samples in a changed shard, which of them are lost, and the damage."""
-    assert index.checksums is not None
-    places, lost = index.places.copy(), np.zeros(len(index.keys), dtype=bool)
-    rows: dict[str, int] = {}
-    places_now = places
-    try:
-        now = index_shard(path)
-    except ValueError as error:
-        damage: str | None = str(error).removeprefix(f"{path} ").partition(":")[0]
-    else:
-        rows, places_now, damage = {key: row for row, key in enumerate(now.keys)}, now.places, now.damage
-    with path.open("rb", buffering=0) as file:
-        n_bytes = os.fstat(file.fileno()).st_size
-        for i, key in enumerate(index.keys):
-            row = rows.get(key)
-            if row is not None and (places_now[row, :, 1] == places[i, :, 1]).all():
-                places[i] = places_now[row]
-            else:
-                lost[i] = not _are_there(file.fileno(), n_bytes, places[i].tolist(), index.checksums[i].tolist())
-    return places, lost, damage
-
-
-def _are_there(file: int, n_bytes: int, places: list[list[int]], checksums: list[int]) -> bool:
-    """Return whether the members of a sample are at these places, byte for byte."""
-    for (offset, size), expected in zip(places, checksums, strict=True):
-        if size == 0:
-            continue
-        if offset < 0 or size < 0 or offset + size > n_bytes or checksum(os.pread(file, size, offset)) != expected:
-            return False
-    return True
-
-
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False, slots=True)
 class Entry:
     """A shard as the summary lists it."""
 
@@ -232,6 +58,67 @@ class Entry:
     """Name of the file of its record."""
     n_samples: int
     """Keys in it."""
+    state: State | None = None
+    """Its size and time of change when it was checked; None in a summary of version 0.1, which has no parts either."""
+    tokens: Description | None = None
+    parts: Mapping[bool, Part] = field(default_factory=dict)
+    """Its usable samples with captions (True) and without, those counted that a list leaves out."""
+
+    @classmethod
+    def of(cls, name: str, path: Path, record_file: str, record: ShardRecord) -> Self:
+        """Return the entry of a record."""
+        index = record.index
+        return cls(
+            name=name,
+            path=str(path.resolve()),
+            record=record_file,
+            n_samples=len(index.keys),
+            state=(index.n_bytes, record.changed_ns),
+            tokens=index.tokens,
+            parts=parts_of(index),
+        )
+
+    def to_json(self) -> dict[str, Any]:
+        """Return its part of the summary."""
+        return {
+            **{name: getattr(self, name) for name in ("name", "path", "record", "n_samples", "state")},
+            "tokens": None if self.tokens is None else json.loads(self.tokens.to_json()),
+            "parts": {"captions" if kind else "pictures": part.to_json() for kind, part in self.parts.items()},
+        }
+
+    @classmethod
+    def from_json(cls, row: Mapping[str, Any]) -> Self:
+        """Read what `to_json` returns, or version 0.1 wrote; raises ValueError, KeyError or TypeError for others."""
+        if not all(isinstance(row[name], str) for name in ("name", "path", "record")):
+            raise ValueError("name, path and record of a shard must be texts")
+        state, tokens, path = row.get("state"), row.get("tokens"), row["path"]
+        if PurePosixPath(row["record"]).name != row["record"]:
+            raise ValueError("a record lies in another folder")
+        return cls(
+            name=row["name"],
+            path=path,
+            record=row["record"],
+            n_samples=int(row["n_samples"]),
+            state=None if state is None else (int(state[0]), int(state[1])),
+            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), Path(path)),
+            parts={kind == "captions": Part.from_json(part) for kind, part in row.get("parts", {}).items()},
+        )
+
+
+def write_summary(folder: Path, entries: Sequence[Mapping[str, Any]], found: Mapping[str, Any]) -> None:
+    """Write the summary of a manifest.
+
+    Args:
+        folder: of the manifest.
+        entries: of the shards, in order, as `Entry.to_json` returns them.
+        found: what was found in all of them.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    made = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
+    text = json.dumps({"format": FORMAT_VERSION, "made": made, "found": found, "shards": entries}, indent=1)
+    replace_text(folder / SUMMARY, text + "\n")
 
 
 @dataclass(frozen=True)
@@ -257,30 +144,16 @@ class Manifest:
             )
         try:
             summary = json.loads(path.read_text("utf-8"))
-            if summary["format"] != FORMAT_VERSION:
-                raise ValueError(f"it is of format {summary['format']!r}, and this version reads {FORMAT_VERSION}")
-            entries = [Entry(**{**row, "n_samples": int(row["n_samples"])}) for row in summary["shards"]]
-            if not all(isinstance(text, str) for entry in entries for text in (entry.name, entry.path, entry.record)):
-                raise ValueError("name, path and record of a shard must be texts")
-            if any(PurePosixPath(entry.record).name != entry.record for entry in entries):
-                raise ValueError("a record lies in another folder")
-        except _READING_ERRORS as error:
+            require_readable(summary)
+            entries = [Entry.from_json(row) for row in summary["shards"]]
+        except READING_ERRORS as error:
             raise ValueError(f"{path} cannot be used ({error}): make it again with `dalle-train check-data`") from None
         excluded = folder / EXCLUDED
         return cls(folder, entries, Excluded.read([excluded] if excluded.exists() else []))
 
     def record(self, entry: Entry) -> ShardRecord:
-        """Read the record of a shard.
-
-        Raises:
-            ValueError: its file is damaged.
-            OSError: it cannot be read.
-        """
-        path = self.folder / RECORDS / entry.record
-        try:
-            return ShardRecord.from_json(path.read_text("utf-8"))
-        except ValueError as error:
-            raise ValueError(f"{path} cannot be used ({error}): make it again with `dalle-train check-data`") from None
+        """Read the record of a shard; errors as those of `ShardRecord.load`."""
+        return ShardRecord.load(self.folder / RECORDS / entry.record)
 
     def match(self, paths: Sequence[Path]) -> tuple[list[tuple[Entry, Path | None]], list[Path]]:
         """Find the shards of the manifest among some paths: where they were, or by their names if they were moved.
@@ -338,18 +211,17 @@ def open_with_manifest(
             pictures are needed, or tokens that were made in several ways.
     """
     matches, unknown = manifest.match(expand_shards(shards, skip_missing=True))
-    used: list[ShardIndex] = []
-    report = DataReport()
-    for entry, path in matches:
-        index, damage = located(manifest.record(entry), path)
-        excluded = manifest.excluded.rows(index.keys, entry.path)
-        part, found = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
-        report += found
+    look = partial(_look_at, manifest, captions=captions, encoded=encoded)
+    used: list[Shard] = []
+    reports: list[DataReport] = []
+    for (entry, _), (shard, found, damage) in zip(matches, in_threads(look, matches), strict=True):
+        reports.append(found)
         if damage is not None:
             left = f"{found.n_samples - found.n_lost:,} of {found.n_samples:,} samples are left ({damage})"
-            report += DataReport(damaged_shards=(f"{entry.name}: {left}",))
-        if part.keys:
-            used.append(part)
+            reports.append(DataReport(damaged_shards=(f"{entry.name}: {left}",)))
+        if shard is not None:
+            used.append(shard)
+    report = DataReport.total(reports)
     _log_some("shard", report.damaged_shards)
     _log_some("shard", [f"{path} is left out: the manifest in {manifest.folder} does not know it" for path in unknown])
     if report.n_lost == report.n_samples:
@@ -361,6 +233,58 @@ def open_with_manifest(
         )
     report.log()
     return ShardData(used, report, captions=captions)
+
+
+def _look_at(
+    manifest: Manifest, match: tuple[Entry, Path | None], *, captions: bool, encoded: bool
+) -> tuple[Shard | None, DataReport, str | None]:
+    """Return a shard of a manifest, None if it has no usable sample, its counts, and its damage.
+
+    Only the summary is asked about a shard that has not changed, and of which no sample is left out.
+
+    Raises:
+        ValueError: its record is damaged; it holds image tokens where pictures are needed.
+    """
+    entry, path = match
+    part, state = entry.parts.get(captions), _state(path)
+    if path and part and state and state == entry.state and not manifest.excluded.names(entry.path):
+        if not encoded:
+            refuse_tokens(path, entry.tokens)
+        shard = Shard(
+            path=path,
+            n_bytes=state[0],
+            n_samples=part.report.n_samples,
+            tokens=entry.tokens,
+            load=partial(_load, manifest, entry, path, captions),
+            fingerprint=part.fingerprint,
+        )
+        return shard if part.report.n_samples else None, part.report, None
+    record = manifest.record(entry)
+    index, damage = located(record, path)
+    excluded = manifest.excluded.rows(index.keys, entry.path)
+    used, report = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
+    if not used.keys:
+        return None, report, damage
+    shard = Shard.held(used)
+    if part is not None and not report.n_lost and (index.places == record.index.places).all():
+        load = partial(_load, manifest, entry, path or Path(), captions)
+        shard = dataclasses.replace(shard, index=None, load=load, fingerprint=fingerprint(used))
+    return shard, report, damage
+
+
+def _state(path: Path | None) -> State | None:
+    try:
+        return None if path is None else state_of(path)
+    except OSError:
+        return None
+
+
+def _load(manifest: Manifest, entry: Entry, path: Path, captions: bool) -> ShardIndex:
+    """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`."""
+    index = manifest.record(entry).index
+    excluded = manifest.excluded.rows(index.keys, entry.path) if manifest.excluded.names(entry.path) else None
+    index = dataclasses.replace(index, path=path, n_bytes=state_of(path)[0])
+    return usable_part(index, captions=captions, encoded=True, excluded=excluded)[0]
 
 
 def _log_some(prefix: str, lines: Sequence[str]) -> None:

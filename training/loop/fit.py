@@ -7,6 +7,7 @@ A stage says what is trained: its model, its loss, its samples (stage.py). The r
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from dalle.data.order import Shuffle
 from dalle.data.reader import ShardData
 from dalle.output.text import Say, counted
 from storage.errors import reason_of
@@ -53,6 +54,9 @@ def fit(
     emulates_bfloat16 = agree(not has_bfloat16_arithmetic(ranks.device), ranks)
     resolved = resolve(config, ranks.size, emulates_bfloat16=emulates_bfloat16)
     config = resolved.config
+    shuffle = Shuffle.of(
+        train.counts, config.global_batch, window=config.shuffle_window, streams=config.shuffle_streams
+    )
     for note in resolved.notes:
         say(f"{stage.name}: {note}")
     tag = spec.tag()
@@ -74,8 +78,19 @@ def fit(
             engine = Engine(Objective(stage.model, stage.loss), resolved, ranks)
             say(f"{stage.name}: {counted(len(train), 'sample')} in {counted(len(train.shards), 'shard')}")
             say(f"{stage.name}: {engine.batch}")
-            run = Run(stage=stage, config=config, ranks=ranks, spec=spec, engine=engine, validation=validation, say=say)
+            run = Run(
+                stage=stage,
+                config=config,
+                ranks=ranks,
+                spec=spec,
+                engine=engine,
+                shuffle=shuffle,
+                validation=validation,
+                say=say,
+            )
             start = 0 if tag is None else _resume(run)
+            if run.shuffle.window:
+                say(f"{stage.name}: {run.shuffle}")
             if agree(stop.raised, ranks):
                 raise Interrupted(f"stopped before the next step in {spec.directory}: {spec.resume_command()} resumes")
             with _log_opened(run, start):

@@ -35,7 +35,9 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         max_steps=config.steps,
     )
     workers, max_bad_fraction = config.workers, config.max_bad_fraction
-    stream = batches(data, run.stage.transform, share, workers=workers, max_bad_fraction=max_bad_fraction)
+    stream = batches(
+        data, run.stage.transform, share, workers=workers, max_bad_fraction=max_bad_fraction, shuffle=run.shuffle
+    )
     vote_every = VOTE_EVERY if ranks.size > 1 and ranks.device.type == "cuda" else 1
     timer = Timer(start, config.steps)
     engine.train()

@@ -1,19 +1,21 @@
 """One run in training: what its steps, its records and its checkpoints share."""
 
 import logging
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from dalle.data.order import Shuffle
 from dalle.data.reader import ShardData
 from dalle.output.text import Say
 from training.config import TrainConfig
 from training.engine.engine import Engine
 from training.loop.means import Means
 from training.loop.metrics import MetricLog
-from training.loop.run_folder import ORDER, RunSpec
+from training.loop.run_folder import KEPT, ORDER, RunSpec
 from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
@@ -40,7 +42,7 @@ class TrainState:
     means: list[dict[str, Any]]
     """Sums and counts since the last line of metrics, of each rank."""
     order: dict[str, int]
-    """Options that decide which samples a step sees."""
+    """Options that decide which samples a step sees; up to version 0.1 without those of `Shuffle`."""
 
 
 @dataclass(kw_only=True)
@@ -53,6 +55,8 @@ class Run:
     ranks: Ranks
     spec: RunSpec
     engine: Engine
+    shuffle: Shuffle
+    """How the samples of training are shuffled."""
     validation: ShardData | None
     say: Say
     """Told how far the run is."""
@@ -92,7 +96,10 @@ class Run:
             skipped_steps=self.skipped.n,
             skipped_in_row=(self.skipped.n_in_row, self.skipped.first_in_row),
             means=from_all_ranks(self.means.state(), self.ranks),
-            order={name: getattr(self.config, name) for name in ORDER},
+            order={
+                **{name: getattr(self.config, name) for name in ORDER},
+                **{f"shuffle_{name}": value for name, value in asdict(self.shuffle).items()},
+            },
         )
 
     def restore(self, state: TrainState) -> None:
@@ -109,6 +116,23 @@ class Run:
                 "%s: the resumed run sees other samples than it would have seen",
                 " and ".join(f"{n} was {state.order[n]} and is {getattr(self.config, n)}" for n in changed),
             )
+        self._restore_shuffle(state.order)
+
+    def _restore_shuffle(self, order: Mapping[str, int]) -> None:
+        """Shuffle as the run began; says so where it was told otherwise.
+
+        With another global batch, which shows other samples anyway, streams are shared out by that one: each rank stays
+        in few of them.
+        """
+        names = {f"shuffle_{one.name}": one.name for one in fields(Shuffle)}
+        began = Shuffle(**{names[name]: value for name, value in order.items() if name in names})
+        for option in KEPT:
+            was, now = getattr(began, names[option]), getattr(self.shuffle, names[option])
+            if getattr(self.config, option) is not None and was != now and self.ranks.is_first:
+                logger.warning("%s is %d: the run began with %d, and keeps it", option, now, was)
+        if began.window and order["global_batch"] != (batch := self.config.global_batch):
+            began = replace(began, batch=batch, streams=min(began.streams, batch))
+        self.shuffle = began
 
     def bad_samples(self) -> int:
         """Return the number of unusable samples of all ranks since the run's first step. Collective."""

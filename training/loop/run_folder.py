@@ -17,6 +17,8 @@ from training.run_files import CHECKPOINTS, clear, read_config, read_description
 
 ORDER = ("seed", "global_batch")
 """Options that decide which samples a step sees; checkpoints keep them, and a resumed run warns of others."""
+KEPT = ("shuffle_window", "shuffle_streams")
+"""Options of the order of samples that a resumed run has from its checkpoint, whatever it is told."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -100,7 +102,7 @@ def changed_options(before: Mapping[str, Any], now: Mapping[str, Any]) -> Iterat
     for part in ("training", "options"):
         old, new = dict(_leaves(before.get(part))), dict(_leaves(now[part]))
         for name in new:
-            if name in old and old[name] != new[name] and name not in (*ORDER, "said"):
+            if name in old and old[name] != new[name] and name not in (*ORDER, *KEPT, "said"):
                 yield f"{name} was {old[name]} and is {new[name]} from here on"
 
 

@@ -23,7 +23,7 @@ from rerank.loss import contrastive_loss
 from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
-from training.data.wrong_captions import SOURCES
+from training.drawings.wrong_captions import SOURCES
 from training.engine.objective import MicroBatch, Tensors
 from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, Recipe

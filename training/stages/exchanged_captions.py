@@ -21,8 +21,8 @@ from dalle.pipeline import Pipeline
 from dvae.images import to_tensor
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
-from training.data.wrong_captions import EXCHANGES, Exchange, Replacement, told_alike, wrong_scene
 from training.drawings.shapes import Scene, Split, caption, draw, parse, random_scene
+from training.drawings.wrong_captions import EXCHANGES, Exchange, Replacement, told_alike, wrong_scene
 
 PictureSource = Callable[[Sequence[Scene], np.random.Generator], Tensor]
 """Returns a picture of each scene, float32 (N,3,H,W) in [0, 1]."""

@@ -8,8 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
 from training.data.manifest import Manifest, open_with_manifest
@@ -145,9 +143,9 @@ def forget_runs(out: Path) -> None:
 
 def all_captions(data: ShardData) -> Iterator[str]:
     """Yield every caption that can be read; training counts the other samples as bad ones."""
-    for index in np.flatnonzero(~data.is_lost):
+    for index in itertools.filterfalse(data.is_lost, range(len(data))):
         try:
-            yield from data.captions(int(index))
+            yield from data.captions(index)
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
 
@@ -158,11 +156,11 @@ def note_data(spec: RunSpec, data: ShardData, validation: ShardData | None, rank
     Sample order depends on the number of samples and the order of shards. Shards may be moved.
     """
     refuse_another_run(spec)
-    counts = {str(shard): len(data.samples_of(number)) for number, shard in enumerate(data.shards)}
-    now = {"samples": len(data), "shards": counts, "order": _order_of(data)}
-    now["validation"] = None if validation is None else _order_of(validation)
 
     def note() -> None:
+        counts = dict(zip(map(str, data.shards), data.counts, strict=True))
+        now = {"samples": len(data), "shards": counts, "order": _order_of(data)}
+        now["validation"] = None if validation is None else _order_of(validation)
         before = read_data(spec.directory) if spec.has_run else None
         if before is not None:
             _warn_of_another_order(before, now)

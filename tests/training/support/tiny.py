@@ -85,6 +85,10 @@ def write_world(folder: Path, n: int = N_SAMPLES, *, seed: int = 0, size: int = 
     return folder
 
 
+def all_keys(data: ShardData) -> list[str]:
+    return [data.key(i) for i in range(len(data))]
+
+
 def open_world(folder: Path, *, captions: bool = True) -> ShardData:
     return ShardData.open([folder], captions=captions)
 

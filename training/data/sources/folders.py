@@ -12,6 +12,7 @@ from pathlib import Path, PurePath
 
 from dalle.data.captions import MAX_TEXT_BYTES, CaptionError, captions_of
 from dalle.data.endings import CAPTION_ENDINGS, ending_of, is_picture, not_read
+from dalle.data.index_file import ENDING
 from storage.drawn import is_sheet
 from training.data.sources.pictures import LINK_TO_FOLDER, Listing, SkippedError, SourcePicture, locate
 
@@ -154,6 +155,8 @@ class _Folder:
 
     def _add_other(self, path: Path) -> None:
         ending = ending_of(path)
+        if path.name.lower().endswith(f".tar{ENDING}"):  # made of the shard beside it
+            return
         if ending in _TABLES and _OWN_TABLES.fullmatch(path.name) is None:
             self.tables.append(path)
         self._other(f"{ending} file" if re.fullmatch(r"\.[a-z0-9]{1,9}", ending) else "file without an ending", path)

@@ -1,0 +1,200 @@
+"""Windows of 1, 3 and all shards keep every promise of the order: ranks, workers, resuming, lost shards, manifests."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support import tiny
+from support.runs import Run
+from support.tiny import all_keys, samples_of, write_tar
+from torch import Tensor
+
+import training.data.batches
+from dalle.data.order import Shuffle
+from dalle.data.reader import Sample, ShardData
+from training.data.batches import Share, batches, validation_batches
+from training.data.check_data import check_data
+from training.data.manifest import Manifest, open_with_manifest
+from training.ranks.ranks import join
+
+BATCH = 8
+SHUFFLES = {
+    "one shard": Shuffle(window=1, streams=2, batch=BATCH),
+    "three shards": Shuffle(window=3, streams=4, batch=BATCH),
+    "all": Shuffle(),
+}
+N_SHARDS, PER_SHARD = 8, 5
+N = N_SHARDS * PER_SHARD
+
+
+@pytest.fixture(params=SHUFFLES)
+def shuffle(request: pytest.FixtureRequest) -> Shuffle:
+    return SHUFFLES[request.param]
+
+
+@pytest.fixture
+def shards(tmp_path: Path) -> Path:
+    for shard in range(N_SHARDS):
+        numbers = range(PER_SHARD * shard, PER_SHARD * (shard + 1))
+        write_tar(tmp_path / "data" / f"{shard:06}.tar", samples_of(numbers))
+    return tmp_path / "data"
+
+
+@pytest.fixture
+def manifest(shards: Path, tmp_path: Path) -> Manifest:
+    check_data([shards], tmp_path / "manifest")
+    return Manifest.open(tmp_path / "manifest")
+
+
+def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+    return {"number": torch.tensor(sample.image_bytes[0]), "noise": torch.tensor(rng.random())}
+
+
+def seen(
+    data: ShardData,
+    shuffle: Shuffle,
+    n_steps: int,
+    *,
+    start: int = 0,
+    ranks: int = 1,
+    micro: int = BATCH,
+    workers: int = 0,
+) -> list[list[tuple[str, float]]]:
+    """Key and noise of each sample of some steps."""
+    steps: list[list[tuple[str, float]]] = [[] for _ in range(n_steps)]
+    accumulation = BATCH // (ranks * micro)
+    for rank in range(ranks):
+        share = Share(
+            seed=3,
+            micro_batch=micro,
+            accumulation=accumulation,
+            rank=rank,
+            world_size=ranks,
+            start_step=start,
+            max_steps=start + n_steps,
+        )
+        stream = batches(data, transform, share, workers=workers, max_bad_fraction=0.5, shuffle=shuffle)
+        for number, batch in enumerate(stream):
+            noise = batch.tensors["noise"].tolist()
+            steps[number // accumulation] += zip(batch.keys, noise, strict=True)
+    return steps
+
+
+def test_ranks_and_micro_batches_share_out_the_same_steps(shards: Path, shuffle: Shuffle) -> None:
+    data = ShardData.open([shards], captions=True)
+    whole = seen(data, shuffle, 12)
+    for ranks, micro in ((1, 2), (2, 4), (4, 1), (8, 1)):
+        assert seen(data, shuffle, 12, ranks=ranks, micro=micro) == whole
+    assert set(Counter(key for step in whole[:10] for key, _ in step).values()) == {2}, "two epochs"
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+def test_workers_change_nothing(shards: Path, shuffle: Shuffle, workers: int) -> None:
+    data = ShardData.open([shards], captions=True)
+    assert seen(data, shuffle, 7, micro=4, workers=workers) == seen(data, shuffle, 7)
+
+
+@pytest.mark.parametrize("start", [1, 5, 6])
+def test_a_run_goes_on_where_it_was(shards: Path, shuffle: Shuffle, start: int) -> None:
+    data = ShardData.open([shards], captions=True)
+    assert seen(data, shuffle, 4, start=start, ranks=2, micro=2) == seen(data, shuffle, 10)[start : start + 4]
+
+
+def test_a_manifest_changes_nothing(shards: Path, manifest: Manifest, shuffle: Shuffle) -> None:
+    without, data = ShardData.open([shards], captions=True), open_with_manifest([shards], manifest, captions=True)
+    assert seen(data, shuffle, 10) == seen(without, shuffle, 10)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_all_others_stay_when_a_shard_is_lost(shards: Path, manifest: Manifest, shuffle: Shuffle, ranks: int) -> None:
+    whole = seen(open_with_manifest([shards], manifest, captions=True), shuffle, 10)
+    (shards / "000003.tar").unlink()
+    data = open_with_manifest([shards], manifest, captions=True)
+    lost = {f"k{number:03}" for number in range(15, 20)}
+    left = seen(data, shuffle, 10, ranks=ranks, micro=2)
+    for before, after in zip(whole, left, strict=True):
+        for (key, noise), found in zip(before, after, strict=True):
+            assert found == (key, noise) if key not in lost else found[0] not in lost
+    assert seen(data, shuffle, 4, start=6, ranks=2, micro=2) == left[6:]
+
+
+def test_a_lost_shard_as_large_as_its_window_is_replaced_from_others(tmp_path: Path) -> None:
+    for shard in range(3):
+        write_tar(tmp_path / f"{shard}.tar", samples_of(range(250)))
+    check_data([tmp_path], tmp_path / "m")
+    (tmp_path / "1.tar").unlink()
+    data = open_with_manifest([tmp_path], Manifest.open(tmp_path / "m"), captions=True)
+    shuffle = Shuffle(window=1, batch=BATCH)
+    assert len([key for step in seen(data, shuffle, 93) for key in step]) == 93 * BATCH
+
+
+def test_shards_are_read_ahead_only_in_windows(shards: Path, shuffle: Shuffle, monkeypatch: pytest.MonkeyPatch) -> None:
+    wanted: list[int] = []
+    monkeypatch.setattr(ShardData, "read_ahead", lambda _, shards: wanted.extend(shards))
+    data = ShardData.open([shards], captions=True)
+    seen(data, shuffle, 5)
+    assert set(wanted) == (set(range(N_SHARDS)) if shuffle.window else set())
+
+
+def test_a_choice_of_very_many_samples_is_spread_over_all(shards: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.data.batches, "MAX_FULL_SHUFFLE", N - 1)
+    data = ShardData.open([shards], captions=True)
+    chosen = [[key for batch in validation_batches(data, transform, 3, samples=16) for key in batch.keys] for _ in "ab"]
+    assert chosen[0] == chosen[1]
+    assert len(set(chosen[0])) == 16
+    assert {all_keys(data).index(key) // PER_SHARD for key in chosen[0]} == set(range(N_SHARDS))
+
+
+# ------------------------------------------------------------------------------------------------ whole runs
+
+
+@pytest.fixture
+def new_run(tmp_path: Path) -> Callable[[str], Run]:
+    world = tiny.write_world(tmp_path / "world", 40)
+    data = tiny.open_world(world)
+
+    def make(name: str) -> Run:
+        (tmp_path / name).mkdir()
+        return Run(tmp_path / name, data, join())
+
+    return make
+
+
+@pytest.mark.parametrize("window", [1, 3, 0])
+def test_a_run_resumes_bit_for_bit(new_run: Callable[[str], Run], window: int) -> None:
+    straight, stopped = new_run("straight"), new_run("stopped")
+    straight(tiny.train_config(steps=14, shuffle_window=window))
+    stopped(tiny.train_config(steps=5, shuffle_window=window))
+    stopped(tiny.train_config(steps=14))
+    assert stopped.losses == straight.losses
+    assert stopped.weights == straight.weights
+    assert any("windows of" in line for line in stopped.said) == (window > 0)
+
+
+def test_a_run_keeps_the_window_that_it_began_with(
+    new_run: Callable[[str], Run], caplog: pytest.LogCaptureFixture
+) -> None:
+    straight, told = new_run("straight"), new_run("told")
+    straight(tiny.train_config(steps=8, shuffle_window=2))
+    told(tiny.train_config(steps=4, shuffle_window=2))
+    with caplog.at_level(logging.WARNING):
+        told(tiny.train_config(steps=8, shuffle_window=1, shuffle_streams=4))
+    assert "shuffle_window is 1: the run began with 2, and keeps it" in caplog.text
+    assert told.losses == straight.losses
+
+
+def test_large_data_begin_in_windows_without_being_told(
+    new_run: Callable[[str], Run], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dalle.data.order.MAX_FULL_SHUFFLE", 39)
+    monkeypatch.setattr("dalle.data.order.WINDOW", 2)
+    run = new_run("large")
+    run(tiny.train_config(steps=2))
+    assert any(line.startswith("colours: samples are shuffled in windows of 2 shards") for line in run.said)
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match="1 to 4 streams"):
+        new_run("more")(tiny.train_config(shuffle_window=1, shuffle_streams=5))
