@@ -380,6 +380,11 @@ class CLIP(nn.Module):
                 f"{tokenizer_file} is not the tokenizer that was saved with this CLIP "
                 f"({TOKENIZER_HASH} in config.json): copy or save the directory again"
             )
+        if tokenizer.vocab_size != config.vocab_size:
+            raise ValueError(
+                f"{path} holds a tokenizer of {tokenizer.vocab_size} ids, and its config.json says vocab_size "
+                f"{config.vocab_size}: copy or save the directory again"
+            )
         with torch.device("meta"):
             clip = cls(config, tokenizer)
         load_weights(clip, state, path)

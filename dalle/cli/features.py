@@ -32,6 +32,7 @@ from rerank import CLIP
 from rerank.pixels import clip_view
 from rerank.score import embed_images
 from storage.atomic import replace_file
+from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
@@ -209,17 +210,18 @@ def _read(path: Path, embed_dim: int) -> dict[str, Entry]:
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata()
-            pictures = json.loads(metadata["pictures"])
+            pictures = parse_json(metadata["pictures"])
             features_NE = file.get_tensor("features")
         if metadata.get("view") != VIEW:
             raise ValueError("it was made with another preprocessing")
-        if features_NE.shape != (len(pictures), embed_dim):
-            raise ValueError(f"features of shape {tuple(features_NE.shape)} for {len(pictures)} pictures")
+        if features_NE.shape != (len(pictures), embed_dim) or features_NE.dtype != torch.float32:
+            shape = tuple(features_NE.shape)
+            raise ValueError(f"{features_NE.dtype} features of shape {shape} for {len(pictures)} pictures")
         return {
             str(name): Entry(int(size), int(changed_ns), feature)
             for (name, size, changed_ns), feature in zip(pictures, features_NE, strict=True)
         }
-    except (SafetensorError, OSError, ValueError, KeyError, TypeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, TypeError, AttributeError, OverflowError) as error:
         logger.warning("%s cannot be used (%s): embedding the folder again", path, error)
         return {}
 

@@ -87,7 +87,7 @@ def import_dvae(folder: Path, encoder: bytes, decoder: bytes) -> int:
     return 0
 
 
-@fuzz(4000)
+@fuzz(1600)
 @given(data=st.data(), form=st.sampled_from(("zip", "zip", "legacy")))
 def test_pickles_of_torch(
     data: st.DataObject, form: str, published: dict[str, bytes], tmp_path: Path, door: Door
@@ -146,7 +146,7 @@ def bombs() -> dict[str, bytes]:
     }
 
 
-@fuzz(4000)
+@fuzz(1600)
 @given(
     program=st.one_of(programs(), st.sampled_from(sorted(bombs().items())).map(lambda one: one[1])),
     form=st.sampled_from(("zip", "legacy")),
@@ -172,7 +172,7 @@ def test_pickles_of_any_instructions(
 NUMBERS = st.sampled_from((0, 1, 2, 4, -1, 2**31, 2**63, 2**70, True, 1.5, None, "a", (1,)))
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(
     key=st.sampled_from(("0", "1", 0, None, ("0",))),
     offset=NUMBERS,
@@ -254,7 +254,7 @@ def models(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(bundle, folder))
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(data=st.data(), part=st.sampled_from(sorted(LOADERS)))
 def test_weights_in_safetensors(data: st.DataObject, part: str, bundle: Path, models: Path, door: Door) -> None:
     whole = (bundle / part / "model.safetensors").read_bytes()
@@ -267,7 +267,7 @@ def test_weights_in_safetensors(data: st.DataObject, part: str, bundle: Path, mo
     door.knock(check, names=str(models / part))
 
 
-@fuzz(300)
+@fuzz(100)
 @given(data=st.data())
 def test_kept_features_of_search(data: st.DataObject, pipe: Any, tmp_path: Path, door: Door) -> None:
     """Features that cannot be used are computed again."""

@@ -48,7 +48,7 @@ DEEPSPEED: dict[str, Any] = {
 }
 
 
-@fuzz(3000)
+@fuzz(1200)
 @given(data=json_files(DEEPSPEED))
 def test_deepspeed_json(data: bytes, tmp_path: Path, door: Door) -> None:
     path = tmp_path / "ds.json"
@@ -68,7 +68,7 @@ def models(bundle: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(shutil.copytree(bundle, tmp_path_factory.mktemp("models") / "tiny"))
 
 
-@fuzz(2000)
+@fuzz(800)
 @given(data=st.data(), part=st.sampled_from(("dvae", "dalle", "clip")))
 def test_configurations_of_models(data: st.DataObject, part: str, bundle: Path, models: Path, door: Door) -> None:
     whole = json.loads((bundle / part / "config.json").read_bytes())
@@ -88,7 +88,7 @@ def test_configurations_of_models(data: st.DataObject, part: str, bundle: Path, 
     shutil.copy(bundle / part / "config.json", models / part / "config.json")
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(data=st.data(), name=st.sampled_from(("tokenizer.json", "clip/tokenizer.json")))
 def test_tokenizers(data: st.DataObject, name: str, bundle: Path, tmp_path: Path, door: Door) -> None:
     whole = json.loads((bundle / name).read_bytes())
@@ -115,7 +115,7 @@ def checked(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@fuzz(1200)
+@fuzz(500)
 @given(data=st.data(), which=st.integers(0, 9))
 def test_manifests(data: st.DataObject, which: int, checked: Path, tmp_path: Path, door: Door) -> None:
     copy = tmp_path / "manifest"
@@ -147,7 +147,7 @@ def test_manifests(data: st.DataObject, which: int, checked: Path, tmp_path: Pat
 EXCLUDED = {"shard": "shards/tiny-000000.tar", "key": "00000001", "reason": "a copy"}
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(lines=st.lists(json_files(EXCLUDED).filter(lambda line: len(line) < 9000), max_size=3))
 def test_lists_of_samples(lines: list[bytes], tmp_path: Path, door: Door) -> None:
     path = tmp_path / "excluded.jsonl"
@@ -172,7 +172,7 @@ RESULT = {
 }
 
 
-@fuzz(1000)
+@fuzz(400)
 @given(lines=st.lists(json_files(RESULT), min_size=1, max_size=3), is_torn=st.booleans())
 def test_results(lines: list[bytes], is_torn: bool, tmp_path: Path, door: Door) -> None:
     path = tmp_path / "results.jsonl"
@@ -204,7 +204,7 @@ RUN_CONFIG = {
 RUN_STATE = {"state": "failed", "reason": "a full disk", "time": 1.7e9, "host": "here"}
 
 
-@fuzz(1200)
+@fuzz(500)
 @given(
     metrics=st.lists(json_files(METRICS), max_size=4),
     config=json_files(RUN_CONFIG),
@@ -241,7 +241,7 @@ CHECKPOINT = {
 }
 
 
-@fuzz(1000)
+@fuzz(400)
 @given(data=st.one_of(json_files(CHECKPOINT), st.just(b"")), signed=st.booleans())
 def test_manifests_of_checkpoints(data: bytes, signed: bool, tmp_path: Path, door: Door) -> None:
     folder = tmp_path / "checkpoints/step00000010"
@@ -262,7 +262,7 @@ def test_manifests_of_checkpoints(data: bytes, signed: bool, tmp_path: Path, doo
     door.knock(check, names=path.name)
 
 
-@fuzz(700)
+@fuzz(300)
 @given(data=st.data())
 def test_data_json_of_a_run(data: st.DataObject, checked: Path, tmp_path: Path, door: Door) -> None:
     shards = ShardData.open([checked / "shards"], captions=True)
@@ -287,7 +287,7 @@ def test_data_json_of_a_run(data: st.DataObject, checked: Path, tmp_path: Path, 
 Reader = Callable[[Path], object]
 
 
-@fuzz(500)
+@fuzz(200)
 @given(
     data=st.binary(max_size=200).flatmap(damaged), name=st.sampled_from(("ds.json", "tokenizer.json", "results.jsonl"))
 )

@@ -97,7 +97,7 @@ def listed(path: Path) -> Listing:
     return listing
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(table=csv_tables())
 def test_sound_tables(table: tuple[bytes, list[tuple[str, str]], str], folder: Path, door: Door) -> None:
     data, rows, ending = table
@@ -144,7 +144,7 @@ def tables_of_people(draw: st.DrawFn) -> tuple[list[str], str, str]:
     return lines, delimiter, draw(st.sampled_from(("\n", "\r\n", "\r")))
 
 
-@fuzz(3000)
+@fuzz(1200)
 @given(table=tables_of_people(), encoding=st.sampled_from(ENCODINGS))
 def test_tables_of_people(table: tuple[list[str], str, str], encoding: str, folder: Path, door: Door) -> None:
     lines, delimiter, end = table
@@ -166,7 +166,7 @@ def test_tables_of_people(table: tuple[list[str], str, str], encoding: str, fold
     path.unlink()
 
 
-@fuzz(2000)
+@fuzz(800)
 @given(data=csv_tables().flatmap(lambda table: damaged(table[0], 6)))
 def test_damaged_tables(data: bytes, folder: Path, door: Door) -> None:
     path = folder / "table.csv"
@@ -196,7 +196,7 @@ COCO: dict[str, Any] = {
 }
 
 
-@fuzz(2000)
+@fuzz(800)
 @given(data=st.one_of(json_files(RECORDS), json_files(COCO)))
 def test_json_tables(data: bytes, folder: Path, door: Door) -> None:
     path = folder / "captions.json"
@@ -215,7 +215,7 @@ def test_json_tables(data: bytes, folder: Path, door: Door) -> None:
     path.unlink()
 
 
-@fuzz(1500)
+@fuzz(600)
 @given(
     lines=st.lists(
         st.sampled_from(RECORDS).flatmap(json_files).filter(lambda one: len(one) < 9000), min_size=1, max_size=4
@@ -235,7 +235,7 @@ def test_json_lines(lines: list[bytes], folder: Path, door: Door) -> None:
     path.unlink()
 
 
-@fuzz(150)
+@fuzz(50)
 @given(table=tables_of_people())
 def test_tables_become_shards(table: tuple[list[str], str, str], folder: Path, door: Door) -> None:
     lines, _, end = table
@@ -257,7 +257,7 @@ def test_tables_become_shards(table: tuple[list[str], str, str], folder: Path, d
     path.unlink()
 
 
-@fuzz(3000)
+@fuzz(1200)
 @given(
     data=st.one_of(
         st.binary(max_size=40),
