@@ -215,6 +215,8 @@ def _index(header: Header, body: memoryview, shard: Path) -> ShardIndex:
     shapes = [column.shape for column in (checksums, has_caption) if column is not None]
     if places.shape != (n, 3, 2) or {len(keys), len(names), *(shape[0] for shape in shapes)} != {n}:
         raise ValueError("columns differ in length")
+    if n and int(places.min()) < 0:
+        raise ValueError("a place is below 0")
     return ShardIndex(
         path=shard,
         n_bytes=header.n_bytes,

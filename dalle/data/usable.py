@@ -19,6 +19,7 @@ from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, with_cap
 
 logger = logging.getLogger(__name__)
 
+_MAX_COUNT = 1 << 40  # samples or members of a shard
 _NAMED = 3  # samples that a warning names
 _LISTS = ("damaged_shards", "problems")  # of a report; everything else is counted
 
@@ -87,7 +88,8 @@ class Part:
         """
         values = dict(record)
         fingerprint, problems = values.pop("fingerprint"), values.pop("problems", ())
-        if not isinstance(fingerprint, str) or not all(type(value) is int and value >= 0 for value in values.values()):
+        is_sound = all(type(value) is int and 0 <= value < _MAX_COUNT for value in values.values())
+        if not isinstance(fingerprint, str) or not is_sound:
             raise ValueError("its counts are none")
         named = tuple((str(kind), str(text)) for kind, text in problems)
         return cls(report=DataReport(**values, problems=named), fingerprint=fingerprint)

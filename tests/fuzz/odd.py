@@ -8,6 +8,7 @@ from typing import Any
 from hypothesis import strategies as st
 from PIL import Image
 
+from dalle.data.index_file import with_prefix
 from storage.text import is_visible
 
 ODD_TEXTS = (
@@ -165,6 +166,16 @@ def json_files(draw: st.DrawFn, value: Any) -> bytes:
         case "latin":
             return data + "é".encode("latin-1")
     return data
+
+
+@st.composite
+def index_files(draw: st.DrawFn, whole: bytes) -> bytes:
+    """An index file, damaged, or with other values in its header and all digests right."""
+    if draw(st.booleans()):
+        return draw(damaged(whole))
+    length = int.from_bytes(whole[12:16], "little")
+    header, body = json.loads(whole[32 : 32 + length]), whole[32 + length :]
+    return with_prefix(json.dumps(draw(changed(header))).encode()) + body
 
 
 def expected_captions(data: bytes) -> list[str]:

@@ -11,7 +11,7 @@ import torch
 from doors import Door, fuzz, require_kept
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import ODD_JSON, damaged, json_files
+from odd import ODD_JSON, damaged, index_files, json_files
 from support import tiny
 
 from dalle.data.bundle import load_bundle, sampling_defaults
@@ -121,9 +121,11 @@ def test_manifests(data: st.DataObject, which: int, checked: Path, tmp_path: Pat
     copy = tmp_path / "manifest"
     shutil.rmtree(copy, ignore_errors=True)
     shutil.copytree(checked / "manifest", copy)
-    paths = sorted(path for path in copy.rglob("*.json"))
+    paths = sorted(path for path in copy.rglob("*") if path.is_file())
     path = paths[which % len(paths)]
-    path.write_bytes(data.draw(json_files(json.loads(path.read_bytes()))))
+    whole = path.read_bytes()
+    changes = json_files(json.loads(whole)) if path.suffix == ".json" else index_files(whole)
+    path.write_bytes(data.draw(changes))
 
     def check() -> int:
         manifest = Manifest.open(copy)

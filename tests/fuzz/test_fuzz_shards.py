@@ -10,12 +10,14 @@ import numpy as np
 from doors import Door, fuzz, require_kept
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import CAPTIONS, ODD_TEXTS, damaged, json_files, picture
+from odd import CAPTIONS, ODD_TEXTS, damaged, index_files, json_files, picture
 
 from dalle.data.image_tokens import Description, Encoding, pack
-from dalle.data.index import index_shard
+from dalle.data.index import index_shard, with_captions
+from dalle.data.index_file import MIN_KEPT, keep
 from dalle.data.pictures import Pictures
 from dalle.data.reader import ShardData
+from dalle.data.shard import state_of
 from dalle.data.usable import usable_part
 from dvae.images import open_image
 from storage.tar import whole_members
@@ -246,3 +248,32 @@ def test_shards_of_pictures_to_rank(data: bytes, tmp_path: Path, door: Door) -> 
 
     door.knock(check, names=path.name)
     assert os.listdir(tmp_path) == [path.name]
+
+
+@fuzz(300)
+@given(data=st.data())
+def test_kept_indexes(data: st.DataObject, tmp_path: Path, door: Door) -> None:
+    """An index that lies beside a shard is right, made again, or refused in words."""
+    path, kept = tmp_path / "shard.tar", tmp_path / "shard.tar.index"
+    if not path.exists():
+        found = [
+            (f"{i:04}.{field}", content) for i in range(MIN_KEPT) for field, content in (("png", b"x"), ("txt", b"a"))
+        ]
+        path.write_bytes(tar_of([member(*one) for one in found], tarfile.USTAR_FORMAT))
+        os.utime(path, ns=(10**18, 10**18))
+    kept.unlink(missing_ok=True)
+    keep(with_captions(index_shard(path)), state_of(path))
+    kept.write_bytes(data.draw(index_files(kept.read_bytes())))
+
+    def check() -> int:
+        opened = ShardData.open([path], captions=True)
+        n_bad = 0
+        for i in (0, 1, len(opened) - 1):
+            try:
+                opened.read(i)
+            except (ValueError, OSError) as error:
+                require_kept(path.name in str(error), f"{error} names no shard")
+                n_bad += 1
+        return n_bad + MIN_KEPT - len(opened)
+
+    door.knock(check, names=path.name)
