@@ -23,6 +23,7 @@ from training.data.check_data import check_data
 from training.data.check_report import report as check_report
 from training.data.exclusions import Excluded
 from training.data.manifest import Manifest, open_with_manifest
+from training.data.record import ShardRecord, located
 from training.engine.checkpoints import latest_tag, read_manifest, write_manifest
 from training.engine.deepspeed_config import resolve
 from training.loop.run_folder import RunSpec
@@ -144,6 +145,24 @@ def test_manifests(data: st.DataObject, which: int, checked: Path, tmp_path: Pat
 
     door.knock(check, names="manifest")
     door.knock(check_again, names="manifest")
+
+
+FIXTURES = Path(__file__).parents[1] / "fixtures/v0.1"
+
+
+@fuzz(400)
+@given(data=st.data())
+def test_records_of_version_0_1(data: st.DataObject, tmp_path: Path, door: Door) -> None:
+    (whole,) = (FIXTURES / "manifest/shards").iterdir()
+    path = tmp_path / "record.json"
+    path.write_bytes(data.draw(json_files(json.loads(whole.read_bytes()))))
+
+    def check() -> int:
+        index, _ = located(ShardRecord.load(path), FIXTURES / "shards/world-000000.tar")
+        assert index.lost is not None
+        return int(index.lost.sum())
+
+    door.knock(check, names=path.name)
 
 
 EXCLUDED = {"shard": "shards/tiny-000000.tar", "key": "00000001", "reason": "a copy"}
