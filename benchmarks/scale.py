@@ -160,7 +160,9 @@ def ranks(options: Options, report: Report) -> None:
         with ProcessPoolExecutor(1, get_context("spawn")) as pool:
             opened = pool.submit(start, shards).result()
         rows.append(["without a manifest, indexes beside the shards", opened.memory / 1e6, opened.open_s, None, 0, 0])
-        (shards / "000007.tar").unlink()
+        counts = [PER_SHARD] * n_shards
+        lost = Order(counts, 0, Shuffle.of(counts, BATCH)).shards_ahead([0], 1)[0]
+        (shards / f"{lost:06}.tar").unlink()
         found.append(apart(shards, manifest, 8, n=n))
         rows.append(["8 ranks, a shard lost", *_cells(found[-1])])
     columns = ["", "MB of a rank", "s to open", "s to the first batch", "samples read", "of them replaced"]
