@@ -4,10 +4,20 @@ It is updated after every optimizer step of the dVAE (Ramesh et al. 2021, A.2) a
 (B.2).
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
+
+from storage.model_directory import write_tensors
+from training.ranks.ranks import Ranks, on_first_rank
+
+Weights = Mapping[str, Tensor]
+AVERAGES = "ema.safetensors"
+"""File of the averaged weights in a checkpoint, where one rank holds them whole."""
 
 
 class EMA:
@@ -49,3 +59,59 @@ class EMA:
             )
         for name, tensor in average.items():
             self.average[name].copy_(tensor)
+
+
+class Averages:
+    """The averaged weights of a run, which the first rank holds whole.
+
+    Args:
+        weights: returns the current weights on the first rank; collective.
+        decay: see `EMA`.
+        ranks: the ranks.
+    """
+
+    def __init__(self, weights: Callable[[], Weights], decay: float, ranks: Ranks) -> None:
+        self._weights, self._ranks = weights, ranks
+        first = weights()
+        self._ema = EMA(first, decay) if ranks.is_first else None
+
+    def update(self, applied: int | Tensor) -> None:
+        """Move the averages towards the current weights: see `EMA.update`. Collective."""
+        weights = self._weights()
+        if self._ema is not None:
+            self._ema.update(weights, applied)
+
+    def not_finite(self) -> list[str]:
+        """Return the names of the averages with values on this rank that are not finite."""
+        held = self._ema.average if self._ema is not None else {}
+        return [name for name, average in held.items() if not average.isfinite().all()]
+
+    def use(self, action: Callable[[Weights], object], together: Callable[[Any], object] | None = None) -> None:
+        """Call `action` with the averages on the first rank, while the others wait. Collective.
+
+        `together` is called only where the ranks hold parts: see `AveragesInParts`.
+
+        Raises:
+            ValueError, OSError: as `on_first_rank`.
+        """
+        on_first_rank(lambda: action(self._ema.average if self._ema is not None else {}), self._ranks)
+
+    def save(self, folder: Path) -> list[Path]:
+        """Write this rank's file into the folder of a checkpoint, if it has one; returns it.
+
+        Raises:
+            OSError: it could not be written.
+        """
+        if self._ema is None:
+            return []
+        write_tensors(folder / AVERAGES, self._ema.average)
+        return [folder / AVERAGES]
+
+    def load(self, folder: Path, n_ranks: int) -> None:
+        """Restore the averages from the folder of a checkpoint that `n_ranks` saved.
+
+        Raises:
+            OSError, ValueError, SafetensorError: a file is missing, damaged, or of another model.
+        """
+        if self._ema is not None:
+            self._ema.load(load_file(folder / AVERAGES))
