@@ -272,7 +272,7 @@ def _start_in_parts(run: Run) -> Memory:
     part, width = run.sizes.total / run.gpus, widths(run.mode.precision).weight
     gathers = 3.0 * FLOAT * run.sizes.largest
     return Memory(
-        weights=width * part + run.dvae_weights,
+        weights=(0.0 if run.mode.offload == "parameters" else width * part) + run.dvae_weights,
         gradients=_own_gradients(run),
         optimizer=0.0 if run.mode.offload != "none" else FLOAT * part,
         averages=FLOAT * part if run.device == "cpu" else 0.0,
