@@ -34,7 +34,7 @@ class _Drawing(TorchFunctionMode):
     """Draws what parameters on the meta device are filled with, and keeps this rank's part of it."""
 
     def __init__(self, ranks: Ranks) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # torch's
+        super().__init__()
         self._ranks = ranks
 
     def __torch_function__(
@@ -95,5 +95,6 @@ def hand_over(
     for parameter in parameters:
         if parameter.is_meta:
             whole = whole_of(_part(parameter).to(dtype), parameter.shape, ranks)
-            torch.utils.swap_tensors(parameter, nn.Parameter(whole, requires_grad=parameter.requires_grad))
+            filled = nn.Parameter(whole, requires_grad=parameter.requires_grad)
+            torch.utils.swap_tensors(parameter, filled)  # type: ignore[no-untyped-call]  # torch's
             take(parameter)
