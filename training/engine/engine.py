@@ -18,37 +18,30 @@ from torch import Tensor, nn
 
 from dalle.output.text import Say
 from storage.atomic import write_public
-from storage.disk import full_disk_note
 from training.engine import resharding
 from training.engine.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
-    FileDigest,
-    digest_of,
-    drop,
     first_good,
     first_line,
-    latest_tag,
-    make_empty,
     plain_path,
-    publish,
     read_manifest,
     resumable_tags,
     set_latest,
 )
 from training.engine.deepspeed_config import ResolvedConfig, is_half
-from training.engine.ema import Averages, Weights
 from training.engine.muon import MuonAdamW
 from training.engine.objective import Tensors, not_finite_throughout, on_device, unfuse_linear_layers
 from training.engine.optimizer import build_optimizer, restore_settings, settings_of
 from training.engine.parts.averages import AveragesInParts
 from training.engine.parts.buffers import buffer_sizes
 from training.engine.parts.cutting import bounds
+from training.engine.parts.ema import Averages, Weights
 from training.engine.parts.start import start
 from training.engine.random_states import random_file, random_states, restore_random_states
 from training.engine.reduction import Reduction
+from training.engine.saving import Saver
 from training.patches import (
-    WRITE_ERRORS,
     leave_gradients_whole,
     tensors_only,
     writes_recorded,
@@ -96,6 +89,7 @@ class Engine:
         self.overflowed = False
         """Whether the last step was skipped because float16's loss scale, which has room to fall, was too large."""
         self.averages = self._averages(shapes)
+        self.saver = Saver(self.config, ranks)
 
     @property
     def batch(self) -> str:
@@ -238,43 +232,22 @@ class Engine:
     def save(self, directory: Path, step: int, state: Mapping[str, Any]) -> None:
         """Save a checkpoint, read it back, let `latest` name it, then drop old ones. Collective.
 
+        With a `stage_dir`, a call that follows does all but the writing: `publish_staged`, or the next `save`.
+
         Args:
             directory: the run's checkpoints; the same folder for all ranks.
             step: optimizer steps done so far; names the checkpoint.
             state: plain numbers, strings and lists that `load` returns.
 
         Raises:
-            OSError: it could not be written; the previous checkpoint stays good.
+            OSError: it, or the one before it, could not be written; an earlier checkpoint stays good.
         """
-        tag = checkpoint_tag(step)
-        written: dict[str, FileDigest] = {}
-        problem = ""
-        try:
-            on_first_rank(lambda: make_empty(directory / tag), self.ranks)
-            written = self._write(directory, tag)
-        except (*WRITE_ERRORS, SafetensorError) as error:
-            problem = _problem_of(error, directory)
-        parts = from_all_ranks((written, problem), self.ranks)
-        problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
-        if not problem:
-            files = {name: digest for part, _ in parts for name, digest in part.items()}
-            manifest = {"step": step, "ranks": self.ranks.size, "zero_stage": self.stage, "state": dict(state)}
-            manifest |= {"optimizer": self.config.optimizer.kind, "files": files}
-            keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
-            try:
-                on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.ranks)
-                return
-            except OSError as error:
-                problem = _problem_of(error, directory)
-        on_first_rank(lambda: drop(directory / tag), self.ranks)
-        kept = latest_tag(directory)
-        raise OSError(
-            f"could not save the checkpoint {directory / tag} ({problem}): "
-            + (f"{kept} is kept, and the same command resumes from it" if kept else "no earlier checkpoint exists")
-        )
+        manifest = {"step": step, "ranks": self.ranks.size, "zero_stage": self.stage, "state": dict(state)}
+        manifest |= {"optimizer": self.config.optimizer.kind}
+        self.saver.save(directory, checkpoint_tag(step), manifest, self._write)
 
-    def _write(self, directory: Path, tag: str) -> dict[str, FileDigest]:
-        """Write this rank's files of a checkpoint; returns the digest of each by its name.
+    def _write(self, directory: Path, tag: str) -> list[Path]:
+        """Write this rank's files of a checkpoint, and return them.
 
         Raises:
             OSError, RuntimeError, SafetensorError: one could not be written.
@@ -289,8 +262,7 @@ class Engine:
         written += self._reduction.save(folder)
         written.append(folder / random_file(self.ranks.rank))
         write_public(written[-1], lambda path: save_file(random_states(self.ranks.device), path))
-        written += self.averages.save(folder)
-        return {path.name: digest_of(path) for path in written}
+        return written + self.averages.save(folder)
 
     def load(self, directory: Path, tag: str | None = None, say: Say = logger.info) -> dict[str, Any]:
         """Resume from a checkpoint; returns the state given to `save`. Collective.
@@ -368,8 +340,3 @@ class Engine:
                 f"of another model, precision or program. Name another one in {directory / LATEST}, or start anew "
                 "with --fresh"
             ) from error
-
-
-def _problem_of(error: Exception, directory: Path) -> str:
-    """Return why a checkpoint could not be written, and if the disk is full, which."""
-    return first_line(error) + full_disk_note(error, directory)

@@ -127,8 +127,8 @@ def _name_perplexities(values: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- saving
 
 
-def save(run: Run, done: int) -> None:
-    """Save a checkpoint after `done` steps. Collective.
+def save(run: Run, done: int, *, is_last: bool = False) -> None:
+    """Save a checkpoint after `done` steps; the last one is published before anything else happens. Collective.
 
     Raises:
         ValueError: training has diverged.
@@ -139,6 +139,8 @@ def save(run: Run, done: int) -> None:
     show(run, done)  # before the checkpoint: a run that resumes from it starts with the next step
     run.observe_losses(done)
     run.engine.save(run.spec.checkpoints, done, dataclasses.asdict(run.state(done)))
+    if is_last:
+        run.engine.saver.publish_staged()
     run.ranks.watch.touch()
 
 
@@ -165,7 +167,7 @@ def finish(run: Run, done: int) -> None:
     if latest_tag(run.spec.checkpoints) != checkpoint_tag(done):
         log_validation(run, done)
         draw_samples(run, done)
-        save(run, done)
+        save(run, done, is_last=True)
 
 
 def check_skipped(run: Run, done: int) -> None:
@@ -191,7 +193,11 @@ def _require_finite(run: Run, done: int) -> None:
 
 
 def _diverged(run: Run, what: str, done: int, *, before: int | None = None) -> ValueError:
-    """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`."""
+    """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`.
+
+    Collective: one that is on its way from a local disk is good, and waited for.
+    """
+    run.engine.saver.publish_staged()
     tag = latest_tag(run.spec.checkpoints)
     if tag is not None and before is not None:
         tag = next((earlier for earlier in resumable_tags(run.spec.checkpoints) if step_of(earlier) <= before), tag)

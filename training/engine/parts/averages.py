@@ -15,8 +15,8 @@ from safetensors import safe_open
 from torch import Tensor
 
 from storage.model_directory import write_tensors
-from training.engine.ema import AVERAGES, EMA, Averages, Weights
 from training.engine.parts.cutting import bounds, size_of_part, whole_on
+from training.engine.parts.ema import AVERAGES, EMA, Averages, Weights
 from training.ranks.ranks import Ranks, on_first_rank
 
 Shapes = Mapping[str, torch.Size]
