@@ -20,8 +20,8 @@ from torch import Tensor, multiprocessing
 
 from benchmarks import collectives, measure
 from benchmarks.measure import MIB, Cell, Options, Report, elapsed
-from dalle.model import DALLE, DALLEConfig
-from storage.model_directory import WEIGHTS_FILE
+from dalle.model import DALLE, KIND, DALLEConfig
+from storage.model_directory import WEIGHTS_FILE, save_directory
 from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
 from training.engine.checkpoints import UNIVERSAL, first_good, read_manifest
 from training.engine.deepspeed_config import resolve
@@ -31,7 +31,7 @@ from training.engine.resharding import convert
 from training.plan.costs.checkpoints import GB, Checkpoint, Saved, Speeds, checkpoint_of, measured_speeds
 from training.plan.costs.communication import Counts, Traffic
 from training.plan.state import Mode, shapes_only
-from training.ranks.ranks import Ranks, join, leave, on_first_rank
+from training.ranks.ranks import Ranks, join, leave
 from training.run_files import checkpoint_tag
 from training.schedules import WarmupCosine
 from training.stages.transformer import transformer_loss
@@ -99,7 +99,7 @@ def bytes_by_rank(folder: Path, ranks: int) -> list[int]:
     """Return the bytes of a checkpoint's files, by the rank that wrote them."""
     sums = [0] * ranks
     for name, digest in read_manifest(folder)["files"].items():
-        rank = re.search(r"(?:rank_?|random_)(\d+)", name)
+        rank = re.search(r"(?:rank_?|random_|ema_)(\d+)", name)
         sums[int(rank[1]) if rank else 0] += digest["bytes"]
     return sums
 
@@ -119,11 +119,10 @@ def saved(ranks: Ranks, case: Case, folder: Path) -> dict[str, Any]:
     _forget(folder / TAG)
     dist.barrier()
     verify_s = elapsed(lambda: first_good(folder, [TAG], ranks))
-    averages = engine.averaged_weights()
-    export_s = elapsed(lambda: on_first_rank(lambda: _export(case.config, averages, folder / "export"), ranks))
+    export_s = elapsed(lambda: engine.averages.use(lambda weights: _export(case.config, weights, folder / "export")))
     _forget(folder / TAG)
     is_converted = case.zero_stage > 0
-    convert_s = elapsed(lambda: on_first_rank(lambda: convert(folder, TAG), ranks)) if is_converted else 0.0
+    convert_s = elapsed(lambda: convert(folder, TAG, ranks)) if is_converted else 0.0
     return {
         "bytes": bytes_by_rank(folder / TAG, ranks.size),
         "export": (folder / "export" / WEIGHTS_FILE).stat().st_size,
@@ -134,9 +133,8 @@ def saved(ranks: Ranks, case: Case, folder: Path) -> dict[str, Any]:
 
 def _export(config: DALLEConfig, weights: Mapping[str, Tensor], folder: Path) -> None:
     with torch.device("meta"):
-        model = DALLE(config)
-    model.load_state_dict({name: weight.cpu() for name, weight in weights.items()}, assign=True)
-    model.save(folder)
+        like = DALLE(config).state_dict()
+    save_directory(folder, KIND, config, weights, like=like)
 
 
 def _forget(folder: Path) -> None:

@@ -212,7 +212,11 @@ class PeakMemory:
 
     def bytes(self) -> int:
         """Return the peak so far."""
-        return (_status("VmHWM") if self._linux else self._maximum()) - self._before
+        return self.absolute() - self._before
+
+    def absolute(self) -> int:
+        """Return the peak so far, with what was held before."""
+        return _status("VmHWM") if self._linux else self._maximum()
 
 
 def peak_memory(*arguments: object) -> int:

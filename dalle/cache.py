@@ -141,16 +141,17 @@ class Decoder:
         """The image position that the next step predicts."""
         self._counts = list(counts)
         self._patterns = [slot_pattern(kind, config.grid, config.conv_kernel, model.device) for kind in config.kinds]
-        self._text_keys: list[Tensor] = []
-        self._text_values: list[Tensor] = []
+        self._text_keys = [text.new_empty(0)] * config.n_layers
+        self._text_values = [text.new_empty(0)] * config.n_layers
+        is_here = [next(block.parameters(), None) is not None for block in model.blocks]
         with torch.inference_mode():
             self._places_ID = model.image_places()
-            self._image_keys = [self._empty_slots(pattern) for pattern in self._patterns]
-            self._image_values = [self._empty_slots(pattern) for pattern in self._patterns]
+            self._image_keys = [self._empty_slots(*each) for each in zip(self._patterns, is_here, strict=True)]
+            self._image_values = [self._empty_slots(*each) for each in zip(self._patterns, is_here, strict=True)]
             self._read(text, prefix)
         self.position = prefix.shape[1]
         self._step: Callable[..., Tensor] = _step
-        if model.device.type == "cuda":
+        if model.device.type == "cuda" and all(is_here):
             self._step = _RecordedSteps()
         elif compile and can_compile(model.device):
             self._step = _compiled_steps()
@@ -202,11 +203,14 @@ class Decoder:
     def _groups(self) -> Groups:
         return tuple((len(list(same)), n) for n, same in groupby(self._counts))
 
-    def _empty_slots(self, pattern: SlotPattern) -> Tensor:
-        """Return memory for one layer's keys or values, (lanes, B, H, L, K); zeros, because hidden slots are read."""
+    def _empty_slots(self, pattern: SlotPattern, is_here: bool) -> Tensor:
+        """Return memory for one layer's keys or values, (lanes, B, H, L, K); zeros, because hidden slots are read.
+
+        A layer without weights, which another process computes, gets a tensor without values.
+        """
         model, config = self.model, self.model.config
         size = (pattern.n_lanes, sum(self._counts), config.n_heads, pattern.n_slots, config.d_head)
-        return torch.zeros(size, device=model.device, dtype=model.dtype)
+        return torch.zeros(size, device=model.device if is_here else "meta", dtype=model.dtype)
 
     def _layers(self, i: int) -> list[_Layer]:
         """Return views of the memory that each layer reads and writes at position i."""
@@ -241,8 +245,8 @@ class Decoder:
         T, pattern = self.model.config.text_len, self._patterns[layer]
         m = k.shape[2] - T
         # Contiguous copies: a view would keep the layer's queries, keys and values alive together.
-        self._text_keys.append(k[:, :, :T].transpose(2, 3).contiguous())
-        self._text_values.append(v[:, :, :T].contiguous())
+        self._text_keys[layer] = k[:, :, :T].transpose(2, 3).contiguous()
+        self._text_values[layer] = v[:, :, :T].contiguous()
         # of a ring, only the positions that are not overwritten
         first = max(0, m - pattern.n_slots) if pattern.n_lanes == 1 else 0
         here = slice(first, m)

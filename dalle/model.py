@@ -319,16 +319,18 @@ class DALLE(nn.Module):
             sparse_attention, kind=kind, text_len=config.text_len, grid=config.grid, kernel=config.conv_kernel
         )
 
-    def compile_layers(self) -> None:
+    def compile_layers(self, device: torch.device | None = None) -> None:
         """Compile every layer, for training: faster steps, after about a minute at the first one.
 
-        Other batch sizes, such as a smaller last batch or validation's, are compiled when they occur. Without a C++
-        compiler the layers stay as they are, and a warning says why.
+        `device` is the one that the model will run on, if it is not there yet. Other batch sizes, such as a smaller
+        last batch or validation's, are compiled when they occur. Without a C++ compiler the layers stay as they are,
+        and a warning says why.
         """
-        if not can_compile(self.device):
+        device = device or self.device
+        if not can_compile(device):
             return
         config = self.config
-        prepare_compilation(config.kinds, config.text_len, config.grid, config.conv_kernel, self.device)
+        prepare_compilation(config.kinds, config.text_len, config.grid, config.conv_kernel, device)
         for block in self._blocks():
             block.compile(dynamic=False)
 

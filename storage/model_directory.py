@@ -8,19 +8,20 @@ import dataclasses
 import errno
 import hashlib
 import json
+import math
 import os
-import re
 import shutil
 import uuid
 from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from storage.atomic import flush, write_public
+from storage.atomic import flush
 from storage.disk import full_disk_note
 from storage.errors import check_whole
 from storage.text import parse_json
@@ -38,6 +39,20 @@ ADDED_LATER = {"added_later": True}
 MAX_SIZE = 1 << 24
 """Largest whole number of a configuration that is read: of a larger one, torch could not even tell the memory."""
 
+_NAMES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Names of the format, in the order in which the library places tensors of different types."""
+
 Config = TypeVar("Config")
 
 _PARTS = ("layers", "groups", "blocks")
@@ -53,6 +68,7 @@ def save_directory(
     *,
     metadata: Mapping[str, Any] | None = None,
     files: Mapping[str, bytes] | None = None,
+    like: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Write config.json and model.safetensors as the directory `path`, replacing the model directory that was there.
 
@@ -63,13 +79,14 @@ def save_directory(
         path: the directory; its parents are made.
         kind: what the model is, e.g. "dvae".
         config: a dataclass whose fields are JSON values or tuples of them.
-        state: weights by name; on any device.
+        state: weights by name; on any device. They are looked up one at a time.
         metadata: JSON values kept beside the configuration, no part of `directory_hash`.
         files: further files of the directory, by name.
+        like: tensors without values of the weights' names, shapes and types, if looking up a weight is dear.
 
     Raises:
-        ValueError: `path` is something other than a directory of this kind, which is never overwritten, or `metadata`
-            is not JSON.
+        ValueError: `path` is something other than a directory of this kind, which is never overwritten, `metadata`
+            is not JSON, or the weights are not as `like` says.
         OSError: the disk is full or not writable; the older directory is intact.
     """
     path = Path(path).resolve()
@@ -79,14 +96,14 @@ def save_directory(
         temporary.mkdir(parents=True)
         for name, data in (files or {}).items():
             (temporary / name).write_bytes(data)
-        write_public(temporary / WEIGHTS_FILE, lambda path: save_file(_storable(state), path))
+        write_tensors(temporary / WEIGHTS_FILE, state, like)
         description = _description(kind, config, metadata, _sha256(temporary / WEIGHTS_FILE))
         (temporary / CONFIG_FILE).write_text(description, encoding="utf-8")
         for file in temporary.iterdir():
             flush(file)
         _swap(temporary, path)
-    except (OSError, SafetensorError) as error:
-        code = _errno(error)
+    except OSError as error:
+        code = error.errno or errno.EIO
         full = full_disk_note(error, path)
         full += ", or choose another place" if full else ""
         raise OSError(
@@ -95,6 +112,42 @@ def save_directory(
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, Tensor] | None = None) -> None:
+    """Write the bytes that `safetensors.torch.save_file` writes; each tensor is looked up once, and then let go.
+
+    Args:
+        path: the file; it gets the mode that the umask gives.
+        tensors: by name, on any device.
+        like: tensors of the same names, shapes and types, such as on the meta device; needed if looking up a tensor of
+            `tensors` is dear.
+
+    Raises:
+        ValueError: a tensor is missing, unexpected, or of another shape or type than that of `like`.
+        OSError: it cannot be written.
+    """
+    like = tensors if like is None else like
+    if like.keys() != tensors.keys():
+        raise ValueError(f"tensors are missing or unexpected: {', '.join(sorted(like.keys() ^ tensors.keys()))}")
+    types = list(_NAMES)
+    names = sorted(like, key=lambda name: (types.index(like[name].dtype), name))
+    header, offset = {}, 0
+    for name in names:
+        size = math.prod(like[name].shape) * like[name].dtype.itemsize
+        places = [offset, offset + size]
+        header[name] = {"dtype": _NAMES[like[name].dtype], "shape": list(like[name].shape), "data_offsets": places}
+        offset += size
+    text = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            tensor = tensors[name].detach()
+            if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
+                found, expected = tuple(tensor.shape), tuple(like[name].shape)
+                raise ValueError(f"{name} is {tensor.dtype} {found} instead of {like[name].dtype} {expected}")
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
 
 
 def load_directory(
@@ -208,20 +261,6 @@ def _format_and_kind(file: Path) -> tuple[Any, Any] | None:
     return (description["format"], description["kind"]) if is_ours else None
 
 
-def _storable(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the weights as safetensors takes them: on the CPU, contiguous, each with memory of its own."""
-    kept: dict[str, Tensor] = {}
-    seen: set[int] = set()
-    for name, value in state.items():
-        tensor = value.detach().cpu().contiguous()
-        # slices of a flat buffer and tied weights share memory, which safetensors refuses to write
-        if tensor.untyped_storage().nbytes() != tensor.nbytes or tensor.data_ptr() in seen:
-            tensor = tensor.clone()
-        seen.add(tensor.data_ptr())
-        kept[name] = tensor
-    return kept
-
-
 def _description(kind: str, config: Any, metadata: Mapping[str, Any] | None, weights_sha256: str) -> str:
     description = {
         "format": FORMAT_VERSION,
@@ -256,14 +295,6 @@ def _swap(new: Path, path: Path) -> None:
 
 def _aside(path: Path) -> Path:
     return path.with_name(f".{path.name}.old")
-
-
-def _errno(error: OSError | SafetensorError) -> int:
-    if isinstance(error, OSError) and error.errno is not None:
-        return error.errno
-    # safetensors words the system's error inside its own
-    code = re.search(r"(?:code: |os error )(\d+)", str(error))
-    return int(code[1]) if code else errno.EIO
 
 
 def _sha256(file: Path) -> str:

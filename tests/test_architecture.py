@@ -86,7 +86,12 @@ FACADE = "dalle"
 """dalle/__init__.py names the public classes for type checkers and imports them on first use."""
 
 LIBRARY_HOMES = {
-    "deepspeed": {"training/engine/engine.py", "training/engine/resharding.py", "training/patches.py"},
+    "deepspeed": {
+        "training/engine/engine.py",
+        "training/engine/parts/start.py",
+        "training/engine/resharding.py",
+        "training/patches.py",
+    },
     "webdataset": {"storage/tar.py"},
     "tarfile": {"storage/tar.py"},
     "tyro": {"dalle/cli", "training/cli"},

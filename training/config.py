@@ -147,6 +147,9 @@ class CheckpointOptions:
     """Newest checkpoints to keep."""
     keep_every: int = 0
     """Keep for good the checkpoints whose step is a multiple of this; 0 for none."""
+    stage_dir: Path | None = None
+    """Folder on a fast disk of each machine. Checkpoints are written there first, and move to the run's folder while
+    training goes on; until one is there, and verified, it does not exist."""
 
 
 @dataclass(frozen=True, kw_only=True)

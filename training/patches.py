@@ -5,7 +5,7 @@ managers: outside of them the libraries are as they were.
 """
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed import distributed_c10d
 
 WRITE_ERRORS = (OSError, RuntimeError)
@@ -78,6 +78,23 @@ def any_shape_broadcast() -> Iterator[None]:
 
     with _replaced((DeepSpeedEngine, "_broadcast_model", broadcast), (Init, "_zero_init_param", partition)):
         yield
+
+
+def parting(config: dict[str, Any]) -> Callable[[nn.Parameter], None]:
+    """Return a function that leaves each rank its part of a parameter, as stage 3 itself does with a whole model.
+
+    To be used within `any_shape_broadcast`.
+    """
+    import deepspeed
+    from deepspeed.runtime.zero.partition_parameters import Init
+
+    deepspeed.init_distributed()  # without it, the configuration is checked for a single rank
+    init = Init(module=nn.Module(), config_dict_or_path=config)
+
+    def leave_part(parameter: nn.Parameter) -> None:
+        init._convert_to_zero_parameters([parameter])
+
+    return leave_part
 
 
 def leave_gradients_whole(engine: Any) -> None:
@@ -215,6 +232,18 @@ def scalars_of_one_dimension() -> Iterator[None]:
         return {name: [shape or torch.Size([1]) for shape in each] for name, each in original(*arguments).items()}
 
     with _replaced((ds_to_universal, "_group_per_tp_shapes", shapes)):
+        yield
+
+
+@contextmanager
+def shared_conversion(do: Callable[[Callable[[Any], Any], Iterable[Any], int], list[Any]]) -> Iterator[None]:
+    """Let `do` call a function for each of many pieces of a conversion: DeepSpeed's own workers are new processes.
+
+    In those `tensors_only` would not hold.
+    """
+    from deepspeed.checkpoint import ds_to_universal
+
+    with _replaced((ds_to_universal, "_do_parallel_work", do)):
         yield
 
 

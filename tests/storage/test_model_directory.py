@@ -73,7 +73,7 @@ def test_saving_again_replaces_the_whole_directory_and_leaves_nothing_beside_it(
         save(tmp_path / "n", files={"extra.json": b"{}"})  # the caller's own
 
 
-@pytest.mark.parametrize("step", ["save_file", "flush", "_swap"])
+@pytest.mark.parametrize("step", ["write_tensors", "flush", "_swap"])
 def test_a_full_disk_leaves_the_old_directory_as_it_was(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:

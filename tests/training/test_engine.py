@@ -9,7 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support import tiny
-from support.engines import Bomb, Objective, config, data, engine_of, train, user_json
+from support.engines import Bomb, Objective, averages_of, config, data, engine_of, train, user_json
 from torch import Tensor, nn
 
 from dalle.model import DALLE
@@ -210,7 +210,7 @@ def test_all_zero_stages_give_the_same_losses_and_averaged_weights(ranks: Ranks)
     for stage in range(4):
         engine = engine_of(Objective(), config(zero_stage=stage), ranks)
         losses.append(train(engine, range(5)))
-        averages.append(engine.averaged_weights())
+        averages.append(averages_of(engine))
     for stage in range(1, 4):
         assert losses[stage] == pytest.approx(losses[0], rel=1e-6), f"ZeRO {stage}"
         for name, weight in averages[0].items():
@@ -229,7 +229,7 @@ def test_bf16_follows_fp32_and_averages_its_float32_masters(ranks: Ranks, stage:
     for number in range(3):
         expected = step(reference, torch.float32, number)
         assert step(engine, torch.bfloat16, number) == pytest.approx(expected, rel=0.02)
-    average = engine.averaged_weights()
+    average = averages_of(engine)
     assert {weight.dtype for weight in average.values()} == {torch.float32}
     assert any(not torch.equal(weight, weight.bfloat16().float()) for weight in average.values())
 
@@ -252,7 +252,7 @@ def test_averaged_weights_are_the_exponential_moving_average(ranks: Ranks) -> No
         if step % 2 == 1:
             for name, weight in engine.model.named_parameters():
                 expected[name] = 0.7 * expected[name] + 0.3 * weight.detach()
-    for name, weight in engine.averaged_weights().items():
+    for name, weight in averages_of(engine).items():
         torch.testing.assert_close(weight, expected[name])
 
 
@@ -269,8 +269,8 @@ def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, ranks: Ranks, stag
     second = engine_of(Objective(seed=1), config(zero_stage=stage), ranks)
     assert second.load(tmp_path) == {"rate": 0.5}
     assert losses + train(second, range(3, 6)) == expected
-    for name, weight in straight.averaged_weights().items():
-        assert torch.equal(second.averaged_weights()[name], weight)
+    for name, weight in averages_of(straight).items():
+        assert torch.equal(averages_of(second)[name], weight)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path: Path, ranks: Ranks) -> None:
@@ -373,6 +373,6 @@ def test_saved_averages_are_those_of_the_engine(tmp_path: Path, ranks: Ranks) ->
     engine.save(tmp_path, 3, {})
     saved = load_file(tmp_path / "step00000003" / "ema.safetensors")
     assert {name: tensor.tolist() for name, tensor in saved.items()} == {
-        name: tensor.tolist() for name, tensor in engine.averaged_weights().items()
+        name: tensor.tolist() for name, tensor in averages_of(engine).items()
     }
     assert all(math.isfinite(tensor.sum().item()) for tensor in saved.values())

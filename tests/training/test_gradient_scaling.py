@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.engines import Objective, engine_of, transformer_objective
+from support.engines import Objective, averages_of, engine_of, transformer_objective
 from support.ranks import on_ranks
 from torch import Tensor
 
@@ -249,7 +249,7 @@ def test_accumulated_gradients_are_unscaled_once(ranks: Ranks) -> None:
             {name: tensor[at : at + micro_batch] for name, tensor in whole.items()} for at in range(0, 4, micro_batch)
         ]
         engine.step(parts, 1e-2, 0)
-        found.append(engine.averaged_weights()["blocks.0.mlp.out.weight"].clone())
+        found.append(averages_of(engine)["blocks.0.mlp.out.weight"].clone())
     assert relative_error(found[1], found[0]) < 1e-3
 
 

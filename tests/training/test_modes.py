@@ -18,11 +18,12 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
 from support import tiny
-from support.engines import Objective, config, data, engine_of, transformer_objective, user_json
+from support.engines import Objective, averages_of, config, data, engine_of, transformer_objective, user_json
 from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
+from training.engine.parts.ema import EMA
 
 import training.cli.main
 import training.loop.fit
@@ -36,7 +37,6 @@ from dvae import DVAE
 from training.cli.options import changed_run
 from training.config import OptimizerConfig, TrainConfig
 from training.engine.deepspeed_config import PRESETS, preset_path, resolve, with_files
-from training.engine.ema import EMA
 from training.engine.engine import Engine
 from training.engine.optimizer import VarianceClippedAdamW, build_optimizer
 from training.loop.skipped_steps import SkippedSteps
@@ -342,7 +342,7 @@ def test_accumulation_changes_nothing(ranks: Ranks, precision: str, stage: int, 
         engine.train()
         batches = [{**tokens(step), "text": empty.expand(8, -1)} for step in range(3)]
         found = [engine.step(parts(batch, n), 1e-4, step)["loss"].item() for step, batch in enumerate(batches)]
-        return found, engine.averaged_weights()
+        return found, averages_of(engine)
 
     once, weights = run(1)
     for accumulation in (2, 4):
@@ -455,7 +455,7 @@ def state_of(engine: Engine) -> dict[str, Any]:
     return {
         "moments": moments,
         "weights": {name: weight.detach().clone() for name, weight in weights.items()},
-        "averages": {name: average.clone() for name, average in engine.averaged_weights().items()},
+        "averages": {name: average.clone() for name, average in averages_of(engine).items()},
     }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from support import tiny
-from support.engines import engine_of
+from support.engines import averages_of, engine_of
 from support.modes import allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
@@ -269,7 +269,7 @@ def state_of(engine: Engine) -> dict[str, Tensor]:
     optimizer = engine._engine.optimizer
     states = getattr(optimizer, "optimizer", optimizer).state
     moments = {f"{i} {name}": value.clone() for i, one in enumerate(states.values()) for name, value in one.items()}
-    averages = {f"average of {name}": average.clone() for name, average in engine.averaged_weights().items()}
+    averages = {f"average of {name}": average.clone() for name, average in averages_of(engine).items()}
     return moments | averages | weights_of(engine)
 
 

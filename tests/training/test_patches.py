@@ -51,6 +51,13 @@ DEFECTS = [
         "two_moments",
     ),
     ("deepspeed.checkpoint.ds_to_universal", "merge_tp_slices", "torch.cat(", "scalars_of_one_dimension"),
+    ("deepspeed.checkpoint.ds_to_universal", "_do_parallel_work", "ProcessPoolExecutor", "shared_conversion"),
+    (  # not a defect: how it parts one parameter
+        "deepspeed.runtime.zero.partition_parameters",
+        "Init._convert_to_zero_parameters",
+        "self._zero_init_param(param)",
+        "parting",
+    ),
     (
         "deepspeed.runtime.base_optimizer",
         "ZeROOptimizer.load_hp_checkpoint_state_from_checkpoint_dir",

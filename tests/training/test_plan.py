@@ -13,7 +13,7 @@ from dalle.model import DALLE, DALLEConfig
 from dalle.output.text import GIB
 from training.cli.main import main
 from training.config import Precision
-from training.engine.deepspeed_config import MAX_BUCKET
+from training.engine.parts.buffers import MAX_BUCKET
 from training.plan.activations import Activations, activations
 from training.plan.flops import flops_per_sample, training_flops
 from training.plan.memory_model import Memory, Run, host_peak, moments, peak, training_peak
@@ -254,7 +254,8 @@ def test_parts_of_the_other_stages_are_counted(paper: Plan) -> None:
     # ViT-B/32: 4.4 billion multiplications, and additions, for the picture, and 3.0 for the text
     assert paper.clip.flops_per_sample == pytest.approx(3 * 2 * 7.4e9, rel=0.01)
     assert paper.clip.state[0].total == 16 * paper.clip.parameters["total"]
-    assert paper.clip.state[3].total == pytest.approx(paper.clip.state[0].total / 64)
+    # shared, and with DeepSpeed's copy of the weights
+    assert paper.clip.state[3].total == pytest.approx((16 + 4) * paper.clip.parameters["total"] / 64)
 
 
 def test_the_first_mode_that_fits_is_recommended_with_the_command() -> None:
@@ -281,7 +282,7 @@ def _options(plan: Plan) -> str:
 
 
 def test_a_smaller_micro_batch_is_recommended_where_the_recipes_does_not_fit() -> None:
-    plan = make_plan(recipe("1.3b"), PlanOptions(gpus=64, gpu_memory=8))
+    plan = make_plan(recipe("1.3b"), PlanOptions(gpus=64, gpu_memory=5))
     chosen = plan.recommendation
     assert chosen is not None
     assert not any(mode.fits for mode in plan.modes if mode.mode.offload == "none")
@@ -307,12 +308,12 @@ def test_more_gpus_and_checkpointing_are_what_would_fit() -> None:
     base = recipe("1.3b")
     train = dataclasses.replace(base.transformer.train, activation_checkpointing=False)
     greedy = dataclasses.replace(base, transformer=dataclasses.replace(base.transformer, train=train))
-    plan = make_plan(greedy, PlanOptions(gpus=1, gpu_memory=7))
+    plan = make_plan(greedy, PlanOptions(gpus=1, gpu_memory=2.5))
     assert plan.recommendation is None
     advised = [line.split(":")[0] for line in plan.advice]
     assert advised[0] == "activation checkpointing"
     assert advised[1].endswith("GPUs")
-    more = make_plan(base, PlanOptions(gpus=int(advised[1].split()[0]), gpu_memory=7))
+    more = make_plan(base, PlanOptions(gpus=int(advised[1].split()[0]), gpu_memory=2.5))
     assert more.recommendation is not None
 
 

@@ -186,10 +186,11 @@ def losses_of_each(ranks: Ranks, folder: Path, runs: dict[str, tuple[TrainConfig
 
 def averages(folder: Path) -> dict[str, list[float]]:
     """Return the averages of the float32 weights after step 6: losses of half precision hide small differences."""
-    return {
-        name: tensor.flatten().tolist()
-        for name, tensor in load_file(folder / "step00000006" / "ema.safetensors").items()
-    }
+    found: dict[str, list[float]] = {}
+    for file in sorted((folder / "step00000006").glob("ema*.safetensors")):  # one, or at stage 3 one of each rank
+        for name, tensor in load_file(file).items():
+            found.setdefault(name, []).extend(tensor.flatten().tolist())
+    return found
 
 
 def test_every_mode_goes_on_bit_for_bit(tmp_path: Path) -> None:

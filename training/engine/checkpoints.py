@@ -92,10 +92,11 @@ def digest_of(path: Path) -> FileDigest:
     """Flush a file to the disk, and return its size and the digest of its bytes as they are read back."""
     with path.open("rb") as file:
         os.fsync(file.fileno())
-        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, _digest).hexdigest()}
+        return {"bytes": path.stat().st_size, "blake2b": hashlib.file_digest(file, new_digest).hexdigest()}
 
 
-def _digest() -> hashlib.blake2b:
+def new_digest() -> hashlib.blake2b:
+    """Return the digest of no bytes yet."""
     return hashlib.blake2b(digest_size=16)
 
 
@@ -106,7 +107,7 @@ def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
 
 
 def _digest_of_manifest(manifest: Mapping[str, Any]) -> str:
-    digest = _digest()
+    digest = new_digest()
     digest.update(json.dumps(manifest, sort_keys=True).encode())
     return digest.hexdigest()
 
@@ -156,7 +157,7 @@ def _problem(path: Path, digest: FileDigest) -> str | None:
         if problem is not None:
             return problem
         with path.open("rb") as file:
-            found = hashlib.file_digest(file, _digest).hexdigest()
+            found = hashlib.file_digest(file, new_digest).hexdigest()
     except OSError as error:
         return f"{path} cannot be read ({error})"
     return None if found == digest["blake2b"] else f"{path} is not what was written: its digest does not match"

@@ -14,6 +14,8 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dalle.output.text import aligned
 from storage.text import parse_json
 from training.config import HALF_PRECISIONS, Offload, Precision, TrainConfig
@@ -62,8 +64,6 @@ _DECIDED_KEYS = {
 """Options of DeepSpeed that the user may not set, and who decides them."""
 MAX_CLIPPING = 1e30
 """A gradient norm above all of them."""
-MAX_BUCKET = 500_000_000
-"""Gradients that are reduced at a time, DeepSpeed's default; it allocates a buffer of that many."""
 _OBJECT_KEYS = ("zero_optimization", "bf16", "fp16", "torch_autocast", "data_types")
 """Options whose value must be an object."""
 _PRECISION_KEYS: dict[Precision, str] = {"bf16": "bf16", "fp16": "fp16", "autocast": "torch_autocast"}
@@ -385,3 +385,9 @@ def resolve(config: TrainConfig, ranks: int, *, emulates_bfloat16: bool = False)
 def is_half(config: Mapping[str, Any]) -> bool:
     """Return whether a DeepSpeed configuration keeps the weights in half precision."""
     return any(config.get(key, {}).get("enabled") for key in ("bf16", "fp16"))
+
+
+def weight_dtype(config: Mapping[str, Any]) -> torch.dtype:
+    """Return the type of the weights that a DeepSpeed configuration computes with."""
+    kinds = {"bf16": torch.bfloat16, "fp16": torch.float16}
+    return next((kind for key, kind in kinds.items() if config.get(key, {}).get("enabled")), torch.float32)

@@ -18,37 +18,31 @@ from torch import Tensor, nn
 
 from dalle.output.text import Say
 from storage.atomic import write_public
-from storage.disk import full_disk_note
-from storage.errors import reason_of
 from training.engine import resharding
 from training.engine.checkpoints import (
     READ_ERRORS,
     UNIVERSAL,
-    FileDigest,
-    digest_of,
-    drop,
     first_good,
     first_line,
-    latest_tag,
-    make_empty,
     plain_path,
-    publish,
     read_manifest,
     resumable_tags,
     set_latest,
 )
-from training.engine.deepspeed_config import MAX_BUCKET, ResolvedConfig, is_half
-from training.engine.ema import EMA
+from training.engine.deepspeed_config import ResolvedConfig, is_half
 from training.engine.muon import MuonAdamW
 from training.engine.objective import Tensors, not_finite_throughout, on_device, unfuse_linear_layers
 from training.engine.optimizer import build_optimizer, restore_settings, settings_of
+from training.engine.parts.averages import AveragesInParts
+from training.engine.parts.buffers import buffer_sizes
+from training.engine.parts.cutting import bounds
+from training.engine.parts.ema import Averages, Weights
+from training.engine.parts.start import start
 from training.engine.random_states import random_file, random_states, restore_random_states
 from training.engine.reduction import Reduction
+from training.engine.saving import Saver
 from training.patches import (
-    WRITE_ERRORS,
-    any_shape_broadcast,
     leave_gradients_whole,
-    quiet_start,
     tensors_only,
     writes_recorded,
 )
@@ -74,14 +68,13 @@ class Engine:
     def __init__(self, objective: nn.Module, config: ResolvedConfig, ranks: Ranks) -> None:
         self.ranks, self.config, self.stage = ranks, config.config, config.config.zero_stage
         self.micro_batch, self.accumulation = config.micro_batch, config.accumulation
-        # 0.19.8 allocates a whole bucket, at stage 3 for good, however small the model is
-        bucket = min(MAX_BUCKET, sum(weight.numel() for weight in objective.parameters()))
-        zero = {"reduce_bucket_size": bucket, **config.deepspeed["zero_optimization"]}
-        self.deepspeed_config = {**config.deepspeed, "zero_optimization": zero}
         self.model = cast(nn.Module, objective.model)
+        shapes = {name: weight.shape for name, weight in self.model.named_parameters()}
+        zero = {**buffer_sizes(self.stage, shapes.values()), **config.deepspeed["zero_optimization"]}
+        self.deepspeed_config = {**config.deepspeed, "zero_optimization": zero}
         optimizer = build_optimizer(self.model, self.config.optimizer, self.config.learning_rate.at(0), ranks)
         self._reduction = Reduction(self.model, self.config, ranks)
-        self._engine = _initialize(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config)
+        self._engine = start(objective, optimizer, self.deepspeed_config, self.config.deepspeed_config, ranks)
         self._reduction.attach(self._engine)
         if self.stage == 3:
             unfuse_linear_layers(self.model)
@@ -95,9 +88,8 @@ class Engine:
         """Whether the last step was applied: 1 or 0, as a 0-d tensor where only the GPU knows."""
         self.overflowed = False
         """Whether the last step was skipped because float16's loss scale, which has room to fall, was too large."""
-        self._must_gather = self.stage == 3 or is_half(self.deepspeed_config)
-        weights = self._gather()
-        self._ema = EMA(weights, self.config.ema_decay) if ranks.is_first else None
+        self.averages = self._averages(shapes)
+        self.saver = Saver(self.config, ranks)
 
     @property
     def batch(self) -> str:
@@ -156,9 +148,7 @@ class Engine:
             means["loss_scale"] = torch.tensor(scale)
             self.overflowed = not self.applied and scale > self._engine.optimizer.loss_scaler.min_scale
         if (step + 1) % self.config.ema_every == 0 and (self.stage == 0 or self.applied):
-            weights = self._gather()
-            if self._ema is not None:
-                self._ema.update(weights, self.applied)
+            self.averages.update(self.applied)
         return means
 
     def _set_applied(self) -> Tensor:
@@ -207,12 +197,28 @@ class Engine:
         are_finite = [weight.isfinite().all() for weight in weights]
         return not agree(bool(are_finite) and not torch.stack(are_finite).all().item(), self.ranks)
 
-    def _gather(self) -> dict[str, Tensor]:
+    def _averages(self, shapes: Mapping[str, torch.Size]) -> Averages:
+        """Return the averaged weights, which begin as the weights are. Collective."""
+        if self.stage == 3:
+            return AveragesInParts(self._own_parts, shapes, self.config.ema_decay, self.ranks)
+        return Averages(self._gather, self.config.ema_decay, self.ranks)
+
+    def _own_parts(self) -> Weights:
+        """Return this rank's parts of the float32 weights at stage 3, flat, on the CPU."""
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        parts: dict[str, Tensor] = {}
+        for name, parameter in self.model.named_parameters():
+            begin, end = bounds(parameter.ds_numel, self.ranks)  # type: ignore[attr-defined]  # DeepSpeed's
+            parts[name] = safe_get_local_fp32_param(parameter)[: end - begin].cpu()
+        return parts
+
+    def _gather(self) -> Weights:
         """Return the model's whole weights in float32. Collective.
 
         If ranks hold parts of them, only the first rank gets them, on the CPU: a GPU may not have room for all.
         """
-        if not self._must_gather:
+        if self.stage < 3 and not is_half(self.deepspeed_config):
             return dict(self.model.named_parameters())
         from deepspeed.utils import safe_get_full_fp32_param
 
@@ -223,12 +229,10 @@ class Engine:
                 gathered[name] = whole.reshape(getattr(parameter, "ds_shape", parameter.shape)).cpu()
         return gathered
 
-    def averaged_weights(self) -> dict[str, Tensor]:
-        """Return the averaged weights on the first rank, and nothing on others. Not collective."""
-        return self._ema.average if self._ema is not None else {}
-
     def save(self, directory: Path, step: int, state: Mapping[str, Any]) -> None:
         """Save a checkpoint, read it back, let `latest` name it, then drop old ones. Collective.
+
+        With a `stage_dir`, a call that follows does all but the writing: `publish_staged`, or the next `save`.
 
         Args:
             directory: the run's checkpoints; the same folder for all ranks.
@@ -236,37 +240,14 @@ class Engine:
             state: plain numbers, strings and lists that `load` returns.
 
         Raises:
-            OSError: it could not be written; the previous checkpoint stays good.
+            OSError: it, or the one before it, could not be written; an earlier checkpoint stays good.
         """
-        tag = checkpoint_tag(step)
-        written: dict[str, FileDigest] = {}
-        problem = ""
-        try:
-            on_first_rank(lambda: make_empty(directory / tag), self.ranks)
-            written = self._write(directory, tag)
-        except (*WRITE_ERRORS, SafetensorError) as error:
-            problem = _problem_of(error, directory)
-        parts = from_all_ranks((written, problem), self.ranks)
-        problem = problem or next((f"another rank, {rank}: {told}" for rank, (_, told) in enumerate(parts) if told), "")
-        if not problem:
-            files = {name: digest for part, _ in parts for name, digest in part.items()}
-            manifest = {"step": step, "ranks": self.ranks.size, "zero_stage": self.stage, "state": dict(state)}
-            manifest |= {"optimizer": self.config.optimizer.kind, "files": files}
-            keep = {"keep_last": self.config.keep_last, "keep_every": self.config.keep_every}
-            try:
-                on_first_rank(lambda: publish(directory, tag, manifest, **keep), self.ranks)
-                return
-            except OSError as error:
-                problem = _problem_of(error, directory)
-        on_first_rank(lambda: drop(directory / tag), self.ranks)
-        kept = latest_tag(directory)
-        raise OSError(
-            f"could not save the checkpoint {directory / tag} ({problem}): "
-            + (f"{kept} is kept, and the same command resumes from it" if kept else "no earlier checkpoint exists")
-        )
+        manifest = {"step": step, "ranks": self.ranks.size, "zero_stage": self.stage, "state": dict(state)}
+        manifest |= {"optimizer": self.config.optimizer.kind}
+        self.saver.save(directory, checkpoint_tag(step), manifest, self._write)
 
-    def _write(self, directory: Path, tag: str) -> dict[str, FileDigest]:
-        """Write this rank's files of a checkpoint; returns the digest of each by its name.
+    def _write(self, directory: Path, tag: str) -> list[Path]:
+        """Write this rank's files of a checkpoint, and return them.
 
         Raises:
             OSError, RuntimeError, SafetensorError: one could not be written.
@@ -281,11 +262,7 @@ class Engine:
         written += self._reduction.save(folder)
         written.append(folder / random_file(self.ranks.rank))
         write_public(written[-1], lambda path: save_file(random_states(self.ranks.device), path))
-        if self._ema is not None:
-            written.append(folder / "ema.safetensors")
-            average = {name: tensor.contiguous() for name, tensor in self._ema.average.items()}
-            write_public(written[-1], lambda path: save_file(average, path))
-        return {path.name: digest_of(path) for path in written}
+        return written + self.averages.save(folder)
 
     def load(self, directory: Path, tag: str | None = None, say: Say = logger.info) -> dict[str, Any]:
         """Resume from a checkpoint; returns the state given to `save`. Collective.
@@ -334,7 +311,7 @@ class Engine:
         is_other = resharding.must_reshard(folder, saved, now)
         if is_other:
             say(f"{tag} was saved by {saved[0]} rank{'s' if saved[0] > 1 else ''}: converting it for {now[0]}")
-            on_first_rank(lambda: resharding.convert(directory, tag), self.ranks)
+            resharding.convert(directory, tag, self.ranks)
         error: Exception | None = None
         settings = settings_of(self._engine.optimizer)
         try:
@@ -347,8 +324,7 @@ class Engine:
             if path is None:
                 raise FileNotFoundError("files are missing")
             restore_settings(self._engine.optimizer, settings, self.deepspeed_config["gradient_clipping"])
-            if self._ema is not None:
-                self._ema.load(load_file(folder / "ema.safetensors"))
+            self.averages.load(folder, saved[0])
             if saved[0] == now[0]:
                 restore_random_states(load_file(folder / random_file(self.ranks.rank)), self.ranks.device)
             self._reduction.load(folder, saved[0])
@@ -364,43 +340,3 @@ class Engine:
                 f"of another model, precision or program. Name another one in {directory / LATEST}, or start anew "
                 "with --fresh"
             ) from error
-
-
-def _problem_of(error: Exception, directory: Path) -> str:
-    """Return why a checkpoint could not be written, and if the disk is full, which."""
-    return first_line(error) + full_disk_note(error, directory)
-
-
-def _initialize(
-    objective: nn.Module, optimizer: torch.optim.Optimizer, config: dict[str, Any], user_path: Path | None
-) -> Any:
-    """Return DeepSpeed's engine; it compiles no operator at the start, and logs errors only."""
-    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    import deepspeed
-    from deepspeed.utils import logger as deepspeed_logger
-
-    deepspeed_logger.setLevel(logging.ERROR)
-    quiet_start()
-    _require_arithmetic(config)
-    try:
-        with any_shape_broadcast():
-            engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
-    except Exception as error:
-        if user_path is None:
-            raise
-        raise ValueError(f"DeepSpeed refuses {user_path}: {reason_of(error, 300)}") from error
-    scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
-    if getattr(scaler, "dynamic", False):
-        scaler.raise_error_at_min_scale = False  # `fit` stops, and names the checkpoint to go back to
-    return engine
-
-
-def _require_arithmetic(config: Mapping[str, Any]) -> None:
-    """Raise ValueError if the device lacks the arithmetic of the half precision that is asked for."""
-    from deepspeed import get_accelerator
-
-    device = get_accelerator()
-    for name, is_there in (("bf16", device.is_bf16_supported), ("fp16", device.is_fp16_supported)):
-        if config.get(name, {}).get("enabled") and not is_there():
-            others = "fp32 or autocast" if name == "bf16" else "bf16, autocast or fp32"
-            raise ValueError(f"this {device.device_name()} does not compute in {name}: use precision {others}")

@@ -69,8 +69,10 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         if is_logged:
             log_training(run, done, learning_rate, timer)
 
+        if done % vote_every == 0:
+            engine.saver.publish_staged(wait=False)
         if done % vote_every == 0 and agree(stop.raised, ranks) and done < config.steps:
-            save(run, done)
+            save(run, done, is_last=True)
             raise Interrupted(
                 f"stopped at step {done} of {config.steps}, saved in {run.spec.directory}: "
                 f"{run.spec.resume_command()} resumes from there"

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from dalle.output.sheets import save_png
 from dalle.output.text import duration
@@ -17,7 +18,7 @@ from training.engine.checkpoints import latest_tag, resumable_tags
 from training.loop.run import Run
 from training.loop.throughput import Timer, peak_memory_gib
 from training.loop.validation import validate
-from training.ranks.ranks import agree, max_over_ranks, on_first_rank
+from training.ranks.ranks import from_all_ranks, max_over_ranks, on_first_rank
 from training.run_files import checkpoint_tag, sheet_path, step_of
 
 logger = logging.getLogger(__name__)
@@ -82,9 +83,9 @@ def log_validation(run: Run, done: int) -> None:
 def draw_samples(run: Run, done: int) -> None:
     """Save the stage's sample picture, if it has one. Collective."""
 
-    def draw() -> None:
+    def draw(weights: Mapping[str, Tensor]) -> None:
         try:
-            picture = run.stage.picture(run.engine.averaged_weights())
+            picture = run.stage.picture(weights)
         except torch.OutOfMemoryError:
             torch.cuda.empty_cache()
             logger.warning("no sample sheet: the whole model does not fit beside what training holds")
@@ -95,7 +96,7 @@ def draw_samples(run: Run, done: int) -> None:
             assert run.log is not None
             run.log.picture(done, path)
 
-    on_first_rank(draw, run.ranks)
+    run.engine.averages.use(draw, run.stage.help_to_draw)
     run.ranks.watch.touch()
 
 
@@ -126,8 +127,8 @@ def _name_perplexities(values: dict[str, Any]) -> None:
 # ------------------------------------------------------------------------------------------------------- saving
 
 
-def save(run: Run, done: int) -> None:
-    """Save a checkpoint after `done` steps. Collective.
+def save(run: Run, done: int, *, is_last: bool = False) -> None:
+    """Save a checkpoint after `done` steps; the last one is published before anything else happens. Collective.
 
     Raises:
         ValueError: training has diverged.
@@ -138,12 +139,14 @@ def save(run: Run, done: int) -> None:
     show(run, done)  # before the checkpoint: a run that resumes from it starts with the next step
     run.observe_losses(done)
     run.engine.save(run.spec.checkpoints, done, dataclasses.asdict(run.state(done)))
+    if is_last:
+        run.engine.saver.publish_staged()
     run.ranks.watch.touch()
 
 
 def export(run: Run, done: int) -> None:
     """Write the stage's directory for use, of the averaged weights. Collective."""
-    on_first_rank(lambda: run.stage.export(run.engine.averaged_weights(), done), run.ranks)
+    run.engine.averages.use(lambda weights: run.stage.export(weights, done))
     run.ranks.watch.touch()
 
 
@@ -164,7 +167,7 @@ def finish(run: Run, done: int) -> None:
     if latest_tag(run.spec.checkpoints) != checkpoint_tag(done):
         log_validation(run, done)
         draw_samples(run, done)
-        save(run, done)
+        save(run, done, is_last=True)
 
 
 def check_skipped(run: Run, done: int) -> None:
@@ -181,16 +184,20 @@ def check_skipped(run: Run, done: int) -> None:
 
 def _require_finite(run: Run, done: int) -> None:
     """Raise ValueError unless the weights and the averaged weights are finite. Collective."""
-    averages = run.engine.averaged_weights()
-    wrong = [f"{name} has values that are not finite" for name, w in averages.items() if not w.isfinite().all()]
+    averages = [name for names in from_all_ranks(run.engine.averages.not_finite()[:1], run.ranks) for name in names]
+    wrong = [f"{name} has values that are not finite" for name in averages]
     if not run.engine.weights_are_finite():
         wrong.append("a weight is not finite")
-    if agree(bool(wrong), run.ranks):
-        raise _diverged(run, wrong[0] if wrong else "the averaged weights are not finite", done)
+    if wrong:
+        raise _diverged(run, wrong[0], done)
 
 
 def _diverged(run: Run, what: str, done: int, *, before: int | None = None) -> ValueError:
-    """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`."""
+    """Return the error that names the checkpoint to go back to: the last one, or the last up to step `before`.
+
+    Collective: one that is on its way from a local disk is good, and waited for.
+    """
+    run.engine.saver.publish_staged()
     tag = latest_tag(run.spec.checkpoints)
     if tag is not None and before is not None:
         tag = next((earlier for earlier in resumable_tags(run.spec.checkpoints) if step_of(earlier) <= before), tag)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from dalle.data.reader import Sample
 from training.engine.objective import MicroBatch, Tensors
+from training.engine.parts.averages import WeightsInParts
 
 
 class Stage(Protocol):
@@ -48,7 +49,10 @@ class Stage(Protocol):
         """
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
-        """Draw samples with these weights; None if the stage has nothing to show."""
+        """Draw samples with these weights; None if the stage has nothing to show. On the first rank."""
+
+    def help_to_draw(self, weights: WeightsInParts) -> None:
+        """Do this rank's share of a picture for which `picture` calls all ranks."""
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the directory for use."""

@@ -15,15 +15,11 @@ from dataclasses import dataclass, fields
 
 from dalle.model import DALLEConfig
 from training.config import OptimizerKind
-from training.engine.deepspeed_config import MAX_BUCKET
 from training.engine.muon import DTYPES
+from training.engine.parts.buffers import MAX_BUCKET, bucket, fetched, live
 from training.plan.activations import FLOAT, Activations, Device, activations, block_bytes, widths
 from training.plan.state import Mode, Sizes, StateBytes, state_bytes
 
-LIVE = 1_000_000_000
-"""Parameters that stage 3 keeps gathered (`stage3_max_live_parameters`, its default)."""
-PREFETCH = 50_000_000
-"""Parameters that stage 3 gathers at a time (`stage3_prefetch_bucket_size`, its default), unless a tensor has more."""
 SUB_GROUP = 1_000_000_000
 """Parameters that stage 3 updates at a time (`sub_group_size`, its default)."""
 
@@ -39,7 +35,7 @@ class Memory:
     optimizer: float = 0.0
     """Moments, and the float32 weights beside the model's."""
     averages: float = 0.0
-    """Averaged weights for export; on the first rank only."""
+    """Averaged weights for export: on the first rank only, or at stage 3 each rank's part."""
     activations: float = 0.0
     """Activations kept for the backward pass."""
     logits: float = 0.0
@@ -79,6 +75,8 @@ class Run:
     """Device of the training; a CPU is its own host."""
     optimizer: OptimizerKind = "adamw"
     """Optimizer of the layers' matrices."""
+    samples: int = 8
+    """Sample pictures on a sheet."""
     dvae_weights: float = 0.0
     """Bytes of the dVAE; 0 if the pictures were encoded before."""
     dvae_working: float = 0.0
@@ -141,6 +139,17 @@ def moments(run: Run) -> dict[str, Memory]:
     return found
 
 
+def at_rest(run: Run, extra: Memory) -> Memory:
+    """Return a rank's memory between two steps, with something more: without what stage 3 gathers in a step."""
+    fixed = dataclasses.replace(_fixed(run), deepspeed=_bucket(run) if run.mode.zero_stage == 3 else 0.0)
+    return _on_one_machine(run, _sum([fixed, Memory(gradients=_between_steps(run)), extra]))
+
+
+def _between_steps(run: Run) -> float:
+    """Return the bytes of gradients that stay after a step."""
+    return _carried(run) if run.mode.zero_stage == 3 or run.mode.has_whole_gradients else 0.0
+
+
 def _sum(parts: Iterable[Memory]) -> Memory:
     parts = list(parts)
     return Memory(**{field.name: sum(getattr(part, field.name) for part in parts) for field in fields(Memory)})
@@ -167,7 +176,7 @@ def _fixed(run: Run) -> Memory:
         weights += run.sizes.persistent * widths(mode.precision).weight
     if mode.offload == "parameters":
         weights, host = weights - state.weights, state.weights
-    averages = float(FLOAT * n)
+    averages = FLOAT * n / (run.gpus if stage == 3 else 1)
     if mode.offload != "none":
         host += _offloaded(run, state)
     averages_on_host = stage == 3 or mode.is_half
@@ -196,14 +205,14 @@ def _gathered(run: Run) -> float:
     """Return the bytes of the layers that stage 3 keeps gathered."""
     if run.mode.zero_stage < 3:
         return 0.0
-    return float(min(run.sizes.total, LIVE) * widths(run.mode.precision).weight)
+    return float(live(run.sizes.total, run.sizes.largest) * widths(run.mode.precision).weight)
 
 
 def _fetched(run: Run) -> float:
     """Return the bytes of the buffer that stage 3 gathers weights into, before they are copied out."""
     if run.mode.zero_stage < 3:
         return 0.0
-    n = min(run.sizes.total, max(PREFETCH, run.sizes.largest))
+    n = max(fetched(run.sizes.total, run.sizes.largest), run.sizes.largest)
     return float(n * widths(run.mode.precision).weight)
 
 
@@ -211,7 +220,7 @@ def _bucket(run: Run) -> float:
     """Return the bytes of the buffer of gradients."""
     if run.mode.zero_stage == 0 or run.mode.has_whole_gradients:
         return 0.0
-    n = min(MAX_BUCKET, run.sizes.total)
+    n = bucket(run.mode.zero_stage, run.sizes.total, run.sizes.largest)
     return float(n * widths(run.mode.precision).weight)
 
 
@@ -243,13 +252,32 @@ def _own_gradients(run: Run) -> float:
 
 
 def _start(run: Run) -> Memory:
-    """Return the memory at the start: every rank builds the model in float32; stages 1, 2 flatten it, 3 parts it."""
+    """Return the memory at the start: every rank builds the model in float32, and stages 1 and 2 flatten it.
+
+    At stage 3 it builds its part, tensor by tensor, and copies it.
+    """
     n, width, stage = run.sizes.total, widths(run.mode.precision).weight, run.mode.zero_stage
+    if stage == 3:
+        return _start_in_parts(run)
     whole = float(FLOAT * n)
-    flat = {0: 0.0, 1: width * n + FLOAT * n / run.gpus, 2: width * n + FLOAT * n / run.gpus, 3: width * n / run.gpus}
+    flat = {0: 0.0, 1: width * n + FLOAT * n / run.gpus, 2: width * n + FLOAT * n / run.gpus}
     return Memory(
         weights=max(whole, width * n + flat[stage]) + run.dvae_weights,
         host=0.0 if run.device == "cpu" else whole,
+    )
+
+
+def _start_in_parts(run: Run) -> Memory:
+    """Return the memory at the start of stage 3: the parts as they are drawn, DeepSpeed's two copies, the averages."""
+    part, width = run.sizes.total / run.gpus, widths(run.mode.precision).weight
+    gathers = 3.0 * FLOAT * run.sizes.largest
+    return Memory(
+        weights=(0.0 if run.mode.offload == "parameters" else width * part) + run.dvae_weights,
+        gradients=_own_gradients(run),
+        optimizer=0.0 if run.mode.offload != "none" else FLOAT * part,
+        averages=FLOAT * part if run.device == "cpu" else 0.0,
+        deepspeed=gathers,
+        host=0.0 if run.device == "cpu" else FLOAT * part + gathers,
     )
 
 
@@ -294,7 +322,8 @@ def _reduction(run: Run, acts: Activations) -> Memory:
     With more parameters than a bucket holds, stages 2 and 3 do so the first time while activations are still there.
     """
     n, stage, width = run.sizes.total, run.mode.zero_stage, widths(run.mode.precision).weight
-    flat = float(min(n, MAX_BUCKET) * width)
+    held = bucket(stage, n, run.sizes.largest)
+    flat = float(held * width)
     if stage == 0:
         return Memory(gradients=_whole_gradients(run), deepspeed=flat)
     if run.mode.has_whole_gradients:
@@ -302,8 +331,8 @@ def _reduction(run: Run, acts: Activations) -> Memory:
     own = _own_gradients(run)
     if stage == 1:
         return Memory(gradients=max(0, n - MAX_BUCKET) * width + own, deepspeed=_bucket(run) + flat)
-    left = max(0.0, 1 - MAX_BUCKET / n)
-    scattered = FLOAT * min(n, MAX_BUCKET) / run.gpus if stage == 3 else 0.0
+    left = 1 - held / n
+    scattered = FLOAT * held / run.gpus if stage == 3 else 0.0
     return Memory(
         gradients=own,
         activations=acts.kept * left,
@@ -320,7 +349,7 @@ def _update(run: Run) -> Memory:
     copies the gradient first, to leave out a step that is not finite.
     """
     n, stage = run.sizes.total, run.mode.zero_stage
-    gathers_on_host = float(FLOAT * n) if stage == 3 or run.mode.is_half else 0.0
+    gathers_on_host = _copied_for_averages(run)
     whole = DTYPES[run.device].itemsize
     bytes_each = max(whole + (2 * FLOAT if stage == 0 else FLOAT), 3.75 * whole)
     working = bytes_each * run.sizes.largest_matrix if run.optimizer == "muon" else 0.0
@@ -333,3 +362,10 @@ def _update(run: Run) -> Memory:
     return Memory(
         gradients=own, working=working, deepspeed=max(flat, 2.0 * FLOAT * run.sizes.largest), host=gathers_on_host
     )
+
+
+def _copied_for_averages(run: Run) -> float:
+    """Return the host's bytes of the current weights while they are averaged; those of a CPU's own part are there."""
+    if run.mode.zero_stage == 3:
+        return 0.0 if run.device == "cpu" else FLOAT * run.sizes.total / run.gpus
+    return float(FLOAT * run.sizes.total) if run.mode.is_half else 0.0

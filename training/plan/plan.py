@@ -18,12 +18,14 @@ from rerank.model import CLIP
 from storage.disk import nearest_folder
 from training.config import TrainConfig
 from training.engine.muon import block_matrices
+from training.engine.parts.buffers import live
 from training.plan.advice import advice, divisors, recommended
 from training.plan.costs.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
 from training.plan.costs.communication import Communication, Counts, Network, Step, communications, papers_rank
 from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
-from training.plan.memory_model import LIVE, Run, host_peak, moments, peak_bytes, training_peak
+from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
+from training.plan.pauses import pauses
 from training.plan.state import PERSISTENT, Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
@@ -139,12 +141,13 @@ def _communications(plan: Plan, model: DALLE, train: TrainConfig, options: PlanO
     if plan.network is None:
         return
     rank = options.powersgd_rank or train.powersgd_rank or papers_rank(model.config.d_model)
+    sizes = Sizes.of(model)
     step = Step(
         counts=Counts.of(model, rank),
         mode=Mode(zero_stage=1, precision=plan.precision),
         accumulation=plan.accumulation,
         ema_every=train.ema_every,
-        live=LIVE,
+        live=live(sizes.total, sizes.largest),
         optimizer=plan.optimizer,
     )
     yield from communications(step, rank, plan.network, computing_s=plan.computing_s, steps=plan.steps)
@@ -191,6 +194,7 @@ def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float, 
         peak=memory,
         total=memory.total,
         start=start,
+        sampling=pauses(run)["sampling"].total,
         host=host_peak(run),
         fits=max(memory.total, start) <= usable,
         totals={n: total for n, total in totals.items() if n in shown},

@@ -159,9 +159,9 @@ class StateBytes:
 def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: int, *, by_muon: int = 0) -> StateBytes:
     """Return the bytes of the state on one of `gpus` GPUs at a ZeRO stage.
 
-    Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 and 2 keep a
-    float32 copy of the weights that a GPU updates, also where the weights are float32; stage 3 only of half-precision
-    ones. Gradients that are shared are float32.
+    Stage 1 shares the optimizer's state, stage 2 the gradients too, stage 3 the weights too. Stages 1 to 3 keep a
+    float32 copy of the weights that a GPU updates, also where the weights are float32: stage 3 of DeepSpeed 0.19.8
+    means to do without, but compares a device with its name. Gradients that are shared are float32.
 
     Args:
         n_parameters: parameters of the model.
@@ -176,7 +176,7 @@ def state_bytes(n_parameters: int, precision: Precision, zero_stage: int, gpus: 
     if gpus < 1:
         raise ValueError(f"--gpus must be at least 1, got {gpus}")
     mode = Mode(zero_stage=zero_stage, precision=precision)
-    has_copy = zero_stage in (1, 2) or mode.is_half
+    has_copy = zero_stage > 0 or mode.is_half
     gradient = FLOAT if zero_stage >= 2 else widths(precision).weight
     return StateBytes(
         weights=n_parameters * widths(precision).weight / (gpus if zero_stage >= 3 else 1),

@@ -90,19 +90,20 @@ def _memory_table(plan: Plan) -> Iterator[str]:
         f"  GiB per GPU at the peak, on {_gpus(plan)} of {plan.gpu_memory_gib:g} GiB, micro-batch {plan.micro_batch}, "
         f"activation checkpointing {'on' if plan.checkpointing else 'off'}{advice}"
     )
-    rows = [["", *_COLUMNS.values(), "total", "at", "start", "host/rank", "largest micro-batch"]]
+    rows = [["", *_COLUMNS.values(), "total", "at", "start", "samples", "host/rank", "largest micro-batch"]]
     for row in sorted(plan.modes, key=lambda row: row.mode.zero_stage):
         parts = [f"{getattr(row.peak, name) / GIB:.2f}" for name in _COLUMNS]
-        at_start = [f"{row.start / GIB:.1f}", f"{row.host / GIB:.1f}"]
+        at_start = [f"{row.start / GIB:.1f}", f"{row.sampling / GIB:.1f}", f"{row.host / GIB:.1f}"]
         largest = str(row.largest_micro_batch or "does not fit")
         rows.append([_label(row.mode), *parts, f"{row.total / GIB:.2f}", row.moment, *at_start, largest])
-    yield aligned(rows, "<" + ">" * (len(_COLUMNS) + 1) + "<>><", indent=4)
+    yield aligned(rows, "<" + ">" * (len(_COLUMNS) + 1) + "<>>><", indent=4)
     yield (
-        f"  Of the first rank, which has the averages; {RESERVED_FRACTION:.0%} of a GPU is kept free. Start: before "
-        "ZeRO has shared out the model."
+        f"  Of the first rank, which has the averages (at ZeRO 3 a part of them); {RESERVED_FRACTION:.0%} of a GPU is "
+        "kept free."
     )
-    yield "  Host: memory there for each rank, so a machine needs as much for each of its GPUs; while it starts, every"
-    yield "  rank needs as much as the model in float32."
+    yield "  Start: while ZeRO shares out the model; at ZeRO 3 no rank builds more than its part. Samples: while sample"
+    yield "  pictures are drawn, which are left out where there is no room."
+    yield "  Host: memory there for each rank, so a machine needs as much for each of its GPUs."
     yield "  Derived for CUDA, not measured; the same model on a CPU is held to measured peaks (benchmarks/plan.py)."
 
 

@@ -31,6 +31,8 @@ class ModePlan:
     """Sum of `peak`, bytes."""
     start: float
     """Bytes on one GPU while training starts, before ZeRO has shared out the model."""
+    sampling: float
+    """Bytes on one GPU while sample pictures are drawn."""
     host: float
     """Peak bytes of the first rank in its host's memory."""
     fits: bool

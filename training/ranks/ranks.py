@@ -248,3 +248,12 @@ def from_all_ranks(value: Value, ranks: Ranks) -> list[Value]:
     values: list[Any] = [None] * ranks.size
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast(value: Value | None, ranks: Ranks) -> Value | None:
+    """Return the first rank's value. Collective."""
+    if ranks.size == 1:
+        return value
+    said = [value]
+    dist.broadcast_object_list(said, src=0)
+    return said[0]

@@ -25,6 +25,7 @@ from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
 from training.drawings.wrong_captions import SOURCES
 from training.engine.objective import MicroBatch, Tensors
+from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, Recipe
 from training.stages.inputs import Inputs, all_captions
@@ -213,6 +214,9 @@ class CLIPStage:
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: CLIP draws nothing."""
         return None
+
+    def help_to_draw(self, weights: WeightsInParts) -> None:
+        """Do nothing: the first rank draws alone."""
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write CLIP's directory."""

@@ -23,6 +23,7 @@ from dvae.images import dvae_augmentation, map_pixels, open_image, resize_and_cr
 from dvae.loss import dvae_loss, logit_laplace_nll
 from dvae.metrics import code_usage
 from training.engine.objective import MicroBatch, Tensors
+from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import Ranks
 from training.recipes import DVAERecipe, Recipe
 from training.stages.codebook import initialise_codebook
@@ -136,6 +137,9 @@ class DVAEStage:
         return side_by_side(
             [to_image(image) for image in images], [to_image(image) for image in reconstructions], labels
         )
+
+    def help_to_draw(self, weights: WeightsInParts) -> None:
+        """Do nothing: the first rank draws alone."""
 
     def first_images(self, count: int, data: ShardData) -> tuple[Tensor, list[str]]:
         """Return the readable ones of the first `count` pictures of some data, (N,3,H,W) in [0, 1], and their keys."""

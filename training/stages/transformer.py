@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dalle.data.reader import Sample, ShardData
 from dalle.loss import training_loss
-from dalle.model import DALLE
+from dalle.model import DALLE, KIND
 from dalle.output.sheets import contact_sheet
 from dalle.output.text import Say
 from dalle.sampling import candidate_seed, check_top_k, sample
@@ -25,8 +25,12 @@ from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
 from storage.atomic import copy_folder
-from storage.model_directory import directory_hash
+from storage.model_directory import directory_hash, save_directory
+from training.engine.deepspeed_config import with_files
 from training.engine.objective import MicroBatch, Tensors
+from training.engine.parts.averages import WeightsInParts
+from training.engine.parts.drawing import drawn_in_parts, made_whole
+from training.engine.parts.spread import spread
 from training.loop.run_folder import refuse_another_run
 from training.plan.flops import flops_per_sample
 from training.ranks.ranks import Ranks, on_first_rank
@@ -102,6 +106,10 @@ class TransformerStage:
         self.units_per_sample = model.config.text_len + model.config.grid**2
         self._config, self._tokenizer, self._captions = model.config, tokenizer, list(captions)
         self._dvae = dvae.eval().requires_grad_(False)
+        self._like = {
+            name: torch.empty_like(weight, device="meta", dtype=torch.float32)
+            for name, weight in model.state_dict().items()
+        }
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the augmented picture (Listing 2) and the ids of a caption, with BPE dropout.
@@ -145,20 +153,35 @@ class TransformerStage:
         return transformer_loss(self.model, **tensors)
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
-        """Sample a picture for each of the captions, as the recipe says, on one sheet."""
+        """Sample a picture for each of the captions, as the recipe says, on one sheet.
+
+        With weights of which each rank holds a part, all ranks sample, each with some of the layers.
+        """
         if not self._captions:
             return None
-        model = self._with(weights)
-        text, _ = self._tokenizer.text(self._captions, self._config.text_len)
-        seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
-        device = next(self.model.parameters()).device
-        tokens = sample(model.to(device), text.to(device), seeds, self.recipe.sampling.sampling()).tokens[:, 0]
-        images = self._dvae_on(device).decode(tokens.view(-1, self._config.grid, self._config.grid))
+        if isinstance(weights, WeightsInParts) and weights.ranks.size > 1:
+            weights.call_all()
+            tokens = self._sampled(spread(self._config, weights))
+        else:
+            tokens = self._sampled(self._with(weights).to(next(self.model.parameters()).device))
+        images = self._dvae_on(tokens.device).decode(tokens.view(-1, self._config.grid, self._config.grid))
         return contact_sheet([("", [to_image(image) for image in images], self._captions)])
 
+    def help_to_draw(self, weights: WeightsInParts) -> None:
+        """Sample in step with the first rank, with this rank's layers; where one has no room, no rank samples."""
+        with contextlib.suppress(torch.OutOfMemoryError):  # `picture` has it, too
+            self._sampled(spread(self._config, weights))
+
+    def _sampled(self, model: DALLE) -> Tensor:
+        """Return the image tokens of a candidate for each of the captions, (P, I)."""
+        text, _ = self._tokenizer.text(self._captions, self._config.text_len)
+        seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
+        return sample(model, text.to(model.device), seeds, self.recipe.sampling.sampling()).tokens[:, 0]
+
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
-        """Write the transformer's directory."""
-        self._with(weights).save(self.directory, metadata={**self.metadata, "step": step})
+        """Write the transformer's directory, one weight at a time."""
+        metadata = {**self.metadata, "step": step}
+        save_directory(self.directory, KIND, self._config, weights, metadata=metadata, like=self._like)
 
     def _dvae_on(self, device: torch.device) -> DVAE:
         if next(self._dvae.parameters()).device != device:
@@ -209,10 +232,10 @@ def train_transformer(
     _require_tokens_of(image_coder, dvae_directory, program.data, program.validation)
     if program.data.encoding is None:  # otherwise only the sample sheets need it, on the first rank
         image_coder = image_coder.to(ranks.device)
-    model = _new_model(stage_recipe, text_bpe, image_coder).to(ranks.device)
+    model = _new_model(stage_recipe, text_bpe, image_coder, ranks)
     model.activation_checkpointing = stage_recipe.train.activation_checkpointing
     if stage_recipe.train.compile:
-        model.compile_layers()
+        model.compile_layers(ranks.device)
     hashes = {"tokenizer_hash": text_bpe.hash, "dvae_hash": directory_hash(dvae_directory)}
     metadata = {
         "recipe": recipe.name,
@@ -232,21 +255,28 @@ def train_transformer(
     return stage.directory
 
 
-def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE) -> DALLE:
-    """Return the recipe's model for a tokenizer and a dVAE, its weights drawn with the run's seed."""
+def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE, ranks: Ranks) -> DALLE:
+    """Return the recipe's model for a tokenizer and a dVAE, its weights drawn with the run's seed.
+
+    At ZeRO stage 3 it is drawn in parts: no rank holds it whole. Collective.
+    """
     config = dataclasses.replace(
         recipe.model,
         text_vocab=tokenizer.vocab_size,
         image_vocab=dvae.config.vocab_size,
         grid=dvae.config.grid,
     )
+    is_in_parts = with_files(recipe.train)[0].zero_stage == 3
     torch.manual_seed(recipe.train.seed)
-    model = DALLE(config)
-    if recipe.init_scale != 1:
-        model.initialise(scale=recipe.init_scale)
+    with drawn_in_parts(ranks) if is_in_parts else contextlib.nullcontext():
+        model = DALLE(config)
+        if recipe.init_scale != 1:
+            model.initialise(scale=recipe.init_scale)
     if recipe.init_from_codebook:
-        model.initialise_from_codebook(dvae.decoder.codebook.cpu())
-    return model
+        changed = (model.image_embedding, model.image_head)
+        with made_whole(changed, ranks) if is_in_parts else contextlib.nullcontext():
+            model.initialise_from_codebook(dvae.decoder.codebook.cpu())
+    return model if is_in_parts else model.to(ranks.device)
 
 
 def _preview_captions(data: ShardData, count: int) -> list[str]:

@@ -57,6 +57,13 @@ def train(engine: Engine, steps: range) -> list[float]:
     return [engine.step([data(step)], 1e-2, step)["loss"].item() for step in steps]
 
 
+def averages_of(engine: Engine) -> dict[str, Tensor]:
+    """Return copies of the averaged weights on the first rank, and nothing on others. Collective."""
+    found: dict[str, Tensor] = {}
+    engine.averages.use(lambda weights: found.update({name: weight.clone() for name, weight in weights.items()}))
+    return found
+
+
 def user_json(folder: Path, content: object) -> Path:
     path = folder / "ds.json"
     path.write_text(content if isinstance(content, str) else json.dumps(content))

@@ -14,6 +14,7 @@ from dalle.data.reader import Sample, ShardData
 from dvae.images import open_image, to_tensor
 from training.config import TrainConfig
 from training.engine.objective import MicroBatch
+from training.engine.parts.averages import WeightsInParts
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.ranks.ranks import Ranks
@@ -50,6 +51,9 @@ class MeanColours:
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         return Image.new("RGB", (4, 4)) if weights else None
+
+    def help_to_draw(self, weights: WeightsInParts) -> None:
+        pass
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         self.exported.append(step)

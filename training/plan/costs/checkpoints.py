@@ -102,7 +102,7 @@ class Checkpoint:
     """One checkpoint and one export: bytes, and seconds."""
 
     first: float
-    """Of the first rank, which writes the averaged weights, too, and below stage 3 the weights."""
+    """Of the first rank, which below stage 3 writes the averaged weights and the weights, too."""
     other: float
     """Of each other rank, if there is one."""
     total: float
@@ -119,7 +119,7 @@ class Checkpoint:
     """To digest it before a run resumes from it."""
     export_s: float
     convert_s: float
-    """By the first rank alone."""
+    """By as many ranks as saved it, together."""
 
 
 def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, speeds: Speeds) -> Checkpoint:
@@ -141,7 +141,11 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
         own = (FLOAT * n + moments) / ranks + (weights * saved.small if stage == 3 else 0.0)
         of_first = 0.0 if stage == 3 else weights * n
     own += FLOAT * saved.compressed
-    first = own + of_first + averages
+    if stage == 3:
+        own, averages_of_first = own + averages / ranks, 0.0
+    else:
+        averages_of_first = averages
+    first = own + of_first + averages_of_first
     total = first + (ranks - 1) * own
     converted = 2 * 3 * FLOAT * n if stage else 0.0  # pieces of float32 weights and both moments, and these joined
     export = FLOAT * n
@@ -153,9 +157,9 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
         converted=converted,
         kept=_n_kept(train) * total + 2 * export,
         save_s=total / speeds.write + first * (1 / speeds.pack + 1 / speeds.digest),
-        verify_s=total / speeds.read + max(total / ranks, of_first, averages) / speeds.digest,
+        verify_s=total / speeds.read + max(total / ranks, of_first, averages_of_first) / speeds.digest,
         export_s=export * (1 / speeds.write + 1 / speeds.pack + 1 / speeds.digest),
-        convert_s=converted * (1 / speeds.write + 2 / speeds.pack) + converted / 2 / speeds.read,
+        convert_s=converted * (1 / speeds.write + 2 / speeds.pack / ranks) + converted / 2 / speeds.read,
     )
 
 

@@ -168,11 +168,8 @@ def traffic(step: Step) -> Traffic:
         gathered = step.accumulation * _fetched(step) + _in_precision(counts.small, counts.small_linear, mode)
     if stage in (1, 2):
         gathered = float(weight * counts.total)
-    average = FLOAT * counts.total / step.ema_every  # of the optimizer's float32 weights
-    if stage == 3:
-        gathered += average
-    elif mode.is_half:
-        reduced += average
+    if stage in (1, 2) and mode.is_half:  # at stage 3 each rank averages its part
+        reduced += FLOAT * counts.total / step.ema_every  # of the optimizer's float32 weights
     muon = counts.matrices * DTYPES[step.device].itemsize if step.optimizer == "muon" else 0
     return Traffic(
         all_reduced=reduced, scattered=scattered, gathered=gathered, by_one=float(muon * (2 if stage else 1))
