@@ -6,7 +6,10 @@ STAMP := $(VENV)/.installed
 
 BENCH_STAMP := $(VENV)/.installed-bench
 
-.PHONY: demo test test-all fuzz faults bench bench-plan bench-scale lint clean
+CUDA_VENV := .cuda-venv
+CUDA_STAMP := $(CUDA_VENV)/.installed
+
+.PHONY: demo test test-all fuzz faults fake-cuda gpu bench bench-plan bench-scale lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -25,6 +28,14 @@ fuzz: $(STAMP)
 # Kills, signals, hangs, full disks and damaged shards, injected into real runs on two ranks; see docs/faults.md.
 faults: $(STAMP)
 	$(BIN)/python tests/faults
+
+# What runs on a GPU, on one that is not there, with the CUDA build of torch; see docs/performance.md.
+fake-cuda: $(CUDA_STAMP)
+	$(CUDA_VENV)/bin/python -m pytest -m "not gpu" tests/fake_cuda
+
+# On an NVIDIA GPU: checks, times, and writes the results, in about ten minutes.
+gpu: $(STAMP)
+	$(BIN)/python -m benchmarks.gpu
 
 # Every program compares in one process of its own; about half an hour on two cores. See benchmarks/README.md.
 bench: $(BENCH_STAMP)
@@ -58,10 +69,18 @@ $(STAMP): pyproject.toml constraints.txt
 	DS_BUILD_OPS=0 DS_ACCELERATOR=cpu $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $@
 
+# The CUDA build of torch, 6 GB with its libraries, beside everything else of .venv. `===` refuses the CPU build.
+$(CUDA_STAMP): $(STAMP)
+	$(PYTHON) -m venv --clear $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check "torch===$$(sed -n 's/^torch==//p' constraints.txt)"
+	packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
+		$(BIN)/python -c "$$packages" > "$$($(CUDA_VENV)/bin/python -c "$$packages")/everything_else.pth"
+	touch $@
+
 # The peers beside the virtual environment's own packages, without what they depend on: see benchmarks/peers.txt.
 $(BENCH_STAMP): $(STAMP) benchmarks/peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers -r benchmarks/peers.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) .pytest_cache .mypy_cache .ruff_cache *.egg-info

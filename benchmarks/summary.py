@@ -196,6 +196,12 @@ def draw(found: Mapping[str, Any], folder: Path) -> None:
         pyplot.close(figure_)
 
 
+def write_pages(found: Mapping[str, Any]) -> None:
+    """Write the tables of the results into the pages."""
+    for page in PAGES:
+        page.write_text(filled(page.read_text(encoding="utf-8"), blocks(found)), encoding="utf-8")
+
+
 def main() -> None:
     """Print the table of lines; write the page if told to."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -210,8 +216,7 @@ def main() -> None:
     print(text_table(lines_table(of)))
     print(f"\n{sum(line.met for line in of)} of {len(of)} met")
     if arguments.page:
-        for page in PAGES:
-            page.write_text(filled(page.read_text(encoding="utf-8"), blocks(found)), encoding="utf-8")
+        write_pages(found)
         draw(found, IMAGES)
 
 

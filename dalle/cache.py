@@ -187,8 +187,8 @@ class Decoder:
         Raises:
             ValueError: they are not ascending, or a prompt has none left.
         """
-        prompt_of = torch.arange(len(self._counts)).repeat_interleave(torch.tensor(self._counts))
-        counts = prompt_of[candidates.cpu()].bincount(minlength=len(self._counts)).tolist()
+        candidates = candidates.cpu()
+        counts = self._prompts()[candidates].bincount(minlength=len(self._counts)).tolist()
         if min(counts) < 1 or not (candidates.diff() > 0).all():
             raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
         self._counts = counts
@@ -198,6 +198,10 @@ class Decoder:
                 cache[layer] = slots.index_select(1, candidates)
         if isinstance(self._step, _RecordedSteps):
             self._step = _RecordedSteps()  # those recorded read the old memory
+
+    def _prompts(self) -> Tensor:
+        """Return the prompt of each candidate, int64 (B,), on the CPU."""
+        return torch.arange(len(self._counts), device="cpu").repeat_interleave(torch.tensor(self._counts, device="cpu"))
 
     @property
     def _groups(self) -> Groups:
@@ -236,11 +240,12 @@ class Decoder:
         inputs_Pm = image_inputs(prefix_Pm, config.image_vocab)
         h_PSD = torch.cat([model.embed_text(text_PT), model.embed_image(inputs_Pm)], dim=1)
         length = h_PSD.shape[1]
+        prompt_of_B = self._prompts().to(model.device, non_blocking=True)
         for layer, (block, kind) in enumerate(zip(model.blocks, config.kinds, strict=True)):
             mask_SS = model.mask(kind)[:length, :length]
-            h_PSD = block(h_PSD, partial(self._read_attend, layer, mask_SS))
+            h_PSD = block(h_PSD, partial(self._read_attend, layer, mask_SS, prompt_of_B))
 
-    def _read_attend(self, layer: int, mask_SS: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def _read_attend(self, layer: int, mask_SS: Tensor, prompt_of_B: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep a layer's keys and values of the known positions, (P, H, T+m, K); attend as the mask says."""
         T, pattern = self.model.config.text_len, self._patterns[layer]
         m = k.shape[2] - T
@@ -250,9 +255,8 @@ class Decoder:
         # of a ring, only the positions that are not overwritten
         first = max(0, m - pattern.n_slots) if pattern.n_lanes == 1 else 0
         here = slice(first, m)
-        counts_P = torch.tensor(self._counts, device=k.device)
         for slots, x_PHSK in ((self._image_keys[layer], k), (self._image_values[layer], v)):
-            known_BHmK = x_PHSK[:, :, T + first :].repeat_interleave(counts_P, dim=0)
+            known_BHmK = x_PHSK[:, :, T + first :].index_select(0, prompt_of_B)
             slots[pattern.lanes[here], :, :, pattern.slots[here]] = known_BHmK.permute(2, 0, 1, 3)
         return masked_attention(q, k, v, mask_SS)
 
@@ -339,22 +343,27 @@ class _RecordedSteps:
     def _replayed(
         self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
     ) -> Tensor:
-        changing = [inputs_B, place_D, *(x for layer in layers for x in (layer.slot, layer.bias))]
+        # layers of a kind share their slot and bias: they are copied once
+        changing = {x.data_ptr(): x for layer in layers for x in (layer.slot, layer.bias)}
         memory = tuple(layer.keys.data_ptr() for layer in layers)
         if memory not in self._graphs:
-            self._graphs[memory] = self._record(model, groups, layers, [x.clone() for x in changing])
-        graph, logits_BV, fixed = self._graphs[memory]
-        for target, source in zip(fixed, changing, strict=True):
+            fixed = {place: x.clone() for place, x in changing.items()}
+            layers = [
+                layer._replace(slot=fixed[layer.slot.data_ptr()], bias=fixed[layer.bias.data_ptr()]) for layer in layers
+            ]
+            self._graphs[memory] = self._record(
+                model, groups, [inputs_B.clone(), place_D.clone(), *fixed.values()], layers
+            )
+        graph, logits_BV, targets = self._graphs[memory]
+        for target, source in zip(targets, [inputs_B, place_D, *changing.values()], strict=True):
             target.copy_(source)
         graph.replay()
         return logits_BV
 
     def _record(
-        self, model: DALLE, groups: Groups, layers: Sequence[_Layer], fixed: list[Tensor]
+        self, model: DALLE, groups: Groups, fixed: list[Tensor], layers: Sequence[_Layer]
     ) -> tuple[Any, Tensor, list[Tensor]]:
-        inputs_B, place_D, *rest = fixed
-        pairs = zip(rest[::2], rest[1::2], strict=True)
-        layers = [layer._replace(slot=slot, bias=bias) for layer, (slot, bias) in zip(layers, pairs, strict=True)]
+        inputs_B, place_D = fixed[:2]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):  # libraries set themselves up at first use, which cannot be recorded

@@ -75,7 +75,7 @@ def sparse_attention(
     wide_enough = q_BHSK.shape[-1] >= MIN_FLEX_HEAD
     if device.type == "cuda" and wide_enough and (torch.compiler.is_compiling() or can_compile(device)):
         return block_mask_attention(q_BHSK, k_BHSK, v_BHSK, **layout)
-    return masked_attention(q_BHSK, k_BHSK, v_BHSK, stored_mask(**layout, device=device))
+    return masked_attention(q_BHSK, k_BHSK, v_BHSK, stored_mask(kind, text_len, grid, kernel, device))
 
 
 # ------------------------------------------------------------------------------------------ blocks of the grid

@@ -103,6 +103,7 @@ def code_usage(tokens: Tensor, vocab_size: int) -> CodeUsage:
     """
     if tokens.numel() == 0:
         raise ValueError("code_usage was given no tokens, expected at least one")
+    tokens = tokens.cpu()  # once: every number below would wait for a GPU
     low, high = (int(value) for value in tokens.aminmax())
     if low < 0 or high >= vocab_size:
         raise ValueError(f"code_usage was given tokens from {low} to {high}, expected 0 … {vocab_size - 1}")

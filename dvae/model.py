@@ -368,7 +368,7 @@ def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
             "expected int64 of shape (batch, rows, columns)"
         )
     if tokens.numel():
-        low, high = (int(value) for value in tokens.aminmax())
+        low, high = torch.stack(tokens.aminmax()).tolist()  # at once: a GPU is waited for once
         if low < 0 or high >= config.vocab_size:
             raise ValueError(
                 f"decode was given tokens from {low} to {high}, expected 0 … {config.vocab_size - 1}: "

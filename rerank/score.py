@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from rerank.model import CLIP
+from rerank.pixels import check_images
 
 
 def score(clip: CLIP, captions: Sequence[str], images: Tensor, *, batch_size: int = 64) -> Tensor:
@@ -57,6 +58,7 @@ def embed_images(clip: CLIP, images: Tensor, *, batch_size: int = 64) -> Tensor:
     if len(images) == 0:
         raise ValueError("no images to score: give at least one")
     _check_batch_size(batch_size)
+    check_images(images)  # before they are on a GPU, where only their shape is looked at
     batches = torch.split(images, batch_size)
     return torch.cat([clip.encode_image(images_BCHW.to(clip.device)) for images_BCHW in batches])
 

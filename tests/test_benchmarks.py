@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import decode, measure, summary
+from benchmarks import decode, gpu, measure, summary
 from benchmarks.flops import decoding_flops, read_cache
-from benchmarks.measure import Line, Report
+from benchmarks.measure import Line, Options, Report
 from benchmarks.peers import StaticCache
 from dalle.model import DALLE, DALLEConfig
 from dalle.stream import image_inputs
@@ -174,3 +174,32 @@ def test_the_pages_say_what_the_results_say() -> None:
         assert summary.filled(text, made) == text
     shown = {(line.what, line.against) for line in summary.lines(summary.results())}
     assert set(summary.HEADLINES) <= shown
+
+
+def test_a_part_that_fails_on_a_gpu_takes_no_other_results_with_it(tmp_path: Path) -> None:
+    out = tmp_path / "gpu.json"
+
+    def works(_options: Options, report: Report) -> None:
+        report.line("a step", "a peer", 2.0, 1.0)
+
+    def fails(_options: Options, report: Report) -> None:
+        assert json.loads(out.read_text())["lines"], "written before the next part begins"
+        raise RuntimeError("no such kernel")
+
+    parts: dict[str, gpu.Part] = {"first": works, "second": fails, "third": works}
+    assert not gpu.run(parts, Options(), out, minutes=10)
+    content = json.loads(out.read_text(encoding="utf-8"))
+    assert len(content["lines"]) == 2
+    assert content["notes"][0] == "second failed: no such kernel"
+    assert gpu.run({"first": works}, Options(), out, minutes=10)
+    assert not gpu.run({"first": works}, Options(), out, minutes=-1), "nothing was measured"
+    assert "not measured" in json.loads(out.read_text(encoding="utf-8"))["notes"][0]
+
+
+def test_tests_that_failed_on_a_gpu_are_told_with_the_reason(tmp_path: Path) -> None:
+    (tmp_path / "tests.xml").write_text(
+        '<testsuites><testsuite><testcase classname="a" name="good"/><testcase classname="a" name="left_out"><skipped/>'
+        '</testcase><testcase classname="b" name="bad"><failure message="1 &lt; 2&#10;more"/></testcase></testsuite>'
+        "</testsuites>"
+    )
+    assert gpu.read_tests(tmp_path / "tests.xml") == {"a.good": "", "b.bad": "1 < 2"}

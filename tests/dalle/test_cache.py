@@ -157,12 +157,13 @@ def test_a_compiled_step_computes_what_an_eager_one_does(dtype: torch.dtype, tol
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("n", [1, 3, 64])
 @pytest.mark.parametrize("attention", ["paper", *KINDS])
-def test_recorded_steps_compute_what_the_whole_stream_does(attention: str) -> None:
+def test_recorded_steps_compute_what_the_whole_stream_does(attention: str, n: int) -> None:
     config = DALLEConfig(**{**vars(CONFIG), "attention": attention})
     model = awake(config).cuda()
-    text, tokens = (x.cuda() for x in streams(3, config))
-    decoder = Decoder(model, text, counts=[1, 1, 1])
+    text, tokens = (x.cuda() for x in streams(n, config))
+    decoder = Decoder(model, text, counts=[1] * n)
     start = torch.full_like(tokens[:, :1], config.image_vocab)
     inputs = torch.cat([start, tokens], dim=1)
     cached = torch.stack([decoder.step(inputs[:, i]).clone() for i in range(49)], dim=1)

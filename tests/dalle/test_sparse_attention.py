@@ -93,12 +93,13 @@ def test_compilation_goes_through_without_a_break_and_changes_nothing(dtype: tor
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(("text_len", "grid"), [(19, 8), (37, 8), (64, 16), (256, 32)])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-2), (torch.bfloat16, 3e-2)])
 def test_attention_on_a_gpu_is_masked_attention_forward_and_backward(
-    kind: Kind, dtype: torch.dtype, tolerance: float
+    kind: Kind, text_len: int, grid: int, dtype: torch.dtype, tolerance: float
 ) -> None:
-    given = [x.cuda() for x in inputs(37, 8, dtype)]
-    fast = partial(sparse_attention, kind=kind, text_len=37, grid=8)
-    slow = partial(masked_attention, mask_SS=mask(kind, 37, 8, device="cuda"))
+    given = [x.cuda() for x in inputs(text_len, grid, dtype)]
+    fast = partial(sparse_attention, kind=kind, text_len=text_len, grid=grid)
+    slow = partial(masked_attention, mask_SS=mask(kind, text_len, grid, device="cuda"))
     for ours, reference in zip(forward_and_backward(fast, *given), forward_and_backward(slow, *given), strict=True):
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)

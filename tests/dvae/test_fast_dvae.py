@@ -254,3 +254,12 @@ def test_encoders_with_other_kernels_are_copied_plainly() -> None:
     fast_dvae = optimised(dvae, dtype=torch.float32)
     images = pictures(2, 3, 16, 16)
     assert torch.equal(fast_dvae.encode(images), dvae.encode(images))
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_bfloat16_changes_few_tokens_of_the_papers_dvae() -> None:
+    dvae = DVAE(DVAEConfig(), generator=torch.Generator().manual_seed(0)).eval().cuda()
+    images = torch.rand(4, 3, 256, 256, device="cuda")
+    copy = optimised(dvae, dtype=torch.bfloat16)
+    assert (copy.encode(images) != dvae.encode(images)).float().mean() < 0.08
+    assert (copy.decode(dvae.encode(images)) - dvae.decode(dvae.encode(images))).abs().mean() < 0.02

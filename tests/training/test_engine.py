@@ -104,6 +104,7 @@ def test_clipping_is_always_explicit_and_the_batch_is_derived() -> None:
     )
     derived = resolve(unclipped, 3).deepspeed
     assert derived["gradient_clipping"] == 0.0
+    assert derived["timers"]["throughput"]["enabled"] is False  # its clock waits for a GPU
     assert derived["train_micro_batch_size_per_gpu"] == 2
     assert derived["gradient_accumulation_steps"] == 2
 

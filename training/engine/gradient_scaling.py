@@ -227,7 +227,8 @@ class ResblockScaling:
 
     def _apply(self) -> None:
         """Use the scales in the next forward and backward passes."""
-        self._factors.copy_(torch.tensor([value / self._ranks.size for value in self.rules.values]))
+        factors = torch.tensor([value / self._ranks.size for value in self.rules.values])
+        self._factors.copy_(factors, non_blocking=True)
 
 
 def run_in_float16(model: nn.Module) -> None:

@@ -26,19 +26,30 @@ class MicroBatch:
     measure: bool
     """Whether the loss also returns the metrics that take time."""
 
-    def to(self, device: torch.device, *, non_blocking: bool = False) -> Self:
+    def to(self, device: torch.device) -> Self:
         """Return the micro-batch with its tensors on a device."""
-        return replace(
-            self, tensors={name: t.to(device, non_blocking=non_blocking) for name, t in self.tensors.items()}
-        )
+        return replace(self, tensors={name: _sent(tensor, device) for name, tensor in self.tensors.items()})
 
 
 def on_device(arguments: Mapping[str, object], device: torch.device) -> dict[str, object]:
     """Return arguments with their tensors and micro-batches on a device."""
-    return {
-        name: value.to(device, non_blocking=True) if isinstance(value, Tensor | MicroBatch) else value
-        for name, value in arguments.items()
-    }
+    sent: dict[str, object] = {}
+    for name, value in arguments.items():
+        if isinstance(value, Tensor):
+            sent[name] = _sent(value, device)
+        else:
+            sent[name] = value.to(device) if isinstance(value, MicroBatch) else value
+    return sent
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """Return a tensor on a device, without waiting for the device.
+
+    Only pinned memory is copied to a GPU in the background; other memory goes in pieces, after all queued work.
+    """
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 class Objective(nn.Module):

@@ -24,7 +24,7 @@ class Means:
         for name, value in metrics.items():
             value = value.detach().double()
             if isinstance(weight, Tensor):
-                value = torch.where(weight > 0, weight * value.to(weight.device), 0.0)
+                value = torch.where(weight > 0, weight * value.to(weight.device, non_blocking=True), 0.0)
             else:
                 value = weight * value if weight else torch.zeros_like(value)
             self._sums[name] = self._sums[name] + value if name in self._sums else value
@@ -52,13 +52,11 @@ class Means:
         if not names:
             return {}
         sizes = [self._sums[name].numel() for name in names]
-        sums = torch.cat([self._sums[name].to(ranks.device).flatten() for name in names])
-        counts = torch.cat(
-            [
-                torch.as_tensor(self._counts[name], dtype=sums.dtype, device=ranks.device).expand(size)
-                for name, size in zip(names, sizes, strict=True)
-            ]
-        )
+        def there(value: float | Tensor) -> Tensor:
+            return torch.as_tensor(value, dtype=torch.float64).to(ranks.device, non_blocking=True)
+
+        sums = torch.cat([there(self._sums[name]).flatten() for name in names])
+        counts = torch.cat([there(self._counts[name]).expand(size) for name, size in zip(names, sizes, strict=True)])
         totals, weights = mean_over_ranks(torch.stack([sums, counts]), ranks)
         parts = torch.split((totals / weights).cpu(), sizes)
         means = {
