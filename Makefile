@@ -9,7 +9,9 @@ BENCH_STAMP := $(VENV)/.installed-bench
 CUDA_VENV := .cuda-venv
 CUDA_STAMP := $(CUDA_VENV)/.installed
 
-.PHONY: demo test test-all fuzz faults fake-cuda gpu bench bench-plan bench-scale lint clean
+REFERENCES_STAMP := $(VENV)/.installed-references
+
+.PHONY: demo test test-all fuzz faults references fake-cuda gpu bench bench-plan bench-scale lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -36,6 +38,10 @@ fake-cuda: $(CUDA_STAMP)
 # On an NVIDIA GPU: checks, times, and writes the results, in about ten minutes.
 gpu: $(STAMP)
 	$(BIN)/python -m benchmarks.gpu
+
+# Imported models beside the packages that published them; without those, these tests are skipped.
+references: $(REFERENCES_STAMP)
+	PYTHONPATH=$(VENV)/published $(BIN)/python -m pytest tests/dvae/test_openai.py tests/importers
 
 # Every program compares in one process of its own; about half an hour on two cores. See benchmarks/README.md.
 bench: $(BENCH_STAMP)
@@ -80,6 +86,12 @@ $(CUDA_STAMP): $(STAMP)
 # The peers beside the virtual environment's own packages, without what they depend on: see benchmarks/peers.txt.
 $(BENCH_STAMP): $(STAMP) benchmarks/peers.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/peers -r benchmarks/peers.txt
+	touch $@
+
+# Apart from the virtual environment's own packages, and without their dependencies, of which torchvision is one.
+$(REFERENCES_STAMP): $(STAMP) tests/references.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/published attrs==26.1.0 requests==2.34.2
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --target $(VENV)/published --no-deps -r tests/references.txt
 	touch $@
 
 clean:

@@ -1,6 +1,6 @@
 """Reads OpenAI's published dVAE, encoder.pkl and decoder.pkl, without running anything in them.
 
-The files are whole modules saved by `torch.save` (openai/DALL-E at 5be4b23). `storage/pickles.py` reads them into
+The files are whole modules saved by `torch.save` (openai/DALL-E at 5be4b23). `storage/checkpoints/` reads them into
 records, of which the weights are taken here.
 """
 
@@ -13,17 +13,10 @@ import torch
 from torch import Tensor
 
 from dvae.model import DVAE, DVAEConfig
+from storage.checkpoints.pickles import READING_ERRORS, Allowed, Inert, RefusedNameError
+from storage.checkpoints.torch_files import TENSOR_NAMES, TorchFile, read_torch_file
 from storage.errors import reason_of
 from storage.model_directory import load_weights
-from storage.pickles import (
-    READING_ERRORS,
-    TENSOR_NAMES,
-    Allowed,
-    Inert,
-    RefusedNameError,
-    TorchFile,
-    read_torch_file,
-)
 
 _ALLOWED = Allowed(
     names={*TENSOR_NAMES, "__builtin__.set", "builtins.set", "functools.partial", "torch.device"},

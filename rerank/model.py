@@ -3,19 +3,19 @@
 Source: Radford et al. 2021, "Learning Transferable Visual Models From Natural Language Supervision", §2.4,
 §2.5, figure 3; sizes and initialisation of the published ViT-B/32 (https://github.com/openai/CLIP). Unusual:
 
-- QuickGELU, x · sigmoid(1.702 x), in place of GELU;
+- QuickGELU, x · sigmoid(1.702 x), in place of GELU, which others' CLIPs have;
 - the image feature is read at a class token, with a LayerNorm before and after the transformer;
 - the text tower is causal and its feature is read at end-of-text, the highest id of the row;
 - LayerNorm computes in float32 whatever the weights are; both features leave in float32 with unit length;
-- resizing, cropping and normalising the pixels is part of `encode_image`.
+- resizing, cropping and normalising the pixels is part of `encode_image`;
+- five of the published image towers are ResNets, `rerank/resnet.py`.
 
-Letters: B batch  C channels  P patches  S positions (P+1 image, L text)  L text positions  D width  H heads
-         K head dim  E features shared by both towers
+Letters: B batch  C channels  P patches  S positions (P+1 image, L text)  L text positions  D width
+         E features shared by both towers
 """
 
 import hashlib
 import math
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
 
@@ -23,7 +23,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from rerank.blocks import Attention, Block, LayerNorm
+from rerank.config import CLIPConfig
 from rerank.pixels import check_images, normalised_pixels
+from rerank.resnet import ResNetTower
 from rerank.tokenizer import CLIPTokenizer
 from storage.model_directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 
@@ -31,127 +34,6 @@ KIND = "clip"
 TOKENIZER_HASH = "tokenizer_sha256"
 INITIAL_TEMPERATURE = 0.07
 MAX_LOGIT_SCALE = 100.0
-
-
-@dataclass(frozen=True, kw_only=True)
-class CLIPConfig:
-    """Sizes of both towers; the defaults are the published ViT-B/32 (151,277,313 parameters)."""
-
-    image_size: int = 224
-    """Side in pixels of the square that the image tower sees."""
-    patch_size: int = 32
-    """Side in pixels of one patch; divides image_size."""
-    vision_width: int = 768
-    """Width of the image tower."""
-    vision_layers: int = 12
-    """Number of blocks of the image tower."""
-    vision_heads: int = 12
-    """Attention heads of the image tower; divides vision_width."""
-    context_length: int = 77
-    """Number of text positions, start and end of text included."""
-    vocab_size: int = 49408
-    """Number of text ids; the last one is end-of-text, the one before it start-of-text."""
-    text_width: int = 512
-    """Width of the text tower."""
-    text_layers: int = 12
-    """Number of blocks of the text tower."""
-    text_heads: int = 8
-    """Attention heads of the text tower; divides text_width."""
-    embed_dim: int = 512
-    """Length of the feature vectors that are compared."""
-
-    def __post_init__(self) -> None:
-        for name, value in vars(self).items():
-            if value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
-        for total, divisor in (
-            ("image_size", "patch_size"),
-            ("vision_width", "vision_heads"),
-            ("text_width", "text_heads"),
-        ):
-            whole, part = getattr(self, total), getattr(self, divisor)
-            if whole % part:
-                raise ValueError(f"{total} ({whole}) must be a multiple of {divisor} ({part})")
-        for name in ("context_length", "vocab_size"):
-            value = getattr(self, name)
-            if value < 3:
-                raise ValueError(f"{name} is {value}; it must be at least 3: start, end and one id")
-
-    @property
-    def n_patches(self) -> int:
-        """Number of patches of one image."""
-        return (self.image_size // self.patch_size) ** 2
-
-
-def quick_gelu(x: Tensor) -> Tensor:
-    """Return CLIP's approximation of GELU, x · sigmoid(1.702 x)."""
-    return x * torch.sigmoid(1.702 * x)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm computed in float32; the result has the dtype of the input."""
-
-    def forward(self, input: Tensor) -> Tensor:
-        """Normalise the last dimension of input (…, D)."""
-        weight, bias = self.weight.float(), self.bias.float()
-        return F.layer_norm(input.float(), self.normalized_shape, weight, bias, self.eps).to(input.dtype)
-
-
-def fused_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, is_causal: bool) -> Tensor:
-    """Return softmax(q·k / √K)·v, (B, H, S, K)."""
-    return F.scaled_dot_product_attention(q_BHSK, k_BHSK, v_BHSK, is_causal=is_causal)
-
-
-def explicit_attention(q_BHSK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, *, is_causal: bool) -> Tensor:
-    """Return the same from two matrix products: forward and backward are several times faster in bfloat16 on a CPU.
-
-    The scores of all pairs are in memory at once: little for the at most 77 positions of the text and 50 of the image.
-    """
-    with torch.autocast(q_BHSK.device.type, enabled=False):
-        scores_BHSS = (q_BHSK * q_BHSK.shape[-1] ** -0.5) @ k_BHSK.transpose(-1, -2)
-        if is_causal:
-            later_SS = torch.ones(scores_BHSS.shape[-2:], dtype=torch.bool, device=q_BHSK.device).triu(1)
-            scores_BHSS = scores_BHSS.masked_fill(later_SS, -torch.inf)
-        output: Tensor = scores_BHSS.softmax(dim=-1) @ v_BHSK
-        return output
-
-
-class Attention(nn.Module):
-    """Multi-head self-attention, optionally causal."""
-
-    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
-        super().__init__()
-        self.n_heads = n_heads
-        self.is_causal = is_causal
-        self.qkv = nn.Linear(width, 3 * width)
-        self.out = nn.Linear(width, width)
-
-    def forward(self, h_BSD: Tensor) -> Tensor:
-        """Return (B, S, D) for (B, S, D)."""
-        qkv_BSHK = self.qkv(h_BSD).unflatten(-1, (3, self.n_heads, -1)).unbind(2)
-        q_BHSK, k_BHSK, v_BHSK = (x_BSHK.transpose(1, 2) for x_BSHK in qkv_BSHK)
-        attend = explicit_attention if h_BSD.device.type == "cpu" else fused_attention
-        out_BHSK = attend(q_BHSK, k_BHSK, v_BHSK, is_causal=self.is_causal)
-        output: Tensor = self.out(out_BHSK.transpose(1, 2).flatten(2))
-        return output
-
-
-class Block(nn.Module):
-    """Pre-LayerNorm transformer block with a four times wider QuickGELU MLP."""
-
-    def __init__(self, width: int, n_heads: int, *, is_causal: bool) -> None:
-        super().__init__()
-        self.norm1 = LayerNorm(width)
-        self.attention = Attention(width, n_heads, is_causal=is_causal)
-        self.norm2 = LayerNorm(width)
-        self.mlp_in = nn.Linear(width, 4 * width)
-        self.mlp_out = nn.Linear(4 * width, width)
-
-    def forward(self, h_BSD: Tensor) -> Tensor:
-        """Return (B, S, D) for (B, S, D)."""
-        h_BSD = h_BSD + self.attention(self.norm1(h_BSD))
-        output: Tensor = h_BSD + self.mlp_out(quick_gelu(self.mlp_in(self.norm2(h_BSD))))
-        return output
 
 
 class VisionTower(nn.Module):
@@ -164,7 +46,10 @@ class VisionTower(nn.Module):
         self.class_embedding = nn.Parameter(torch.empty(width))
         self.position_embedding = nn.Parameter(torch.empty(config.n_patches + 1, width))
         self.norm_pre = LayerNorm(width)
-        self.blocks = nn.ModuleList(Block(width, heads, is_causal=False) for _ in range(config.vision_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, is_causal=False, mlp=config.vision_mlp, activation=config.activation)
+            for _ in range(config.vision_layers)
+        )
         self.norm_post = LayerNorm(width)
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
 
@@ -187,7 +72,10 @@ class TextTower(nn.Module):
         width, heads = config.text_width, config.text_heads
         self.token_embedding = nn.Embedding(config.vocab_size, width)
         self.position_embedding = nn.Parameter(torch.empty(config.context_length, width))
-        self.blocks = nn.ModuleList(Block(width, heads, is_causal=True) for _ in range(config.text_layers))
+        self.blocks = nn.ModuleList(
+            Block(width, heads, is_causal=True, mlp=config.text_mlp, activation=config.activation)
+            for _ in range(config.text_layers)
+        )
         self.norm_final = LayerNorm(width)
         self.projection = nn.Linear(width, config.embed_dim, bias=False)
 
@@ -224,7 +112,7 @@ class CLIP(nn.Module):
             )
         self.config = config
         self.tokenizer = tokenizer
-        self.vision = VisionTower(config)
+        self.vision: VisionTower | ResNetTower = ResNetTower(config) if config.resnet else VisionTower(config)
         self.text = TextTower(config)
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.initialise()
@@ -232,6 +120,8 @@ class CLIP(nn.Module):
     @torch.no_grad()
     def initialise(self, *, embedding_scale: float = 1.0) -> None:
         """Draw the weights from torch's global generator. w: width and n: layers of the tower.
+
+        A ResNet's weights stay as its layers drew them.
 
         =============================================  ==========================================
         text token embedding                           normal, std 0.02 · embedding_scale
@@ -260,9 +150,10 @@ class CLIP(nn.Module):
         vision_std = embedding_scale * config.vision_width**-0.5
         nn.init.normal_(self.text.token_embedding.weight, std=embedding_scale * 0.02)
         nn.init.normal_(self.text.position_embedding, std=embedding_scale * 0.01)
-        nn.init.normal_(self.vision.class_embedding, std=vision_std)
-        nn.init.normal_(self.vision.position_embedding, std=vision_std)
-        nn.init.normal_(self.vision.projection.weight, std=config.vision_width**-0.5)
+        if isinstance(self.vision, VisionTower):
+            nn.init.normal_(self.vision.class_embedding, std=vision_std)
+            nn.init.normal_(self.vision.position_embedding, std=vision_std)
+            nn.init.normal_(self.vision.projection.weight, std=config.vision_width**-0.5)
         nn.init.normal_(self.text.projection.weight, std=config.text_width**-0.5)
         residual_std = config.text_width**-0.5 * (2 * config.text_layers) ** -0.5
         for module in self.text.modules():
@@ -298,7 +189,7 @@ class CLIP(nn.Module):
             ValueError: images of another rank, number of channels or dtype; on the CPU also of another range.
         """
         check_images(images)
-        features_BE = self.vision(normalised_pixels(images, self.config.image_size))
+        features_BE = self.vision(normalised_pixels(images, self.config.view))
         return F.normalize(features_BE.float(), dim=-1)
 
     def encode_text(self, ids: Tensor) -> Tensor:

@@ -3,12 +3,15 @@
 Letters: B batch  C channels  H, W pixels
 """
 
+from dataclasses import dataclass
+from typing import Literal
+
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvae.images import to_tensor
+from dvae.images import to_image, to_tensor
 
 PIXEL_MEAN = (0.48145466, 0.4578275, 0.40821073)
 PIXEL_STD = (0.26862954, 0.26130258, 0.27577711)
@@ -16,19 +19,73 @@ MAX_RESIZED_SIDE = 1024
 """Pictures of twice this side and more are reduced by a whole factor before CLIP's own resizing."""
 
 
-def clip_view(image: Image.Image, size: int) -> Tensor:
-    """Return the centre square of an RGB picture as CLIP sees it, float32 (3, size, size) in [0, 1].
+MAX_STRETCH = 16
+"""Pictures whose longer side is more than this many times the shorter are not resized as a whole: a strip of 8 × 10
+million pixels would take more memory than there is."""
 
-    All pictures reach CLIP this way, so a PNG has the score of its pixels before rounding to 8 bits, nearly.
+Resize = Literal["square", "shortest", "longest", "squash"]
+Interpolation = Literal["bicubic", "bilinear"]
+_FILTERS = {"bicubic": Image.Resampling.BICUBIC, "bilinear": Image.Resampling.BILINEAR}
+
+
+@dataclass(frozen=True)
+class View:
+    """How a CLIP sees pictures.
+
+    A square of its size comes about in one of these ways:
+
+    - "square": the centre square is cropped first, then resized in floating point. CLIPs trained here see so.
+    - "shortest": Pillow resizes 8-bit pixels until the shorter side has the size, and the centre is cropped.
+      OpenAI's and most others see so, and these are their pixels to the bit.
+    - "longest": Pillow resizes until the longer side has the size, and what is missing is black.
+    - "squash": Pillow resizes both sides to the size.
     """
+
+    size: int
+    """Side in pixels."""
+    resize: Resize = "square"
+    interpolation: Interpolation = "bicubic"
+    mean: tuple[float, ...] = PIXEL_MEAN
+    std: tuple[float, ...] = PIXEL_STD
+
+
+def clip_view(image: Image.Image, view: View) -> Tensor:
+    """Return an RGB picture as CLIP sees it, float32 (3, size, size) in [0, 1].
+
+    All pictures reach CLIP this way, so a PNG has the score of its pixels before rounding to 8 bits: exactly where
+    Pillow resizes, otherwise nearly.
+    """
+    if view.resize != "square":
+        return to_tensor(_resized_by_pillow(image, view))
     side = min(image.size)
     left, top = ((length - side) // 2 for length in image.size)
     square = image.crop((left, top, left + side, top + side))
     # as float32 a picture takes four times its memory, so one far larger than what CLIP sees is reduced first
-    factor = side // max(MAX_RESIZED_SIDE, 2 * size)
+    factor = side // max(MAX_RESIZED_SIDE, 2 * view.size)
     if factor > 1:
         square = square.reduce(factor)
-    return resized_pixels(to_tensor(square)[None], size)[0]
+    return resized_pixels(to_tensor(square)[None], view.size)[0]
+
+
+def _resized_by_pillow(image: Image.Image, view: View) -> Image.Image:
+    """Return an RGB picture of CLIP's size, as the transforms of torchvision and open_clip make it."""
+    size, filter_ = view.size, _FILTERS[view.interpolation]
+    if view.resize == "squash":
+        return image.resize((size, size), filter_)
+    if view.resize == "longest":
+        ratio = max(image.size) / size
+        image = image.resize((max(1, round(image.width / ratio)), max(1, round(image.height / ratio))), filter_)
+        missing = size - image.width, size - image.height
+        border = (missing[0] // 2, missing[1] // 2, (missing[0] + 1) // 2, (missing[1] + 1) // 2)
+        return ImageOps.expand(image, border, fill=0)
+    shorter = min(image.size)
+    width, height = (int(size * side / shorter) for side in image.size)
+    left, top = round((width - size) / 2), round((height - size) / 2)
+    if max(width, height) > MAX_STRETCH * size:
+        scale_x, scale_y = image.width / width, image.height / height
+        box = (left * scale_x, top * scale_y, (left + size) * scale_x, (top + size) * scale_y)
+        return image.resize((size, size), filter_, box=box)
+    return image.resize((width, height), filter_).crop((left, top, left + size, top + size))
 
 
 def resized_pixels(images: Tensor, size: int) -> Tensor:
@@ -49,10 +106,19 @@ def resized_pixels(images: Tensor, size: int) -> Tensor:
     return pixels_BCHW[:, :, top : top + size, left : left + size]
 
 
-def normalised_pixels(images: Tensor, size: int) -> Tensor:
-    """Return `resized_pixels` with CLIP's mean and deviation, (B, 3, size, size)."""
-    pixels_BCHW = resized_pixels(images, size)
-    on_cpu = torch.tensor([PIXEL_MEAN, PIXEL_STD], device="cpu")[:, :, None, None]
+def normalised_pixels(images: Tensor, view: View) -> Tensor:
+    """Return pictures of any size (B, 3, H, W) in [0, 1] as a CLIP computes with them, float32 (B, 3, size, size).
+
+    Where Pillow resizes, pixels are rounded to 8 bits, and no gradient reaches them.
+    """
+    if view.resize == "square":
+        pixels_BCHW = resized_pixels(images, view.size)
+    elif images.shape[2:] == (view.size, view.size):
+        pixels_BCHW = (images.float() * 255).round() / 255
+    else:
+        views = [clip_view(to_image(image), view) for image in images]
+        pixels_BCHW = torch.stack(views).to(images.device)
+    on_cpu = torch.tensor([view.mean, view.std], device="cpu")[:, :, None, None]
     mean_C11, std_C11 = on_cpu.to(pixels_BCHW.device, non_blocking=True)
     return (pixels_BCHW - mean_C11) / std_C11
 

@@ -1,5 +1,7 @@
 """Captions to CLIP's text ids: a byte-level BPE between a start and an end token, padded with zeros.
 
+The BPE is one that was trained here, or OpenAI's, which most published CLIPs have; the file says which.
+
 Start-of-text and end-of-text are the two ids above the BPE's own (49,406 and 49,407 in the published CLIP). They are
 no part of the BPE, so no caption can spell them. End-of-text is the highest id, so `argmax` of a row finds it, and the
 pads behind it are never mistaken for text although their id 0 is also an ordinary BPE id.
@@ -14,7 +16,7 @@ import torch
 from torch import Tensor
 
 from storage.atomic import replace_text
-from storage.bpe import N_BYTES, BytePairs
+from storage.bpe import N_BYTES, BytePairs, OpenAIPairs, pairs_from_json
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +30,7 @@ class CLIPTokenizer:
     Ids: 0 … vocab_size-3 are BPE, vocab_size-2 is start-of-text, vocab_size-1 is end-of-text.
     """
 
-    def __init__(self, pairs: BytePairs) -> None:
+    def __init__(self, pairs: BytePairs | OpenAIPairs) -> None:
         self._pairs = pairs
         n_bpe = len(pairs.vocab)
         self.vocab_size = n_bpe + N_SPECIAL
@@ -37,6 +39,11 @@ class CLIPTokenizer:
         """The first id of every row."""
         self.end_id = n_bpe + 1
         """The id that closes the text; the highest of all."""
+
+    @property
+    def ids(self) -> dict[str, int]:
+        """The ids of the BPE's symbols."""
+        return self._pairs.vocab
 
     @classmethod
     def train(cls, captions: Iterable[str], vocab_size: int) -> Self:
@@ -58,6 +65,15 @@ class CLIPTokenizer:
         return cls(BytePairs.train(map(_checked, captions), vocab_size - N_SPECIAL, space_first=True))
 
     @classmethod
+    def openai(cls, merges: Sequence[tuple[str, str]]) -> Self:
+        """Return OpenAI's tokenizer with these merges, 48,894 of them in the published one.
+
+        Raises:
+            ValueError: they are not those of such a tokenizer.
+        """
+        return cls(OpenAIPairs(merges))
+
+    @classmethod
     def from_json(cls, text: str) -> Self:
         """Read what `to_json` wrote.
 
@@ -65,7 +81,7 @@ class CLIPTokenizer:
             ValueError: the text is not such a tokenizer.
         """
         try:
-            return cls(BytePairs.from_json(text, space_first=True))
+            return cls(pairs_from_json(text))
         except ValueError as error:
             raise ValueError(f"not CLIP's tokenizer: {error}") from error
 

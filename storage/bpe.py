@@ -1,10 +1,11 @@
-"""Byte-level BPE of lowercased text, under the transformer's and CLIP's tokenizers.
+"""Byte-level BPE of lowercased text, under the transformer's and CLIP's tokenizers, and OpenAI's own for CLIP.
 
 A text is normalised (NFKC, lowercase, runs of white space become one space, ends stripped), split into words as GPT-2
 does, each word spelled in bytes, and the bytes merged. So every text has ids and decodes to its normalised self; there
 is no unknown.
 """
 
+import html
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Self
@@ -12,6 +13,7 @@ from typing import Self
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
 from storage.errors import reason_of
+from storage.text import parse_json
 
 N_BYTES = 256
 MIN_PAIR_COUNT = 2
@@ -115,6 +117,90 @@ class BytePairs:
         """Return the text of ids; bytes that are no UTF-8, as a cut text can end in, become U+FFFD."""
         text: str = self._backend.decode(ids, skip_special_tokens=False)
         return text
+
+
+WORD_END = "</w>"
+"""Ends the last symbol of a word in OpenAI's vocabulary."""
+_OPENAI_WORDS = r"(?i)'s|'t|'re|'ve|'m|'ll|'d|[\p{L}\x{345}]+|[\p{N}]|[^\s\p{L}\p{N}\x{345}]+"
+"""Its words; U+0345 counts as a letter, since it is one as a capital, and OpenAI's pattern ignores case."""
+
+
+class OpenAIPairs:
+    """The BPE of OpenAI's CLIP: another cleaning and splitting than `BytePairs`, and words that know their end.
+
+    A text is mended (ftfy: "â€™" becomes ’), HTML's entities become characters, runs of white space one space, and
+    capitals small letters. Symbols are the 256 bytes, the same at the end of a word, and what the merges make, in this
+    order. A text that spells "<|endoftext|>" is text, unlike in OpenAI's code, where it ends there.
+
+    Args:
+        merges: pairs of symbols, best first.
+
+    Raises:
+        ValueError: two merges make the same symbol, or one is made of symbols that are not there.
+    """
+
+    def __init__(self, merges: Sequence[tuple[str, str]]) -> None:
+        letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+        symbols = [*letters, *(letter + WORD_END for letter in letters), *(left + right for left, right in merges)]
+        self.vocab = {symbol: number for number, symbol in enumerate(symbols)}
+        if len(self.vocab) != len(symbols):
+            raise ValueError(f"{len(symbols) - len(self.vocab)} of its merges make a symbol that is there already")
+        try:
+            model = models.BPE(vocab=self.vocab, merges=list(merges), end_of_word_suffix=WORD_END)
+        except Exception as error:  # the library raises nothing narrower
+            raise ValueError(f"its merges are not those of a BPE: {error}") from error
+        self._backend = Tokenizer(model)
+        words = pre_tokenizers.Split(Regex(_OPENAI_WORDS), "removed", invert=True)
+        spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+        self._backend.pre_tokenizer = pre_tokenizers.Sequence([words, spelled])
+        # the word's end becomes the symbol of a space
+        self._backend.decoder = decoders.Sequence([decoders.Replace(WORD_END, "Ġ"), decoders.ByteLevel()])
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Read what `to_json` wrote.
+
+        Raises:
+            ValueError: it is something else.
+        """
+        try:
+            pairs = cls(_vocab_and_merges(text)[1])
+        except (LookupError, TypeError, ValueError) as error:
+            raise ValueError(f"damaged or no BPE: {error}") from error
+        if json.loads(pairs.to_json()) != json.loads(text):
+            raise ValueError("another kind of tokenizer: expected OpenAI's for CLIP, as this package writes it")
+        return pairs
+
+    def to_json(self) -> str:
+        """Return all of it but the cleaning as JSON, in the format of the `tokenizers` library."""
+        text: str = self._backend.to_str()
+        return text
+
+    def normalise(self, text: str) -> str:
+        """Return a text as it is spelled: mended, without entities, lowercase, single spaces, none at the ends."""
+        import ftfy  # here, because only this needs it
+
+        mended = html.unescape(html.unescape(ftfy.fix_text(text)))
+        return " ".join(mended.split()).lower()
+
+    def encode(self, text: str) -> list[int]:
+        """Return the ids of a text; none if nothing is left after normalising."""
+        ids: list[int] = self._backend.encode(self.normalise(text), add_special_tokens=False).ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids with a space behind each; bytes that are no UTF-8 become U+FFFD."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text.rstrip(" ")
+
+
+def pairs_from_json(text: str) -> BytePairs | OpenAIPairs:
+    """Read a BPE of CLIP's, of either kind; raises as their `from_json`."""
+    try:
+        is_openai = parse_json(text)["model"]["end_of_word_suffix"] == WORD_END
+    except (LookupError, TypeError, ValueError):
+        is_openai = False
+    return OpenAIPairs.from_json(text) if is_openai else BytePairs.from_json(text, space_first=True)
 
 
 def _backend(model: models.BPE, space_first: bool) -> Tokenizer:

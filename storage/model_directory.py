@@ -191,6 +191,16 @@ def load_directory(
     return config, state, description["metadata"]
 
 
+def as_written_before(config: Any) -> dict[str, Any]:
+    """Return a configuration's values as older versions wrote them: what was added later is left out at its default."""
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    return {
+        name: value
+        for name, value in dataclasses.asdict(config).items()
+        if fields[name].metadata != ADDED_LATER or value != fields[name].default
+    }
+
+
 def directory_hash(path: Path | str) -> str:
     """Return 16 hexadecimal digits that name a model: its kind, configuration and weights, but not its metadata.
 
@@ -331,7 +341,7 @@ def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
 HOW_TO_MAKE = {
     "dvae": "`dalle-train dvae`, or `dalle import-dvae` for published weights",
     "dalle": "`dalle-train transformer`",
-    "clip": "`dalle-train clip`",
+    "clip": "`dalle-train clip`, or `dalle import-clip` for published weights",
 }
 """The commands that make a model, by its kind."""
 

@@ -72,6 +72,27 @@ def tiny_clip() -> CLIP:
     return CLIP(config, tokenizer)
 
 
+@pytest.fixture
+def rise_of_memory() -> Callable[[Callable[[], object]], int]:
+    """Runs a function, and returns the bytes by which the peak of this process's memory rose above what it held."""
+    status, peak_reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+    def held(name: str) -> int:
+        lines = [line for line in status.read_text().splitlines() if line.startswith(name)]
+        return int(lines[0].split()[1]) << 10
+
+    def rise(function: Callable[[], object]) -> int:
+        try:
+            peak_reset.write_text("5")
+        except OSError as error:
+            pytest.skip(f"the peak of a process's memory cannot be reset here: {error}")
+        before = held("VmRSS")
+        function()
+        return held("VmHWM") - before
+
+    return rise
+
+
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
     """Let what tests of odd names log reach xdist, which sends UTF-8 alone."""

@@ -15,7 +15,7 @@ from difflib import get_close_matches
 from dalle.model import DALLEConfig
 from dalle.sampling import SamplingDefaults
 from dvae.model import DVAEConfig
-from rerank.model import CLIPConfig
+from rerank.config import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig, check_bounds
 from training.drawings.shapes import FROM_ONE_END
 from training.drawings.wrong_captions import SOURCES, Source

@@ -180,7 +180,7 @@ def _embed(clip: CLIP, files: Mapping[str, Path], unreadable: list[tuple[str, st
     for name, file in files.items():
         try:
             state = _state(file)  # before reading: a change while reading shows next time
-            images.append(clip_view(open_image(file), clip.config.image_size))
+            images.append(clip_view(open_image(file), clip.config.view))
         except (ValueError, OSError) as error:
             unreadable.append((str(error), problem_of(error)))
         else:

@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae.
+"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -34,7 +34,8 @@ def read(arguments: "Sequence[str]") -> "Command":
 
     from dalle.cli.command import parse
     from dalle.cli.generate import Generate
-    from dalle.cli.import_dvae import ImportDVAE
+    from dalle.cli.importing.import_clip import ImportCLIP
+    from dalle.cli.importing.import_dvae import ImportDVAE
     from dalle.cli.rank import Rank
     from dalle.cli.reconstruct import Reconstruct
     from dalle.cli.search import Search
@@ -45,6 +46,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[Search, subcommand("search")]
         | Annotated[Reconstruct, subcommand("reconstruct")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
+        | Annotated[ImportCLIP, subcommand("import-clip")]
     ]
     description = (
         "Generates pictures from captions; ranks, searches and reconstructs pictures. "

@@ -55,8 +55,8 @@ class Rank:
         ranking: list[tuple[float, str]] = []
         shown: list[tuple[float, str, Image.Image]] = []
         # pictures can be large and many: of each only what CLIP sees is held, and what the sheet shows of the best
-        size = clip.config.image_size
-        reduced = ((name, clip_view(image, size), thumbnail(image)) for name, image in pictures)
+        view = clip.config.view
+        reduced = ((name, clip_view(image, view), thumbnail(image)) for name, image in pictures)
         for batch in in_batches(reduced, EMBEDDING_BATCH):
             scores = (embed_images(clip, torch.stack([pixels for _, pixels, _ in batch])) @ caption_E).tolist()
             for (name, _, image), score in zip(batch, scores, strict=True):

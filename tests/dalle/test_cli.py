@@ -12,9 +12,10 @@ import torch
 from PIL import Image
 
 from dalle.best_of_n import rank_order
-from dalle.cli import features, import_dvae
+from dalle.cli import features
 from dalle.cli.command import resolve_device, run_command
 from dalle.cli.generate import n_bytes, read_captions
+from dalle.cli.importing import import_dvae
 from dalle.cli.main import main
 from dalle.data import pictures, reader
 from dalle.model import DALLE
@@ -639,7 +640,9 @@ def test_usage_errors_exit_with_1_and_are_explained(argv, capsys):
 def test_help_shows_the_verbs_and_the_options(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("generate", "rank", "search", "reconstruct", "import-dvae", "--debug"))
+    assert all(
+        verb in shown for verb in ("generate", "rank", "search", "reconstruct", "import-dvae", "import-clip", "--debug")
+    )
     assert main(["generate", "--help"]) == 0
     shown = capsys.readouterr().out
     assert all(option in shown for option in ("-n", "--keep", "--seed", "--captions", "Same seed, same pictures"))

@@ -27,7 +27,8 @@ from dalle.model import DALLE
 from dvae import DVAE, DVAEConfig
 from dvae.openai import import_openai
 from rerank import CLIP
-from storage.pickles import READING_ERRORS, TENSOR_NAMES, Allowed, read_torch_file
+from storage.checkpoints.pickles import READING_ERRORS, Allowed
+from storage.checkpoints.torch_files import TENSOR_NAMES, read_torch_file
 
 SMALL = DVAEConfig(n_hid=4, n_init=2, n_groups=1, n_blocks=1, vocab_size=2, image_size=8)
 

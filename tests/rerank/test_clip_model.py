@@ -1,6 +1,6 @@
 import copy
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 import numpy as np
 import pytest
@@ -8,10 +8,13 @@ import torch
 from PIL import Image
 from torch import nn
 
+from dvae.images import to_image
 from rerank import CLIP, CLIPConfig, CLIPTokenizer, score
+from rerank.blocks import Block, LayerNorm, explicit_attention, fused_attention, quick_gelu
 from rerank.loss import contrastive_loss
-from rerank.model import MAX_LOGIT_SCALE, Block, LayerNorm, explicit_attention, fused_attention, quick_gelu
-from rerank.pixels import PIXEL_MEAN, PIXEL_STD, normalised_pixels
+from rerank.model import MAX_LOGIT_SCALE
+from rerank.pixels import PIXEL_MEAN, PIXEL_STD, View, clip_view, normalised_pixels
+from storage.model_directory import as_written_before
 
 COLOURS = {
     "red": (1.0, 0.1, 0.1),
@@ -309,10 +312,53 @@ def pil_reference(image_CHW: torch.Tensor, size: int) -> torch.Tensor:
 @pytest.mark.parametrize("shape", [(40, 40), (16, 16), (53, 37), (20, 61), (7, 9), (1, 1)])
 def test_pixels_are_prepared_as_pil_would(shape):
     images = rand(2, 3, *shape).round()  # black and white, so that bicubic overshoots
-    pixels = normalised_pixels(images, 16)
+    pixels = normalised_pixels(images, View(16))
     assert pixels.shape == (2, 3, 16, 16)
     for image, prepared in zip(images, pixels, strict=True):
         torch.testing.assert_close(prepared, pil_reference(image, 16), atol=2e-5, rtol=1e-5)
+
+
+def as_published(image: Image.Image, size: int, resize: str, interpolation: Image.Resampling) -> Image.Image:
+    """What torchvision and open_clip make of a picture, step by step."""
+    width, height = image.size
+    if resize == "squash":
+        return image.resize((size, size), interpolation)
+    if resize == "longest":
+        ratio = max(width, height) / size
+        small = image.resize((round(width / ratio), round(height / ratio)), interpolation)
+        square = Image.new("RGB", (size, size))
+        square.paste(small, ((size - small.width) // 2, (size - small.height) // 2))
+        return square
+    if width < height:
+        image = image.resize((size, int(size * height / width)), interpolation)
+    else:
+        image = image.resize((int(size * width / height), size), interpolation)
+    left, top = round((image.width - size) / 2), round((image.height - size) / 2)
+    return image.crop((left, top, left + size, top + size))
+
+
+@pytest.mark.parametrize("resize", ["shortest", "longest", "squash"])
+@pytest.mark.parametrize("interpolation", ["bicubic", "bilinear"])
+def test_published_clips_see_the_pixels_of_pillow_to_the_bit(resize, interpolation):
+    view = View(24, resize, interpolation)
+    for shape in [(40, 40), (24, 24), (53, 37), (20, 61), (9, 100), (8, 8), (301, 200), (25, 24)]:
+        pixels = rand(3, *shape)
+        image = to_image(pixels)
+        expected = as_published(image, 24, resize, Image.Resampling[interpolation.upper()])
+        found = clip_view(image, view)
+        assert torch.equal(found, torch.from_numpy(np.array(expected)).permute(2, 0, 1).float() / 255)
+        # a candidate has the score of its PNG
+        mean, std = (torch.tensor(values)[:, None, None] for values in (PIXEL_MEAN, PIXEL_STD))
+        assert torch.equal(normalised_pixels(pixels[None], view)[0], (found - mean) / std)
+        assert torch.equal(normalised_pixels(found[None], view)[0], (found - mean) / std)
+
+
+def test_a_strip_is_not_resized_as_a_whole():
+    strip = to_image(rand(3, 8, 400))
+    view = clip_view(strip, View(16, "shortest"))
+    whole = as_published(strip, 16, "shortest", Image.Resampling.BICUBIC)
+    assert (view * 255 - torch.from_numpy(np.array(whole)).permute(2, 0, 1)).abs().max() <= 1
+    assert clip_view(Image.new("RGB", (4_000_000, 8)), View(224, "shortest")).shape == (3, 224, 224)
 
 
 @pytest.mark.parametrize(
@@ -358,6 +404,10 @@ def test_ids_that_are_not_from_the_tokenizer_are_refused():
         ({"patch_size": 7}, r"image_size \(16\) must be a multiple of patch_size \(7\)"),
         ({"text_heads": 5}, "text_heads"),
         ({"vision_heads": 3}, "vision_heads"),
+        ({"activation": "relu"}, "activation is 'relu'; it must be one of quick_gelu, gelu"),
+        ({"resize": "tile"}, "resize is 'tile'"),
+        ({"pixel_std": (1, 1, 0)}, "pixel_mean and pixel_std must be three numbers"),
+        ({"vision_mlp": 0}, "vision_mlp is 0"),
         ({"embed_dim": 0}, "embed_dim is 0"),
         ({"context_length": 2}, "context_length is 2"),
         ({"vocab_size": 2}, "vocab_size is 2"),
@@ -443,3 +493,20 @@ def test_explicit_attention_is_fused_attention_forward_and_backward(
         results.append([output.detach(), *torch.autograd.grad(output, inputs, upstream)])
     for ours, reference in zip(*results, strict=True):
         torch.testing.assert_close(ours, reference, rtol=tolerance, atol=tolerance)
+
+
+def test_what_was_added_to_the_configuration_changes_no_older_run():
+    older = asdict(TINY)
+    for name in (
+        "vision_mlp",
+        "text_mlp",
+        "resnet",
+        "activation",
+        "pixel_mean",
+        "pixel_std",
+        "resize",
+        "interpolation",
+    ):
+        older.pop(name)
+    assert as_written_before(TINY) == older
+    assert as_written_before(replace(TINY, activation="gelu")) == older | {"activation": "gelu"}

@@ -3,7 +3,7 @@ import torch
 
 from dvae.images import to_image, to_tensor
 from rerank import CLIP, CLIPConfig, CLIPTokenizer, score
-from rerank.pixels import MAX_RESIZED_SIDE, clip_view, resized_pixels
+from rerank.pixels import MAX_RESIZED_SIDE, View, clip_view, resized_pixels
 from rerank.score import embed_captions, embed_images
 
 CAPTIONS = ["a cat", "two dogs on a sofa", "红色的猫", "", "a very long caption about nothing in particular"]
@@ -68,7 +68,7 @@ def test_cached_embeddings_give_the_same_scores(clip, images):
 @pytest.mark.parametrize("side", [9, 16, 32, 53])
 def test_the_view_of_a_picture_is_that_of_its_pixels(clip, side):
     image = to_image(torch.rand(3, side, side, generator=torch.Generator().manual_seed(side)))
-    view = clip_view(image, 16)
+    view = clip_view(image, View(16))
     assert view.shape == (3, 16, 16)
     assert view.min() >= 0
     assert view.max() <= 1
@@ -78,11 +78,11 @@ def test_the_view_of_a_picture_is_that_of_its_pixels(clip, side):
 def test_the_view_is_the_centre_square_and_large_pictures_are_reduced_to_it():
     tall = torch.zeros(3, 60, 20)
     tall[:, 20:40] = 1
-    assert clip_view(to_image(tall), 16).min() > 0.999
+    assert clip_view(to_image(tall), View(16)).min() > 0.999
     smooth = torch.linspace(0, 1, 4 * MAX_RESIZED_SIDE).expand(3, 8, -1)
     large = to_image(smooth).resize((3 * MAX_RESIZED_SIDE + 1,) * 2)
     expected = resized_pixels(to_tensor(large.resize((512, 512)))[None], 16)[0]
-    torch.testing.assert_close(clip_view(large, 16), expected, atol=0.01, rtol=0)
+    torch.testing.assert_close(clip_view(large, View(16)), expected, atol=0.01, rtol=0)
 
 
 def test_scoring_modifies_no_input_and_keeps_no_graph(clip, images):

@@ -1,3 +1,4 @@
+import json
 import logging
 import os
 import subprocess
@@ -149,3 +150,55 @@ def test_bad_arguments_are_refused(tokenizer):
         tokenizer.encode("a \ud83d cat")
     with pytest.raises(ValueError, match="got bytes"):
         tokenizer.encode(b"a cat")
+
+
+MERGES = [("r", "e"), ("re", "d</w>"), ("c", "a"), ("ca", "t</w>"), ("'", "s</w>"), ("a", "n")]
+
+
+@pytest.fixture(scope="module")
+def openai() -> CLIPTokenizer:
+    return CLIPTokenizer.openai(MERGES)
+
+
+def test_openais_ids_are_bytes_bytes_at_the_end_of_a_word_then_merges(openai):
+    assert openai.vocab_size == 514 + len(MERGES)
+    red, cat, an = (512 + MERGES.index(pair) for pair in MERGES if pair[0] in ("re", "ca", "a"))
+    assert openai.encode("red cat") == [red, cat]
+    assert openai.encode("an") == [64, 256 + 77]  # "an</w>" is no merge: the last letter of a word is another symbol
+    assert openai.encode("ana") == [an, 256 + 64]
+    assert openai.encode("cat's 12!!") == [cat, 512 + 4, 256 + 16, 256 + 17, 0, 256]
+    assert openai.tokenize(["red"], 5).tolist() == [[openai.start_id, red, openai.end_id, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("caption", "clean"),
+    [
+        ("  Red\n\tCAT ", "red cat"),
+        ("itâ€™s", "it's"),
+        ("“red” ﬁsh", '"red" fish'),
+        ("&amp;lt;b&amp;gt; &eacute;", "<b> é"),
+        ("ΣΑΣ", "σας"),
+        ("猫 🐈", "猫 🐈"),
+        ("", ""),
+        ("<|endoftext|>", "<| endoftext |>"),
+    ],
+)
+def test_openais_cleaning_mends_unescapes_and_lowers(openai, caption, clean):
+    assert openai.encode(caption) == openai.encode(clean)
+    assert openai.decode(openai.encode(caption)) == clean.replace('"red"', '" red "').replace("<b>", "< b >").replace(
+        "it's", "it 's"
+    )
+    assert all(number < openai.start_id for number in openai.encode(caption))
+
+
+def test_the_file_says_which_kind_of_tokenizer_it_is(openai, tokenizer, tmp_path):
+    openai.save(tmp_path / "t.json")
+    assert CLIPTokenizer.load(tmp_path / "t.json").tokenize(CAPTIONS, 30).equal(openai.tokenize(CAPTIONS, 30))
+    changed = json.loads(openai.to_json())
+    changed["pre_tokenizer"] = json.loads(tokenizer.to_json())["pre_tokenizer"]
+    for text in (json.dumps(changed), '{"model": {"end_of_word_suffix": "</w>"}}'):
+        with pytest.raises(ValueError, match="not CLIP's tokenizer"):
+            CLIPTokenizer.from_json(text)
+    for merges, message in (([("r", "e"), ("r", "e")], "symbol that is there"), ([("xx", "y")], "not those of a BPE")):
+        with pytest.raises(ValueError, match=message):
+            CLIPTokenizer.openai(merges)

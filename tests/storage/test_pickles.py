@@ -9,15 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from storage.pickles import (
-    MAX_PICKLE_BYTES,
-    READING_ERRORS,
-    TENSOR_NAMES,
-    Allowed,
-    Inert,
-    RefusedNameError,
-    read_torch_file,
-)
+from storage.checkpoints.pickles import MAX_PICKLE_BYTES, READING_ERRORS, Allowed, Inert, RefusedNameError
+from storage.checkpoints.torch_files import TENSOR_NAMES, read_torch_file
 
 ALLOWED = Allowed(names=TENSOR_NAMES, packages=("dall_e", "torch.nn.modules"))
 
@@ -132,7 +125,10 @@ def tensor_file(folder: Path, offset: int, shape: tuple[int, ...], strides: tupl
         (1, (4,), (1,)),
         (0, (10**12,), (0,)),
         (-1, (1,), (1,)),
-        (0, (2, 2), (1, 2)),
+        (0, (2, 2), (1, 3)),
+        (0, (8,), (0,)),
+        (0, (2, 2), (1,)),
+        (0, (0, 2**70), (1, 1)),
         (0, (-4,), (1,)),
         (0, (2, 3), (3, 1)),
     ],
@@ -145,14 +141,15 @@ def test_a_tensor_outside_of_its_data_is_refused(
         file.tensor(file.content, "w")
 
 
-def test_a_tensor_inside_of_its_data_is_read(tmp_path: Path) -> None:
-    file = read_torch_file(tensor_file(tmp_path, 0, (2, 2), (2, 1)), ALLOWED)
+@pytest.mark.parametrize("strides", [(2, 1), (1, 2), (0, 1)])
+def test_a_tensor_inside_of_its_data_is_read(tmp_path: Path, strides: tuple[int, int]) -> None:
+    file = read_torch_file(tensor_file(tmp_path, 0, (2, 2), strides), ALLOWED)
     assert torch.equal(file.tensor(file.content, "w"), torch.zeros(2, 2))
 
 
 def test_compressed_data_is_refused(tmp_path: Path) -> None:
     data = zipfile.ZipFile(tensor_file(tmp_path, 0, (4,), (1,))).read("a/data.pkl")
-    with pytest.raises(ValueError, match="storage 0"):
+    with pytest.raises(ValueError, match=r"a/data\.pkl is compressed"):
         read_torch_file(save(tmp_path / "x.pkl", data, method=zipfile.ZIP_DEFLATED), ALLOWED)
 
 
@@ -168,8 +165,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_a_pickle_that_asks_for_much_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(READING_ERRORS):
-        read_torch_file(save(tmp_path / "x.pkl", BOMBS[name]), ALLOWED)
+    for is_zip in (True, False):
+        with pytest.raises(READING_ERRORS):
+            read_torch_file(save(tmp_path / "x.pkl", BOMBS[name], is_zip=is_zip), ALLOWED)
 
 
 def test_a_zip_that_unpacks_to_much_or_is_encrypted_is_refused(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ from support.modes import MODES, allow_every_precision
 from support.ranks import on_ranks
 from torch import Tensor, nn
 from torch.nn import functional as F
-from training.engine.parts.ema import EMA
 
 import training.cli.main
 import training.loop.fit
@@ -39,6 +38,7 @@ from training.config import OptimizerConfig, TrainConfig
 from training.engine.deepspeed_config import PRESETS, preset_path, resolve, with_files
 from training.engine.engine import Engine
 from training.engine.optimizer import VarianceClippedAdamW, build_optimizer
+from training.engine.parts.ema import EMA
 from training.loop.skipped_steps import SkippedSteps
 from training.ranks.ranks import Ranks, join
 from training.stages.inputs import Inputs

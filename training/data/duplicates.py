@@ -111,7 +111,7 @@ def features_of(
     """
 
     def view(sample: Sample, _: np.random.Generator) -> dict[str, Tensor]:
-        return {"view": clip_view(open_image(sample.image_bytes, sample.source), clip.config.image_size)}
+        return {"view": clip_view(open_image(sample.image_bytes, sample.source), clip.config.view)}
 
     parts = (range(first, min(first + _BATCH, len(data))) for first in range(0, len(data), _BATCH))
     bad_samples = BadSamples(data, max_fraction=1.0)

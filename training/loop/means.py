@@ -52,6 +52,7 @@ class Means:
         if not names:
             return {}
         sizes = [self._sums[name].numel() for name in names]
+
         def there(value: float | Tensor) -> Tensor:
             return torch.as_tensor(value, dtype=torch.float64).to(ranks.device, non_blocking=True)
 

@@ -11,7 +11,7 @@ from collections import Counter
 from dalle.attention import mask
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
-from rerank.model import CLIPConfig
+from rerank.config import CLIPConfig
 
 
 def attended(config: DALLEConfig) -> int:

@@ -23,6 +23,7 @@ from rerank.loss import contrastive_loss
 from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
+from storage.model_directory import as_written_before
 from training.drawings.wrong_captions import SOURCES
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts
@@ -185,7 +186,7 @@ class CLIPStage:
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the picture as it is seen when it is scored, the first caption, and what else the recipe wants."""
         image = open_image(sample.image_bytes, sample.source)
-        return self._tensors(clip_view(image, self._config.image_size), self._captions(sample), 0, rng)
+        return self._tensors(clip_view(image, self._config.view), self._captions(sample), 0, rng)
 
     def _captions(self, sample: Sample) -> Sequence[str]:
         """Return the captions of a sample that are trained on."""
@@ -269,7 +270,7 @@ def train_clip(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     metadata = {"recipe": recipe.name}
     description = {
         "recipe": recipe.name,
-        "model": dataclasses.asdict(config),
+        "model": as_written_before(config),
         "tokenizer_hash": hashlib.sha256(tokenizer.to_json().encode()).hexdigest()[:16],
     }
     if stage_recipe.warmup is not None and program.needs_warmup("clip"):

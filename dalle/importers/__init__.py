@@ -1,0 +1,1 @@
+"""Published models of other programs, turned into directories of this one."""
