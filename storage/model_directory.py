@@ -147,7 +147,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], like: Mapping[str, 
             if (tensor.shape, tensor.dtype) != (like[name].shape, like[name].dtype):
                 found, expected = tuple(tensor.shape), tuple(like[name].shape)
                 raise ValueError(f"{name} is {tensor.dtype} {found} instead of {like[name].dtype} {expected}")
-            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy())
+            file.write(tensor.cpu().contiguous().flatten().view(torch.uint8).numpy().data)
 
 
 def load_directory(

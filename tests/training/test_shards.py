@@ -340,7 +340,7 @@ def test_sources_that_cannot_be_used_are_named_and_leave_nothing(tmp_path: Path)
         make_shards(put(tmp_path / "x.json", "{"), out)
     with pytest.raises(ValueError, match="is not UTF-8"):
         make_shards(put(tmp_path / "x.csv", b"image,caption\n\xff,x\n"), out)
-    with pytest.raises(ValueError, match=r"none of 1 picture in .*pictures can be used: 1 × no caption \(a\.png\)"):
+    with pytest.raises(ValueError, match=r"none of 1 picture in .*bad can be used: 1 × no caption \(a\.png\)"):
         make_shards(put(tmp_path / "bad" / "a.png", picture()).parent, out)
     assert list(tmp_path.glob("out/*")) == []
 

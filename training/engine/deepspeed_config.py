@@ -248,7 +248,7 @@ def _files(config: TrainConfig) -> list[_File]:
             if key in _GUARDS and not value:
                 raise ValueError(f"{file.name} switches {key} off, by which {_GUARDS[key]}: remove it")
             before, who = set_by.setdefault(key, (value, file.name))
-            if before != value:
+            if who != file.name and before != value:
                 raise ValueError(
                     f"{file.name} sets {key} to {json.dumps(value)}, and the {who} to {json.dumps(before)}: "
                     f"`dalle-train presets {config.preset}` prints the preset, to be copied and changed"
