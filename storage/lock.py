@@ -3,6 +3,8 @@
 The lock is a lease of filelock: a hidden file that names its holder's host and process, and whose time a thread sets
 every few seconds, as a sign of life. Of a holder on this host the system says whether it has ended; of any other one
 the sign of life is awaited, and a lease without any for `SILENCE_S` is taken over.
+
+`host_lock` is another kind: of the system's, for moments, among the processes of one host.
 """
 
 import contextlib
@@ -11,7 +13,7 @@ import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 
-from filelock import LeaseCompromise, SoftFileLease, Timeout
+from filelock import FileLock, LeaseCompromise, SoftFileLease, Timeout
 from filelock import OwnerRecord as Holder
 
 from storage.process import status_of
@@ -86,6 +88,30 @@ def is_locked_by(folder: Path, processes: Collection[int]) -> bool:
     """Return whether one of these processes of this host, by their ids, holds the lock of a folder."""
     holder = _lease(folder).owner
     return holder is not None and holder.pid in processes and _runs_here(holder)
+
+
+@contextlib.contextmanager
+def host_lock(file: Path, wait_s: float) -> Iterator[bool]:
+    """Hold a lock among the processes and threads of one host, which ends with its holder; yields whether it is held.
+
+    Args:
+        file: stands for what is locked; made if it is missing, with its folder, and left there.
+        wait_s: seconds to wait for another holder.
+
+    Raises:
+        OSError: the file cannot be made.
+    """
+    file.parent.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(file)
+    try:
+        lock.acquire(timeout=wait_s, poll_interval=POLL_S)
+    except Timeout:
+        yield False
+        return
+    try:
+        yield True
+    finally:
+        lock.release()
 
 
 def _lease(folder: Path, on_compromise: Callable[[LeaseCompromise], None] | None = None) -> SoftFileLease:

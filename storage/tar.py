@@ -5,12 +5,14 @@ all headers are read first, and the damage after the last good one is found.
 """
 
 import errno
+import os
 import tarfile
 from collections.abc import Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
 from storage.atomic import replace_file
+from storage.stores.files import open_file, open_start
 
 MAX_PICTURE_BYTES = 512 << 20
 """Larger members are not read as pictures: one would fill the memory."""
@@ -65,10 +67,10 @@ def whole_members(path: Path) -> tuple[list[Member], str | None]:
         DamagedTarError (a ValueError): empty, or no tar file.
         ValueError: compressed.
     """
-    n_bytes = path.stat().st_size
-    if n_bytes == 0:
-        raise DamagedTarError(f"{path} is empty (0 bytes): expected a tar file")
-    with path.open("rb") as file:
+    with open_file(path, -1) as file:
+        n_bytes = os.fstat(file.fileno()).st_size
+        if n_bytes == 0:
+            raise DamagedTarError(f"{path} is empty (0 bytes): expected a tar file")
         _refuse_if_compressed(path, file.read(8))
         file.seek(0)
         tar = _opened(path, file)
@@ -106,7 +108,7 @@ def first_member(path: Path) -> Member | None:
     Raises:
         DamagedTarError (a ValueError): no tar file.
     """
-    with path.open("rb") as file:
+    with open_start(path) as file:
         info = _opened(path, file).next()
     return None if info is None else _member(info)
 

@@ -114,6 +114,8 @@ LIBRARY_HOMES = {
     "wandb": {"training/loop/sinks.py"},
     "tqdm": {"dalle/output/progress.py"},
     "filelock": {"storage/lock.py"},
+    "fsspec": {"storage/stores/remote.py"},
+    "aiohttp": {"storage/stores/remote.py"},
     "jinja2": {"training/report/report.py"},
     "matplotlib": {"training/report/curves.py"},
     "importlib": {"dalle/__init__.py"},  # names imported on first use; elsewhere it would hide an import from this test

@@ -24,6 +24,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from storage.stores.files import open_start
 from storage.tar import DamagedTarError, Member, first_member
 
 DESCRIPTION_MEMBER = ".encoded.json"
@@ -149,7 +150,7 @@ def description_in(shard: Path, first: Member | None) -> Description | None:
     """
     if first is None or first.name != DESCRIPTION_MEMBER or not first.is_safe:
         return None
-    with shard.open("rb") as file:
+    with open_start(shard) as file:
         file.seek(first.offset)
         return Description.from_json(file.read(max(0, min(first.size, _MAX_DESCRIPTION_BYTES))), shard)
 

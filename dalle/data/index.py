@@ -25,6 +25,7 @@ from numpy.typing import NDArray
 from dalle.data.captions import MAX_TEXT_BYTES, NO_CAPTION, TOO_LARGE, caption_problem
 from dalle.data.endings import CAPTION_ENDINGS, READ_ENDINGS, is_picture, not_read
 from dalle.data.image_tokens import TOKENS_FIELD, Description, description_in
+from storage.stores.files import file_status, open_file
 from storage.tar import Member, whole_members
 
 IMAGE, TEXT, JSON = 0, 1, 2
@@ -217,7 +218,7 @@ def index_shard(path: Path) -> ShardIndex:
     places = [[(m.offset, m.size) if m else (0, 0) for m in row] for row in rows]
     return ShardIndex(
         path=path,
-        n_bytes=path.stat().st_size,
+        n_bytes=file_status(path).n_bytes,
         tokens=tokens,
         keys=tuple(map(_text, samples)),
         image_names=tuple(image.name if (image := row[IMAGE]) else "" for row in rows),
@@ -281,7 +282,7 @@ def with_captions(index: ShardIndex) -> ShardIndex:
     has_caption = np.zeros(len(index.keys), dtype=bool)
     problems = dict(index.problems)
     kinds = index.caption_kind
-    with index.path.open("rb", buffering=0) as file:
+    with open_file(index.path) as file:
         for i in np.flatnonzero(index.has_image).tolist():
             offset, size = index.places[i, kinds[i]].tolist()
             problem: str | None = NO_CAPTION if size == 0 else TOO_LARGE

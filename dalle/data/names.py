@@ -1,4 +1,4 @@
-"""Names of shards to their paths: files, folders, globs and brace ranges."""
+"""Names of shards to their paths: files, folders, globs and brace ranges, on disk or in an object store."""
 
 import glob
 import itertools
@@ -7,6 +7,8 @@ import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from storage.stores.files import is_remote_file, remote_file, remote_files
+from storage.stores.urls import has_magic, is_remote, plain, url_of
 from storage.tar import COMPRESSED_ENDINGS, refuse_compressed
 
 logger = logging.getLogger(__name__)
@@ -18,15 +20,17 @@ def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False)
     """Return the tar files that names, folders (searched recursively), globs and brace ranges stand for.
 
     Args:
-        patterns: e.g. `["pictures/", "more/train-{000000..000009}.tar", "other/*.tar"]`.
+        patterns: e.g. `["pictures/", "more/train-{000000..000009}.tar", "other/*.tar", "s3://bucket/train/"]`.
         skip_missing: leave out missing shards instead of raising FileNotFoundError.
 
     Returns:
-        Existing paths in the order given (sorted within a folder or a glob), each once.
+        Existing paths in the order given (sorted within a folder or a glob), each once; and those of the copies of
+        shards in stores, which are asked only where a folder or a glob is given (`storage/stores/files.py`).
 
     Raises:
         FileNotFoundError: a pattern matches nothing, or a folder holds no shards.
-        ValueError: nothing was given; a URL, a pipe or a compressed tar.
+        ValueError: nothing was given; a URL of no store that can be read, a pipe or a compressed tar.
+        StoreError (an OSError): a store cannot be listed.
     """
     if isinstance(patterns, str | Path):
         patterns = [patterns]
@@ -36,11 +40,17 @@ def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False)
         )
     shards: dict[Path, Path] = {}
     for pattern in map(str, patterns):
+        if is_remote(pattern):
+            shards |= {shard: shard for shard in _remote_shards(url_of(pattern), skip_missing)}
+            continue
+        if is_remote_file(Path(pattern)):  # expanded before
+            shards[Path(pattern)] = Path(pattern)
+            continue
         # One slash after the colon is enough: Path("http://x") has lost the other.
         if re.match(r"\s*(pipe:|[a-z][a-z0-9+.-]+:/)", pattern, re.IGNORECASE):
             raise ValueError(
-                f"{pattern!r} is a URL or a command: shards are read from local files only, never downloaded "
-                "and never through a shell; download them first"
+                f"{pattern!r} is a URL or a command: shards are read from local files and from stores (s3://, gs://, "
+                "az://, https://, hf://), never through a shell"
             )
         names = [pattern] if Path(pattern).exists() else _expand_braces(pattern)
         for shard in itertools.chain.from_iterable(_shards_called(name, pattern, skip_missing) for name in names):
@@ -70,6 +80,25 @@ def _expand_braces(pattern: str) -> list[str]:
         middles = (str(number).zfill(len(first)) for number in range(int(first), int(last) + 1))
     before = pattern[: match.start()]
     return [before + middle + rest for middle in middles for rest in after]
+
+
+def _remote_shards(pattern: str, skip_missing: bool) -> list[Path]:
+    """Return the shards in a store that a URL, a folder's URL or a pattern stands for."""
+    shards: list[Path] = []
+    for url in _expand_braces(pattern):
+        name = plain(url)
+        if name.lower().endswith(COMPRESSED_ENDINGS):
+            raise ValueError(f"{name} is compressed: samples are read at random places, so store it as a plain .tar")
+        if not has_magic(url) and (name.lower().endswith(".tar") or url != name):
+            shards.append(remote_file(url))
+            continue
+        files = remote_files(url)
+        tars = [path for path in files if path.suffix.lower() == ".tar"]
+        if not tars and not skip_missing:
+            more = f"; {len(files):,} other files are there" if files else ", or its store lists nothing: give a range"
+            raise FileNotFoundError(f"no shards at {name}: expected *.tar there or below it{more}")
+        shards += tars
+    return shards
 
 
 def _shards_called(name: str, pattern: str, skip_missing: bool) -> list[Path]:

@@ -31,6 +31,7 @@ from dalle.data.order import MAX_FULL_SHUFFLE, Order
 from dalle.data.shard import Shard, changed, common_encoding, in_threads, look_at
 from dalle.data.usable import DataReport, fingerprint
 from storage.read_ahead import ReadAhead
+from storage.stores.files import open_file, prefetch, warn_if_more_than_cache
 from storage.tar import MAX_PICTURE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -112,6 +113,7 @@ class ShardData:
 
         Raises:
             FileNotFoundError: a shard or folder is missing.
+            StoreError (an OSError): a store cannot be used.
             ValueError: a shard is damaged, or has no picture or no caption at all; there are shards of image tokens
                 where pictures are needed, among others, or made in another way than the others.
         """
@@ -129,6 +131,7 @@ class ShardData:
         if not used:
             raise ValueError(f"no usable shard among {len(paths)}: " + "; ".join(report.damaged_shards[:3]))
         report.log()
+        warn_if_more_than_cache(paths)
         return cls(used, report, captions=captions)
 
     def __len__(self) -> int:
@@ -191,7 +194,7 @@ class ShardData:
         if shard in files:
             files.move_to_end(shard)
         else:
-            file = self.shards[shard].open("rb", buffering=0)
+            file = open_file(self.shards[shard])
             if os.fstat(file.fileno()).st_size != self._shards[shard].n_bytes:
                 file.close()
                 raise changed(self.shards[shard])
@@ -202,7 +205,9 @@ class ShardData:
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Tell which shards are read soon, all of their samples, in the order of need; returns at once."""
-        self._ahead.want([self.shards[shard] for shard in shards])
+        paths = [self.shards[shard] for shard in shards]
+        prefetch(paths)
+        self._ahead.want([path for path in paths if path.exists()])
 
     def key(self, i: int) -> str:
         """Return the key of sample i; may raise as `read`."""

@@ -15,6 +15,7 @@ from dalle.data.image_tokens import Description, Encoding
 from dalle.data.index import ShardIndex, index_shard, with_captions
 from dalle.data.index_file import keep, kept_header, kept_index, read_index
 from dalle.data.usable import DataReport, nothing_usable, refuse_tokens, usable_part
+from storage.stores.files import file_status
 from storage.tar import DamagedTarError
 
 Item = TypeVar("Item")
@@ -69,8 +70,7 @@ def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Ite
 
 def state_of(shard: Path) -> State:
     """Return the size of a shard and the time of its last change; raises OSError where it cannot be found out."""
-    status = shard.stat()
-    return status.st_size, status.st_mtime_ns
+    return file_status(shard)
 
 
 def changed(shard: Path) -> ValueError:

@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training")]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests" / "training"), str(ROOT / "tests")]
 
 import jobs  # noqa: E402  # after the path
 from runs import Course, Fault, Row, inject  # noqa: E402
@@ -30,8 +30,17 @@ def all_faults() -> list[Fault]:
     import kills
     import nonfinite
     import stops
+    import stores
 
-    return [*stops.FAULTS, *hangs.FAULTS, *disks.FAULTS, *dirty.FAULTS, *nonfinite.FAULTS, *kills.FAULTS]
+    return [
+        *stops.FAULTS,
+        *hangs.FAULTS,
+        *disks.FAULTS,
+        *stores.FAULTS,
+        *dirty.FAULTS,
+        *nonfinite.FAULTS,
+        *kills.FAULTS,
+    ]
 
 
 def table(rows: Sequence[Row]) -> str:

@@ -222,7 +222,7 @@ def wait_for(condition: Callable[[], bool], what: str, *, every_s: float = 0.005
 
 def prepare_environment(scratch: Path) -> None:
     """Let forked and launched processes find this checkout, and write only to `scratch`."""
-    folders = [ROOT, ROOT / "tests" / "faults", ROOT / "tests" / "training"]
+    folders = [ROOT, ROOT / "tests" / "faults", ROOT / "tests" / "training", ROOT / "tests"]
     rest = [os.environ["PYTHONPATH"]] if os.environ.get("PYTHONPATH") else []
     os.environ["PYTHONPATH"] = os.pathsep.join([*map(str, folders), *rest])
     os.environ.update(DS_ACCELERATOR="cpu", OMP_NUM_THREADS="1", TMPDIR=str(scratch / "tmp"))

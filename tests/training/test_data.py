@@ -39,7 +39,7 @@ def test_folders_globs_and_braces_expand_to_each_shard_once(shards: Path) -> Non
     assert expand_shards([f"{shards}/deep/**/*.tar"]) == [third]
 
 
-@pytest.mark.parametrize("url", ["pipe:touch owned", " pipe:cat x", "http://host/a.tar", "s3://b/a.tar", "file:/a.tar"])
+@pytest.mark.parametrize("url", ["pipe:touch owned", " pipe:cat x", "ftp://host/a.tar", "file:/a.tar"])
 def test_urls_and_pipes_are_refused(url: str) -> None:
     with pytest.raises(ValueError, match="URL or a command"):
         expand_shards([url])

@@ -355,7 +355,7 @@ def test_hostile_members_are_not_encoded(hostile: Path, tmp_path: Path) -> None:
     assert {path.split("/")[0] for path in files_below(tmp_path)} == {"data", "tokens"}
 
 
-@pytest.mark.parametrize("name", ["pipe:touch owned", "PIPE: touch owned", "http://host/a.tar", "s3://b/{0..9}.tar"])
+@pytest.mark.parametrize("name", ["pipe:touch owned", "PIPE: touch owned", "ftp://host/a.tar", "ssh://b/{0..9}.tar"])
 @pytest.mark.parametrize("command", ["check-data", "clip", "encode", "duplicates"])
 def test_no_shard_name_is_a_command(
     name: str, command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -371,7 +371,7 @@ def test_no_shard_name_is_a_command(
     if command == "duplicates":
         monkeypatch.setattr(training.cli.data.CLIP, "load", lambda path: torch.nn.Identity())
     assert training.cli.main.main([*options, "--data", name]) == 1
-    assert "is a URL or a command: shards are read from local files only" in capsys.readouterr().err
+    assert "is a URL or a command: shards are read from local files and from stores" in capsys.readouterr().err
     assert not (tmp_path / "owned").exists()
 
 

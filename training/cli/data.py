@@ -17,13 +17,16 @@ from dalle.data.reader import ShardData
 from dalle.output.progress import progress_bar
 from dalle.output.text import printable
 from rerank import CLIP
+from storage.stores.files import local_folder, upload_folder
 from training.cli.options import Switch, given_options
 from training.data.check_data import check_data
 from training.data.check_report import report as check_report
 from training.data.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.data.filters import FilterOptions, ShardFilter
 from training.data.shards import make_shards
+from training.stages.inputs import CacheOptions
 
+InCache = Annotated[CacheOptions, tyro.conf.arg(name="cache", help=""), tyro.conf.OmitArgPrefixes]
 InFilter = Annotated[FilterOptions, tyro.conf.arg(name="filter", help=""), tyro.conf.OmitArgPrefixes]
 
 
@@ -87,8 +90,8 @@ class CheckDataCommand:
     data: tuple[str, ...]
     """Shards: files, folders, globs or brace ranges such as shards/{000000..000099}.tar; also those of image tokens."""
     out: Path | None = None
-    """Folder for the manifest, which training takes as --manifest; unchanged shards that it knows are not read again.
-    By default only the report is printed."""
+    """Folder for the manifest, or its URL in a store; training takes it as --manifest, and unchanged shards that it
+    knows are not read again. By default only the report is printed."""
     workers: int | None = None
     """Processes that read, 0 for this one alone; by default one for each core."""
     tokenizer: Path | None = None
@@ -99,14 +102,17 @@ class CheckDataCommand:
     overwrite: Switch = False
     """Replace what the manifest in OUT knows: shards that have changed or are gone, and samples left out. A run that
     began with it may need it as it was."""
+    copies: InCache
 
     def run(self) -> None:
         """Check them."""
         workers = self.workers if self.workers is not None else os.cpu_count() or 1
+        self.copies.use_cache()
         with ExitStack() as stack:
-            out = self.out
-            if out is None:
+            if self.out is None:
                 out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+            else:
+                out = local_folder(self.out)
             progress = stack.enter_context(progress_bar("shards"))
             summary = check_data(
                 self.data,
@@ -117,6 +123,8 @@ class CheckDataCommand:
                 overwrite=self.overwrite,
                 progress=progress,
             )
+        if self.out is not None:
+            upload_folder(self.out)
         print(printable(check_report(summary, self.out)))
 
 
@@ -142,9 +150,11 @@ class DuplicatesCommand:
     workers: int = 1
     """Processes that read; 0 reads in this process."""
     device: Device = "auto"
+    copies: InCache
 
     def run(self) -> None:
         """Find them."""
+        self.copies.use_cache()
         directory = self.clip / "clip" if (self.clip / "clip").is_dir() else self.clip
         clip = CLIP.load(directory).to(resolve_device(self.device)).eval()
         data = ShardData.open(self.data, captions=False)

@@ -317,7 +317,7 @@ class EncodeCommand(TrainCommand):
     dvae: Path
     """Directory of the dVAE, such as runs/mine/dvae; the transformer can be trained with this one only."""
     out: Path
-    """Folder for the shards of image tokens: one for each shard of pictures, of the same name."""
+    """Folder for the shards of image tokens, or its URL in a store: one for each shard of pictures, of its name."""
     device: Device = "auto"
     encoding: Main[EncodeOptions]
     shards: InData[ShardOptions]

@@ -25,6 +25,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from dalle.data.order import MAX_FULL_SHUFFLE, Order, Shuffle
 from dalle.data.reader import Sample, ShardData, sample_rng
+from storage.stores.errors import StoreError
 from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
@@ -103,6 +104,7 @@ class _Read:
     keys: list[str]
     bad: list[tuple[int, str]]
     """Number of each unusable sample, and the reason."""
+    store: str | None = None  # what is wrong with the store of the samples, and no fault of theirs
 
 
 def _stack(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
@@ -133,6 +135,8 @@ class _Positions(Dataset[_Read]):
                 try:
                     sample = dataclasses.replace(self._data.read(i), position=position)
                     tensors.append(self._transform(sample, sample_rng(self._seed, epoch, sample.key, "training")))
+                except StoreError as error:
+                    return _Read(tensors=None, numbers=used, keys=keys, bad=bad, store=str(error))
                 except (ValueError, OSError) as error:
                     if attempt == 0:  # the others are counted at their own positions
                         bad.append((i, str(error)))
@@ -163,6 +167,8 @@ class _Parts(Dataset[_Read]):
                 tensors.append(self._transform(sample, sample_rng(0, 0, sample.key, "validation")))
                 used.append(i)
                 keys.append(sample.key)
+            except StoreError as error:
+                return _Read(tensors=None, numbers=used, keys=keys, bad=bad, store=str(error))
             except (ValueError, OSError) as error:
                 bad.append((i, str(error)))
         return _Read(tensors=_stack(tensors), numbers=used, keys=keys, bad=bad)
@@ -270,6 +276,8 @@ def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int,
 
 def _deliver(reads: Iterator[_Read], data: ShardData, bad_samples: BadSamples) -> Iterator[Batch]:
     for read in reads:
+        if read.store is not None:
+            raise StoreError(read.store)
         if read.tensors is None:
             bad_samples.name(read.bad)
             raise bad_samples.error(f"{min(len(data), 1 + _REPLACEMENTS)} samples in a row are unusable")
@@ -296,7 +304,7 @@ def batches(
     it was resumed.
 
     A sample whose reading or transform raises ValueError or OSError is replaced by another usable one of its epoch:
-    see `Order.instead`.
+    see `Order.instead`. A store that fails is no fault of a sample: StoreError ends the run.
 
     Args:
         data: the samples.
@@ -334,7 +342,8 @@ def parts_in_order(
         ValueError: too many samples are unusable.
     """
     for read in _reads(_Parts(data, transform), parts, workers):
-        assert read.tensors is not None
+        if read.tensors is None:
+            raise StoreError(read.store)
         bad_samples.add(read.bad, n_seen=len(read.numbers) + len(read.bad))
         yield _batch(read, read.tensors)
 

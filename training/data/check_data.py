@@ -25,6 +25,7 @@ from dalle.data.names import expand_shards
 from dalle.data.shard import state_of
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
+from storage.stores.files import lasting_name
 from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Summary
 from training.data.check_shard import SUBJECTS, UNREADABLE, check_shard
 from training.data.exclusions import Excluded, listed_names, sample_line, short_names, write_lines
@@ -91,7 +92,7 @@ def check_data(
 
 
 def _record_name(path: Path) -> str:
-    return f"{slug(path.stem, 40)}-{checksum(os.fsencode(path.resolve())):016x}.index"
+    return f"{slug(path.stem, 40)}-{checksum(os.fsencode(lasting_name(path.resolve()))):016x}.index"
 
 
 def _not_known(out: Path, records: Mapping[Path, str], tokenizer: str | None) -> tuple[list[Path], set[Path]]:

@@ -22,6 +22,8 @@ from dalle.data.image_tokens import unpack
 from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, checksum, index_shard
 from dalle.tokenizer import Tokenizer
 from dvae.images import PictureError, open_image
+from storage.stores.errors import StoreError
+from storage.stores.files import open_file
 from storage.tar import MAX_PICTURE_BYTES
 from training.data.record import Counts, ShardRecord
 
@@ -42,17 +44,22 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     Args:
         path: the tar file; damage, even of all of it, is part of the record, and so is an error of the disk.
         tokenizer: counts the captions' tokens.
+
+    Raises:
+        StoreError: its store cannot be used.
     """
     hash_ = None if tokenizer is None else tokenizer.hash
     try:
-        status = path.stat()
-        try:
-            index = index_shard(path)
-        except ValueError as error:
-            index = _nothing(path, status.st_size, str(error).removeprefix(f"{path} "))
-        with path.open("rb", buffering=0) as file:
+        with open_file(path) as file:
+            status = os.fstat(file.fileno())
+            try:
+                index = index_shard(path)
+            except ValueError as error:
+                index = _nothing(path, status.st_size, str(error).removeprefix(f"{path} "))
             check = _Check(index, file, tokenizer)
             problems = {i: problem for i in range(len(index.keys)) if (problem := check.sample(i)) is not None}
+    except StoreError:
+        raise
     except OSError as error:
         index = _nothing(path, 0, f"cannot be read ({error.strerror or error})")
         return ShardRecord(index=index, changed_ns=UNREADABLE, problems={}, counts={}, tokenizer=hash_)

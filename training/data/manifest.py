@@ -36,6 +36,8 @@ from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
 from storage.atomic import replace_text
+from storage.stores.errors import StoreError
+from storage.stores.files import lasting_name, warn_if_more_than_cache
 from training.data.exclusions import Excluded
 from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable
 
@@ -70,7 +72,7 @@ class Entry:
         index = record.index
         return cls(
             name=name,
-            path=str(path.resolve()),
+            path=lasting_name(path.resolve()),
             record=record_file,
             n_samples=len(index.keys),
             state=(index.n_bytes, record.changed_ns),
@@ -168,7 +170,7 @@ class Manifest:
         found: dict[Entry, Path] = {}
         moved, unknown = [], []
         for path in paths:
-            entry = by_path.get(str(path.resolve()))
+            entry = by_path.get(lasting_name(path.resolve()))
             if entry is None:
                 moved.append(path)
             else:
@@ -232,6 +234,7 @@ def open_with_manifest(
             "manifest of these shards with `dalle-train check-data`"
         )
     report.log()
+    warn_if_more_than_cache([path for _, path in matches if path is not None])
     return ShardData(used, report, captions=captions)
 
 
@@ -275,6 +278,8 @@ def _look_at(
 def _state(path: Path | None) -> State | None:
     try:
         return None if path is None else state_of(path)
+    except StoreError:
+        raise
     except OSError:
         return None
 

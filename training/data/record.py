@@ -20,6 +20,8 @@ from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.index_file import READING_ERRORS, index_bytes, keep, kept_index, read_index
 from dalle.data.shard import State, state_of
 from storage.atomic import replace_file
+from storage.stores.errors import StoreError
+from storage.stores.files import open_file
 
 FORMAT_VERSION = 2
 """Raised when manifests of this version could no longer be read by the code before it."""
@@ -156,11 +158,16 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     Returns:
         The index of the same samples, in the same order, with those that are gone marked as lost; and the damage of the
         shard, None if it is whole.
+
+    Raises:
+        StoreError: its store cannot be used.
     """
     index, n = record.index, len(record.index.keys)
     all_lost = np.ones(n, dtype=bool)
     try:
         state = state_of(path) if path is not None else None
+    except StoreError:
+        raise
     except OSError:
         state = None
     if path is None or state is None:
@@ -169,6 +176,8 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
         return dataclasses.replace(index, path=path, lost=~all_lost), None
     try:
         places, lost, damage = _search(index, path, state)
+    except StoreError:
+        raise
     except OSError as error:
         return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
     if state[0] != index.n_bytes:
@@ -194,7 +203,7 @@ def _search(
         damage: str | None = str(error).removeprefix(f"{path} ").partition(":")[0]
     else:
         rows, places_now, damage = {key: row for row, key in enumerate(now.keys)}, now.places, now.damage
-    with path.open("rb", buffering=0) as file:
+    with open_file(path) as file:
         n_bytes = os.fstat(file.fileno()).st_size
         for i, key in enumerate(index.keys):
             row = rows.get(key)

@@ -180,6 +180,10 @@ def _arguments(inputs: Inputs, out: Path, *, validates: bool = True) -> Iterator
         yield from ("--validation", *inputs.validation)
         if inputs.validation_manifest is not None:
             yield from ("--validation-manifest", inputs.validation_manifest)
+    if inputs.cache is not None:
+        yield from ("--cache", inputs.cache)
+    if inputs.cache_gb is not None:
+        yield from ("--cache-gb", inputs.cache_gb)
     if inputs.fresh:
         yield "--fresh"
     if inputs.skip_damaged_shards:

@@ -43,6 +43,8 @@ from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.atomic import PARTIAL
 from storage.disk import full_disk_note
+from storage.stores.errors import StoreError
+from storage.stores.files import below, delete_file, exists, files_in, local_folder, make_folder, prefetch, write_file
 from storage.tar import write_tar
 from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
@@ -53,7 +55,6 @@ from training.stages.inputs import ShardOptions, without_made_here
 from training.stages.locks import as_in_a_new_process, folder_lock, held
 
 logger = logging.getLogger(__name__)
-
 
 MAX_CROPS = 1000
 """Of a picture, which are in memory together."""
@@ -140,7 +141,7 @@ def encode_shards(
 
     Args:
         shards: of pictures with captions; what `expand_shards` takes.
-        out: folder for the shards of tokens, made if it is missing; those in it must be of the same encoding.
+        out: folder for the shards of tokens, or its URL in a store; those in it must be of the same encoding.
         dvae: encodes, on the device that it is on.
         dvae_hash: `directory_hash` of its directory.
         config: options.
@@ -155,8 +156,9 @@ def encode_shards(
             something else, or too many pictures are unusable.
         OSError: something could not be written; complete shards are kept.
     """
+    config.use_cache()
     targets = token_shards(expand_shards(without_made_here(shards, out)), out)
-    manifest = None if config.manifest is None else Manifest.open(config.manifest)
+    manifest = None if config.manifest is None else Manifest.open(local_folder(config.manifest))
     if manifest is not None:
         _require_all(manifest, list(targets))
     encoding = Encoding(
@@ -167,7 +169,7 @@ def encode_shards(
         crops=config.crops,
         seed=config.seed,
     )
-    with held(folder_lock(out), ranks):
+    with held(folder_lock(next(iter(targets.values())).parent), ranks):
         on_first_rank(lambda: _claim(out, encoding, set(targets.values()), fresh=config.fresh), ranks)
         group = dist.new_group(backend="gloo", timeout=MAX_WAIT) if ranks.size > 1 else None
         counts = [0, 0, 0, 0]
@@ -181,7 +183,7 @@ def encode_shards(
                 encoder.run(targets)
             counts = [encoder.n_written, encoder.n_samples, encoder.n_skipped, int(stop.raised)]
         n_written, n_samples, n_skipped, n_stopped = _sum_over_ranks(counts, group)
-    there = tuple(target for target in targets.values() if target.exists())
+    there = tuple(filter(set(files_in(out, ".tar")).__contains__, targets.values()))
     if n_stopped:
         command = "the same command without --fresh" if config.fresh else "the same command"
         raise Interrupted(
@@ -198,7 +200,7 @@ def token_shards(paths: Sequence[Path], out: Path) -> dict[Path, Path]:
     """
     sources: dict[Path, Path] = {}
     for path in paths:
-        target = out / f"{path.stem}.tar"
+        target = below(out, f"{path.stem}.tar")
         if target in sources:
             raise ValueError(
                 f"{sources[target]} and {path} would both become {target}: rename one, or encode them into two folders"
@@ -213,7 +215,7 @@ def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) ->
     Raises:
         ValueError: a shard is of another encoding, or holds no image tokens.
     """
-    there = sorted(out.glob("*.tar"))
+    there = files_in(out, ".tar")
     for shard in there:
         description = read_description(shard)
         if description is None:
@@ -225,9 +227,9 @@ def _claim(out: Path, encoding: Encoding, targets: Set[Path], *, fresh: bool) ->
                 f"{shard} holds image tokens that were made differently ({differences}): give another --out, the dVAE, "
                 f"crops and seed that the folder was made with, {what_to_do}"
             )
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     for left_over in [*(shard for shard in there if fresh and shard in targets), *out.glob(f".*{PARTIAL}")]:
-        left_over.unlink()
+        delete_file(left_over)
     n_others = len(set(there).difference(targets))
     if n_others:
         logger.warning("%s holds %d shards of other pictures too: --data %s would read them all", out, n_others, out)
@@ -296,7 +298,8 @@ class _Encoder:
             bad_samples,
             workers=self._config.workers,
         )
-        for number in missing:
+        for done, number in enumerate(missing):
+            prefetch(self._data.shards[following] for following in missing[done : done + 3])
             n_before = self.n_samples
             target = targets[self._data.shards[number]]
             try:
@@ -307,7 +310,7 @@ class _Encoder:
                 self.n_written += 1
             else:
                 logger.warning("%s has no usable picture: it is left out", self._data.shards[number])
-                target.unlink()
+                delete_file(target)
         if self.n_samples == 0 and len(missing) == len(self._data.shards):
             raise bad_samples.error(f"all {n_pictures:,} pictures are unusable")
 
@@ -317,7 +320,7 @@ class _Encoder:
         Raises:
             ValueError: they are of another shard.
         """
-        description = read_description(target) if target.exists() else None
+        description = read_description(target) if exists(target) else None
         if description is not None and description.source_fingerprint != self._data.fingerprint(number):
             raise ValueError(
                 f"{target} was made of another shard than {self._data.shards[number]}, or that has changed since: "
@@ -376,7 +379,9 @@ def _write_shard(path: Path, members: Iterable[tuple[str, bytes]]) -> None:
         OSError: it could not be written.
     """
     try:
-        write_tar(path, members)
+        write_file(path, lambda local: write_tar(local, members))
+    except StoreError:
+        raise
     except OSError as error:
         code = error.errno or errno.EIO
         raise OSError(

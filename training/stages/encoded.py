@@ -55,6 +55,8 @@ def encode_inputs(recipe: Recipe, inputs: Inputs, crops: int, ranks: Ranks, say:
         max_bad_fraction=train.max_bad_fraction,
         fresh=inputs.fresh,
         skip_damaged_shards=inputs.skip_damaged_shards,
+        cache=inputs.cache,
+        cache_gb=inputs.cache_gb,
     )
     shards = {
         name: encode_data(
@@ -91,6 +93,7 @@ def encoded_inputs(inputs: Inputs) -> Inputs:
     """Return the inputs with the image tokens that `encode_inputs` made of their shards."""
     shards: dict[str, list[Path]] = {}
     for name, _, of in shards_to_encode(inputs, 1):
+        of.use_cache()
         targets = token_shards(expand_shards(without_made_here(of.data)), inputs.out / ENCODED / name)
         shards[name] = [target for target in targets.values() if target.exists()]
     return _with_tokens(inputs, shards)

@@ -10,6 +10,8 @@ from typing import Any
 
 from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
+from storage.stores.errors import StoreError
+from storage.stores.files import lasting_name, local_folder, use_cache
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.ranks import Ranks, on_first_rank
@@ -26,7 +28,8 @@ class BundleOptions:
     """Shards to train on, and the bundle to make."""
 
     data: Sequence[str | Path]
-    """Shards to train on: files, folders, globs or brace ranges such as shards/{000000..000099}.tar."""
+    """Shards to train on: files, folders, globs or brace ranges such as shards/{000000..000099}.tar, also in stores:
+    s3://bucket/train/."""
     out: Path
     """Directory of the bundle: tokenizer.json, dvae/, dalle/ and clip/ for use, training/ with the runs behind them."""
     fresh: bool = False
@@ -34,7 +37,22 @@ class BundleOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShardOptions:
+class CacheOptions:
+    """Where copies of shards that are in object stores are kept."""
+
+    cache: Path | None = None
+    """Folder on a local disk, which the ranks of a host share, for copies of shards in stores (s3://, https:// …); by
+    default $DALLE_CACHE/shards, or ~/.cache/dalle/shards."""
+    cache_gb: float | None = None
+    """Size of all copies together, in GB; those unused for longest are deleted. By default half of what is free."""
+
+    def use_cache(self) -> None:
+        """Keep copies as the options say from now on; raises ValueError for an impossible size."""
+        use_cache(self.cache, self.cache_gb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShardOptions(CacheOptions):
     """How to read shards that have changed or are damaged."""
 
     manifest: Path | None = None
@@ -95,9 +113,11 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
     def _open(
         self, patterns: Sequence[str | Path], manifest: Path | None, *, captions: bool, encoded: bool
     ) -> ShardData:
+        self.use_cache()
         patterns = without_made_here(patterns)
         if manifest is not None:
-            return open_with_manifest(patterns, Manifest.open(manifest), captions=captions, encoded=encoded)
+            known = Manifest.open(local_folder(manifest))
+            return open_with_manifest(patterns, known, captions=captions, encoded=encoded)
         return ShardData.open(patterns, captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards)
 
     def run_directory(self, stage: str) -> Path:
@@ -146,6 +166,8 @@ def all_captions(data: ShardData) -> Iterator[str]:
     for index in itertools.filterfalse(data.is_lost, range(len(data))):
         try:
             yield from data.captions(index)
+        except StoreError:
+            raise
         except (ValueError, OSError) as error:
             logger.warning("a caption is left out of the vocabulary: %s", error)
 
@@ -158,7 +180,7 @@ def note_data(spec: RunSpec, data: ShardData, validation: ShardData | None, rank
     refuse_another_run(spec)
 
     def note() -> None:
-        counts = dict(zip(map(str, data.shards), data.counts, strict=True))
+        counts = dict(zip(map(lasting_name, data.shards), data.counts, strict=True))
         now = {"samples": len(data), "shards": counts, "order": _order_of(data)}
         now["validation"] = None if validation is None else _order_of(validation)
         before = read_data(spec.directory) if spec.has_run else None
