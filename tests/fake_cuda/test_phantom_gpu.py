@@ -120,9 +120,13 @@ def test_means_of_numbers_of_both_devices_wait_when_they_are_taken(gpu: Phantom)
     assert gpu.waits == {"read at training/loop/means:take": 1}
 
 
-@pytest.mark.parametrize("attention", ["paper", *KINDS])
-@pytest.mark.parametrize("precision", ["float32", "autocast", "bfloat16"])
-@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize(
+    ("attention", "precision", "checkpointing"),
+    [
+        *[("paper", precision, again) for precision in ("float32", "autocast", "bfloat16") for again in (False, True)],
+        *[(kind, "float32", False) for kind in KINDS],
+    ],
+)
 def test_the_transformers_loss_and_gradients_wait_for_nothing(
     gpu: Phantom, attention: str, precision: str, checkpointing: bool
 ) -> None:
@@ -253,9 +257,10 @@ def test_sampling_waits_before_the_first_token_alone(gpu: Phantom, sampling: Sam
     assert gpu.waits == waits[-1]
 
 
-@pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
-@pytest.mark.parametrize("early_abandon", [False, True])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(
+    ("rank", "early_abandon", "precision"),
+    [("clip", True, "fp32"), ("likelihood", False, "fp32"), ("both", False, "bf16")],
+)
 def test_a_bundle_generates_and_gives_results_on_the_cpu(
     bundle: Path, gpu: Phantom, rank: str, early_abandon: bool, precision: str
 ) -> None:
