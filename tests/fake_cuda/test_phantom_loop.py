@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phantom import CAN_PRETEND
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "performance.md"
@@ -43,6 +44,7 @@ def row(name: str, found: dict[str, dict[str, int]]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux and g++")
 @pytest.mark.parametrize("name", RUNS)
 def test_what_a_step_waits_for_on_a_gpu_is_what_the_page_says(tmp_path: Path, name: str) -> None:
     line = row(name, waits(tmp_path, *RUNS[name]))
