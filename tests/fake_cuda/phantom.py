@@ -11,6 +11,7 @@ import contextlib
 import ctypes
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -36,6 +37,9 @@ NAME, CAPABILITY, MEMORY = "NVIDIA H100 80GB HBM3", (9, 0), 80 << 30
 STAGED_BYTES = 64 << 10
 """Ordinary memory that a driver copies at once when it is asked not to wait; more goes piece by piece, after all work
 that is queued."""
+
+CAN_PRETEND = sys.platform == "linux" and shutil.which("g++") is not None
+"""Whether driver.cpp can be compiled here."""
 
 aten = torch.ops.aten
 MAX_COPIED, COPIED = 64, "_copied_from"

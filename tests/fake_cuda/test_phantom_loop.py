@@ -11,22 +11,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from phantom import CAN_PRETEND
 
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "performance.md"
-AUTOCAST, FULL, BF16 = ({"precision": name} for name in ("autocast", "fp32", "bf16"))
+AUTOCAST = {"precision": "autocast"}
+SCALES = {"precision": "autocast-fp16", "gradient_scaling": "per-resblock"}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dVAE": ("dvae", AUTOCAST),
     "CLIP": ("clip", AUTOCAST),
     "transformer": ("transformer", AUTOCAST),
-    "transformer, ZeRO 1, bf16": ("transformer", {**BF16, "zero_stage": 1}),
-    "transformer, ZeRO 2, bf16": ("transformer", {**BF16, "zero_stage": 2}),
-    "transformer, ZeRO 3, bf16": ("transformer", {**BF16, "zero_stage": 3}),
-    "transformer, per-resblock scales": (
-        "transformer",
-        {"precision": "autocast-fp16", "gradient_scaling": "per-resblock"},
-    ),
-    "transformer, PowerSGD": ("transformer", {**AUTOCAST, "powersgd_rank": 2}),
+    "transformer, per-resblock scales": ("transformer", SCALES),
 }
 
 
@@ -49,6 +44,7 @@ def row(name: str, found: dict[str, dict[str, int]]) -> str:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux and g++")
 @pytest.mark.parametrize("name", RUNS)
 def test_what_a_step_waits_for_on_a_gpu_is_what_the_page_says(tmp_path: Path, name: str) -> None:
     line = row(name, waits(tmp_path, *RUNS[name]))
