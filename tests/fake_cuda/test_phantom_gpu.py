@@ -29,7 +29,7 @@ from training.engine.objective import MicroBatch, on_device
 from training.loop.means import Means
 from training.ranks.ranks import Ranks
 
-pytestmark = pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux and g++")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux and g++")]
 SIZES = DALLEConfig(n_layers=6, d_model=64, n_heads=2, text_len=7, grid=4, text_vocab=30, image_vocab=32, conv_kernel=3)
 CAPTION = "a red cube on a blue cube"
 
