@@ -118,7 +118,7 @@ def normalised_pixels(images: Tensor, view: View) -> Tensor:
     else:
         views = [clip_view(to_image(image), view) for image in images]
         pixels_BCHW = torch.stack(views).to(images.device)
-    on_cpu = torch.tensor([view.mean, view.std], device="cpu")[:, :, None, None]
+    on_cpu = torch.tensor([view.mean, view.std], dtype=torch.float32, device="cpu")[:, :, None, None]
     mean_and_std_2C11 = on_cpu.to(pixels_BCHW.device, non_blocking=True)
     return (pixels_BCHW - mean_and_std_2C11[0]) / mean_and_std_2C11[1]
 
