@@ -175,7 +175,8 @@ def file_status(path: Path) -> FileStatus:
     if (told is None or told.n_bytes is None) and not (_is_gone and path.exists()):
         try:
             told = status(remote.url)
-            remote_file(remote.url, told)
+            _drop_older_copy(path, told)
+            _remotes[path] = remote._replace(told=told)
         except StoreError as error:
             if not path.exists():
                 raise
