@@ -167,7 +167,7 @@ def checkpoints(options: Options, report: Report) -> None:
         pairs += [
             (sum(found["bytes"]), plan.total),
             (found["export"], plan.export),
-            (found["joined"], plan.converted / 2),
+            (found["joined"], plan.converted - 3 * plan.export if found["joined"] else 0),
         ]
         off = max(abs(planned / real - 1) for real, planned in pairs if real)
         sizes.append([name, *(value / MIB for pair in pairs for value in pair), off])

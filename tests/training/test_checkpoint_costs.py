@@ -46,7 +46,8 @@ def test_checkpoints_have_the_bytes_of_the_plan(tmp_path: Path, name: str) -> No
         assert other == pytest.approx(plan.other, rel=0.01, abs=20_000)  # the states of the generators have 15,000
     assert sum(found["bytes"]) == pytest.approx(plan.total, rel=0.01)
     assert found["export"] == pytest.approx(plan.export, rel=0.01)
-    assert found["joined"] == pytest.approx(plan.converted / 2, rel=0.03)  # three files for each parameter
+    if found["joined"]:  # three files for each parameter, beside as many bytes of pieces
+        assert found["joined"] == pytest.approx(plan.converted - 3 * plan.export, rel=0.03)
 
 
 def plan_of(stage: int = 1, ranks: int = 4, speeds: Speeds | None = None, **changes: object) -> Checkpoint:
@@ -78,15 +79,17 @@ def test_a_slower_disk_takes_longer_and_more_processes_do_not_change_that() -> N
     assert slow.save_s - fast.save_s == pytest.approx(0.75 * slow.total / GB)
 
 
-def test_the_first_rank_holds_up_the_others() -> None:
-    plan = plan_of(stage=3, ranks=1024)
+def test_the_first_rank_holds_up_the_others_below_stage_3() -> None:
+    shared = plan_of(stage=3, ranks=1024)
+    assert shared.first == shared.other
+    plan = plan_of(stage=2, ranks=1024)
     assert plan.first > 4e9 > 100 * plan.other
     assert plan.save_s > plan.first / Speeds().pack + plan.first / Speeds().digest
 
 
 def test_only_what_ranks_share_must_be_converted() -> None:
     assert plan_of(stage=0).converted == plan_of(stage=0).convert_s == 0
-    assert plan_of(stage=2).converted == 24e9
+    assert plan_of(stage=2).converted == 28e9
 
 
 # ------------------------------------------------------------------------------------------------ in the plan

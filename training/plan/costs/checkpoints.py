@@ -147,7 +147,8 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
         averages_of_first = averages
     first = own + of_first + averages_of_first
     total = first + (ranks - 1) * own
-    converted = 2 * 3 * FLOAT * n if stage else 0.0  # pieces of float32 weights and both moments, and these joined
+    # pieces of float32 weights and both moments, these joined, and the weights, which are copied
+    converted = 2 * 3 * FLOAT * n + (weights * n if stage < 3 else 0.0) if stage else 0.0
     export = FLOAT * n
     return Checkpoint(
         first=first,
