@@ -39,6 +39,7 @@ def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False)
             "no shards were given: expected .tar files, folders of them, or patterns such as train-{000000..000009}.tar"
         )
     shards: dict[Path, Path] = {}
+    folders: dict[Path, Path] = {}
     for pattern in map(str, patterns):
         if is_remote(pattern):
             shards |= {shard: shard for shard in _remote_shards(url_of(pattern), skip_missing)}
@@ -56,8 +57,17 @@ def expand_shards(patterns: Sequence[str | Path], *, skip_missing: bool = False)
         for shard in itertools.chain.from_iterable(_shards_called(name, pattern, skip_missing) for name in names):
             if shard.name.lower().endswith(COMPRESSED_ENDINGS):
                 refuse_compressed(shard)
-            shards.setdefault(shard.resolve(), shard)
+            shards.setdefault(resolved(shard, folders), shard)
     return list(shards.values())
+
+
+def resolved(path: Path, folders: dict[Path, Path]) -> Path:
+    """Return `path.resolve()`, with `folders` for those that are resolved already: many shards are in one folder."""
+    if path.is_symlink() or path.name in ("", ".."):
+        return path.resolve()
+    if path.parent not in folders:
+        folders[path.parent] = path.parent.resolve()
+    return folders[path.parent] / path.name
 
 
 def _expand_braces(pattern: str) -> list[str]:
@@ -125,7 +135,9 @@ def _shards_in(folder: Path) -> list[Path]:
     Compressed shards and links to folders are left out, too, with a warning.
     """
     files = [
-        path for path in sorted(folder.rglob("*")) if not any(p.startswith(".") for p in path.relative_to(folder).parts)
+        path
+        for path in sorted(folder.rglob("*"), key=lambda path: path.parts)
+        if not any(p.startswith(".") for p in path.relative_to(folder).parts)
     ]
     shards = [path for path in files if path.suffix.lower() == ".tar" and path.is_file()]
     there = set(shards)

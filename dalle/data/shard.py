@@ -23,8 +23,8 @@ Result = TypeVar("Result")
 State = tuple[int, int]
 """Size of a shard, and the time of its last change in ns."""
 
-_THREADS, _AT_ONCE = 16, 512
-"""Threads that look at shards at the start, and shards that are waited for together."""
+_THREADS, _PER_TASK, _AT_ONCE = 16, 16, 4096
+"""Threads that look at shards at the start, the shards that one looks at in turn, and those that wait together."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,12 +58,17 @@ class Shard:
 
 
 def in_threads(function: Callable[[Item], Result], items: Iterable[Item]) -> Iterator[Result]:
-    """Yield what a function that waits for files returns for each item, in order; some threads call it."""
+    """Yield what a function that waits for files returns for each item, in order; if they are many, threads call it."""
     iterator = iter(items)
     pool = ThreadPoolExecutor(_THREADS)
     try:
         while some := list(islice(iterator, _AT_ONCE)):
-            yield from pool.map(function, some)
+            if len(some) <= _PER_TASK:
+                yield from map(function, some)
+                continue
+            tasks = [some[first : first + _PER_TASK] for first in range(0, len(some), _PER_TASK)]
+            for results in pool.map(lambda task: list(map(function, task)), tasks):
+                yield from results
     finally:
         pool.shutdown(cancel_futures=True)
 

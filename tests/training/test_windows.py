@@ -1,5 +1,6 @@
 """Windows of 1, 3 and all shards keep every promise of the order: ranks, workers, resuming, lost shards, manifests."""
 
+import dataclasses
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -130,6 +131,37 @@ def test_a_lost_shard_as_large_as_its_window_is_replaced_from_others(tmp_path: P
     data = open_with_manifest([tmp_path], Manifest.open(tmp_path / "m"), captions=True)
     shuffle = Shuffle(window=1, batch=BATCH)
     assert len([key for step in seen(data, shuffle, 93) for key in step]) == 93 * BATCH
+
+
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize("is_lost", [True, False])
+def test_one_shard_of_many_stops_nothing_and_a_part_of_each_does(tmp_path: Path, window: int, is_lost: bool) -> None:
+    for shard in range(20):
+        bad = range(50) if shard == 7 and not is_lost else ()
+        write_tar(tmp_path / "data" / f"{shard:02}.tar", samples_of(range(50), bad=bad))
+    if is_lost:
+        check_data([tmp_path / "data"], tmp_path / "m")
+        (tmp_path / "data" / "07.tar").unlink()
+        data = open_with_manifest([tmp_path / "data"], Manifest.open(tmp_path / "m"), captions=True)
+    else:
+        data = ShardData.open([tmp_path / "data"], captions=True)
+
+    def refuse(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
+        if sample.image_bytes == b"BROKEN":
+            raise ValueError("not a picture")
+        return transform(sample, rng)
+
+    share, shuffle = Share(seed=0, micro_batch=BATCH, max_steps=260), Shuffle(window=window, batch=BATCH)
+    for seed in range(4):
+        stream = batches(data, refuse, dataclasses.replace(share, seed=seed), max_bad_fraction=0.06, shuffle=shuffle)
+        assert sum(batch.n_bad for batch in stream) >= 50
+    for shard in range(20):
+        write_tar(tmp_path / "worse" / f"{shard:02}.tar", samples_of(range(50), bad=range(0, 50, 5)))
+    stream = batches(
+        ShardData.open([tmp_path / "worse"], captions=True), refuse, share, max_bad_fraction=0.06, shuffle=shuffle
+    )
+    with pytest.raises(ValueError, match="unusable samples after reading"):
+        list(stream)
 
 
 def test_shards_are_read_ahead_only_in_windows(shards: Path, shuffle: Shuffle, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -180,17 +180,20 @@ class BadSamples:
     Too many are, first, more different ones than the fraction of all samples: certain, whatever part of which
     epoch this process has read, and prompt for small data. Before that, for large data, at least ten, and
     more among the samples read than chance explains (four standard deviations): an unlucky start stops
-    nothing. Samples that a manifest knows and the shards have lost count from the start, on every rank alike.
+    nothing. Where samples are read a few shards at a time, `by_shard`, chance hits shards, not samples. Samples
+    that a manifest knows and the shards have lost count from the start, on every rank alike.
 
     Raises:
         ValueError: more samples are lost than the fraction of all.
     """
 
-    def __init__(self, data: ShardData, max_fraction: float) -> None:
+    def __init__(self, data: ShardData, max_fraction: float, *, by_shard: bool = False) -> None:
         self._data = data
         self._max_fraction = max_fraction
         self._n_seen = 0
-        self._n_bad = 0
+        self._by_shard = by_shard
+        self._n_bad = self._squares = 0  # unusable samples read, and the sum of the squares of their numbers by shard
+        self._bad_reads: Counter[int] = Counter()
         self._found: set[int] = set()
         self._per_shard = Counter({str(shard): count for shard, count in data.lost_in().items()})
         self._n_lost = n_lost = data.report.n_lost
@@ -206,11 +209,16 @@ class BadSamples:
 
     def name(self, bad: Sequence[tuple[int, str]]) -> None:
         """Count unusable samples, given by number and reason."""
-        self._n_bad += len(bad)
         for i, reason in bad:
-            if i in self._found or self._data.is_lost(i):
+            if self._data.is_lost(i):
                 continue
             shard = self._data.shard_of(i)
+            number = self._data.shard_number(i)
+            self._squares += 2 * self._bad_reads[number] + 1
+            self._bad_reads[number] += 1
+            self._n_bad += 1
+            if i in self._found:
+                continue
             self._found.add(i)
             self._per_shard[str(shard)] += 1
             self._first_reason = self._first_reason or reason
@@ -239,9 +247,10 @@ class BadSamples:
         """
         self._n_seen += n_seen
         self.name(bad)
-        limit = self._max_fraction * self._n_seen
+        limit = max(0.0, self._max_fraction - self._n_lost / len(self._data)) * self._n_seen
+        variance = self._squares if self._by_shard else limit
         is_certain = self._n_different > self._max_fraction * len(self._data)
-        is_likely = self._n_bad >= _MIN_BAD and self._n_bad > limit + 4 * math.sqrt(limit)
+        is_likely = self._n_bad >= _MIN_BAD and self._n_bad > limit + 4 * math.sqrt(variance)
         # The first condition spares long runs that add up rare failures of the disk or the network.
         if self._n_bad > limit and (is_certain or is_likely):
             n_read = min(self._n_seen, len(self._data))
@@ -321,9 +330,10 @@ def batches(
     if workers < 0 or not 0 <= max_bad_fraction <= 1:
         raise ValueError(f"workers ({workers}) must be at least 0, max_bad_fraction ({max_bad_fraction}) in [0, 1]")
     # a step's micro-batches are taken at once: they are read ahead while the step before is computed
+    bad_samples = BadSamples(data, max_bad_fraction, by_shard=shuffle is not None and shuffle.window > 0)
     reader = _Positions(data, transform, share.seed, shuffle or Shuffle())
     reads = _reads(reader, share.positions(), workers, ahead=share.accumulation)
-    return _deliver(reads, data, BadSamples(data, max_bad_fraction))
+    return _deliver(reads, data, bad_samples)
 
 
 def parts_in_order(
@@ -387,16 +397,12 @@ def validation_batches(
 
 
 def _chosen(data: ShardData, count: int | None) -> Sequence[int]:
-    """Return the numbers of all samples, or of some of them, in the order of the shards.
-
-    Of very many samples, one is taken from each of `count` equal parts: a permutation of all would not fit in memory.
-    """
+    """Return the numbers of all samples, or of some in the order of the shards: of very many, one of each part."""
     n = len(data)
     if count is None or count >= n:
         return range(n)
     if n <= MAX_FULL_SHUFFLE:
-        chosen: list[int] = sorted(data.order(0, 0)[:count].tolist())
-        return chosen
+        return sorted(map(int, data.order(0, 0)[:count]))
     bits = np.random.Philox(0).random_raw(count).tolist()
     ends = [(part + 1) * n // count for part in range(count)]
     return [first + int(bit) % (end - first) for first, end, bit in zip([0, *ends], ends, bits, strict=False)]

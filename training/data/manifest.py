@@ -31,7 +31,7 @@ from typing import Any, Self
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex
 from dalle.data.index_file import READING_ERRORS
-from dalle.data.names import expand_shards
+from dalle.data.names import expand_shards, resolved
 from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
@@ -167,16 +167,17 @@ class Manifest:
         by_path = {entry.path: entry for entry in self.entries}
         by_name = {PurePosixPath(entry.name).parts: entry for entry in self.entries}
         depths = sorted({len(parts) for parts in by_name}, reverse=True)
+        folders: dict[Path, Path] = {}
         found: dict[Entry, Path] = {}
         moved, unknown = [], []
         for path in paths:
-            entry = by_path.get(lasting_name(path.resolve()))
+            entry = by_path.get(lasting_name(resolved(path, folders)))
             if entry is None:
                 moved.append(path)
             else:
                 found[entry] = path
         for path in moved:
-            parts = path.resolve().parts
+            parts = resolved(path, folders).parts
             names = (by_name.get(parts[-depth:]) for depth in depths)
             entry = next((entry for entry in names if entry is not None and entry not in found), None)
             if entry is None:
