@@ -12,11 +12,11 @@ from doors import Door, fuzz, require_kept
 from hypothesis import given
 from hypothesis import strategies as st
 from odd import damaged, json_files, picture
-from test_fuzz_folders import folders, write
-from test_fuzz_json import EXCLUDED, METRICS, RESULT, RUN_CONFIG
-from test_fuzz_pictures import corpus
-from test_fuzz_shards import FORMATS, members, tar_of, whole_tar
-from test_fuzz_tables import tables_of_people
+from odd_folders import folders, write
+from odd_json import EXCLUDED, METRICS, RESULT, RUN_CONFIG
+from odd_pictures import corpus
+from odd_shards import FORMATS, members, tar_of, whole_tar
+from odd_tables import tables_of_people
 
 from dalle.cli.main import main as dalle
 from training.cli.main import main as train

@@ -12,6 +12,7 @@ from doors import Door, fuzz, require_kept
 from hypothesis import given
 from hypothesis import strategies as st
 from odd import ODD_JSON, damaged, index_files, json_files
+from odd_json import EXCLUDED, METRICS, RESULT, RUN_CONFIG
 from support import tiny
 
 from dalle.data.bundle import load_bundle, sampling_defaults
@@ -165,9 +166,6 @@ def test_records_of_version_0_1(data: st.DataObject, tmp_path: Path, door: Door)
     door.knock(check, names=path.name)
 
 
-EXCLUDED = {"shard": "shards/tiny-000000.tar", "key": "00000001", "reason": "a copy"}
-
-
 @fuzz(600)
 @given(lines=st.lists(json_files(EXCLUDED).filter(lambda line: len(line) < 9000), max_size=3))
 def test_lists_of_samples(lines: list[bytes], tmp_path: Path, door: Door) -> None:
@@ -181,16 +179,6 @@ def test_lists_of_samples(lines: list[bytes], tmp_path: Path, door: Door) -> Non
         return int(rows.sum())
 
     door.knock(check, names=path.name)
-
-
-RESULT = {
-    "caption": "a red cube",
-    "file": "a-red-cube/01.png",
-    "rank": 1,
-    "ranked_by": "clip",
-    "score": 0.3,
-    "candidate": 4,
-}
 
 
 @fuzz(400)
@@ -209,19 +197,6 @@ def test_results(lines: list[bytes], is_torn: bool, tmp_path: Path, door: Door) 
     require_kept(path.read_bytes() == whole, "results.jsonl was changed")
 
 
-METRICS = {
-    "step": 10,
-    "split": "train",
-    "time": 1.7e9,
-    "loss": 2.5,
-    "tokens_per_s": 100.0,
-    "samples": 4,
-    "usage": [0.5, 1.5],
-}
-RUN_CONFIG = {
-    "run": {"stage": "dvae", "recipe": "tiny", "model": {"n_hid": 8}},
-    "training": {"steps": 100, "log_every": 10},
-}
 RUN_STATE = {"state": "failed", "reason": "a full disk", "time": 1.7e9, "host": "here"}
 
 

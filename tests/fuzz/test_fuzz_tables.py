@@ -13,7 +13,8 @@ import pytest
 from doors import Door, fuzz, require_kept
 from hypothesis import given
 from hypothesis import strategies as st
-from odd import CAPTIONS, ODD_TEXTS, TEXTS, damaged, expected_captions, json_files
+from odd import CAPTIONS, ODD_TEXTS, damaged, expected_captions, json_files
+from odd_tables import NAMES, tables_of_people
 from PIL import Image
 
 from dalle.data.captions import captions_of
@@ -24,9 +25,6 @@ from training.data.sources.listing import list_source
 from training.data.sources.pictures import Listing
 from training.data.sources.records import CAPTION_COLUMNS, IMAGE_COLUMNS
 
-NAMES = ("a.jpg", "b.PNG", "c d.jpeg", "é.jpg", "sub/e.jpg", "f.tif", "g,h.png", "100%.jpg")
-"""Pictures that are there."""
-OTHERS = ("gone.jpg", "../x.jpg", "a.heic", "http://x/y.jpg", "", "sub", "sub\\e.jpg", "./a.jpg", "/etc/passwd")
 ENCODINGS = ("utf-8", "utf-8-sig", "utf-16")
 
 
@@ -117,31 +115,6 @@ def test_sound_tables(table: tuple[bytes, list[tuple[str, str]], str], folder: P
 
     door.knock(check, names=path.name)
     path.unlink()
-
-
-@st.composite
-def tables_of_people(draw: st.DrawFn) -> tuple[list[str], str, str]:
-    """Lines of a table of two columns, most as they stand, some with quotes and separators in wrong places."""
-    delimiter = draw(st.sampled_from((",", ",", ";", "\t")))
-    lines = [delimiter.join(("image", "caption"))]
-    for _ in range(draw(st.integers(1, 8))):
-        image, caption = draw(st.sampled_from((*NAMES[:3], *OTHERS))), draw(TEXTS)
-        line = delimiter.join((image, caption))
-        match draw(st.sampled_from(("plain", "plain", "plain", "quote", "open", "many", "few", "blank", "odd"))):
-            case "quote":
-                line = f'"{image}"{delimiter}"{caption}"'
-            case "open":
-                line = f'{image}{delimiter}"{caption}'
-            case "many":
-                line += delimiter + "more"
-            case "few":
-                line = image
-            case "blank":
-                line = draw(st.sampled_from(("", delimiter, "  ")))
-            case "odd":
-                line = draw(st.text(alphabet='",;\t|ab.jpg\0\r ', max_size=20))
-        lines.append(line)
-    return lines, delimiter, draw(st.sampled_from(("\n", "\r\n", "\r")))
 
 
 @fuzz(1200)
