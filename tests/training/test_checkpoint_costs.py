@@ -79,9 +79,14 @@ def test_a_slower_disk_takes_longer_and_more_processes_do_not_change_that() -> N
 
 
 def test_the_first_rank_holds_up_the_others() -> None:
-    plan = plan_of(stage=3, ranks=1024)
+    plan = plan_of(stage=2, ranks=1024)
     assert plan.first > 4e9 > 100 * plan.other
     assert plan.save_s > plan.first / Speeds().pack + plan.first / Speeds().digest
+
+
+def test_at_stage_3_no_rank_writes_more_than_another() -> None:
+    plan = plan_of(stage=3, ranks=1024)
+    assert plan.first == plan.other == plan.total / 1024
 
 
 def test_only_what_ranks_share_must_be_converted() -> None:

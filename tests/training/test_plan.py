@@ -294,11 +294,11 @@ def test_a_smaller_micro_batch_is_recommended_where_the_recipes_does_not_fit() -
 
 
 def test_where_nothing_fits_it_says_what_would() -> None:
-    plan = make_plan(recipe("12b"), PlanOptions(gpus=1, gpu_memory=16))
+    plan = make_plan(recipe("12b"), PlanOptions(gpus=1, gpu_memory=4))
     assert plan.recommendation is None
     assert all(mode.largest_micro_batch == 0 for mode in plan.modes)
     said = text(plan)
-    assert "Nothing fits 1 GPU of 16 GiB" in said
+    assert "Nothing fits 1 GPU of 4 GiB" in said
     needed = next(line for line in plan.advice if line.startswith("GPUs of"))
     enough = make_plan(recipe("12b"), PlanOptions(gpus=1, gpu_memory=int(needed.split()[2])))
     assert enough.recommendation is not None
