@@ -37,9 +37,9 @@ def check_counts(path: Path) -> int:
             require_kept(len(part.keys) == report.n_samples, "samples")
     record = check_shard(path)
     assert record.index.has_caption is not None
-    require_kept(record.index.keys == index.keys, "the check finds other keys")
+    require_kept(list(record.index.keys) == list(index.keys), "the check finds other keys")
     record.save(path.with_name("record.index"))
-    require_kept(ShardRecord.load(path.with_name("record.index")).index.keys == index.keys, "keys of a record")
+    require_kept(list(ShardRecord.load(path.with_name("record.index")).index.keys) == list(index.keys), "keys of a record")
     if index.damage is not None:
         return 1
     opened = ShardData.open([path], captions=index.tokens is None, encoded=index.tokens is not None)

@@ -308,7 +308,7 @@ def _merged(config: TrainConfig, files: Sequence[_File]) -> tuple[TrainConfig, l
     derived = _leaves(_derived(changed))
     for file in files:
         for key, value in _leaves(file.content).items():
-            if derived.get(key, value) != value:
+            if key in derived and derived[key] != value:
                 notes.append(f"{file.name}: {key} {json.dumps(value)}, instead of {json.dumps(derived[key])}")
     said = tuple(sorted({*config.said, *set_by}))
     merged = dataclasses.replace(changed, preset=config.preset, deepspeed_config=config.deepspeed_config, said=said)
@@ -373,7 +373,7 @@ def resolve(config: TrainConfig, ranks: int, *, emulates_bfloat16: bool = False)
     deepspeed = batch | _derived(config)
     for file in files:
         for key, value in batch.items():
-            if file.content.get(key, value) != value:
+            if key in file.content and file.content[key] != value:
                 raise ValueError(
                     f"{file.name} sets {key} to {file.content[key]}, the run's is {value}: remove it there, and say "
                     "the batch once, with --global-batch and --micro-batch"
