@@ -31,7 +31,7 @@ from dalle.data.order import MAX_FULL_SHUFFLE, Order
 from dalle.data.shard import Shard, changed, common_encoding, in_threads, look_at
 from dalle.data.usable import DataReport, fingerprint
 from storage.read_ahead import ReadAhead
-from storage.stores.files import open_file, prefetch, warn_if_more_than_cache
+from storage.stores.files import is_remote_file, open_file, prefetch, warn_if_more_than_cache
 from storage.tar import MAX_PICTURE_BYTES
 
 logger = logging.getLogger(__name__)
@@ -198,10 +198,16 @@ class ShardData:
             if os.fstat(file.fileno()).st_size != self._shards[shard].n_bytes:
                 file.close()
                 raise changed(self.shards[shard])
+            for other in [other for other in files if self._has_lost_its_place(other)]:
+                files.pop(other).close()
             files[shard] = file
             if len(files) > _MAX_OPEN:
                 files.popitem(last=False)[1].close()
         return files[shard].fileno()
+
+    def _has_lost_its_place(self, shard: int) -> bool:
+        """Return whether an open shard of a store has left the cache: the disk keeps its room until it is closed."""
+        return is_remote_file(self.shards[shard]) and os.fstat(self._open.files[shard].fileno()).st_nlink == 0
 
     def read_ahead(self, shards: Sequence[int]) -> None:
         """Tell which shards are read soon, all of their samples, in the order of need; returns at once."""

@@ -1,6 +1,8 @@
 """Shards in stores, on the web and S3, give what the same shards give from a local folder."""
 
+import contextlib
 import logging
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -109,6 +111,19 @@ def test_samples_and_their_order_are_those_of_a_local_folder(
     for i in range(len(local)):
         assert remote.read(i).image_bytes == local.read(i).image_bytes
         assert remote.captions(i) == local.captions(i)
+
+
+def test_shards_that_left_the_cache_do_not_stay_open(web: Web, shards: Path) -> None:
+    sizes = [path.stat().st_size for path in shards.glob("*.tar")]
+    files.use_cache(None, 1.5 * max(sizes) / 1e9)
+    data, local = ShardData.open([f"{web.url}/world"], captions=True), ShardData.open([shards], captions=True)
+    for i in range(0, 24, 4):
+        assert data.read(i).image_bytes == local.read(i).image_bytes
+    links = []
+    for link in Path("/proc/self/fd").iterdir():
+        with contextlib.suppress(OSError):  # that of this loop
+            links.append(os.readlink(link))
+    assert sum("/cache/shards/" in link and "(deleted)" in link for link in links) <= 1
 
 
 def bundle_in(folder: Path, shards: Path) -> Path:
