@@ -39,7 +39,8 @@ def check_counts(path: Path) -> int:
     assert record.index.has_caption is not None
     require_kept(list(record.index.keys) == list(index.keys), "the check finds other keys")
     record.save(path.with_name("record.index"))
-    require_kept(list(ShardRecord.load(path.with_name("record.index")).index.keys) == list(index.keys), "keys of a record")
+    again = ShardRecord.load(path.with_name("record.index"))
+    require_kept(list(again.index.keys) == list(index.keys), "keys of a record")
     if index.damage is not None:
         return 1
     opened = ShardData.open([path], captions=index.tokens is None, encoded=index.tokens is not None)
