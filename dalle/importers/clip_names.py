@@ -41,7 +41,9 @@ _RESNET = (
     (r"\.downsample\.conv\.", ".downsample.0."),
     (r"\.downsample\.bn\.", ".downsample.1."),
     (r"^vision\.pool\.position_embedding$", "visual.attnpool.positional_embedding"),
-    (r"^vision\.pool\.(q|k|v)(uery|ey|alue)\.", r"visual.attnpool.\1_proj."),
+    (r"^vision\.pool\.query\.", "visual.attnpool.q_proj."),
+    (r"^vision\.pool\.key\.", "visual.attnpool.k_proj."),
+    (r"^vision\.pool\.value\.", "visual.attnpool.v_proj."),
     (r"^vision\.pool\.out\.", "visual.attnpool.c_proj."),
 )
 _HUGGING_FACE = (
