@@ -74,7 +74,6 @@ class Case:
             counts = Counts.of(DALLE(self.config), self.powersgd_rank)
         saved = Saved(
             total=counts.total,
-            small=counts.small,
             by_muon=counts.matrices if self.optimizer == "muon" else 0,
             compressed=counts.compressed,
         )

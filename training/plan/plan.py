@@ -26,7 +26,7 @@ from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, traini
 from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
 from training.plan.pauses import pauses
-from training.plan.state import PERSISTENT, Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
+from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
 
@@ -186,7 +186,7 @@ def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float, 
     shown = {n for n in totals if n <= MAX_SAMPLES and n.bit_count() == 1} | {run.micro_batch}
     moment, memory = training_peak(run)
     start = moments(run)["start"].total
-    saved = Saved(total=run.sizes.total, small=run.sizes.persistent, by_muon=run.by_muon)
+    saved = Saved(total=run.sizes.total, by_muon=run.by_muon)
     return ModePlan(
         preset=preset_name(mode),
         mode=mode,
@@ -214,7 +214,6 @@ def _other_stage(
     counts = {part: sum(p.numel() for p in module.parameters()) for part, module in parts.items()}
     total = sum(p.numel() for p in model.parameters())
     by_muon = sum(p.numel() for p in block_matrices(model)) if train.optimizer.kind == "muon" else 0
-    small = sum(p.numel() for p in model.parameters() if p.numel() < PERSISTENT)
     mode = Mode(zero_stage=train.zero_stage, precision=train.precision)
     stages = range(1 if train.precision == "bf16" else 0, 4)
     return OtherStage(
@@ -222,5 +221,5 @@ def _other_stage(
         flops_per_sample=3.0 * forward_flops,
         precision=train.precision,
         state={stage: state_bytes(total, train.precision, stage, gpus, by_muon=by_muon) for stage in stages},
-        checkpoint=checkpoint_of(Saved(total=total, small=small, by_muon=by_muon), mode, gpus, train, speeds),
+        checkpoint=checkpoint_of(Saved(total=total, by_muon=by_muon), mode, gpus, train, speeds),
     )

@@ -89,8 +89,6 @@ class Saved:
     """Numbers of a model's parameters, by what a checkpoint holds of them."""
 
     total: int
-    small: int = 0
-    """Of tensors too small for stage 3 to share."""
     by_muon: int = 0
     """That have one moment in place of two."""
     compressed: int = 0
@@ -138,7 +136,7 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
     if stage == 0:
         own, of_first = 0.0, weights * n + moments
     else:
-        own = (FLOAT * n + moments) / ranks + (weights * saved.small if stage == 3 else 0.0)
+        own = (FLOAT * n + moments) / ranks
         of_first = 0.0 if stage == 3 else weights * n
     own += FLOAT * saved.compressed
     if stage == 3:
