@@ -46,7 +46,7 @@ def test_checkpoints_have_the_bytes_of_the_plan(tmp_path: Path, name: str) -> No
         assert other == pytest.approx(plan.other, rel=0.01, abs=20_000)  # the states of the generators have 15,000
     assert sum(found["bytes"]) == pytest.approx(plan.total, rel=0.01)
     assert found["export"] == pytest.approx(plan.export, rel=0.01)
-    # three files for each parameter, beside as many bytes of pieces; at stage 3 DeepSpeed copies more, which is not planned
+    # three files for each parameter, beside pieces; at stage 3 DeepSpeed copies more, which is not planned
     if found["joined"] and case.zero_stage < 3:
         assert found["joined"] == pytest.approx(plan.converted - 3 * plan.export, rel=0.03)
 
