@@ -309,10 +309,11 @@ def test_two_parts_of_one_name_and_shifted_parts_are_refused(tmp_path: Path) -> 
 def test_reading_holds_one_tensor_at_a_time(
     tmp_path: Path, rise_of_memory: Callable[[Callable[[], object]], int]
 ) -> None:
-    torch.save({f"w{i}": torch.ones(1 << 22, dtype=torch.float16) for i in range(8)}, tmp_path / "x.pt")
+    # malloc keeps what it was given back of blocks below 32 MiB
+    torch.save({f"w{i}": torch.ones(10 << 20) for i in range(6)}, tmp_path / "x.pt")
     tensors = open_tensors(tmp_path / "x.pt")
-    # all are 128 MiB in float32; one is 16, and 8 as it is read
-    assert rise_of_memory(lambda: [tensors[name].mean() for name in tensors]) < 96 << 20
+    # one has 40 MiB, all have 240
+    assert rise_of_memory(lambda: [tensors[name].mean() for name in tensors]) < 120 << 20
 
 
 def test_tensors_are_a_mapping_without_values_held(tmp_path: Path) -> None:
