@@ -1,7 +1,4 @@
-"""What candidates cost: the memory that decides how many share a batch, and the work that progress is counted in.
-
-Letters: T text positions  D width
-"""
+"""What candidates cost: the memory that decides how many share a batch, and the work that progress is counted in."""
 
 import math
 from collections.abc import Callable, Iterator
@@ -9,8 +6,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import nn
 
-from dalle.cache import bytes_per_candidate
-from dalle.model import DALLE
+from dalle.family.transformers import Transformer, candidate_bytes, caption_bytes, n_step_weights
 from dvae import DVAE
 from dvae.fast.model import pictures_at_once
 from rerank import CLIP
@@ -43,7 +39,7 @@ def memory_budget(device: torch.device, memory: int | None) -> int:
     return (torch.cuda.mem_get_info(device)[0] + held) // 2
 
 
-def candidates_at_once(dalle: DALLE, budget: int, n: int, *, n_captions: int = 1, guided: bool = False) -> int:
+def candidates_at_once(dalle: Transformer, budget: int, n: int, *, n_captions: int = 1, guided: bool = False) -> int:
     """Return how many candidates to sample at once: as many as fit, in batches of equal size.
 
     There is no other limit: a step reads the weights and the captions once for the whole batch, so the time per
@@ -56,24 +52,13 @@ def candidates_at_once(dalle: DALLE, budget: int, n: int, *, n_captions: int = 1
         n_captions: captions that share batches.
         guided: whether each candidate is computed twice.
     """
-    config = dalle.config
     times = 2 if guided else 1
-    each = times * (bytes_per_candidate(config, dalle.dtype) + DRAWING_BYTES * config.image_vocab)
-    caption = times * _bytes_per_caption(dalle)
+    each = times * (candidate_bytes(dalle) + DRAWING_BYTES * dalle.config.image_vocab)
+    caption = times * caption_bytes(dalle)
     whole_captions = budget // (caption + n * each)
     if whole_captions > 0:
         return n * equal_batches(n_captions, whole_captions)
     return equal_batches(n, (budget - caption) // each)
-
-
-def _bytes_per_caption(dalle: DALLE) -> int:
-    """Return the memory of a caption: keys and values of all layers, and the peak of reading it in one layer."""
-    config, itemsize = dalle.config, dalle.dtype.itemsize
-    T, D = config.text_len, config.d_model
-    kept = 2 * config.n_layers * T * D * itemsize
-    wide = 3 * 4 * D * T * itemsize  # in the MLP, before, in and after its nonlinearity
-    scores = 2 * config.n_heads * T * T * itemsize
-    return kept + max(wide, scores)
 
 
 def decoded_at_once(dvae: DVAE, budget: int, n: int) -> int:
@@ -120,13 +105,13 @@ def check_memory(memory: int | None) -> None:
             raise ValueError(f"memory is {memory} bytes; it must be above 0")
 
 
-def sampling_share(dalle: DALLE, dvae: DVAE, clip: CLIP) -> float:
+def sampling_share(dalle: Transformer, dvae: DVAE, clip: CLIP) -> float:
     """Return sampling's share of a candidate's multiplications, in (0, 1); the rest is decoding and scoring.
 
     Progress counted so runs evenly even if decoding takes longer than sampling.
     """
     grid = dalle.config.grid
-    sampling = grid**2 * (_n_weights(dalle.blocks) + _n_weights(dalle.image_head))
+    sampling = grid**2 * n_step_weights(dalle)
     groups = [dvae.decoder.blocks.get_submodule(f"group_{g + 1}") for g in range(dvae.config.n_groups)]
     decoding = sum((grid * 2**g) ** 2 * _n_weights(group) for g, group in enumerate(groups))
     scoring = (clip.config.n_patches + 1) * _n_weights(clip.vision.blocks)

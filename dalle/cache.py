@@ -84,6 +84,15 @@ def bytes_per_candidate(config: DALLEConfig, dtype: torch.dtype) -> int:
     return sum(2 * lanes * slots * config.d_model * dtype.itemsize for lanes, slots in sizes)
 
 
+def bytes_per_caption(config: DALLEConfig, dtype: torch.dtype) -> int:
+    """Return the memory of a caption: keys and values of all layers, and the peak of reading it in one layer."""
+    T, D = config.text_len, config.d_model
+    kept = 2 * config.n_layers * T * D
+    wide = 3 * 4 * D * T  # in the MLP, before, in and after its nonlinearity
+    scores = 2 * config.n_heads * T * T
+    return (kept + max(wide, scores)) * dtype.itemsize
+
+
 class _Layer(NamedTuple):
     """The memory that one layer reads and writes at one position."""
 

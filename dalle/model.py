@@ -19,7 +19,7 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
 """
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from torch.utils.checkpoint import checkpoint
 from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, stored_mask
 from dalle.cross_entropy import Head
 from dalle.sparse_attention import prepare_compilation, sparse_attention
-from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids
+from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids, null_caption, text_rows
 from dvae.compilation import can_compile
 from storage.model_directory import load_directory, save_directory
 
@@ -89,6 +89,24 @@ class DALLEConfig:
         if self.attention == "paper":
             return layer_kinds(self.n_layers)
         return (self.attention,) * self.n_layers
+
+    @property
+    def n_text_ids(self) -> int:
+        """Text ids: those of the tokenizer, start of text, and the pads."""
+        return n_text_ids(self.text_vocab, self.text_len)
+
+    @property
+    def max_caption(self) -> int:
+        """Tokens of a caption that are read; the rest is cut."""
+        return self.text_len - 1
+
+    def text_rows(self, captions: Sequence[Sequence[int]]) -> Tensor:
+        """Return the text ids of the tokens of B captions, int64 (B, T): see stream.py."""
+        return text_rows(captions, self.text_vocab, self.text_len)
+
+    def null_caption(self) -> Tensor:
+        """Return the text ids of "no caption", int64 (T,)."""
+        return null_caption(self.text_vocab, self.text_len)
 
     @property
     def d_head(self) -> int:
@@ -172,7 +190,7 @@ class DALLE(nn.Module):
         self.activation_checkpointing = False
         """Recompute each layer in the backward pass rather than keep its activations."""
         d = config.d_model
-        self.text_embedding = nn.Embedding(n_text_ids(config.text_vocab, config.text_len), d)
+        self.text_embedding = nn.Embedding(config.n_text_ids, d)
         self.text_position_embedding = nn.Embedding(config.text_len, d)
         self.image_embedding = nn.Embedding(n_image_ids(config.image_vocab), d)
         self.row_embedding = nn.Embedding(config.grid, d)
@@ -278,7 +296,7 @@ class DALLE(nn.Module):
     def states(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         """Return the input of the heads, (B, S, D), for `forward`'s arguments: the normalised final residual stream."""
         config = self.config
-        check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
+        check_ids("text", text, config.text_len, config.n_text_ids)
         check_ids("image_tokens", image_tokens, config.stream.n_image, config.image_vocab)
         if len(text) != len(image_tokens):
             raise ValueError(f"{len(text)} captions and {len(image_tokens)} images: expected one caption per image")

@@ -44,9 +44,9 @@ from dalle.budget import (
     sampling_share,
 )
 from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
-from dalle.model import DALLE
+from dalle.family.tokenizers import TextTokenizer, text_of
+from dalle.family.transformers import Transformer
 from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample, undisturbed
-from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.fast.model import optimised
 from dvae.images import resize_and_crop, to_tensor
@@ -80,8 +80,8 @@ class Pipeline:
     def __init__(
         self,
         *,
-        tokenizer: Tokenizer,
-        dalle: DALLE,
+        tokenizer: TextTokenizer,
+        dalle: Transformer,
         dvae: DVAE,
         clip: CLIP,
         hashes: Mapping[str, str],
@@ -211,7 +211,7 @@ class Pipeline:
             check_top_is_open(prefix, self.dalle.config.grid)
         self._warn_about_guidance(sampling)
         size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=request.early_abandon)
-        text_1T = self.tokenizer.text_warning_of_cuts([caption], self.dalle.config.text_len)
+        text_1T = text_of(self.tokenizer, [caption], self.dalle)
         judge = self._judge(caption)
         share = 1.0 if rank == "likelihood" else sampling_share(self.dalle, self.dvae, self.clip)
         best = Best(request.keep, rank)
@@ -258,7 +258,7 @@ class Pipeline:
         self._warn_about_guidance(sampling)
         total = len(captions) * n
         size = batch_size or self.default_batch_size(n, n_captions=len(captions), guided=sampling.is_guided)
-        text_PT = self.tokenizer.text_warning_of_cuts(captions, self.dalle.config.text_len)
+        text_PT = text_of(self.tokenizer, captions, self.dalle)
         tokens_PNI = torch.empty(len(captions), n, self.dalle.config.stream.n_image, dtype=torch.int64)
         log_likelihoods_PN = torch.empty(len(captions), n, dtype=torch.float32)
         before = 0

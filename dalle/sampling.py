@@ -29,9 +29,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.cache import Decoder
-from dalle.model import DALLE
-from dalle.stream import check_ids, n_text_ids, null_caption, start_of_image_id
+from dalle.family.transformers import Decoding, Transformer, decoding
+from dalle.stream import check_ids, start_of_image_id
 from storage.errors import check_number, check_whole
 
 DRAW_BLOCK = 128
@@ -286,7 +285,7 @@ def undisturbed() -> Iterator[None]:
 
 
 def sample(
-    model: DALLE,
+    model: Transformer,
     text: Tensor,
     seeds: Sequence[int],
     sampling: Sampling = PAPER_SAMPLING,
@@ -316,7 +315,7 @@ def sample(
         ValueError: for an argument out of range.
     """
     config = model.config
-    check_ids("text", text, config.text_len, n_text_ids(config.text_vocab, config.text_len))
+    check_ids("text", text, config.text_len, config.n_text_ids)
     n = _candidates_of_each(len(text), seeds)
     check_top_k(sampling.top_k, config.image_vocab)
     text = text.to(model.device)
@@ -357,7 +356,7 @@ def sample(
     return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_B.float().reshape(len(text), -1))
 
 
-def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, *, guided: bool, compile: bool) -> Decoder:
+def _decoder(model: Transformer, text_PT: Tensor, n: int, prefix: Tensor, *, guided: bool, compile: bool) -> Decoding:
     """Return a decoder of n candidates per prompt, followed, if guided, by as many with the empty caption."""
     n_prompts = len(text_PT)
     counts = [n] * n_prompts
@@ -365,12 +364,11 @@ def _decoder(model: DALLE, text_PT: Tensor, n: int, prefix: Tensor, *, guided: b
     if guided:
         # The empty caption is read once for all candidates, or once per known prefix.
         n_null = len(prefix)
-        config = model.config
-        null_T = null_caption(config.text_vocab, config.text_len).to(text_PT.device)
+        null_T = model.config.null_caption().to(text_PT.device)
         text_PT = torch.cat([text_PT, null_T.expand(n_null, -1)])
         counts = counts + [n_prompts * n // n_null] * n_null
         prefix_Pm = torch.cat([prefix_Pm, prefix])
-    return Decoder(model, text_PT, counts, prefix_Pm, compile=compile)
+    return decoding(model, text_PT, counts, prefix_Pm, compile=compile)
 
 
 def _candidates_of_each(n_prompts: int, seeds: Sequence[int]) -> int:
@@ -387,7 +385,7 @@ def _candidates_of_each(n_prompts: int, seeds: Sequence[int]) -> int:
     return n
 
 
-def _check_prefix(model: DALLE, prefix: Tensor, n_prompts: int) -> None:
+def _check_prefix(model: Transformer, prefix: Tensor, n_prompts: int) -> None:
     config = model.config
     n_image = config.stream.n_image
     if prefix.ndim != 2 or len(prefix) not in (1, n_prompts) or prefix.shape[1] > n_image:

@@ -5,7 +5,6 @@ cannot be seeded and repeats itself in forked workers, so with dropout the merge
 """
 
 import hashlib
-import logging
 from collections.abc import Iterable, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -17,8 +16,6 @@ from torch import Tensor
 from dalle.stream import text_rows
 from storage.atomic import replace_text
 from storage.bpe import N_BYTES, BytePairs
-
-logger = logging.getLogger(__name__)
 
 MAX_MERGE_LENGTH = 64
 """Bytes of a word that are merged together with dropout, whose cost grows with the square; longer words are cut."""
@@ -150,20 +147,6 @@ class Tokenizer:
         ids = [self.encode(caption, dropout=dropout, rng=rng) for caption, rng in zip(captions, each, strict=True)]
         n_cut = sum(len(one) > text_len - 1 for one in ids)
         return text_rows(ids, self.vocab_size, text_len), n_cut
-
-    def text_warning_of_cuts(self, captions: Sequence[str], text_len: int) -> Tensor:
-        """Return the text ids of captions, int64 (B, T); warn of each that is cut."""
-        each = [self.encode(caption) for caption in captions]
-        for caption, ids in zip(captions, each, strict=True):
-            if len(ids) > text_len - 1:
-                logger.warning(
-                    "the caption %r has %d tokens, the model reads %d: the last %d were cut",
-                    caption if len(caption) <= 60 else f"{caption[:57]}...",
-                    len(ids),
-                    text_len - 1,
-                    len(ids) - (text_len - 1),
-                )
-        return text_rows(each, self.vocab_size, text_len)
 
     def _merged(self, word: str, dropout: float, rng: np.random.Generator) -> list[str]:
         """Merge the bytes of a word: the best candidate that dropout leaves, again until it leaves none."""

@@ -10,9 +10,9 @@ from typing import Literal, NamedTuple
 
 import torch
 
-from dalle.model import DALLE
+from dalle.family.tokenizers import TextTokenizer, load_tokenizer
+from dalle.family.transformers import Transformer, load_transformer
 from dalle.sampling import SamplingDefaults, check_top_k
-from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from rerank import CLIP
 from storage.errors import reason_of
@@ -29,8 +29,8 @@ DTYPES: dict[Precision, torch.dtype] = {"fp32": torch.float32, "bf16": torch.bfl
 class Bundle(NamedTuple):
     """The parts of a bundle."""
 
-    tokenizer: Tokenizer
-    dalle: DALLE
+    tokenizer: TextTokenizer
+    dalle: Transformer
     dvae: DVAE
     clip: CLIP
     hashes: dict[str, str]
@@ -49,9 +49,9 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
     if precision not in DTYPES:
         raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
     parts = {part: bundle_part(path, part) for part in PARTS}
-    tokenizer = Tokenizer.load(parts["tokenizer.json"])
+    tokenizer = load_tokenizer(parts["tokenizer.json"])
     hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
-    dalle = DALLE.load(parts["dalle"])
+    dalle = load_transformer(parts["dalle"])
     for part, held in (("tokenizer", tokenizer.hash), ("dvae", hashes["dvae"])):
         trained_with = dalle.metadata.get(f"{part}_hash")
         if trained_with != held:
@@ -103,7 +103,7 @@ def bundle_part(bundle: Path, part: str) -> Path:
     return bundle / part
 
 
-def check_sizes(tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE) -> None:
+def check_sizes(tokenizer: TextTokenizer, dalle: Transformer, dvae: DVAE) -> None:
     """Raise ValueError unless tokenizer, transformer and dVAE have the same vocabularies and grid."""
     for what, of_transformer, of_part in (
         ("text tokens", dalle.config.text_vocab, tokenizer.vocab_size),
@@ -118,7 +118,7 @@ def check_sizes(tokenizer: Tokenizer, dalle: DALLE, dvae: DVAE) -> None:
             )
 
 
-def sampling_defaults(dalle: DALLE) -> SamplingDefaults:
+def sampling_defaults(dalle: Transformer) -> SamplingDefaults:
     """Return the sampling defaults in a transformer's metadata, or the paper's.
 
     Raises:

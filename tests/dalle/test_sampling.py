@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-import dalle.sampling
+import dalle.family.transformers
 from dalle.cache import Decoder
 from dalle.model import DALLE, DALLEConfig
 from dalle.sampling import (
@@ -121,7 +121,7 @@ def test_guidance_1_is_plain_sampling_and_decodes_nothing_more(model, monkeypatc
             batches.append(len(inputs_B))
             return super().step(inputs_B)
 
-    monkeypatch.setattr(dalle.sampling, "Decoder", Watched)
+    monkeypatch.setattr(dalle.family.transformers, "Decoder", Watched)
     plain = sampled(model, TEXT, seeds(2))
     assert torch.equal(plain, sampled(model, TEXT, seeds(2), guidance=1.0))
     assert set(batches) == {4}
