@@ -14,7 +14,7 @@ import shutil
 import uuid
 from collections.abc import Mapping, Set
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_origin
 
 import torch
 from safetensors import SafetensorError
@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from storage.atomic import flush
 from storage.disk import full_disk_note
-from storage.errors import check_whole
+from storage.errors import check_number, check_whole
 from storage.text import parse_json
 
 CONFIG_FILE = "config.json"
@@ -367,13 +367,25 @@ def _config(file: Path, values: dict[str, Any], config_type: type[Config]) -> Co
         raise ValueError(f"the config of {file} {_difference(values.keys() | added, known)}")
     try:
         for field in fields:
-            if field.type is int and field.name in values:
-                check_whole(field.name, values[field.name])
-                if abs(values[field.name]) > MAX_SIZE:
-                    raise ValueError(f"{field.name} is above {MAX_SIZE:,}")
+            if field.name in values:
+                _check_numbers(field.name, values[field.name], field.type)
         return config_type(**{name: _tuples(value) for name, value in values.items()})
     except (TypeError, ValueError) as error:
         raise ValueError(f"the config of {file} is not valid: {error}") from error
+
+
+def _check_numbers(name: str, value: Any, expected: Any) -> None:
+    """Raise TypeError or ValueError if a value, or one in a list, is no number where its type asks for one."""
+    inner = get_args(expected)
+    if get_origin(expected) is tuple and isinstance(value, list):
+        for item in value:
+            _check_numbers(name, item, inner[0])
+    elif expected is int or (int in inner and value is not None):
+        check_whole(name, value)
+        if abs(value) > MAX_SIZE:
+            raise ValueError(f"{name} is above {MAX_SIZE:,}")
+    elif expected is float:
+        check_number(name, value)
 
 
 def _tuples(value: Any) -> Any:

@@ -18,6 +18,8 @@ class Config:
     width: int = 4
     kinds: tuple[str, ...] = ("row", "column")
     n_layers: int = dataclasses.field(default=1, metadata=ADDED_LATER)
+    wide: int | None = dataclasses.field(default=None, metadata=ADDED_LATER)
+    mean: tuple[float, ...] = dataclasses.field(default=(0.5,), metadata=ADDED_LATER)
 
     def __post_init__(self) -> None:
         if self.width < 1:
@@ -194,6 +196,8 @@ def test_a_missing_directory_and_missing_files_are_named(tmp_path: Path) -> None
         ({"config": {"width": 4.0, "kinds": []}}, "is not valid: width is 4.0, of type float"),
         ({"config": {"width": 1 << 40, "kinds": []}}, "is not valid: width is above 16,777,216"),
         ({"config": {"width": 4, "kinds": [], "n_layers": 3}}, r"n_layers 3, but model\.safetensors has 2 weights"),
+        ({"config": {"width": 4, "kinds": [], "wide": True}}, "wide is True, of type bool; expected a whole number"),
+        ({"config": {"width": 4, "kinds": [], "mean": ["a"]}}, "mean is 'a', of type str; expected a number"),
         ({"config": [4]}, "must be JSON objects"),
         ({"weights_sha256": "0" * 64}, "is damaged: its sha256 is"),
     ],
