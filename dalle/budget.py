@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from dalle.family.transformers import Transformer, candidate_bytes, caption_bytes, n_step_weights
-from dvae import DVAE
+from dvae.codec import Codec
 from dvae.fast.model import pictures_at_once
 from rerank import CLIP
 from storage.errors import check_whole
@@ -61,7 +61,7 @@ def candidates_at_once(dalle: Transformer, budget: int, n: int, *, n_captions: i
     return equal_batches(n, (budget - caption) // each)
 
 
-def decoded_at_once(dvae: DVAE, budget: int, n: int) -> int:
+def decoded_at_once(dvae: Codec, budget: int, n: int) -> int:
     """Return how many of n pictures to decode and score at once, in batches of equal size."""
     return equal_batches(n, min(MAX_PICTURES_AT_ONCE, pictures_at_once(dvae.config, budget)))
 
@@ -105,17 +105,15 @@ def check_memory(memory: int | None) -> None:
             raise ValueError(f"memory is {memory} bytes; it must be above 0")
 
 
-def sampling_share(dalle: Transformer, dvae: DVAE, clip: CLIP) -> float:
+def sampling_share(dalle: Transformer, dvae: Codec, clip: CLIP) -> float:
     """Return sampling's share of a candidate's multiplications, in (0, 1); the rest is decoding and scoring.
 
     Progress counted so runs evenly even if decoding takes longer than sampling.
     """
     grid = dalle.config.grid
     sampling = grid**2 * n_step_weights(dalle)
-    groups = [dvae.decoder.blocks.get_submodule(f"group_{g + 1}") for g in range(dvae.config.n_groups)]
-    decoding = sum((grid * 2**g) ** 2 * _n_weights(group) for g, group in enumerate(groups))
     scoring = (clip.config.n_patches + 1) * _n_weights(clip.vision.blocks)
-    share: float = sampling / (sampling + decoding + scoring)
+    share: float = sampling / (sampling + dvae.decoding_products(grid) + scoring)
     return share
 
 

@@ -257,7 +257,7 @@ class DALLE(nn.Module):
         similar ones, such as the same edge in another colour, so small models need fewer steps.
 
         Args:
-            codebook_VC: float32, a row for each image token, in any units: `dvae.decoder.codebook`.
+            codebook_VC: float32, a row for each image token, in any units: `dvae.codebook`.
 
         Raises:
             ValueError: there are not as many rows as image tokens.

@@ -47,7 +47,7 @@ from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defa
 from dalle.family.tokenizers import TextTokenizer, text_of
 from dalle.family.transformers import Transformer
 from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample, undisturbed
-from dvae import DVAE
+from dvae.codec import Codec
 from dvae.fast.model import optimised
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP, score
@@ -82,7 +82,7 @@ class Pipeline:
         *,
         tokenizer: TextTokenizer,
         dalle: Transformer,
-        dvae: DVAE,
+        dvae: Codec,
         clip: CLIP,
         hashes: Mapping[str, str],
         memory: int | None = None,

@@ -91,6 +91,18 @@ class DVAEConfig:
         return self.image_size // self.downsampling
 
     @property
+    def bytes_per_picture(self) -> int:
+        """Peak memory of encoding or decoding a picture in float32, beside the weights.
+
+        Measured on a CPU as the rise of the peak resident memory: 4.0 to 5.5 times the activations of the widest layer,
+        more for small pictures, of which the allocator keeps more; and the logits where they are larger. With the
+        default sizes a picture takes 284 MiB to decode and is counted with 352.
+        """
+        widest = self.n_hid * self.image_size**2
+        logits = self.vocab_size * self.grid**2
+        return int(4 * max(5.5 * widest, 3.5 * widest + 1.2 * logits))
+
+    @property
     def n_layers(self) -> int:
         """Blocks in the encoder, and in the decoder: 8 in the paper."""
         return self.n_groups * self.n_blocks
@@ -302,7 +314,7 @@ class DVAE(nn.Module):
         Raises:
             ValueError: the pictures have another shape or are not floats.
         """
-        check_images(self.config, images)
+        check_images(self.config.downsampling, images)
         # convolutions are fastest in channels-last order, and keep it from layer to layer
         x = map_pixels(images).contiguous(memory_format=torch.channels_last)
         codes: Tensor = self.encoder(x).argmax(dim=1)
@@ -321,8 +333,18 @@ class DVAE(nn.Module):
         Raises:
             ValueError: the tokens have another shape or type, or are not in the vocabulary.
         """
-        check_tokens(self.config, tokens)
+        check_tokens(self.config.vocab_size, tokens)
         return unmap_pixels(self.decoder.from_tokens(tokens)[:, :3].sigmoid())
+
+    @property
+    def codebook(self) -> Tensor:
+        """A row for each token, float32 (V,C): the decoder's first convolution of it."""
+        return self.decoder.codebook
+
+    def decoding_products(self, grid: int) -> int:
+        """Return the multiplications, about, of decoding a picture with `grid` tokens along a side."""
+        groups = [self.decoder.blocks.get_submodule(f"group_{g + 1}") for g in range(self.config.n_groups)]
+        return sum((grid * 2**g) ** 2 * sum(w.numel() for w in group.parameters()) for g, group in enumerate(groups))
 
     def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
         """Write the model as a directory; see `save_directory`."""
@@ -343,9 +365,9 @@ class DVAE(nn.Module):
         return dvae.to(device).eval()
 
 
-def check_images(config: DVAEConfig, images: Tensor) -> None:
-    """Raise ValueError unless `images` are (B,3,H,W) floats, H and W multiples of f, as `DVAE.encode` takes."""
-    shape, f = tuple(images.shape), config.downsampling
+def check_images(f: int, images: Tensor) -> None:
+    """Raise ValueError unless `images` are (B,3,H,W) floats, H and W multiples of the downsampling f."""
+    shape = tuple(images.shape)
     if images.ndim != 4 or shape[1] != 3:
         raise ValueError(
             f"encode was given pictures of shape {shape}, expected (batch, 3, height, width): RGB, channels first"
@@ -360,8 +382,8 @@ def check_images(config: DVAEConfig, images: Tensor) -> None:
         )
 
 
-def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
-    """Raise ValueError unless `tokens` are (B,Y,X) int64 in 0 … V-1, as `DVAE.decode` takes."""
+def check_tokens(vocab_size: int, tokens: Tensor) -> None:
+    """Raise ValueError unless `tokens` are (B,Y,X) int64 in 0 … vocab_size - 1."""
     if tokens.ndim != 3 or tokens.dtype != torch.int64 or 0 in tokens.shape[1:]:
         raise ValueError(
             f"decode was given {tokens.dtype} tokens of shape {tuple(tokens.shape)}, "
@@ -369,9 +391,9 @@ def check_tokens(config: DVAEConfig, tokens: Tensor) -> None:
         )
     if tokens.numel():
         low, high = torch.stack(tokens.aminmax()).tolist()  # at once: a GPU is waited for once
-        if low < 0 or high >= config.vocab_size:
+        if low < 0 or high >= vocab_size:
             raise ValueError(
-                f"decode was given tokens from {low} to {high}, expected 0 … {config.vocab_size - 1}: "
+                f"decode was given tokens from {low} to {high}, expected 0 … {vocab_size - 1}: "
                 "do they come from another dVAE, or from a stream with text?"
             )
 

@@ -215,6 +215,20 @@ def directory_hash(path: Path | str) -> str:
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:16]
 
 
+def directory_kind(path: Path | str, *, expected: str) -> str:
+    """Return the kind of a model that was saved by `save_directory`.
+
+    Args:
+        path: its directory.
+        expected: a kind, for the message if there is nothing.
+
+    Raises:
+        FileNotFoundError: there is no model directory at `path`.
+        ValueError: its config.json is not one of ours.
+    """
+    return str(_read_description(Path(path), None, expected)["kind"])
+
+
 def load_weights(module: nn.Module, state: Mapping[str, Tensor], path: Path | str) -> None:
     """Assign `state`, without a copy, to `module`, which may be on the meta device.
 
@@ -312,9 +326,9 @@ def _sha256(file: Path) -> str:
         return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
-def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
-    """Return the checked contents of config.json; of any kind where `kind` is None."""
-    _require_files(path, kind or "model")
+def _read_description(path: Path, kind: str | None, expected: str = "model") -> dict[str, Any]:
+    """Return the checked contents of config.json; of any kind where `kind` is None, and then `expected` names it."""
+    _require_files(path, kind or expected)
     file = path / CONFIG_FILE
     try:
         description = parse_json(file.read_text(encoding="utf-8"))
@@ -339,7 +353,7 @@ def _read_description(path: Path, kind: str | None) -> dict[str, Any]:
 
 
 HOW_TO_MAKE = {
-    "dvae": "`dalle-train dvae`, or `dalle import-dvae` for published weights",
+    "dvae": "`dalle-train dvae`, or `dalle import-dvae` or `dalle import-vqgan` for published weights",
     "dalle": "`dalle-train transformer`",
     "clip": "`dalle-train clip`, or `dalle import-clip` for published weights",
 }

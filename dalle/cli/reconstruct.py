@@ -18,7 +18,7 @@ from dalle.data.pictures import Pictures
 from dalle.evaluation.reconstruction import Measures, Reconstruction, mean, reconstructions
 from dalle.output.sheets import save_png, side_by_side
 from dalle.output.text import counted, printable
-from dvae import DVAE
+from dvae.codec import load_codec
 from dvae.remarks import REMARKS
 from storage.atomic import replace_text
 from storage.model_directory import directory_hash
@@ -50,7 +50,7 @@ class Reconstruct:
         pictures = Pictures(self.pictures, follow_links=self.follow_links)
         check_writable(self.out)
         path = self.dvae if self.dvae is not None else bundle_part(self.bundle, "dvae")
-        dvae = DVAE.load(path).to(resolve_device(self.device))
+        dvae = load_codec(path, resolve_device(self.device))
         size = self.size if self.size is not None else dvae.config.image_size
         measures: list[tuple[str, Measures]] = []
         shown: list[Reconstruction] = []

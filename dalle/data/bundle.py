@@ -13,7 +13,7 @@ import torch
 from dalle.family.tokenizers import TextTokenizer, load_tokenizer
 from dalle.family.transformers import Transformer, load_transformer
 from dalle.sampling import SamplingDefaults, check_top_k
-from dvae import DVAE
+from dvae.codec import Codec, load_codec
 from rerank import CLIP
 from storage.errors import reason_of
 from storage.model_directory import HOW_TO_MAKE, directory_hash
@@ -31,7 +31,7 @@ class Bundle(NamedTuple):
 
     tokenizer: TextTokenizer
     dalle: Transformer
-    dvae: DVAE
+    dvae: Codec
     clip: CLIP
     hashes: dict[str, str]
     """Part -> 16 hexadecimal digits."""
@@ -63,7 +63,7 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
     return Bundle(
         tokenizer=tokenizer,
         dalle=dalle.to(device, DTYPES[precision]),
-        dvae=DVAE.load(parts["dvae"]).to(device),
+        dvae=load_codec(parts["dvae"], device),
         clip=CLIP.load(parts["clip"]).to(device),
         hashes={"tokenizer": tokenizer.hash, **hashes},
     )
@@ -103,7 +103,7 @@ def bundle_part(bundle: Path, part: str) -> Path:
     return bundle / part
 
 
-def check_sizes(tokenizer: TextTokenizer, dalle: Transformer, dvae: DVAE) -> None:
+def check_sizes(tokenizer: TextTokenizer, dalle: Transformer, dvae: Codec) -> None:
     """Raise ValueError unless tokenizer, transformer and dVAE have the same vocabularies and grid."""
     for what, of_transformer, of_part in (
         ("text tokens", dalle.config.text_vocab, tokenizer.vocab_size),

@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from dalle.data.pictures import in_batches
-from dvae import DVAE
+from dvae.codec import Codec
 from dvae.images import resize_and_crop, to_image, to_tensor
 from dvae.metrics import bits_per_pixel, ms_ssim, psnr, ssim
 
@@ -45,7 +45,7 @@ class Reconstruction:
     measures: Measures
 
 
-def reconstructions(dvae: DVAE, pictures: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[Reconstruction]:
+def reconstructions(dvae: Codec, pictures: Iterable[tuple[str, Image.Image]], size: int) -> Iterator[Reconstruction]:
     """Encode and decode pictures, a few at a time.
 
     Args:
@@ -75,7 +75,7 @@ def mean(measures: Iterable[Measures]) -> Measures:
 
 
 @torch.no_grad()
-def _reconstruct(dvae: DVAE, batch: list[tuple[str, Image.Image]]) -> Iterator[Reconstruction]:
+def _reconstruct(dvae: Codec, batch: list[tuple[str, Image.Image]]) -> Iterator[Reconstruction]:
     device = next(dvae.parameters()).device
     images_BCHW = torch.stack([to_tensor(image) for _, image in batch]).to(device)
     tokens_BYX = dvae.encode(images_BCHW)

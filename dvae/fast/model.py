@@ -15,9 +15,10 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from dvae.codec import Codec, CodecConfig
 from dvae.fast.coders import FastDecoder, FastEncoder
 from dvae.fast.kernels import compiled_kernels
-from dvae.model import DVAE, Conv2d, DVAEConfig, check_images, check_tokens
+from dvae.model import DVAE, Conv2d, check_images, check_tokens
 
 MIN_WIDTH = 128
 """Smallest `n_hid` for which compiling pays: at 128 up to 1.3 times as fast as the plain model in the same type, at 64
@@ -28,30 +29,30 @@ class FastDVAE:
     """A dVAE's `encode` and `decode` with the same contract; for one thread at a time.
 
     Args:
-        config: the sizes.
+        config: the sizes, of a dVAE or another codec.
         encode: `DVAE.encode` for pictures that have been checked.
         decode: `DVAE.decode` for tokens that have been checked.
     """
 
     def __init__(
-        self, config: DVAEConfig, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
+        self, config: CodecConfig, encode: Callable[[Tensor], Tensor], decode: Callable[[Tensor], Tensor]
     ) -> None:
         self.config = config
         self._encode, self._decode = encode, decode
 
     def encode(self, images: Tensor) -> Tensor:
         """Return the most likely token of every position; see `DVAE.encode`."""
-        check_images(self.config, images)
+        check_images(self.config.downsampling, images)
         return self._encode(images)
 
     def decode(self, tokens: Tensor) -> Tensor:
         """Return the mode of the pixels' location; see `DVAE.decode`."""
-        check_tokens(self.config, tokens)
+        check_tokens(self.config.vocab_size, tokens)
         return self._decode(tokens)
 
 
-def optimised(dvae: DVAE, *, dtype: torch.dtype = torch.bfloat16, compile: bool = True) -> FastDVAE:
-    """Return a fast copy of a dVAE. Later changes of the dVAE do not reach it.
+def optimised(dvae: Codec, *, dtype: torch.dtype = torch.bfloat16, compile: bool = True) -> FastDVAE:
+    """Return a fast copy of a dVAE, which later changes of the dVAE do not reach; other codecs are used as they are.
 
     On a CPU it is as the module's description says, if the dVAE is wide enough to gain (`n_hid` of at least 128) and
     its encoder's kernels are the paper's. Compiling takes about 20 seconds the first time, then a few, thanks to
@@ -70,6 +71,8 @@ def optimised(dvae: DVAE, *, dtype: torch.dtype = torch.bfloat16, compile: bool 
     """
     if dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"dtype is {dtype}, expected torch.float32 or torch.bfloat16")
+    if not isinstance(dvae, DVAE):
+        return FastDVAE(dvae.config, dvae.encode, dvae.decode)
     config = dvae.config
     on_cpu = next(dvae.parameters()).device.type == "cpu"
     pays = on_cpu and config.n_hid >= MIN_WIDTH and config.encoder_kernel == 3
@@ -82,23 +85,16 @@ def optimised(dvae: DVAE, *, dtype: torch.dtype = torch.bfloat16, compile: bool 
     return FastDVAE(dvae.config, encode, decode)
 
 
-def pictures_at_once(config: DVAEConfig, budget_bytes: int) -> int:
-    """Return how many pictures `DVAE.encode` or `DVAE.decode` can take in memory of this size; at least 1.
+def pictures_at_once(config: CodecConfig, budget_bytes: int) -> int:
+    """Return how many pictures `encode` or `decode` can take in memory of this size; at least 1.
 
     For float32, beside the weights; a compiled `optimised` copy needs the memory of one picture for any number.
-
-    Measured on a CPU as the rise of the peak resident memory: 4.0 to 5.5 times the activations of the widest layer,
-    more for small pictures, of which the allocator keeps more; and the logits where they are larger. With the default
-    sizes a picture takes 284 MiB to decode and is counted with 352.
 
     Args:
         config: the sizes.
         budget_bytes: memory of a call.
     """
-    widest = config.n_hid * config.image_size**2
-    logits = config.vocab_size * config.grid**2
-    bytes_per_picture = 4 * max(5.5 * widest, 3.5 * widest + 1.2 * logits)
-    return max(1, int(budget_bytes / bytes_per_picture))
+    return max(1, budget_bytes // config.bytes_per_picture)
 
 
 def _plain_copy(dvae: DVAE, dtype: torch.dtype) -> DVAE:

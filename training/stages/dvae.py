@@ -8,12 +8,12 @@ Shapes: B batch  C channels of the codebook  Y,X grid of tokens  H,W picture in 
 import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from dalle.data.reader import Sample, ShardData
 from dalle.output.sheets import side_by_side
@@ -34,6 +34,8 @@ from training.stages.program import Program
 CODEBOOK_IMAGES = 1024
 """Pictures from which the codebook of a warmed-up dVAE is made."""
 
+
+Model = TypeVar("Model", bound=nn.Module)
 
 SCALE_FIT_WEIGHT = 1e-4
 """Of the likelihood's scales in the warm-up: far below the squared error's own gradient."""
@@ -211,7 +213,7 @@ def train_dvae(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say, *, init: 
     return stage.directory
 
 
-def channels_last(model: DVAE) -> DVAE:
-    """Return a dVAE whose weights have the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
-    placed: DVAE = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
+def channels_last(model: Model) -> Model:
+    """Return a model whose weights have the memory layout in which convolutions are fastest; ZeRO 1 to 3 undo it."""
+    placed: Model = model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # missing in torch's stubs
     return placed

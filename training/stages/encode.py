@@ -39,7 +39,7 @@ from dalle.data.image_tokens import (
 )
 from dalle.data.names import expand_shards
 from dalle.data.reader import Sample, ShardData, sample_rng
-from dvae import DVAE
+from dvae.codec import Codec
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from storage.atomic import PARTIAL
 from storage.disk import full_disk_note
@@ -130,7 +130,7 @@ def views(sample: Sample, encoding: Encoding) -> Tensor:
 def encode_shards(
     shards: Sequence[str | Path],
     out: Path,
-    dvae: DVAE,
+    dvae: Codec,
     dvae_hash: str,
     config: EncodeConfig,
     ranks: Ranks,
@@ -267,7 +267,7 @@ class _Encoder:
     def __init__(
         self,
         data: ShardData,
-        dvae: DVAE,
+        dvae: Codec,
         encoding: Encoding,
         config: EncodeConfig,
         stop: StopSignals,

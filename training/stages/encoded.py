@@ -7,7 +7,7 @@ from pathlib import Path
 from dalle.data.names import expand_shards
 from dalle.output.progress import progress_bar
 from dalle.output.text import Say
-from dvae import DVAE
+from dvae.codec import load_codec
 from storage.model_directory import directory_hash
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
@@ -31,7 +31,7 @@ def encode_data(
     Raises:
         FileNotFoundError: the dVAE is missing; and as `encode_shards`.
     """
-    coder = channels_last(DVAE.load(dvae, ranks.device))
+    coder = channels_last(load_codec(dvae, ranks.device))
     with progress_bar("pictures") as progress:
         made = encode_shards(
             data,

@@ -22,7 +22,7 @@ from dalle.output.sheets import contact_sheet
 from dalle.output.text import Say
 from dalle.sampling import candidate_seed, check_top_k, sample
 from dalle.tokenizer import Tokenizer
-from dvae import DVAE
+from dvae.codec import Codec, load_codec
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
 from storage.atomic import copy_folder
 from storage.model_directory import directory_hash, save_directory
@@ -92,7 +92,7 @@ class TransformerStage:
         recipe: TransformerRecipe,
         model: DALLE,
         tokenizer: Tokenizer,
-        dvae: DVAE,
+        dvae: Codec,
         directory: Path,
         captions: Sequence[str],
         metadata: Mapping[str, Any],
@@ -183,7 +183,7 @@ class TransformerStage:
         metadata = {**self.metadata, "step": step}
         save_directory(self.directory, KIND, self._config, weights, metadata=metadata, like=self._like)
 
-    def _dvae_on(self, device: torch.device) -> DVAE:
+    def _dvae_on(self, device: torch.device) -> Codec:
         if next(self._dvae.parameters()).device != device:
             self._dvae = self._dvae.to(device)
         return self._dvae
@@ -227,7 +227,7 @@ def train_transformer(
     stage_recipe = recipe.transformer
     text_bpe = Tokenizer.load(tokenizer or inputs.out / "tokenizer.json")
     dvae_directory = dvae or inputs.out / "dvae"
-    image_coder = channels_last(DVAE.load(dvae_directory))
+    image_coder = channels_last(load_codec(dvae_directory))
     program = Program.open(inputs, ranks, say, captions=True, encoded=True)
     _require_tokens_of(image_coder, dvae_directory, program.data, program.validation)
     if program.data.encoding is None:  # otherwise only the sample sheets need it, on the first rank
@@ -255,7 +255,7 @@ def train_transformer(
     return stage.directory
 
 
-def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE, ranks: Ranks) -> DALLE:
+def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: Codec, ranks: Ranks) -> DALLE:
     """Return the recipe's model for a tokenizer and a dVAE, its weights drawn with the run's seed.
 
     At ZeRO stage 3 it is drawn in parts: no rank holds it whole. Collective.
@@ -275,7 +275,7 @@ def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: DVAE, rank
     if recipe.init_from_codebook:
         changed = (model.image_embedding, model.image_head)
         with made_whole(changed, ranks) if is_in_parts else contextlib.nullcontext():
-            model.initialise_from_codebook(dvae.decoder.codebook.cpu())
+            model.initialise_from_codebook(dvae.codebook.cpu())
     return model if is_in_parts else model.to(ranks.device)
 
 
@@ -290,7 +290,7 @@ def _preview_captions(data: ShardData, count: int) -> list[str]:
     return found
 
 
-def _require_tokens_of(dvae: DVAE, directory: Path, train: ShardData, validation: ShardData | None) -> None:
+def _require_tokens_of(dvae: Codec, directory: Path, train: ShardData, validation: ShardData | None) -> None:
     """Check that image tokens in place of pictures are of a dVAE, and have random crops to train on.
 
     Raises:
@@ -331,7 +331,7 @@ def _complete_bundle(out: Path, tokenizer: Path | None, dvae: Path | None) -> No
             named.save(target)
         _require_equal(Tokenizer.load(target).hash, target, named.hash, tokenizer, option="--tokenizer")
     if dvae is not None:
-        DVAE.load(dvae)  # whole, before it is copied
+        load_codec(dvae)  # whole, before it is copied
         target = out / "dvae"
         if not target.exists():
             copy_folder(dvae, target)
