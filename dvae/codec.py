@@ -5,13 +5,15 @@ from typing import Protocol
 
 import torch
 
-from dvae.model import DVAE, KIND
+from dvae import model, vqgan
+from dvae.model import DVAE
+from dvae.vqgan import VQGAN
 from storage.model_directory import directory_kind
 
 Codec = DVAE | VQGAN
 """Any of them: `encode` pictures (B,3,H,W) in [0, 1] to tokens (B,Y,X), `decode` tokens; their config is a
 `CodecConfig`."""
-_CODECS: dict[str, type[DVAE] | type[VQGAN]] = {KIND: DVAE, vqgan.KIND: VQGAN}
+_CODECS: dict[str, type[DVAE] | type[VQGAN]] = {model.KIND: DVAE, vqgan.KIND: VQGAN}
 
 
 class CodecConfig(Protocol):
@@ -45,5 +47,5 @@ def load_codec(path: Path | str, device: torch.device | str = "cpu") -> Codec:
         FileNotFoundError: there is none at `path`.
         ValueError: the directory holds something else or is damaged.
     """
-    kind = _CODECS.get(directory_kind(path, expected=KIND), DVAE)
+    kind = _CODECS.get(directory_kind(path, expected=model.KIND), DVAE)
     return kind.load(path, device)

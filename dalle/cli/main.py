@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip.
+"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip, import-vqgan.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -36,6 +36,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_clip import ImportCLIP
     from dalle.cli.importing.import_dvae import ImportDVAE
+    from dalle.cli.importing.import_vqgan import ImportVQGAN
     from dalle.cli.rank import Rank
     from dalle.cli.reconstruct import Reconstruct
     from dalle.cli.search import Search
@@ -47,6 +48,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[Reconstruct, subcommand("reconstruct")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
+        | Annotated[ImportVQGAN, subcommand("import-vqgan")]
     ]
     description = (
         "Generates pictures from captions; ranks, searches and reconstructs pictures. "

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 from dalle.importers.clip_configs import HEAD_WIDTH, Unseen, hugging_face_unseen, open_clip_unseen, read_json
 from dalle.importers.clip_names import Style, find_clip, left_out, sources
 from dalle.importers.clip_vocabulary import read_vocabulary
+from dalle.importers.licence import stated_licence
 from rerank import CLIP, CLIPConfig
 from rerank.blocks import Activation
 from storage.checkpoints.tensors import Tensors, open_tensors, sha256, summary
@@ -317,13 +318,7 @@ def _licence(weights: Path, *, is_openai: bool) -> str:
     """Return what is known of the weights' licence."""
     if is_openai:
         return "MIT, as their repository; the model card calls deployment out of scope"
-    page = weights.with_name("README.md")
-    if page.is_file():
-        with page.open(encoding="utf-8", errors="replace") as file:
-            head = file.read(20_000)
-        if found := re.search(r"^license:\s*['\"]?([\w.+-]+)", head, re.MULTILINE):
-            return f"{found[1]}, as {page.name} says"
-    return "not stated in these files: see the page that they are from"
+    return stated_licence(weights) or "not stated in these files: see the page that they are from"
 
 
 def _shown(values: Sequence[float]) -> str:
