@@ -29,7 +29,7 @@ NORM_EPSILON = 1e-6
 MAX_LEVELS, MAX_WIDTH = 16, 1 << 16
 SCORES_AT_ONCE = 1 << 24
 """Scores of codes that are in memory at once: 64 MiB."""
-BYTES_PER_ACTIVATION = 22.0
+BYTES_PER_ACTIVATION = 32
 """Peak memory of a picture per activation of the finest level; measured, see `VQGANConfig.bytes_per_picture`."""
 
 Quantiser = Literal["nearest", "gumbel"]
@@ -68,7 +68,7 @@ class VQGANConfig:
         sizes = {name: getattr(self, name) for name in ("width", "n_blocks", "z_channels", "code_width", "image_size")}
         sizes |= {"vocab_size": self.vocab_size} | {f"multiples[{i}]": m for i, m in enumerate(self.multiples)}
         for name, value in sizes.items():
-            if type(value) is not int or not 1 <= value:
+            if type(value) is not int or not value >= 1:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
         if self.width % GROUPS or self.width * max(self.multiples, default=1) > MAX_WIDTH:
             raise ValueError(
@@ -136,13 +136,11 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Return (B,C,Y,X) for (B,C,Y,X)."""
-        normed = self.norm(x)
-        q_B1PC, k_B1PC, v_B1PC = (
-            layer(normed).flatten(2).transpose(1, 2)[:, None] for layer in (self.q, self.k, self.v)
-        )
-        out_BPC = F.scaled_dot_product_attention(q_B1PC, k_B1PC, v_B1PC)[:, 0]
-        output: Tensor = self.proj_out(out_BPC.transpose(1, 2).unflatten(2, x.shape[2:])).add_(x)
-        return output
+        normed_B1PC = self.norm(x).flatten(2).transpose(1, 2)[:, None]
+        # as a linear layer's, their channels lie side by side for any batch, and no weights of P·P are stored
+        q_B1PC, k_B1PC, v_B1PC = (_linear(layer, normed_B1PC) for layer in (self.q, self.k, self.v))
+        out_BPC = _linear(self.proj_out, F.scaled_dot_product_attention(q_B1PC, k_B1PC, v_B1PC)[:, 0])
+        return x + out_BPC.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
 class Resample(nn.Module):
@@ -360,6 +358,11 @@ class VQGAN(nn.Module):
 
 def _conv(n_in: int, n_out: int) -> nn.Conv2d:
     return nn.Conv2d(n_in, n_out, 3, padding=1)
+
+
+def _linear(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """Return a 1×1 convolution of rows (…,C)."""
+    return F.linear(x, layer.weight[:, :, 0, 0], layer.bias)
 
 
 def _norm(n: int) -> nn.GroupNorm:

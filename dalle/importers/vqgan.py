@@ -11,7 +11,7 @@ from torch import Tensor
 from dalle.importers.licence import stated_licence
 from dalle.importers.vqgan_names import Style, VQGANWeights, find_vqgan
 from dvae.vqgan import VQGAN, Pixels, VQGANConfig
-from storage.checkpoints.tensors import Tensors, open_tensors, sha256, summary
+from storage.checkpoints.tensors import open_tensors, sha256, summary
 from storage.model_directory import load_weights
 
 IMAGE_SIZE = 256
@@ -113,9 +113,10 @@ def read_vqgan(weights: VQGANWeights, *, pixels: Pixels | None = None, image_siz
     path = weights.part.path
     try:
         config = _config(weights, pixels or PIXELS[weights.style], image_size)
-    except (LookupError, ValueError) as error:
-        reason = f"it has no {error}" if isinstance(error, LookupError) else error
-        raise ValueError(f"{path} has impossible sizes: {reason}; expected a VQGAN") from error
+    except KeyError as error:
+        raise ValueError(f"{path} has no {error.args[0]}: it is cut, or of another kind of VQGAN") from error
+    except ValueError as error:
+        raise ValueError(f"{path} has impossible sizes: {error}; expected a VQGAN") from error
     with torch.device("meta"):
         vqgan = VQGAN(config)
     load_weights(vqgan, _state(vqgan, weights), path)
@@ -124,17 +125,18 @@ def read_vqgan(weights: VQGANWeights, *, pixels: Pixels | None = None, image_siz
 
 def _config(weights: VQGANWeights, pixels: Pixels, image_size: int) -> VQGANConfig:
     """Return the sizes as the weights show them."""
-    n_levels = weights.count(r"decoder\.up\.(\d+)\.")
+    n_levels = weights.count("decoder.up.{}.block.0.conv1.weight")
     widths = [weights.shape(f"decoder.up.{i}.block.0.conv1.weight")[0] for i in range(n_levels)]
     has_encoder = "encoder.conv_in.weight" in weights
-    width = weights.shape("encoder.conv_in.weight")[0] if has_encoder else widths[0]
+    finest = "encoder.conv_in.weight" if has_encoder else "decoder.up.0.block.0.conv1.weight"
+    width = weights.shape(finest)[0]
     if odd := [other for other in widths if other % width]:
         raise ValueError(f"a level has {odd[0]} channels, which is no multiple of {width}")
     vocab_size, code_width = weights.shape("quantize.embedding.weight")
     return VQGANConfig(
         width=width,
         multiples=tuple(other // width for other in widths),
-        n_blocks=weights.count(r"decoder\.up\.0\.block\.(\d+)\.") - 1,
+        n_blocks=weights.count("decoder.up.0.block.{}.conv1.weight") - 1,
         attention=tuple(i for i in range(n_levels) if f"decoder.up.{i}.attn.0.q.weight" in weights),
         z_channels=weights.shape("decoder.conv_in.weight")[1],
         code_width=code_width,

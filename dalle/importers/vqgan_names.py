@@ -1,5 +1,6 @@
 """What the weights of a VQGAN are called: by taming-transformers and us, in flax, and in min-dalle's decoder alone."""
 
+import itertools
 import re
 from typing import Literal
 
@@ -17,6 +18,7 @@ _FLAX = (
     (r"\.weight$", ".kernel"),
 )
 """From our names to flax's, one after the other."""
+_FROM_HWIO = (3, 2, 0, 1)
 _LEFT_OUT = re.compile(r"loss\..*")
 """Beside the weights: the discriminator and the network of the perceptual loss."""
 _LEFT_OUTSIDE = re.compile(r"(optimizer_states|lr_schedulers|callbacks|loops)\..*")
@@ -70,22 +72,29 @@ class VQGANWeights:
         return self.source(name) in self.part
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Return the shape that a weight has here; KeyError, with the file's name of it, if there is none."""
-        shape = self.part.shape(self.source(name))
-        return tuple(shape[i] for i in (3, 2, 0, 1)) if self._is_kernel(shape) else shape
+        """Return the shape that a convolution's weight, or the codes, have here.
+
+        Raises:
+            KeyError: there is no such weight; it is the file's name of it.
+            ValueError: the shape has too many or too few numbers.
+        """
+        source = self.source(name)
+        shape, rank = self.part.shape(source), 2 if "embedding" in name else 4
+        if len(shape) != rank or 0 in shape:
+            raise ValueError(f"{source} has the shape {shape}")
+        return tuple(shape[i] for i in _FROM_HWIO) if self._is_kernel(name, shape) else shape
 
     def __getitem__(self, name: str) -> Tensor:
         """Read a weight: float32, in memory of its own."""
         weight = self.part[self.source(name)]
-        if self._is_kernel(weight.shape):
-            return weight.permute(3, 2, 0, 1).contiguous()
-        # flax's normalisations were (1, 1, 1, C) once
+        if self._is_kernel(name, weight.shape):
+            return weight.permute(_FROM_HWIO).contiguous()
+        # flax's normalisations once had the shape (1, 1, 1, C)
         return weight.flatten() if self.style == "flax" and "norm" in name else weight
 
-    def count(self, pattern: str) -> int:
-        """Return how many different numbers the file has at the group of a pattern of its names."""
-        pattern = pattern.replace(r"\.(", r"[._](")
-        return len({match[1] for name in self.part if (match := re.match(pattern, name))})
+    def count(self, name: str) -> int:
+        """Return how many numbers from 0 on stand at `{}` in the name of a weight that there is."""
+        return next(i for i in itertools.count() if name.format(i) not in self)
 
     def refuse_unknown(self) -> None:
         """Raise ValueError if a weight of the part was not read, and is none that may be left."""
@@ -95,9 +104,9 @@ class VQGANWeights:
                 "not read here"
             )
 
-    def _is_kernel(self, shape: tuple[int, ...]) -> bool:
+    def _is_kernel(self, name: str, shape: tuple[int, ...]) -> bool:
         """Return whether a weight is a convolution's in flax's order: height, width, in, out."""
-        return self.style == "flax" and len(shape) == 4 and shape[:3] != (1, 1, 1)
+        return self.style == "flax" and len(shape) == 4 and "norm" not in name
 
 
 def find_vqgan(tensors: Tensors, prefix: str | None = None) -> VQGANWeights:
