@@ -70,10 +70,10 @@ class VQGANConfig:
         for name, value in sizes.items():
             if type(value) is not int or not value >= 1:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
-        if self.width % GROUPS or self.width * max(self.multiples, default=1) > MAX_WIDTH:
-            raise ValueError(
-                f"width ({self.width}) must be a multiple of {GROUPS}, and no level wider than {MAX_WIDTH}"
-            )
+        if self.width % GROUPS:
+            raise ValueError(f"width ({self.width}) must be a multiple of {GROUPS}, the groups of a normalisation")
+        if max(self.widths, default=0) > MAX_WIDTH:
+            raise ValueError(f"a level has {max(self.widths)} channels: expected at most {MAX_WIDTH}")
         if not 1 <= len(self.multiples) <= MAX_LEVELS:
             raise ValueError(f"multiples must be 1 to {MAX_LEVELS} numbers: each level halves the picture")
         if self.attention != tuple(level for level in range(len(self.multiples)) if level in self.attention):

@@ -125,9 +125,10 @@ def find_vqgan(tensors: Tensors, prefix: str | None = None) -> VQGANWeights:
             which = " or ".join(sorted(found))
             raise ValueError(f"{tensors.path} holds {len(found)} VQGANs: say which by --prefix {which}")
         prefix = next(iter(found), "")
+        prefix = re.sub(r"(^|\.)decoder\.$", r"\1", prefix)  # of a decoder inside the decoder
     part = tensors.under(prefix)
     for start, what in _OTHERS:
-        if any(name.startswith(start) for name in part) or prefix.endswith(f".{start}"):
+        if any(name.startswith(start) for name in part):
             raise ValueError(f"{tensors.path} is {what}: not read here; expected a plain VQGAN")
     if prefix not in found:
         raise ValueError(_no_vqgan(tensors, prefix))

@@ -140,7 +140,7 @@ WRONG_STATES: dict[str, tuple[Callable[[dict[str, torch.Tensor]], object], str]]
         lambda s: without(s, "decoder.mid.block_2.conv2.bias"),
         r"has no decoder\.mid\.block_2\.conv2\.bias: it is",
     ),
-    "no levels": (lambda s: without(s, "decoder.up."), "has impossible sizes: multiples must be 1 to 16 numbers"),
+    "no levels": (lambda s: without(s, "decoder.up."), "has impossible sizes"),
     "half an encoder": (lambda s: without(s, "encoder.mid."), r"has no encoder\.mid\.block_1\.norm1\.weight"),
     "no proj": (lambda s: {**s, "quantize.proj.weight": torch.ones(2, 2)}, "an autoencoder without codes"),
     "more": (
@@ -190,7 +190,7 @@ def test_an_image_size_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 
 WRONG_FILES = {
     "pointer": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 3\n", "Git LFS"),
-    "page": (b"<!DOCTYPE html><html></html>", "HTML"),
+    "page": (b"<!DOCTYPE html><html></html>", "is a web page"),
     "empty": (b"", "empty"),
     "cut": (None, r"cut|cannot be read"),
 }
@@ -231,7 +231,7 @@ def test_importing_a_vqgan_holds_the_weights_once_and_a_tensor(
     large = replace(TINY, width=256, multiples=(4,), n_blocks=1, attention=())
     with torch.device("meta"):
         meta = VQGAN(large).state_dict()
-    state = {name: torch.zeros(value.shape, dtype=torch.half) for name, value in meta.items()}
+    state = {name: torch.zeros(value.shape) for name, value in meta.items()}
     n_bytes = 4 * sum(value.numel() for value in meta.values())
     largest = 4 * max(value.numel() for value in meta.values())
     assert largest > 32 << 20
@@ -243,7 +243,7 @@ def test_importing_a_vqgan_holds_the_weights_once_and_a_tensor(
     state.clear()
     kept: list[object] = []
     rise = rise_of_memory(lambda: kept.append(import_vqgan(file, image_size=32)))
-    # a tensor is read in half precision and transposed; with the file, or another copy, it would be more
+    # a tensor is held twice while it is read; with the file, or another copy, it would be more
     assert n_bytes * 0.9 < rise < n_bytes + 2.5 * largest
 
 
