@@ -25,7 +25,7 @@ OwnCLIP = Annotated[
 ]
 OwnDVAE = Annotated[
     Path | None,
-    tyro.conf.arg(metavar="DIR", help="Directory of a dVAE.", help_behavior_hint="(default: the bundle's)"),
+    tyro.conf.arg(metavar="DIR", help="Directory of a dVAE or a VQGAN.", help_behavior_hint="(default: the bundle's)"),
 ]
 JSONLines = Annotated[
     bool,
