@@ -56,7 +56,7 @@ ROOMS: dict[str, set[str]] = {
     "dalle.output": {*_CORE, "dalle.pipeline"},
     "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data"},
     "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
-    "dalle.importers": {"storage", *_MODELS},
+    "dalle.importers": {"storage", "dalle", *_MODELS, "dalle.data", "dalle.pipeline"},
     "dalle.cli": {
         *_CORE,
         *_MODELS,

@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip, import-vqgan.
+"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip, import-vqgan, import-bundle.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -34,6 +34,7 @@ def read(arguments: "Sequence[str]") -> "Command":
 
     from dalle.cli.command import parse
     from dalle.cli.generate import Generate
+    from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
     from dalle.cli.importing.import_dvae import ImportDVAE
     from dalle.cli.importing.import_vqgan import ImportVQGAN
@@ -49,6 +50,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
         | Annotated[ImportVQGAN, subcommand("import-vqgan")]
+        | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
         "Generates pictures from captions; ranks, searches and reconstructs pictures. "

@@ -6,7 +6,7 @@ with; others, whose ids mean something else, are refused.
 
 import re
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, Protocol
 
 import torch
 
@@ -103,7 +103,15 @@ def bundle_part(bundle: Path, part: str) -> Path:
     return bundle / part
 
 
-def check_sizes(tokenizer: TextTokenizer, dalle: Transformer, dvae: Codec) -> None:
+class Sized(Protocol):
+    """A model, or what stands for one."""
+
+    @property
+    def config(self) -> Any:
+        """Its sizes."""
+
+
+def check_sizes(tokenizer: TextTokenizer, dalle: Sized, dvae: Sized) -> None:
     """Raise ValueError unless tokenizer, transformer and dVAE have the same vocabularies and grid."""
     for what, of_transformer, of_part in (
         ("text tokens", dalle.config.text_vocab, tokenizer.vocab_size),

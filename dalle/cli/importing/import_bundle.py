@@ -1,0 +1,24 @@
+"""`dalle import-bundle`: turns a published model, with its tokenizer and its pictures' codec, into a bundle."""
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
+
+from dalle.cli.importing.dalle_mini import DALLEMini, MinDALLE
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportBundle:
+    """Turn a published model, its tokenizer and its pictures' codec into a bundle, executing nothing in their files."""
+
+    kind: OmitSubcommandPrefixes[
+        OmitArgPrefixes[
+            Annotated[MinDALLE, subcommand("min-dalle")]  # a line for each kind
+            | Annotated[DALLEMini, subcommand("dalle-mini")]
+        ]
+    ]
+
+    def run(self) -> None:
+        """Do what the kind does."""
+        self.kind.run()
