@@ -6,38 +6,50 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dalle.cache import Decoder, bytes_per_candidate, bytes_per_caption
+from dalle.family.mini import cache as mini
+from dalle.family.mini.model import KIND as MINI_KIND
+from dalle.family.mini.model import DALLEMini
 from dalle.model import DALLE
+from storage.model_directory import directory_kind
 
-Transformer = DALLE
+Transformer = DALLE | DALLEMini
 """Any of them."""
-Decoding = Decoder
+Decoding = Decoder | mini.MiniDecoder
 """Any of them while it decodes: one image position a step, for all candidates."""
 
 
 def load_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory, on the CPU; raises as `DALLE.load`."""
-    return DALLE.load(path)
+    return DALLEMini.load(path) if directory_kind(path, expected="dalle") == MINI_KIND else DALLE.load(path)
 
 
 def decoding(
     model: Transformer, text: Tensor, counts: Sequence[int], prefix: Tensor | None = None, *, compile: bool = False
 ) -> Decoding:
     """Read the prompts and return what decodes their candidates; arguments and errors are `Decoder`'s."""
+    if isinstance(model, DALLEMini):
+        return mini.MiniDecoder(model, text, counts, prefix, compile=compile)
     return Decoder(model, text, counts, prefix, compile=compile)
 
 
 def candidate_bytes(model: Transformer) -> int:
     """Return the memory of one candidate's keys and values."""
+    if isinstance(model, DALLEMini):
+        return mini.candidate_bytes(model)
     return bytes_per_candidate(model.config, model.dtype)
 
 
 def caption_bytes(model: Transformer) -> int:
     """Return the memory of one caption: its keys and values, and the peak of reading it."""
+    if isinstance(model, DALLEMini):
+        return mini.caption_bytes(model)
     return bytes_per_caption(model.config, model.dtype)
 
 
 def n_step_weights(model: Transformer) -> int:
     """Return how many weights a candidate is multiplied with at each image position."""
+    if isinstance(model, DALLEMini):
+        return mini.n_step_weights(model)
     return _n_weights(model.blocks) + _n_weights(model.image_head)
 
 
