@@ -6,18 +6,33 @@ from pathlib import Path
 
 from torch import Tensor
 
+from dalle.family.texts.bart import KIND as BART
+from dalle.family.texts.bart import BartTokenizer
 from dalle.family.transformers import Transformer
 from dalle.tokenizer import Tokenizer
+from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-TextTokenizer = Tokenizer
+TextTokenizer = Tokenizer | BartTokenizer
 """Any of them."""
+_KINDS = {BART: BartTokenizer}
+"""Those that are imported, by the kind that their files say."""
 
 
 def load_tokenizer(file: Path) -> TextTokenizer:
     """Read a bundle's tokenizer; raises as `Tokenizer.load`."""
-    return Tokenizer.load(file)
+    imported = _KINDS.get(_kind(file))
+    return Tokenizer.load(file) if imported is None else imported.load(file)
+
+
+def _kind(file: Path) -> str:
+    """Return the kind that a file says; "" for the paper's tokenizer, and for anything else."""
+    try:
+        found = parse_json(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return ""
+    return str(found.get("kind")) if isinstance(found, dict) else ""
 
 
 def text_of(tokenizer: TextTokenizer, captions: Sequence[str], model: Transformer) -> Tensor:

@@ -1,0 +1,1 @@
+"""Text tokenizers of published models."""
