@@ -22,8 +22,8 @@ class StreamLoss:
 
     total: Tensor
     """The objective: ⅛ text + ⅞ image."""
-    text: Tensor
-    """Mean over all BPE tokens of the batch; 0 if all its captions are empty."""
+    text: Tensor | None
+    """Mean over all BPE tokens of the batch; 0 if all its captions are empty; None of a model that only reads them."""
     image: Tensor
     """Mean over all image tokens of the batch."""
     image_by_row: Tensor

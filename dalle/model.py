@@ -20,7 +20,7 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
 
 import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -89,6 +89,10 @@ class DALLEConfig:
         if self.attention == "paper":
             return layer_kinds(self.n_layers)
         return (self.attention,) * self.n_layers
+
+    def fitted(self, *, text_vocab: int, image_vocab: int, grid: int) -> Self:
+        """Return these sizes for a tokenizer and a codec."""
+        return replace(self, text_vocab=text_vocab, image_vocab=image_vocab, grid=grid)
 
     @property
     def n_text_ids(self) -> int:
@@ -179,6 +183,23 @@ OWN_SHARE = 0.3
 """Random share of the variance of an image embedding that starts from the codebook."""
 
 
+def begin_from_codebook(codebook_VC: Tensor, embedding_VD: Tensor, head_VD: Tensor) -> None:
+    """Write into embeddings and head: see `DALLE.initialise_from_codebook`."""
+    V, C = codebook_VC.shape
+    if len(embedding_VD) != V:
+        raise ValueError(f"the codebook has {V} rows, and the model {len(embedding_VD)} image tokens")
+    D = embedding_VD.shape[1]
+    rows_VC = codebook_VC - codebook_VC.mean(dim=0)
+    rows_VC = rows_VC / rows_VC.square().mean().sqrt().clamp_min(1e-12)
+
+    def projected(std: float) -> Tensor:
+        return std * rows_VC @ torch.randn(C, D, device=rows_VC.device) / math.sqrt(C)
+
+    own = math.sqrt(OWN_SHARE) * embedding_VD
+    embedding_VD.copy_(math.sqrt(1 - OWN_SHARE) * projected(float(embedding_VD.std())) + own)
+    head_VD.copy_(projected(1 / math.sqrt(D)))
+
+
 class DALLE(nn.Module):
     """The transformer: text ids and image tokens in, next-token logits out."""
 
@@ -262,18 +283,9 @@ class DALLE(nn.Module):
         Raises:
             ValueError: there are not as many rows as image tokens.
         """
-        V, C = codebook_VC.shape
-        if self.config.image_vocab != V:
-            raise ValueError(f"the codebook has {V} rows, and the model {self.config.image_vocab} image tokens")
-        rows_VC = codebook_VC - codebook_VC.mean(dim=0)
-        rows_VC = rows_VC / rows_VC.square().mean().sqrt().clamp_min(1e-12)
-
-        def projected(std: float) -> Tensor:
-            return std * rows_VC @ torch.randn(C, self.config.d_model, device=rows_VC.device) / math.sqrt(C)
-
-        own = self.image_embedding.weight[:V]  # without start of image
-        own.copy_(math.sqrt(1 - OWN_SHARE) * projected(float(own.std())) + math.sqrt(OWN_SHARE) * own)
-        self.image_head.weight.copy_(projected(1 / math.sqrt(self.config.d_model)))
+        V = self.config.image_vocab
+        # without start of image
+        begin_from_codebook(codebook_VC, self.image_embedding.weight[:V], self.image_head.weight)
 
     def forward(self, text: Tensor, image_tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Return the logits of every position's next token.

@@ -12,6 +12,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 
+from dalle.family.mini.config import MiniConfig
+from dalle.family.transformers import TrainedConfig
 from dalle.model import DALLEConfig
 from dalle.sampling import SamplingDefaults
 from dvae.model import DVAEConfig
@@ -57,7 +59,7 @@ class TransformerOptions:
 class TransformerRecipe(TransformerOptions):
     """The second stage. Defaults: B of the paper."""
 
-    model: DALLEConfig = field(default_factory=DALLEConfig)
+    model: TrainedConfig = field(default_factory=DALLEConfig)
     """The transformer; `text_vocab` and `image_vocab` are taken from the tokenizer and the dVAE it is trained on."""
     train: TrainConfig
     """The run."""
@@ -191,7 +193,7 @@ def _cpu_dvae(image_size: int, vocab_size: int, warmup_steps: int, steps: int) -
 
 
 def _cpu_transformer(
-    model: DALLEConfig,
+    model: TrainedConfig,
     *,
     steps: int,
     batch: int,
@@ -305,6 +307,24 @@ def demo() -> Recipe:
             first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
+    )
+
+
+def mini_cpu() -> Recipe:
+    """Return the demonstration with DALL·E mini's encoder-decoder in place of the paper's transformer.
+
+    A step's arithmetic is about the demonstration's.
+    """
+    base = demo()
+    model = MiniConfig(
+        encoder_layers=3, decoder_layers=5, d_model=128, n_heads=4, d_glu=341, text_len=26, grid=12, text_vocab=512
+    )
+    fitted = model.fitted(text_vocab=512, image_vocab=1024, grid=12)
+    return dataclasses.replace(
+        base,
+        name="mini-cpu",
+        purpose="DALL·E mini's encoder-decoder on the built-in world, in minutes on two CPU cores",
+        transformer=dataclasses.replace(base.transformer, model=fitted, init_scale=4.0),
     )
 
 
@@ -455,6 +475,7 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "demo": demo,
     "icons-cpu": icons_cpu,
     "photos-cpu": photos_cpu,
+    "mini-cpu": mini_cpu,
     "1m": one_million,
     "50m": fifty_million,
     "1.3b": one_billion,

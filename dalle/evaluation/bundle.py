@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from dalle.data.reader import ShardData
-from dalle.loss import stream_loss
+from dalle.family.losses import training_loss
 from dalle.output.sheets import contact_sheet
 from dalle.output.text import Say, aligned
 from dalle.pipeline import Pipeline
@@ -61,8 +61,8 @@ class Evaluation:
     """image_unigram − image_loss."""
     text_unigram: float
     """Entropy of the text tokens' own frequencies."""
-    text_loss: float
-    """The transformer's loss per text token."""
+    text_loss: float | None
+    """The transformer's loss per text token; None of one that only reads them."""
     captions_cut: int
     """Captions longer than the stream's text part."""
     retrieval: float
@@ -72,6 +72,7 @@ class Evaluation:
 
     def table(self) -> str:
         """Return the measurements as aligned lines."""
+        text = "none: captions are only read;" if self.text_loss is None else f"{self.text_loss:.3f}"
         rows = [
             ("pictures", f"{self.samples}"),
             ("reconstruction PSNR", f"{self.psnr:.2f} dB"),
@@ -82,7 +83,7 @@ class Evaluation:
                 f"{self.image_loss:.3f} nats per token; unigram {self.image_unigram:.3f}, "
                 f"{abs(self.image_gain):.3f} {'better' if self.image_gain >= 0 else 'worse'}",
             ),
-            ("text loss", f"{self.text_loss:.3f} nats per token; unigram {self.text_unigram:.3f}"),
+            ("text loss", f"{text} nats per token; unigram {self.text_unigram:.3f}"),
             ("captions cut", f"{self.captions_cut}"),
             (
                 "CLIP retrieval",
@@ -107,8 +108,8 @@ class _Measured:
     """The captions' BPE ids, one after the other."""
     image_loss_sum: float
     """In nats, over all image tokens."""
-    text_loss_sum: float
-    """In nats, over all text tokens."""
+    text_loss_sum: float | None
+    """In nats, over all text tokens; None of a transformer that only reads them."""
     n_cut: int
     features: Tensor
     """(B,E) of CLIP, of the pictures."""
@@ -131,6 +132,7 @@ def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evalua
     captions = [caption for part in parts for caption in part.captions]
     image_tokens = torch.cat([part.image_tokens for part in parts])
     text_tokens = torch.cat([part.text_tokens for part in parts])
+    text_losses = [part.text_loss_sum for part in parts]
     usage = code_usage(image_tokens, pipe.dvae.config.vocab_size)
     image_loss = sum(part.image_loss_sum for part in parts) / image_tokens.numel()
     retrieval, retrieval_size = _retrieval(pipe.clip, captions, torch.cat([part.features for part in parts]))
@@ -145,7 +147,7 @@ def evaluate(pipe: Pipeline, data: ShardData, *, batch_size: int = 32) -> Evalua
         image_loss=image_loss,
         image_gain=usage.entropy - image_loss,
         text_unigram=code_usage(text_tokens, pipe.dalle.config.text_vocab).entropy,
-        text_loss=sum(part.text_loss_sum for part in parts) / text_tokens.numel(),
+        text_loss=None if None in text_losses else sum(filter(None, text_losses)) / text_tokens.numel(),
         captions_cut=sum(part.n_cut for part in parts),
         retrieval=retrieval,
         retrieval_size=retrieval_size,
@@ -158,11 +160,9 @@ def _measure(pipe: Pipeline, images_BCHW: Tensor, captions: list[str]) -> _Measu
     tokens_BYX = pipe.dvae.encode(images_BCHW)
     decoded_BCHW = pipe.dvae.decode(tokens_BYX)
     image_tokens_BI = tokens_BYX.flatten(1)
-    text_BT, n_cut = pipe.tokenizer.text(captions, config.text_len)
-    text_BT = text_BT.to(images_BCHW.device)
-    text_logits, image_logits = pipe.dalle(text_BT, image_tokens_BI)
-    loss = stream_loss(text_logits, image_logits, text_BT, image_tokens_BI, config)
-    text_tokens = text_BT[text_BT < config.text_vocab].cpu()
+    each = [pipe.tokenizer.encode(caption) for caption in captions]
+    loss = training_loss(pipe.dalle, config.text_rows(each).to(images_BCHW.device), image_tokens_BI)
+    text_tokens = torch.tensor([number for ids in each for number in ids[: config.max_caption]])
     return _Measured(
         captions=captions,
         psnr=psnr(images_BCHW, decoded_BCHW).cpu(),
@@ -170,8 +170,8 @@ def _measure(pipe: Pipeline, images_BCHW: Tensor, captions: list[str]) -> _Measu
         image_tokens=image_tokens_BI.cpu(),
         text_tokens=text_tokens,
         image_loss_sum=loss.image.item() * image_tokens_BI.numel(),
-        text_loss_sum=loss.text.item() * text_tokens.numel(),
-        n_cut=n_cut,
+        text_loss_sum=None if loss.text is None else loss.text.item() * text_tokens.numel(),
+        n_cut=sum(len(ids) > config.max_caption for ids in each),
         features=embed_images(pipe.clip, images_BCHW).cpu(),
     )
 

@@ -7,9 +7,10 @@ from torch import Tensor, nn
 
 from dalle.cache import Decoder, bytes_per_candidate, bytes_per_caption
 from dalle.family.mini import cache as mini
+from dalle.family.mini.config import MiniConfig
 from dalle.family.mini.model import KIND as MINI_KIND
 from dalle.family.mini.model import DALLEMini
-from dalle.model import DALLE
+from dalle.model import DALLE, KIND, DALLEConfig
 from storage.model_directory import directory_kind
 
 Transformer = DALLE | DALLEMini
@@ -18,9 +19,25 @@ Decoding = Decoder | mini.MiniDecoder
 """Any of them while it decodes: one image position a step, for all candidates."""
 
 
+Trained = DALLE | DALLEMini
+"""Those that are trained here."""
+TrainedConfig = DALLEConfig | MiniConfig
+"""Their sizes."""
+
+
+def new_transformer(config: TrainedConfig) -> Trained:
+    """Return a new model, its weights drawn by torch's global generator."""
+    return DALLEMini(config) if isinstance(config, MiniConfig) else DALLE(config)
+
+
+def kind_of(config: TrainedConfig) -> str:
+    """Return the kind of the directory that such a model is saved in."""
+    return MINI_KIND if isinstance(config, MiniConfig) else KIND
+
+
 def load_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory, on the CPU; raises as `DALLE.load`."""
-    return DALLEMini.load(path) if directory_kind(path, expected="dalle") == MINI_KIND else DALLE.load(path)
+    return DALLEMini.load(path) if directory_kind(path, expected=KIND) == MINI_KIND else DALLE.load(path)
 
 
 def decoding(

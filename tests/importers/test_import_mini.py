@@ -42,7 +42,8 @@ def test_min_dalles_files_are_read_to_the_bit(tmp_path: Path, suffix: str) -> No
     imported = import_min_dalle(min_dalle(tmp_path, model, suffix), image_vocab=IMAGE_VOCAB)
     same(imported.model, model)
     assert imported.model.config == replace(model.config, text_vocab=imported.tokenizer.vocab_size)
-    assert [path.name for path in imported.files] == [f"encoder{suffix}.pt", f"decoder{suffix}.pt"] + [
+    assert [path.name for path in imported.files] == [
+        *(f"{name}{suffix}.pt" for name in ("encoder", "decoder")),
         f"vocab{suffix}.json",
         f"merges{suffix}.txt",
     ]

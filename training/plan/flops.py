@@ -9,6 +9,8 @@ norms, activations and the optimizer count as nothing.
 from collections import Counter
 
 from dalle.attention import mask
+from dalle.family.mini.config import MiniConfig
+from dalle.family.transformers import TrainedConfig
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
 from rerank.config import CLIPConfig
@@ -39,12 +41,14 @@ def attention_flops(config: DALLEConfig) -> int:
     return 2 * 2 * config.d_model * attended(config)
 
 
-def training_flops(config: DALLEConfig) -> int:
+def training_flops(config: TrainedConfig) -> int:
     """Return the operations of one sample's forward and backward pass: 251 GFLOP for the benchmarks' shape."""
+    if isinstance(config, MiniConfig):
+        return round(_mini_flops(config))
     return 3 * linear_flops(config) + attention_flops(config) * 7 // 2
 
 
-def flops_per_sample(config: DALLEConfig, n_block_parameters: int) -> float:
+def flops_per_sample(config: TrainedConfig, n_block_parameters: int) -> float:
     """Return the floating-point operations of a training step per sample, forward and backward.
 
     6 for each weight of a matrix and position it is applied to: the blocks' at all S positions, the text head's at the
@@ -52,11 +56,23 @@ def flops_per_sample(config: DALLEConfig, n_block_parameters: int) -> float:
     4·S²·d per layer forward, 12·S²·d with the backward pass. That is how model FLOPs utilisation is usually counted;
     `training_flops` counts only the pairs that the masks allow.
     """
+    if isinstance(config, MiniConfig):
+        return _mini_flops(config)
     n_image = config.grid**2
     stream = config.text_len + n_image
     heads = config.d_model * (config.text_len * config.text_vocab + n_image * config.image_vocab)
     attention = 12.0 * config.n_layers * stream**2 * config.d_model
     return 6.0 * (n_block_parameters * stream + heads) + attention
+
+
+def _mini_flops(config: MiniConfig) -> float:
+    """Return the same of an encoder-decoder: its encoder works on the text's positions, its decoder on the image's."""
+    T, I, D = config.text_len, config.stream.n_image, config.d_model  # noqa: E741  # the legend's letters
+    glu = 3 * D * config.d_glu
+    encoder = config.encoder_layers * (4 * D**2 + glu) * T
+    decoder = config.decoder_layers * ((6 * D**2 + glu) * I + 2 * D**2 * T)
+    attention = config.encoder_layers * T**2 + config.decoder_layers * (I**2 + I * T)
+    return 6.0 * (encoder + decoder + D * config.image_vocab * I) + 12.0 * attention * D
 
 
 def dvae_flops(config: DVAEConfig) -> int:

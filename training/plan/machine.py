@@ -13,7 +13,7 @@ from typing import Literal
 
 import torch
 
-from dalle.model import DALLE
+from dalle.family.transformers import new_transformer
 from dalle.output.text import GIB
 from dvae import DVAE
 from rerank import CLIP
@@ -240,6 +240,6 @@ def _rank_gib(recipe: Recipe) -> dict[str, float]:
     with shapes_only():
         dvae = sum(weight.numel() for weight in DVAE(recipe.dvae.model).parameters())
         clip = sum(weight.numel() for weight in CLIP(recipe.clip.model).parameters())
-        transformer = sum(weight.numel() for weight in DALLE(recipe.transformer.model).parameters())
+        transformer = sum(weight.numel() for weight in new_transformer(recipe.transformer.model).parameters())
     sizes = {"tokenizer": 0, "dvae": dvae, "clip": clip, "transformer": transformer}
     return {stage: PROCESS_GIB + BYTES_PER_PARAMETER * n / GIB for stage, n in sizes.items()}

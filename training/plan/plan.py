@@ -11,7 +11,9 @@ from collections.abc import Iterator, Mapping
 
 from torch import nn
 
-from dalle.model import DALLE
+from dalle.family.mini.config import MiniConfig
+from dalle.family.transformers import Trained, TrainedConfig, new_transformer
+from dalle.model import DALLEConfig
 from dalle.output.text import GIB
 from dvae.model import DVAE, DVAEConfig
 from rerank.model import CLIP
@@ -49,10 +51,10 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     precision, optimizer = options.precision or train.precision, options.optimizer or train.optimizer.kind
     samples = _micro_batch(train, gpus, options.micro_batch)
     with shapes_only():
-        model, dvae, clip = DALLE(config), DVAE(recipe.dvae.model), CLIP(recipe.clip.model)
+        model, dvae, clip = new_transformer(config), DVAE(recipe.dvae.model), CLIP(recipe.clip.model)
     parameters = model.n_parameters()
     run = Run(
-        config=config,
+        config=stand_in(config),
         sizes=Sizes.of(model),
         mode=Mode(zero_stage=0, precision="fp32"),
         gpus=gpus,
@@ -69,7 +71,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     plan = Plan(
         recipe=recipe.name,
         purpose=recipe.purpose,
-        model=config,
+        model=stand_in(config),
         gpus=gpus,
         gpu_memory_gib=options.gpu_memory,
         precision=precision,
@@ -115,6 +117,26 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
     return dataclasses.replace(plan, communication=tuple(_communications(plan, model, train, options)))
 
 
+def stand_in(config: TrainedConfig) -> DALLEConfig:
+    """Return the model whose activations are counted: an encoder-decoder counts as a dense decoder of all its layers.
+
+    A layer of either keeps about as much of a position, but each of the encoder-decoder's works on a part of the
+    stream only: its own activations are fewer.
+    """
+    if not isinstance(config, MiniConfig):
+        return config
+    return DALLEConfig(
+        n_layers=config.encoder_layers + config.decoder_layers,
+        d_model=config.d_model,
+        n_heads=config.n_heads,
+        text_len=config.text_len,
+        grid=config.grid,
+        text_vocab=config.text_vocab,
+        image_vocab=config.image_vocab,
+        attention="dense",
+    )
+
+
 def _speeds(options: PlanOptions) -> Speeds:
     """Return the speeds that are assumed: measured on the run's disk if it is named; --disk goes before that."""
     speeds = measured_speeds(options.out) if options.out else Speeds()
@@ -136,7 +158,7 @@ def _network(options: PlanOptions) -> Network | None:
     )
 
 
-def _communications(plan: Plan, model: DALLE, train: TrainConfig, options: PlanOptions) -> Iterator[Communication]:
+def _communications(plan: Plan, model: Trained, train: TrainConfig, options: PlanOptions) -> Iterator[Communication]:
     """Yield the rows of the table of communication; none without a network."""
     if plan.network is None:
         return

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from dalle.model import DALLE
+from dalle.family.transformers import Trained
 from training.config import Offload, Precision, TrainConfig
 from training.engine.deepspeed_config import resolve
 from training.engine.muon import block_matrices
@@ -126,7 +126,7 @@ class Sizes:
     """Parameters of the largest of these matrices."""
 
     @classmethod
-    def of(cls, model: DALLE) -> "Sizes":
+    def of(cls, model: Trained) -> "Sizes":
         """Return the sizes of a model."""
         counts = [parameter.numel() for parameter in model.parameters()]
         matrices = [matrix.numel() for matrix in block_matrices(model)]

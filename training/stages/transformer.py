@@ -16,8 +16,9 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.data.reader import Sample, ShardData
-from dalle.loss import training_loss
-from dalle.model import DALLE, KIND
+from dalle.family.losses import training_loss
+from dalle.family.transformers import Trained, kind_of, new_transformer
+from dalle.model import DALLEConfig
 from dalle.output.sheets import contact_sheet
 from dalle.output.text import Say
 from dalle.sampling import candidate_seed, check_top_k, sample
@@ -41,10 +42,10 @@ from training.stages.locks import alone_in
 from training.stages.program import Program
 
 
-def transformer_loss(model: DALLE, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
+def transformer_loss(model: Trained, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
     """Return the weighted loss of a batch, and metrics.
 
-    The metrics are the text and image losses in nats per token, the image loss of each row of the grid, (Y,), and the
+    The metrics are the text and image losses in nats per token (that of text if the model predicts it), the image loss of each row of the grid, (Y,), and the
     fraction of captions cut.
 
     Args:
@@ -55,7 +56,7 @@ def transformer_loss(model: DALLE, text: Tensor, image_tokens: Tensor, n_cut: Te
     """
     loss = training_loss(model, text, image_tokens)
     return loss.total, {
-        "text_loss": loss.text.detach(),
+        **({} if loss.text is None else {"text_loss": loss.text.detach()}),
         "image_loss": loss.image.detach(),
         "image_loss_by_row": loss.image_by_row,
         "captions_cut": n_cut.float().mean(),
@@ -90,7 +91,7 @@ class TransformerStage:
     def __init__(
         self,
         recipe: TransformerRecipe,
-        model: DALLE,
+        model: Trained,
         tokenizer: Tokenizer,
         dvae: Codec,
         directory: Path,
@@ -128,10 +129,8 @@ class TransformerStage:
             captions = captions[: self.recipe.first_captions]
         caption = captions[rng.integers(len(captions))]
         is_null = rng.random() < self.recipe.null_caption_probability
-        text, n_cut = self._tokenizer.text(
-            ["" if is_null else caption], self._config.text_len, dropout=self.recipe.bpe_dropout, rngs=[rng]
-        )
-        return {**image, "text": text[0], "n_cut": torch.tensor(n_cut)}
+        ids = self._tokenizer.encode("" if is_null else caption, dropout=self.recipe.bpe_dropout, rng=rng)
+        return {**image, **self._text(ids)}
 
     def transform_for_validation(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the centre crop, or its tokens, and the first caption, without dropout."""
@@ -140,8 +139,14 @@ class TransformerStage:
             image = {"images": to_tensor(resize_and_crop(picture, self._dvae.config.image_size))}
         else:
             image = _one_view(sample.image_tokens, 0)
-        text, n_cut = self._tokenizer.text([sample.captions[0]], self._config.text_len)
-        return {**image, "text": text[0], "n_cut": torch.tensor(n_cut)}
+        return {**image, **self._text(self._tokenizer.encode(sample.captions[0]))}
+
+    def _text(self, ids: list[int]) -> Tensors:
+        """Return the text ids of a caption's tokens, and 1 if it is too long."""
+        return {
+            "text": self._config.text_rows([ids])[0],
+            "n_cut": torch.tensor(int(len(ids) > self._config.max_caption)),
+        }
 
     def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
         """Return the loss and the metrics of `transformer_loss`; encodes pictures, unless they are encoded."""
@@ -155,11 +160,14 @@ class TransformerStage:
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Sample a picture for each of the captions, as the recipe says, on one sheet.
 
-        With weights of which each rank holds a part, all ranks sample, each with some of the layers.
+        With weights of which each rank holds a part, all ranks sample, each with some of the layers; an
+        encoder-decoder, which is not spread over ranks, draws no pictures then.
         """
         if not self._captions:
             return None
         if isinstance(weights, WeightsInParts) and weights.ranks.size > 1:
+            if not isinstance(self._config, DALLEConfig):
+                return None
             weights.call_all()
             tokens = self._sampled(spread(self._config, weights))
         else:
@@ -169,28 +177,29 @@ class TransformerStage:
 
     def help_to_draw(self, weights: WeightsInParts) -> None:
         """Sample in step with the first rank, with this rank's layers; where one has no room, no rank samples."""
+        assert isinstance(self._config, DALLEConfig)  # others call nobody
         with contextlib.suppress(torch.OutOfMemoryError):  # `picture` has it, too
             self._sampled(spread(self._config, weights))
 
-    def _sampled(self, model: DALLE) -> Tensor:
+    def _sampled(self, model: Trained) -> Tensor:
         """Return the image tokens of a candidate for each of the captions, (P, I)."""
-        text, _ = self._tokenizer.text(self._captions, self._config.text_len)
+        text = self._config.text_rows([self._tokenizer.encode(caption) for caption in self._captions])
         seeds = [candidate_seed(0, caption, 0) for caption in self._captions]
         return sample(model, text.to(model.device), seeds, self.recipe.sampling.sampling()).tokens[:, 0]
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the transformer's directory, one weight at a time."""
         metadata = {**self.metadata, "step": step}
-        save_directory(self.directory, KIND, self._config, weights, metadata=metadata, like=self._like)
+        save_directory(self.directory, kind_of(self._config), self._config, weights, metadata=metadata, like=self._like)
 
     def _dvae_on(self, device: torch.device) -> Codec:
         if next(self._dvae.parameters()).device != device:
             self._dvae = self._dvae.to(device)
         return self._dvae
 
-    def _with(self, weights: Mapping[str, Tensor]) -> DALLE:
+    def _with(self, weights: Mapping[str, Tensor]) -> Trained:
         with torch.device("meta"):
-            model = DALLE(self._config)
+            model = new_transformer(self._config)
         model.load_state_dict(
             {name: weight.detach().cpu() for name, weight in weights.items()}, strict=True, assign=True
         )
@@ -255,21 +264,17 @@ def train_transformer(
     return stage.directory
 
 
-def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: Codec, ranks: Ranks) -> DALLE:
+def _new_model(recipe: TransformerRecipe, tokenizer: Tokenizer, dvae: Codec, ranks: Ranks) -> Trained:
     """Return the recipe's model for a tokenizer and a dVAE, its weights drawn with the run's seed.
 
     At ZeRO stage 3 it is drawn in parts: no rank holds it whole. Collective.
     """
-    config = dataclasses.replace(
-        recipe.model,
-        text_vocab=tokenizer.vocab_size,
-        image_vocab=dvae.config.vocab_size,
-        grid=dvae.config.grid,
-    )
+    sizes = {"image_vocab": dvae.config.vocab_size, "grid": dvae.config.grid}
+    config = recipe.model.fitted(text_vocab=tokenizer.vocab_size, **sizes)
     is_in_parts = with_files(recipe.train)[0].zero_stage == 3
     torch.manual_seed(recipe.train.seed)
     with drawn_in_parts(ranks) if is_in_parts else contextlib.nullcontext():
-        model = DALLE(config)
+        model = new_transformer(config)
         if recipe.init_scale != 1:
             model.initialise(scale=recipe.init_scale)
     if recipe.init_from_codebook:

@@ -70,7 +70,7 @@ def caption_bytes(model: DALLEMini) -> int:
 def n_step_weights(model: DALLEMini) -> int:
     """Return how many weights a candidate is multiplied with at each image position."""
     blocks = model.decoder.layers()
-    return sum(size(block) - size(block.cross.key_value) for block in blocks) + model.head_weight().numel()
+    return sum(size(block) - size(block.cross.key_value) for block in blocks) + model.image_head.used().numel()
 
 
 class MiniDecoder:
@@ -98,7 +98,7 @@ class MiniDecoder:
         self._step: Callable[..., Tensor] = _compiled_steps() if is_compiled else _step
         self._is_compiled = is_compiled
         with torch.inference_mode():
-            self._head_VD = model.head_weight().float()
+            self._head_VD = model.image_head.used().float()
             self._slots_I = torch.arange(model.config.stream.n_image, device=model.device)
             self._layers: list[_Layer] = []
             self._read(text, prefix)

@@ -71,6 +71,11 @@ class MiniConfig:
         return Stream(self.text_len, self.grid)
 
     @property
+    def n_layers(self) -> int:
+        """Layers of both."""
+        return self.encoder_layers + self.decoder_layers
+
+    @property
     def d_head(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads

@@ -26,8 +26,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dalle.cross_entropy import Head
+from dalle.cross_entropy import Head, linear_cross_entropy
 from dalle.family.mini.config import MiniConfig
+from dalle.model import begin_from_codebook
 from dalle.stream import check_ids
 from dvae.compilation import can_compile
 from storage.model_directory import load_directory, load_weights, save_directory
@@ -177,6 +178,28 @@ class DecoderBlock(nn.Module):
         return output
 
 
+class ImageHead(Head):
+    """The head, of whose rows only those of image tokens are used."""
+
+    def __init__(self, config: MiniConfig) -> None:
+        super().__init__(config.d_model, config.n_image_ids)
+        self.vocab = config.image_vocab
+
+    def used(self) -> Tensor:
+        """Return the rows of image tokens, (V, D)."""
+        return self.weight[: self.vocab]
+
+    def forward(  # type: ignore[override]  # as Head
+        self, h_BID: Tensor, targets_BI: Tensor | None = None
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """Return logits, float32 (B, I, V), or given targets their cross entropies: the sum, and each, (B, I)."""
+        if targets_BI is not None:
+            total, losses_N = linear_cross_entropy(h_BID.flatten(0, 1), self.used(), targets_BI.flatten())
+            return total, losses_N.view(targets_BI.shape)
+        with torch.autocast(h_BID.device.type, enabled=False):
+            return F.linear(h_BID.float(), self.used().float())
+
+
 class Encoder(nn.Module):
     """Reads captions."""
 
@@ -192,7 +215,8 @@ class Encoder(nn.Module):
     def forward(self, text_BT: Tensor, *, recompute: bool = False) -> tuple[Tensor, Tensor]:
         """Return the encoded captions, (B, T, D), and where they are text, bool (B, 1, 1, T)."""
         is_text_B11T = (text_BT != self.pad)[:, None, None]
-        h_BTD = self.embedding_norm(self.embedding(text_BT) + self.position_embedding.weight)
+        places_T = torch.arange(text_BT.shape[1], device=text_BT.device)
+        h_BTD = self.embedding_norm(self.embedding(text_BT) + self.position_embedding(places_T))
         for block in self.blocks:
             h_BTD = _run(block, recompute, h_BTD, is_text_B11T)
         return self.final_norm(h_BTD), is_text_B11T
@@ -208,12 +232,12 @@ class ImageDecoder(nn.Module):
         self.embedding_norm = Norm(config.d_model, has_scale=True)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.decoder_layers))
         self.final_norm = Norm(config.d_model, has_scale=config.norm_scales)
-        self.head = Head(config.d_model, config.n_image_ids)
+        self.head = ImageHead(config)
 
-    def embed(self, inputs_BJ: Tensor, first: int = 0) -> Tensor:
-        """Return the residual stream before the first layer, (B, J, D), of positions from `first` on."""
-        places_JD = self.position_embedding.weight[first : first + inputs_BJ.shape[1]]
-        output: Tensor = self.embedding_norm(self.embedding(inputs_BJ) + places_JD)
+    def embed(self, inputs_BJ: Tensor) -> Tensor:
+        """Return the residual stream of the first J positions before the first layer, (B, J, D)."""
+        places_J = torch.arange(inputs_BJ.shape[1], device=inputs_BJ.device)
+        output: Tensor = self.embedding_norm(self.embedding(inputs_BJ) + self.position_embedding(places_J))
         return output
 
     def layers(self) -> list[DecoderBlock]:
@@ -259,6 +283,11 @@ class DALLEMini(nn.Module):
             elif isinstance(module, Norm):
                 module.reset_parameters()
 
+    @torch.no_grad()
+    def initialise_from_codebook(self, codebook_VC: Tensor) -> None:
+        """Give image tokens that look alike similar embeddings and heads; as `DALLE.initialise_from_codebook`."""
+        begin_from_codebook(codebook_VC, self.image_embedding.weight[: self.config.image_vocab], self.image_head.used())
+
     def forward(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         """Return the logits of every image token.
 
@@ -272,9 +301,8 @@ class DALLEMini(nn.Module):
         Raises:
             ValueError: for a wrong shape or dtype; on the CPU also for ids out of range.
         """
-        h_BID = self.states(text, image_tokens)
-        with torch.autocast(h_BID.device.type, enabled=False):
-            return F.linear(h_BID.float(), self.head_weight().float())
+        logits_BIV: Tensor = self.decoder.head(self.states(text, image_tokens))
+        return logits_BIV
 
     def states(self, text: Tensor, image_tokens: Tensor) -> Tensor:
         """Return the input of the head, (B, I, D), for `forward`'s arguments."""
@@ -296,15 +324,21 @@ class DALLEMini(nn.Module):
         shifted_Bm = F.pad(image_tokens_Bm, (1, 0), value=self.config.start_of_image)
         return shifted_Bm[:, : image_tokens_Bm.shape[1]]
 
-    def head_weight(self) -> Tensor:
-        """Return the rows of the head that are image tokens', (V, D)."""
-        return self.decoder.head.weight[: self.config.image_vocab]
-
     def compile_layers(self, device: torch.device | None = None) -> None:
         """Compile every layer, for training, if that works on the device."""
         if can_compile(device or self.device):
             for block in [*self.encoder.blocks, *self.decoder.blocks]:
                 block.compile(dynamic=False)
+
+    @property
+    def image_embedding(self) -> nn.Embedding:
+        """Of image tokens, with start of image behind them."""
+        return self.decoder.embedding
+
+    @property
+    def image_head(self) -> ImageHead:
+        """Of image tokens, with rows behind them that are not used."""
+        return self.decoder.head
 
     @property
     def device(self) -> torch.device:

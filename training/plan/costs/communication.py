@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from dalle.model import DALLE
+from dalle.family.transformers import Trained
 from training.config import OptimizerKind
 from training.engine.muon import DTYPES, block_matrices
 from training.engine.powersgd import compressed_names, n_in_factors
@@ -79,7 +79,7 @@ class Counts:
     """Numbers that it sends in their place."""
 
     @classmethod
-    def of(cls, model: DALLE, powersgd_rank: int, *, persistent: int = PERSISTENT) -> "Counts":
+    def of(cls, model: Trained, powersgd_rank: int, *, persistent: int = PERSISTENT) -> "Counts":
         """Count a model's, which may be on the meta device.
 
         Args:
@@ -105,7 +105,7 @@ class Counts:
         )
 
 
-def _parts(model: DALLE, persistent: int) -> Iterator[Part]:
+def _parts(model: Trained, persistent: int) -> Iterator[Part]:
     for module in model.modules():
         sizes = [parameter.numel() for parameter in module.parameters(recurse=False)]
         if sizes:
