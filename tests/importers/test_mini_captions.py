@@ -14,41 +14,13 @@ from dalle.family.texts.mini_captions import normalised
 from dalle.family.tokenizers import load_tokenizer
 from dalle.importers.mini.vocabulary import read_vocabulary
 
-PARTS = ["It's", "DON'T stop", "a dog", "&amp;amp;", "<b>", "</b>", "<person>", "’s", "naïve", "â€™", "ΣΑΣ", "ﬁ", "½"]
-PARTS += ["3.14", "1,000,000", "12/05/2021", "e.g. this", "a.b.c", "U.S.A.", "http://x.y/z?q=1", "https://t.co", "[12]"]
-PARTS += [
-    "well-known",
-    "50%",
-    "R&B",
-    "$5",
-    "a/b",
-    "*star*",
-    "#hashtag",
-    "#two_words",
-    "_x_",
-    "\\n",
-    "`code`",
-    '"quoted"',
-]
-PARTS += ["''", "...", "!!!!!", "?!", ",,,", " , ", "aaaaaaa", "xviii", "1111111", "----", "(in brackets)", "{x}", "~"]
-PARTS += [
-    "猫",
-    "кошка",
-    "👩‍👩‍👧",
-    "🏳️‍🌈",
-    "🐱",
-    "❤️",
-    "☃",
-    "\u200b",
-    "\u3000",
-    "\t",
-    "\n",
-    "we've",
-    "they'll",
-    "'tis",
-    "I'm",
-]
-PARTS += ["&lt;p&gt;", "&#39;s", "x" * 90, "a" * 3, "word " * 30, "\x1c", "İ", "ǅ", "<person> and <person>", "|", ";:"]
+WORDS = (
+    "It's¦DON'T stop¦a dog¦&amp;amp;¦<b>¦</b>¦<person>¦’s¦naïve¦â€™¦ΣΑΣ¦ﬁ¦½¦3.14¦1,000,000¦12/05/2021¦e.g. this¦a.b.c¦"
+    "U.S.A.¦http://x.y/z?q=1¦https://t.co¦[12]¦well-known¦50%¦R&B¦$5¦a/b¦*star*¦#hashtag¦#two_words¦_x_¦\\n¦`code`¦"
+    "\"quoted\"¦''¦...¦!!!!!¦?!¦,,,¦ , ¦aaaaaaa¦xviii¦1111111¦----¦(in brackets)¦{x}¦~¦猫¦кошка¦👩‍👩‍👧¦🏳️‍🌈¦🐱¦❤️¦☃¦"
+    "\u200b¦\u3000¦\t¦\n¦we've¦they'll¦'tis¦&lt;p&gt;¦&#39;s¦aaa¦\x1c¦İ¦ǅ¦<person> and <person>¦|¦;:"
+)
+PARTS = [*WORDS.split("¦"), "x" * 90, "word " * 30]
 RANGES = [(32, 127), (32, 1500), (0x900, 0x1100), (0x2000, 0x3100), (0x4E00, 0x9FFF), (0x1F300, 0x1FA00)]
 
 
@@ -115,9 +87,8 @@ def test_other_letters_and_emoji_become_ascii() -> None:
 def test_without_its_packages_captions_in_ascii_are_read_and_others_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "emoji", None)
     assert normalised("a cat") == " a cat"
-    with pytest.raises(
-        ValueError, match=r"'naïve' has characters .* emoji is not installed: pip install 'dalle\[import\]'"
-    ):
+    message = r"'naïve' has characters .* emoji is not installed: pip install 'dalle\[import\]'"
+    with pytest.raises(ValueError, match=message):
         normalised("naïve")
 
 

@@ -45,8 +45,8 @@ from training.stages.program import Program
 def transformer_loss(model: Trained, text: Tensor, image_tokens: Tensor, n_cut: Tensor) -> tuple[Tensor, Tensors]:
     """Return the weighted loss of a batch, and metrics.
 
-    The metrics are the text and image losses in nats per token (that of text if the model predicts it), the image loss of each row of the grid, (Y,), and the
-    fraction of captions cut.
+    The metrics are the text and image losses in nats per token (that of text if the model predicts it), the image loss
+    of each row of the grid, (Y,), and the fraction of captions cut.
 
     Args:
         model: the transformer.
