@@ -120,6 +120,9 @@ def test_positions_that_are_no_grid_and_too_few_image_ids_are_refused(tmp_path: 
     torch.save({**state, "embed_positions.weight": torch.ones(259, 128)}, folder / "decoder.pt")
     with pytest.raises(ValueError, match="259 image positions, which are no square grid"):
         import_min_dalle(folder, image_vocab=IMAGE_VOCAB)
+    torch.save({name: value for name, value in state.items() if "positions" not in name}, folder / "decoder.pt")
+    with pytest.raises(ValueError, match=r"has no embed_positions\.weight: it is no DALL·E mini, or cut"):
+        import_min_dalle(folder, image_vocab=IMAGE_VOCAB)
     torch.save(state, folder / "decoder.pt")
     with pytest.raises(ValueError, match=rf"n_image_ids \({N_IMAGE}\) must hold the 16384 image tokens"):
         import_min_dalle(folder, image_vocab=16_384)

@@ -284,7 +284,7 @@ def test_a_schedule_with_another_peak_is_in_proportion(schedule: Schedule) -> No
     assert ratios == {round(1e-2 / max(schedule.at(step) for step in range(6_000)), 6)}
 
 
-@pytest.mark.parametrize("name", ["demo", "icons-cpu", "photos-cpu", "1m"])
+@pytest.mark.parametrize("name", ["demo", "icons-cpu", "photos-cpu", "mini-cpu", "1m"])
 def test_recipes_for_cpus_validate_and_draw_about_four_times(name: str) -> None:
     chosen = recipe(name)
     assert chosen.dvae.warmup is not None
@@ -420,7 +420,7 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
 
 
 def test_only_recipes_of_the_built_in_world_have_hard_negatives() -> None:
-    assert {name for name in NAMES if recipe(name).clip.hard_negatives} == {"demo", "1m"}
+    assert {name for name in NAMES if recipe(name).clip.hard_negatives} == {"demo", "mini-cpu", "1m"}
     assert recipe("demo").clip.wrong_captions == "world"
     assert recipe("icons-cpu").clip.wrong_captions == "words"
 

@@ -9,7 +9,7 @@ import html
 import re
 
 _STEPS: tuple[tuple[str, str], ...] = (
-    (r"(<person>[,\s]*(and)*[,\s]*<person>)+", " people "),
+    (r"<person>([,\s]*(and)*[,\s]*<person>)+", " people "),
     ("<person>", " a person "),
     (r"\A\s*\[\d+\]", ""),  # a reference of Wikipedia
     (r"\[\d+\]\s*\Z", ""),

@@ -2,7 +2,8 @@
 
 import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,16 +104,23 @@ def import_min_dalle(folder: Path, *, image_vocab: int) -> ImportedMini:
         _require(tensors, "embed_tokens.weight", "layers.0.glu.fc0.weight", tower=tower)
     encoder, decoder = towers.values()
     tokenizer, texts = read_vocabulary(folder, suffix)
-    config = _config(
-        tokenizer,
-        image_vocab,
-        text=encoder.shape("embed_tokens.weight"),
-        positions=(encoder.shape("embed_positions.weight")[0], decoder.shape("embed_positions.weight")[0]),
-        images=decoder.shape("embed_tokens.weight")[0],
-        layers=(_count(encoder), _count(decoder)),
-        d_glu=encoder.shape("layers.0.glu.fc0.weight")[0],
-        norm_scales="layers.0.pre_self_attn_layer_norm.weight" in encoder,
-    )
+    with _sizes_of(folder):
+        n_text_ids, d_model = encoder.shape("embed_tokens.weight")
+        config = _config(
+            tokenizer,
+            image_vocab,
+            encoder_layers=_count(encoder),
+            decoder_layers=_count(decoder),
+            d_model=d_model,
+            n_heads=d_model // HEAD_WIDTH,
+            d_glu=encoder.shape("layers.0.glu.fc0.weight")[0],
+            text_len=encoder.shape("embed_positions.weight")[0],
+            grid=_grid(decoder.shape("embed_positions.weight")[0]),
+            n_text_ids=n_text_ids,
+            n_image_ids=decoder.shape("embed_tokens.weight")[0],
+            start_of_image=image_vocab,
+            norm_scales="layers.0.pre_self_attn_layer_norm.weight" in encoder,
+        )
     names = [f"{tower}.{name}" for tower, tensors in towers.items() for name in tensors]
     model = _filled(config, names, min_dalle_places, lambda name: _of_tower(towers, name), folder)
     return ImportedMini(
@@ -138,18 +146,23 @@ def import_dalle_mini(folder: Path, *, image_vocab: int) -> ImportedMini:
     encoder, decoder = tensors.under("model.encoder."), tensors.under("model.decoder.")
     _require(tensors, "model.encoder.embed_tokens.embedding", f"model.encoder.{layer}.GLU_0.Dense_0.kernel")
     tokenizer, texts = read_vocabulary(folder, normalises=bool(said.get("normalize_text", False)))
-    config = _config(
-        tokenizer,
-        image_vocab,
-        text=encoder.shape("embed_tokens.embedding"),
-        positions=(encoder.shape("embed_positions.embedding")[0], decoder.shape("embed_positions.embedding")[0]),
-        images=decoder.shape("embed_tokens.embedding")[0],
-        layers=tuple(_flax_count(part, is_stacked=is_stacked) for part in (encoder, decoder)),
-        d_glu=encoder.shape(f"{layer}.GLU_0.Dense_0.kernel")[-1],
-        norm_scales=f"{layer}.LayerNorm_0.scale" in encoder,
-        n_heads=said.get("encoder_attention_heads"),
-        start_of_image=said.get("decoder_start_token_id"),
-    )
+    with _sizes_of(weights):
+        n_text_ids, d_model = encoder.shape("embed_tokens.embedding")
+        config = _config(
+            tokenizer,
+            image_vocab,
+            encoder_layers=_flax_count(encoder, is_stacked=is_stacked),
+            decoder_layers=_flax_count(decoder, is_stacked=is_stacked),
+            d_model=d_model,
+            n_heads=said.get("encoder_attention_heads", d_model // HEAD_WIDTH),
+            d_glu=encoder.shape(f"{layer}.GLU_0.Dense_0.kernel")[-1],
+            text_len=encoder.shape("embed_positions.embedding")[0],
+            grid=_grid(decoder.shape("embed_positions.embedding")[0]),
+            n_text_ids=n_text_ids,
+            n_image_ids=decoder.shape("embed_tokens.embedding")[0],
+            start_of_image=said.get("decoder_start_token_id", image_vocab),
+            norm_scales=f"{layer}.LayerNorm_0.scale" in encoder,
+        )
     compare_sizes(said, config, config_file)
 
     def places(ours: list[str]) -> Iterable[tuple[str, Place]]:
@@ -179,44 +192,34 @@ def _require(tensors: Tensors, *names: str, tower: str = "") -> None:
         )
 
 
-def _config(
-    tokenizer: BartTokenizer,
-    image_vocab: int,
-    *,
-    text: tuple[int, ...],
-    positions: tuple[int, int],
-    images: int,
-    layers: Sequence[int],
-    d_glu: int,
-    norm_scales: bool,
-    n_heads: int | None = None,
-    start_of_image: int | None = None,
-) -> MiniConfig:
-    """Return the sizes that weights show, and the text ids that the vocabulary does."""
+@contextmanager
+def _sizes_of(source: Path) -> Iterator[None]:
+    """Name a file in what is wrong with the sizes of its weights."""
+    try:
+        yield
+    except LookupError as error:
+        raise ValueError(f"{source} has no {error.args[0]}: it is no DALL·E mini, or cut") from error
+    except ValueError as error:
+        raise ValueError(f"{source} has impossible sizes: {error}; expected a DALL·E mini") from error
+
+
+def _config(tokenizer: BartTokenizer, image_vocab: int, **sizes: Any) -> MiniConfig:
+    """Return the sizes that weights show, with the text ids that the vocabulary does."""
     if missing := [symbol for symbol in _SPECIAL.values() if symbol not in tokenizer.vocab]:
         raise ValueError(f"the vocabulary has no {', '.join(missing)}: it is not that of a DALL·E mini")
-    grid = math.isqrt(positions[1])
-    if grid**2 != positions[1]:
+    special = {name: tokenizer.vocab[symbol] for name, symbol in _SPECIAL.items()}
+    return MiniConfig(**sizes, **special, text_vocab=tokenizer.vocab_size, image_vocab=image_vocab)
+
+
+def _grid(n_positions: int) -> int:
+    """Return the side of the grid of image positions."""
+    grid = math.isqrt(n_positions)
+    if grid**2 != n_positions:
         raise ValueError(
-            f"the decoder has {positions[1]} image positions, which are no square grid: models of before June 2022 "
-            "have other positions; get a newer one"
+            f"the decoder has {n_positions} image positions, which are no square grid: models of before June 2022 have "
+            "other positions; get a newer one"
         )
-    return MiniConfig(
-        encoder_layers=layers[0],
-        decoder_layers=layers[1],
-        d_model=text[1],
-        n_heads=text[1] // HEAD_WIDTH if n_heads is None else n_heads,
-        d_glu=d_glu,
-        text_len=positions[0],
-        grid=grid,
-        text_vocab=tokenizer.vocab_size,
-        n_text_ids=text[0],
-        image_vocab=image_vocab,
-        n_image_ids=images,
-        start_of_image=image_vocab if start_of_image is None else start_of_image,
-        norm_scales=norm_scales,
-        **{name: tokenizer.vocab[symbol] for name, symbol in _SPECIAL.items()},
-    )
+    return grid
 
 
 def _count(tensors: Tensors) -> int:

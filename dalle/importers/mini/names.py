@@ -94,7 +94,7 @@ def flax_places(ours: list[str], *, is_stacked: bool) -> Iterator[tuple[str, Pla
 def _renamed(name: str, style: int) -> str:
     for rule in _BLOCK:
         if re.match(rule[0], name):
-            return re.sub(f"^{rule[0]}", rule[style].replace("\\", ""), name)
+            return re.sub(f"^{rule[0]}", rule[style], name)
     raise AssertionError(f"{name} has no name elsewhere")
 
 
