@@ -20,6 +20,7 @@ from mini_files import (
     published_state,
     random_mini,
 )
+from PIL import Image
 
 from dalle.cli.main import main
 from dalle.family.mini.model import DALLEMini
@@ -27,6 +28,7 @@ from dalle.importers.bundles import write_bundle
 from dalle.importers.mini.importing import import_dalle_mini, import_min_dalle
 from dalle.pipeline import Pipeline
 from dvae import DVAE, DVAEConfig
+from dvae.vqgan import VQGAN, VQGANConfig
 
 
 def same(model: DALLEMini, expected: DALLEMini) -> None:
@@ -244,3 +246,37 @@ def test_a_bundle_of_an_imported_mini_draws_and_ranks(
     assert main(drawn) == 0
     assert "empty caption" not in capsys.readouterr().err
     assert list((tmp_path / "drawn").glob("*/*.png"))
+
+
+def detokenizer(path: Path) -> None:
+    """min-dalle's detoker.pt, tiny: a VQGAN's codes and decoder alone."""
+    sizes: dict[str, Any] = {"width": 32, "multiples": (1, 1, 1, 1, 1), "n_blocks": 1, "attention": (4,)}
+    sizes |= {"z_channels": 8, "code_width": 8, "vocab_size": IMAGE_VOCAB, "image_size": 256, "has_encoder": False}
+    torch.manual_seed(0)
+    state = VQGAN(VQGANConfig(**sizes)).state_dict()
+    torch.save({name.replace("quantize.embedding", "embedding"): weight for name, weight in state.items()}, path)
+
+
+@pytest.mark.parametrize("is_flax", [True, False])
+def test_the_command_writes_a_bundle_and_tells_what_was_read(
+    bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_flax: bool
+) -> None:
+    folder, out = tmp_path / "files", tmp_path / "bundle"
+    if is_flax:
+        dalle_mini(folder, random_mini())
+        kind, more = "dalle-mini", ["--vqgan", str(folder / "detoker.pt")]
+    else:
+        min_dalle(folder, random_mini(), "_mini")
+        kind, more = "min-dalle", []
+    detokenizer(folder / "detoker.pt")
+    command = ["import-bundle", kind, str(folder), *more, "--clip", str(bundle / "clip"), "--out", str(out)]
+    assert main(command) == 0
+    told = capsys.readouterr().out
+    for line in ("VQGAN f16", "a DALL·E mini of other sizes", "guidance 10", "licence:", f"bundle in {out}: tokenizer"):
+        assert line in told
+    drawn = ["generate", "a red cube", "--bundle", str(out), "-n", "2", "--keep", "1", "--out", str(tmp_path / "drawn")]
+    assert main(drawn) == 0
+    png = Image.open(next((tmp_path / "drawn").glob("*/*.png")))
+    assert png.size == (256, 256)
+    assert main(command) == 1
+    assert "is there already" in capsys.readouterr().err
