@@ -88,8 +88,8 @@ def min_dalle() -> Any:
     norms = {"layernorm_embedding": ours.embedding_norm, "final_ln": ours.final_norm}
     for i, block in enumerate(ours.layers()):
         at = f"layers.{i}"
-        own = block.attention.qkv.weight.split(MINI.d_model)
-        cross = [block.cross.query.weight, *block.cross.key_value.weight.split(MINI.d_model)]
+        own = block.attention.qkv.weight.chunk(3)
+        cross = [block.cross.query.weight, *block.cross.key_value.weight.chunk(2)]
         for name, rows in (("self_attn", own), ("encoder_attn", cross)):
             state |= {f"{at}.{name}.{letter}_proj.weight": part for letter, part in zip("qkv", rows, strict=True)}
         state[f"{at}.self_attn.out_proj.weight"] = block.attention.out.weight

@@ -73,9 +73,16 @@ def read_tests(path: Path) -> dict[str, str]:
 # ------------------------------------------------------------------------------------------------ speed
 
 
+def sizes(name: str) -> DALLEConfig:
+    """Return a recipe's transformer of the paper's kind."""
+    config = recipe(name).transformer.model
+    assert isinstance(config, DALLEConfig)
+    return config
+
+
 def training(options: Options, report: Report) -> None:
     """Time the 1.3b recipe's step in bf16, compiled, for several batches; take the best."""
-    config = recipe("1.3b").transformer.model
+    config = sizes("1.3b")
     rate = product_rate(options)
     report.rates["bfloat16 products, TFLOP/s"] = rate / 1e12
     rows: list[list[measure.Cell]] = []
@@ -104,7 +111,7 @@ def product_rate(options: Options) -> float:
 
 def sampling(options: Options, report: Report) -> None:
     """Time 512 candidates of one caption with the 1.3b recipe, then also their pictures and CLIP's scores."""
-    model = random_model(recipe("1.3b").transformer.model)
+    model = random_model(sizes("1.3b"))
     dvae = optimised(paper_dvae().cuda(), dtype=torch.bfloat16, compile=True)
     words = CLIPTokenizer.train(made.captions(1000), 4096)
     clip = CLIP(CLIPConfig(vocab_size=words.vocab_size), words).cuda().eval().bfloat16()
@@ -131,7 +138,7 @@ def sampling(options: Options, report: Report) -> None:
 
 def twelve_billion(options: Options, report: Report) -> None:
     """Time the 12b recipe's decoding step of 128 candidates against reading its weights and caches once."""
-    config, n, steps = recipe("12b").transformer.model, 128, 64
+    config, n, steps = sizes("12b"), 128, 64
     model = random_model(config)
     middle = config.stream.n_image // 2
     prefix = torch.zeros(1, middle, dtype=torch.int64, device="cuda")

@@ -287,18 +287,20 @@ def _demo_dvae() -> DVAERecipe:
     )
 
 
+_DEMO_MODEL = DALLEConfig(
+    n_layers=6, d_model=128, n_heads=4, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
+)
+
+
 def demo() -> Recipe:
     """Return the sizes of `make demo`: 48×48 drawn pictures, 12×12 tokens, minutes on two CPU cores."""
-    model = DALLEConfig(
-        n_layers=6, d_model=128, n_heads=4, text_len=24, grid=12, text_vocab=512, image_vocab=1024, conv_kernel=5
-    )
     return Recipe(
         name="demo",
         purpose="the built-in world in minutes on two CPU cores",
         text_vocab=512,
         dvae=_demo_dvae(),
         transformer=_cpu_transformer(
-            model,
+            _DEMO_MODEL,
             steps=1100,
             batch=16,
             peak=3e-3,
@@ -313,11 +315,11 @@ def demo() -> Recipe:
 def mini_cpu() -> Recipe:
     """Return the demonstration with DALL·E mini's encoder-decoder in place of the paper's transformer.
 
-    A step's arithmetic is about the demonstration's.
+    A step takes about as long as the demonstration's.
     """
     base = demo()
     model = MiniConfig(
-        encoder_layers=3, decoder_layers=5, d_model=128, n_heads=4, d_glu=341, text_len=26, grid=12, text_vocab=512
+        encoder_layers=3, decoder_layers=4, d_model=128, n_heads=4, d_glu=341, text_len=26, grid=12, text_vocab=512
     )
     fitted = model.fitted(text_vocab=512, image_vocab=1024, grid=12)
     return dataclasses.replace(
@@ -331,7 +333,7 @@ def mini_cpu() -> Recipe:
 def one_million() -> Recipe:
     """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
     base = demo()
-    model = dataclasses.replace(base.transformer.model, n_layers=4)
+    model = dataclasses.replace(_DEMO_MODEL, n_layers=4)
     return dataclasses.replace(
         base,
         name="1m",

@@ -207,8 +207,8 @@ def _config(tokenizer: BartTokenizer, image_vocab: int, **sizes: Any) -> MiniCon
     """Return the sizes that weights show, with the text ids that the vocabulary does."""
     if missing := [symbol for symbol in _SPECIAL.values() if symbol not in tokenizer.vocab]:
         raise ValueError(f"the vocabulary has no {', '.join(missing)}: it is not that of a DALL·E mini")
-    special = {name: tokenizer.vocab[symbol] for name, symbol in _SPECIAL.items()}
-    return MiniConfig(**sizes, **special, text_vocab=tokenizer.vocab_size, image_vocab=image_vocab)
+    sizes |= {name: tokenizer.vocab[symbol] for name, symbol in _SPECIAL.items()}
+    return MiniConfig(**sizes, text_vocab=tokenizer.vocab_size, image_vocab=image_vocab)
 
 
 def _grid(n_positions: int) -> int:

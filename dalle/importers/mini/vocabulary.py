@@ -28,7 +28,8 @@ def read_vocabulary(folder: Path, suffix: str = "", *, normalises: bool = True) 
     vocab, merges, whole = folder / f"vocab{suffix}.json", folder / f"merges{suffix}.txt", folder / "tokenizer.json"
     if vocab.is_file() and merges.is_file():
         lines = [line for line in read_text(merges).split("\n") if line and not line.startswith("#version")]
-        found, pairs, files = read_json(vocab), [line.split(" ") for line in lines], [vocab, merges]
+        found: Any = read_json(vocab)
+        pairs, files = [line.split(" ") for line in lines], [vocab, merges]
     elif whole.is_file() and not suffix:
         model = read_json(whole).get("model")
         if not isinstance(model, dict) or not isinstance(model.get("merges"), list):
