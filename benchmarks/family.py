@@ -39,6 +39,8 @@ PLAN = {1: 5, 8: 5, 64: 3}
 LIMITS = {8: 5.0, 64: 20.0}
 """By N: how many times as fast ours has to be."""
 
+THEIRS, EAGER, COMPILED = "min-dalle", "ours, eager", "ours"
+
 Step = Callable[[], object]
 """One token for all candidates."""
 
@@ -161,24 +163,23 @@ def min_dalle_step(n: int) -> Step:
 
 def mini(n: int, options: Options, report: Report) -> None:
     """DALL·E mini: milliseconds of a token for n candidates."""
-    eager, theirs = "ours", "min-dalle"
-    ours, step = OurMini(n, compiled=False), min_dalle_step(n)
-    rounds = options.n(PLAN[n])
-    times = measure.in_turns({eager: ours.run, theirs: step}, rounds, label=f"DALL·E mini, N={n}")
-    times[eager] = [seconds / (len(STARTS) * TOKENS) for seconds in times[eager]]
+    runs = {THEIRS: min_dalle_step(n), EAGER: OurMini(n, compiled=False).run, COMPILED: OurMini(n, compiled=True).run}
+    times = measure.in_turns(runs, options.n(PLAN[n]), label=f"DALL·E mini, N={n}")
+    for name in (EAGER, COMPILED):
+        times[name] = [seconds / (len(STARTS) * TOKENS) for seconds in times[name]]
     report.samples[f"DALL·E mini, N={n}"] = times
-    times_faster = measure.ratio(times, theirs, eager)
     if n in LIMITS:
-        report.line(f"DALL·E mini, N={n}, float32", "min-dalle", times_faster, LIMITS[n])
+        report.line(f"DALL·E mini, N={n}, float32", THEIRS, measure.ratio(times, THEIRS, COMPILED), LIMITS[n])
 
 
 def mini_by_n(options: Options, report: Report) -> None:
     """The times of all N together."""
     found = {n: report.samples[name] for n in PLAN if (name := f"DALL·E mini, N={n}") in report.samples}
     rows: list[list[measure.Cell]] = [
-        [name, *(1000 * median(times[name]) for times in found.values())] for name in ("min-dalle", "ours")
+        [name, *(1000 * median(times[name]) for times in found.values())] for name in (THEIRS, EAGER, COMPILED)
     ]
-    rows.append(["times as fast", *(measure.ratio(times, "min-dalle", "ours") for times in found.values())])
+    for name in (EAGER, COMPILED):
+        rows.append([f"{name}: times as fast", *(measure.ratio(times, THEIRS, name) for times in found.values())])
     measured = f"{len(STARTS) * TOKENS} of {N_IMAGE} tokens measured"
     title = f"DALL·E mini, guided: one token for all N candidates, ms; {measured}"
     report.table(title, ["", *(f"N={n}" for n in found)], rows)

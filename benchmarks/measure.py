@@ -383,7 +383,7 @@ def main(benchmark: str, doc: str | None, parts: Mapping[str, Callable[[Options,
     options = Options(rounds=arguments.rounds, quick=arguments.quick, source=arguments.source)
     started = time.perf_counter()
     torch.manual_seed(0)
-    if benchmark != "scale":
+    if benchmark not in ("scale", "family"):
         report.rates = rates()
     for name, part in parts.items():
         if not arguments.only or name in arguments.only:

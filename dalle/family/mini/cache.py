@@ -23,9 +23,6 @@ from dalle.cache import Groups
 from dalle.family.mini.model import DALLEMini, size
 from dvae.compilation import can_compile
 
-COMPILED_LENGTHS = 64
-"""Compiled steps read the image positions up to a multiple of this: each length is compiled once."""
-
 
 class _Layer(NamedTuple):
     """The memory that one layer reads and writes."""
@@ -48,9 +45,9 @@ class _Place(NamedTuple):
     embedding: Tensor
     """(D,): of the position."""
     bias: Tensor | None
-    """(1, 1, 1, L): 0 for positions up to this one, else -inf; None if L ends with this one."""
+    """(1, 1, 1, I): 0 for positions up to this one, else -inf; None if only those are read."""
     length: int
-    """L."""
+    """L: a compiled step reads all positions, so that it is compiled once."""
 
 
 def candidate_bytes(model: DALLEMini) -> int:
@@ -151,9 +148,8 @@ class MiniDecoder:
         slot, embedding_D = self._slots_I[i : i + 1], self.model.decoder.position_embedding.weight[i]
         if not self._is_compiled:
             return _Place(slot, embedding_D, None, i + 1)
-        length = min(len(self._slots_I), -(-(i + 1) // COMPILED_LENGTHS) * COMPILED_LENGTHS)
-        bias_L = torch.zeros(length, dtype=self.model.dtype).masked_fill(self._slots_I[:length] > i, -torch.inf)
-        return _Place(slot, embedding_D, bias_L.view(1, 1, 1, -1), length)
+        bias_I = torch.zeros(len(self._slots_I), dtype=self.model.dtype).masked_fill(self._slots_I > i, -torch.inf)
+        return _Place(slot, embedding_D, bias_I.view(1, 1, 1, -1), len(self._slots_I))
 
     def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> None:
         """Encode the captions, and run the known image positions through the decoder, keeping keys and values."""
@@ -215,16 +211,16 @@ class _CompiledSteps:
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
-        self._known: WeakKeyDictionary[DALLEMini, set[tuple[Groups, int]]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[DALLEMini, set[Groups]] = WeakKeyDictionary()
 
-    def __call__(self, model: DALLEMini, groups: Groups, inputs_B: Tensor, place: _Place, *inputs: Any) -> Tensor:
+    def __call__(self, model: DALLEMini, groups: Groups, *inputs: Any) -> Tensor:
         """Return what `_step` does."""
         known = self._known.setdefault(model, set())
-        if (groups, place.length) in known:
-            return self._compiled(model, groups, inputs_B, place, *inputs)
-        known.add((groups, place.length))
+        if groups in known:
+            return self._compiled(model, groups, *inputs)
+        known.add(groups)
         with torch._inductor.config.patch(freezing=True):  # `options` of torch.compile come too late for this one
-            return self._compiled(model, groups, inputs_B, place, *inputs)
+            return self._compiled(model, groups, *inputs)
 
 
 @lru_cache(maxsize=1)
