@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from dalle.model import DALLE, Block, DALLEConfig
+from dalle.family.blocks import Block
+from dalle.model import DALLE, DALLEConfig
 from dvae import DVAE
 
 FOLDER = Path(sys.prefix) / "peers"

@@ -9,6 +9,11 @@ around at the border of the grid, as the paper's masks do. W is the grid's width
     conv     dr·W + dc ≥ 0    the causal half of a centred k×k window, 0 ≤ dr ≤ k//2 and |dc| ≤ k//2: 61 for k = 11
     dense    0, 1, 2, …       everything before, and itself
 
+Published models stop the conv window at the border of the grid, or wrap it around in both directions:
+
+    conv cut     what is left of the window within the grid
+    conv torus   rows and columns both modulo W: early rows stay visible to late ones
+
 Text is causal and never sees the image. `mask` draws this for the whole stream and is the truth; `keys` lists it for
 one position. `masked_attention` follows the mask literally and is the reference for the fast paths: sparse_attention.py
 for the whole stream, cache.py for one position at a time.
@@ -26,8 +31,9 @@ from torch.nn import functional as F
 
 from dalle.stream import Stream
 
-Kind = Literal["row", "column", "conv", "dense"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind = Literal["row", "column", "conv", "dense", "conv cut", "conv torus"]
+KINDS: tuple[Kind, ...] = get_args(Kind)[:4]
+"""The paper's, and dense."""
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention itself, without projections: (q, k, v), each (B, H, S, K) -> (B, H, S, K)."""
@@ -79,15 +85,27 @@ def keys(kind: Kind, position: int, grid: int, kernel: int = 11) -> list[int]:
     return [position - d for d in reversed(offsets(kind, grid, kernel)) if d <= position]
 
 
+def image_mask(kind: Kind, grid: int, kernel: int, device: torch.device | str = "cpu") -> Tensor:
+    """Return which image positions may attend to which, bool (I, I): True at [query, key]."""
+    position_I = torch.arange(grid * grid, device=device)
+    distance_II = position_I[:, None] - position_I
+    if kind in ("conv cut", "conv torus"):
+        apart_2II = torch.stack([position_I // grid, position_I % grid])
+        apart_2II = (apart_2II[:, :, None] - apart_2II[:, None, :]).abs()
+        if kind == "conv torus":
+            apart_2II = torch.minimum(apart_2II, grid - apart_2II)
+        return (distance_II >= 0) & (apart_2II <= kernel // 2).all(dim=0)
+    allowed_I = torch.zeros_like(position_I, dtype=torch.bool)
+    allowed_I[list(offsets(kind, grid, kernel))] = True
+    return (distance_II >= 0) & allowed_I[distance_II.clamp(min=0)]
+
+
 def mask(kind: Kind, text_len: int, grid: int, kernel: int = 11, device: torch.device | str = "cpu") -> Tensor:
     """Return who may attend to whom, bool (S, S): True at [query, key] where attention is allowed."""
-    stream = Stream(text_len, grid)
-    position_S = torch.arange(stream.length, device=device)
-    distance_SS = position_S[:, None] - position_S[None, :]
-    allowed_I = torch.zeros(stream.n_image, dtype=torch.bool, device=device)
-    allowed_I[list(offsets(kind, grid, kernel))] = True
-    key_is_text_S = position_S < text_len
-    return (distance_SS >= 0) & (key_is_text_S | allowed_I[distance_SS.clamp(0, stream.n_image - 1)])
+    S = Stream(text_len, grid).length
+    mask_SS = torch.ones(S, S, dtype=torch.bool, device=device).tril()
+    mask_SS[text_len:, text_len:] = image_mask(kind, grid, kernel, device)
+    return mask_SS
 
 
 @lru_cache(maxsize=32)

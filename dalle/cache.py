@@ -10,7 +10,9 @@ preallocated slots that are written in turn:
     conv     1      5W + 6        slot i mod (5W + 6): a ring of the rows above, for the paper's 11×11 window
     dense    1      W²            slot i
 
-`SlotPattern` says which slots position i sees; it comes from `attention.offsets`, as the mask does. A step reads the
+Of the conv windows of published models, one that is cut at the border is held as conv, one on a torus as dense.
+
+`SlotPattern` says which slots position i sees; it comes from `attention.image_mask`, as the mask does. A step reads the
 slots of one lane as they lie, and a bias hides what it may not see. Text and image part share one maximum and one sum.
 
 The blocks and their projections are those of training; only the attention differs. A step has the same shapes at every
@@ -31,9 +33,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.attention import Kind, masked_attention, offsets
-from dalle.model import DALLE, DALLEConfig
-from dalle.stream import image_inputs
+from dalle.attention import Kind, image_mask, masked_attention, offsets
+from dalle.family.decodable import Decodable
+from dalle.model import DALLEConfig
 from dvae.compilation import can_compile
 
 Groups = tuple[tuple[int, int], ...]
@@ -59,7 +61,9 @@ def pattern_sizes(kind: Kind, grid: int, kernel: int) -> tuple[int, int]:
     """Return (lanes, slots per lane) of a kind of layer."""
     if kind == "column":
         return grid, grid
-    return 1, offsets(kind, grid, kernel)[-1] + 1
+    if kind == "conv torus":
+        return 1, grid * grid
+    return 1, offsets("conv" if kind == "conv cut" else kind, grid, kernel)[-1] + 1
 
 
 @lru_cache(maxsize=32)
@@ -70,12 +74,11 @@ def slot_pattern(kind: Kind, grid: int, kernel: int, device: torch.device) -> Sl
         position_I = torch.arange(grid * grid, device=device)
         lane_I = position_I % n_lanes
         slot_I = position_I // n_lanes % n_slots
-        key_IJ = position_I[:, None] - torch.tensor(offsets(kind, grid, kernel), device=device)
         # the keys of a column's position are in its own lane, and there is no other lane for the other kinds
-        slot_IJ = torch.where(key_IJ >= 0, slot_I[key_IJ], n_slots)
-        bias_IL = torch.full((len(position_I), n_slots + 1), -torch.inf, dtype=torch.float32, device=device)
-        bias_IL.scatter_(1, slot_IJ, 0.0)
-        return SlotPattern(n_lanes, n_slots, lane_I, slot_I, bias_IL[:, :n_slots].contiguous())
+        query_N, key_N = image_mask(kind, grid, kernel, device).nonzero(as_tuple=True)
+        bias_IL = torch.full((len(position_I), n_slots), -torch.inf, dtype=torch.float32, device=device)
+        bias_IL[query_N, slot_I[key_N]] = 0.0
+        return SlotPattern(n_lanes, n_slots, lane_I, slot_I, bias_IL)
 
 
 def bytes_per_candidate(config: DALLEConfig, dtype: torch.dtype) -> int:
@@ -119,7 +122,7 @@ class Decoder:
 
     def __init__(
         self,
-        model: DALLE,
+        model: Decodable,
         text: Tensor,
         counts: Sequence[int],
         prefix: Tensor | None = None,
@@ -243,16 +246,20 @@ class Decoder:
             )
         return layers
 
-    def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> None:
-        """Run all known positions of the prompts through the model at once, keeping keys and values."""
+    def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> Tensor:
+        """Run all known positions of the prompts through the model at once, keeping keys and values.
+
+        Returns:
+            The residual stream of the last of them after the last layer, (P, D).
+        """
         model, config = self.model, self.model.config
-        inputs_Pm = image_inputs(prefix_Pm, config.image_vocab)
-        h_PSD = torch.cat([model.embed_text(text_PT), model.embed_image(inputs_Pm)], dim=1)
+        h_PSD = model.embed(text_PT, prefix_Pm)
         length = h_PSD.shape[1]
         prompt_of_B = self._prompts().to(model.device, non_blocking=True)
         for layer, (block, kind) in enumerate(zip(model.blocks, config.kinds, strict=True)):
             mask_SS = model.mask(kind)[:length, :length]
             h_PSD = block(h_PSD, partial(self._read_attend, layer, mask_SS, prompt_of_B))
+        return h_PSD[:, -1]
 
     def _read_attend(self, layer: int, mask_SS: Tensor, prompt_of_B: Tensor, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep a layer's keys and values of the known positions, (P, H, T+m, K); attend as the mask says."""
@@ -270,14 +277,14 @@ class Decoder:
         return masked_attention(q, k, v, mask_SS)
 
 
-def _step(model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]) -> Tensor:
+def _step(model: Decodable, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]) -> Tensor:
     """Return the logits (B, V) of one image position, writing its keys and values: a function of tensors alone."""
     h_B1D = model.image_embedding(inputs_B[:, None]) + place_D
     for block, layer in zip(model.blocks, layers, strict=True):
         h_B1D = block(h_B1D, partial(_attend, layer, groups))
     # Deviation: a bfloat16 model's logits are rounded to bfloat16 here, as their inputs are. A float32 product, a
     # seventh of the arithmetic, would take twice as long.
-    return F.linear(model.final_norm(h_B1D)[:, 0], model.image_head.weight).float()
+    return F.linear(model.final_norm(h_B1D)[:, 0], model.image_head.weight, model.image_head.bias).float()
 
 
 def _attend(layer: _Layer, groups: Groups, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1K: Tensor) -> Tensor:
@@ -314,9 +321,9 @@ class _CompiledSteps:
 
     def __init__(self) -> None:
         self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
-        self._known: WeakKeyDictionary[DALLE, set[Groups]] = WeakKeyDictionary()
+        self._known: WeakKeyDictionary[Decodable, set[Groups]] = WeakKeyDictionary()
 
-    def __call__(self, model: DALLE, groups: Groups, *inputs: Any) -> Tensor:
+    def __call__(self, model: Decodable, groups: Groups, *inputs: Any) -> Tensor:
         """Return what `_step` does."""
         known = self._known.setdefault(model, set())
         if groups in known:
@@ -343,14 +350,14 @@ class _RecordedSteps:
         """Memory for intermediate results, shared by the graphs: only one of them runs at a time."""
 
     def __call__(
-        self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
+        self, model: Decodable, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
     ) -> Tensor:
         """Return what `_step` does; the result is overwritten by the next call."""
         with torch.cuda.device(inputs_B.device):
             return self._replayed(model, groups, inputs_B, place_D, layers)
 
     def _replayed(
-        self, model: DALLE, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
+        self, model: Decodable, groups: Groups, inputs_B: Tensor, place_D: Tensor, layers: Sequence[_Layer]
     ) -> Tensor:
         # layers of a kind share their slot and bias: they are copied once
         changing = {x.data_ptr(): x for layer in layers for x in (layer.slot, layer.bias)}
@@ -370,7 +377,7 @@ class _RecordedSteps:
         return logits_BV
 
     def _record(
-        self, model: DALLE, groups: Groups, fixed: list[Tensor], layers: Sequence[_Layer]
+        self, model: Decodable, groups: Groups, fixed: list[Tensor], layers: Sequence[_Layer]
     ) -> tuple[Any, Tensor, list[Tensor]]:
         inputs_B, place_D = fixed[:2]
         side = torch.cuda.Stream()  # type: ignore[no-untyped-call]

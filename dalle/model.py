@@ -27,11 +27,11 @@ from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from dalle.attention import KINDS, Attend, Attention, Kind, layer_kinds, stored_mask
+from dalle.attention import KINDS, Attend, Kind, layer_kinds, stored_mask
 from dalle.cross_entropy import Head
+from dalle.family.blocks import Block
 from dalle.sparse_attention import prepare_compilation, sparse_attention
 from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids, null_caption, text_rows
 from dvae.compilation import can_compile
@@ -39,8 +39,6 @@ from storage.model_directory import load_directory, save_directory
 
 KIND = "dalle"
 """Kind of the model's directory, in its config.json."""
-GELU_SLOPE = 1.702
-"""Slope of the sigmoid in GELU's approximation."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,67 +114,6 @@ class DALLEConfig:
     def d_head(self) -> int:
         """Width of one attention head."""
         return self.d_model // self.n_heads
-
-
-class ScaledLinear(nn.Linear):
-    """out_scale · (W · in_scale · x + b), the factors applied within the matrix product, where they cost nothing."""
-
-    def __init__(self, n_in: int, n_out: int, *, in_scale: float = 1.0, out_scale: float = 1.0) -> None:
-        super().__init__(n_in, n_out)
-        self.in_scale, self.out_scale = in_scale, out_scale
-        self.is_fused = True
-        """Whether the factors are applied within the matrix product; else around `F.linear`."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Return (..., n_out) for (..., n_in)."""
-        if torch.compiler.is_compiling() or not self.is_fused:  # compilation fuses the factors with what surrounds them
-            return F.linear(self.in_scale * x, self.weight, self.bias) * self.out_scale
-        scale = self.in_scale * self.out_scale
-        flat = torch.addmm(self.bias, x.flatten(0, -2), self.weight.t(), beta=self.out_scale, alpha=scale)
-        return flat.view(*x.shape[:-1], -1)
-
-
-class MLP(nn.Module):
-    """Two linear layers, 4·D wide between them, with GELU in its sigmoid form (Child et al. 2019).
-
-    x·σ(1.702x) is silu(1.702x) / 1.702: one fused operation, its two factors left to the linear layers.
-    """
-
-    def __init__(self, d_model: int) -> None:
-        super().__init__()
-        self.wide = ScaledLinear(d_model, 4 * d_model, out_scale=GELU_SLOPE)
-        self.out = ScaledLinear(4 * d_model, d_model, in_scale=1 / GELU_SLOPE)
-
-    def forward(self, x_BSD: Tensor) -> Tensor:
-        """Return the MLP branch, (B, S, D)."""
-        output: Tensor = self.out(F.silu(self.wide(x_BSD)))
-        return output
-
-
-class Block(nn.Module):
-    """One layer: attention and MLP, each normalised first and added to the residual stream."""
-
-    def __init__(self, d_model: int, n_heads: int) -> None:
-        super().__init__()
-        self.attention_norm = nn.LayerNorm(d_model)
-        self.attention = Attention(d_model, n_heads)
-        self.mlp_norm = nn.LayerNorm(d_model)
-        self.mlp = MLP(d_model)
-
-    def forward(self, h_BSD: Tensor, attend: Attend) -> Tensor:
-        """Return the residual stream after this layer, (B, S, D)."""
-        h_BSD = h_BSD + self.attention_branch(h_BSD, attend)
-        return h_BSD + self.mlp_branch(h_BSD)
-
-    def attention_branch(self, h_BSD: Tensor, attend: Attend) -> Tensor:
-        """Return the attention's part of the residual stream, (B, S, D)."""
-        output: Tensor = self.attention(self.attention_norm(h_BSD), attend)
-        return output
-
-    def mlp_branch(self, h_BSD: Tensor) -> Tensor:
-        """Return the MLP's part of the residual stream, (B, S, D)."""
-        output: Tensor = self.mlp(self.mlp_norm(h_BSD))
-        return output
 
 
 OWN_SHARE = 0.3
@@ -312,14 +249,23 @@ class DALLE(nn.Module):
         check_ids("image_tokens", image_tokens, config.stream.n_image, config.image_vocab)
         if len(text) != len(image_tokens):
             raise ValueError(f"{len(text)} captions and {len(image_tokens)} images: expected one caption per image")
-        inputs_BI = image_inputs(image_tokens, config.image_vocab)
-        h_BSD = torch.cat([self.embed_text(text), self.embed_image(inputs_BI)], dim=1)
+        h_BSD = self.embed(text, image_tokens)
         recompute = self.activation_checkpointing and torch.is_grad_enabled()
         for block, kind in zip(self.blocks, config.kinds, strict=True):
             attend = self._attend(kind)
             h_BSD = checkpoint(block, h_BSD, attend, use_reentrant=False) if recompute else block(h_BSD, attend)
         output: Tensor = self.final_norm(h_BSD)
         return output
+
+    def embed(self, text_BT: Tensor, tokens_BJ: Tensor) -> Tensor:
+        """Return the residual stream of the text and of the first J image positions before the first layer.
+
+        Args:
+            text_BT: text ids.
+            tokens_BJ: the first J image tokens; each is fed to the position after it.
+        """
+        inputs_BJ = image_inputs(tokens_BJ, self.config.image_vocab)
+        return torch.cat([self.embed_text(text_BT), self.embed_image(inputs_BJ)], dim=1)
 
     def embed_text(self, text_BT: Tensor) -> Tensor:
         """Return the residual stream of the text positions before the first layer, (B, T, D)."""

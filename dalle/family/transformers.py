@@ -10,10 +10,12 @@ from dalle.family.mini import cache as mini
 from dalle.family.mini.config import MiniConfig
 from dalle.family.mini.model import KIND as MINI_KIND
 from dalle.family.mini.model import DALLEMini
+from dalle.family.variants.model import KIND as VARIANT_KIND
+from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.model import DALLE, KIND, DALLEConfig
 from storage.model_directory import directory_kind
 
-Transformer = DALLE | DALLEMini
+Transformer = DALLE | DALLEMini | VariantDALLE
 """Any of them."""
 Decoding = Decoder | mini.MiniDecoder
 """Any of them while it decodes: one image position a step, for all candidates."""
@@ -37,7 +39,8 @@ def kind_of(config: TrainedConfig) -> str:
 
 def load_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory, on the CPU; raises as `DALLE.load`."""
-    return DALLEMini.load(path) if directory_kind(path, expected=KIND) == MINI_KIND else DALLE.load(path)
+    kinds: dict[str, type[DALLEMini | VariantDALLE]] = {MINI_KIND: DALLEMini, VARIANT_KIND: VariantDALLE}
+    return kinds.get(directory_kind(path, expected=KIND), DALLE).load(path)
 
 
 def decoding(
@@ -46,6 +49,8 @@ def decoding(
     """Read the prompts and return what decodes their candidates; arguments and errors are `Decoder`'s."""
     if isinstance(model, DALLEMini):
         return mini.MiniDecoder(model, text, counts, prefix, compile=compile)
+    if isinstance(model, VariantDALLE):
+        return VariantDecoder(model, text, counts, prefix, compile=compile)
     return Decoder(model, text, counts, prefix, compile=compile)
 
 

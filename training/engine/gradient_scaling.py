@@ -22,7 +22,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from dalle.model import DALLE, Block
+from dalle.family.blocks import Block
+from dalle.model import DALLE
 from training.ranks.ranks import Ranks
 
 INITIAL_SCALE, MIN_SCALE, MAX_SCALE = 2.0**13, 2.0**7, 2.0**24

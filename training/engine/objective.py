@@ -8,7 +8,7 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
-from dalle.model import ScaledLinear
+from dalle.family.blocks import ScaledLinear
 
 Tensors = dict[str, Tensor]
 Loss = Callable[..., tuple[Tensor, Tensors]]
