@@ -8,15 +8,23 @@ from torch import Tensor
 
 from dalle.family.texts.bart import KIND as BART
 from dalle.family.texts.bart import BartTokenizer
+from dalle.family.texts.charbpe import KIND as CHARBPE
+from dalle.family.texts.charbpe import CharBPE
+from dalle.family.texts.yttm import KIND as YTTM
+from dalle.family.texts.yttm import YouTokenToMe
 from dalle.family.transformers import Transformer
 from dalle.tokenizer import Tokenizer
 from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-TextTokenizer = Tokenizer | BartTokenizer
+TextTokenizer = Tokenizer | BartTokenizer | YouTokenToMe | CharBPE
 """Any of them."""
-_KINDS = {BART: BartTokenizer}
+_KINDS: dict[str, type[BartTokenizer | YouTokenToMe | CharBPE]] = {
+    BART: BartTokenizer,
+    YTTM: YouTokenToMe,
+    CHARBPE: CharBPE,
+}
 """Those that are imported, by the kind that their files say."""
 
 
