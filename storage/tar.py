@@ -6,8 +6,9 @@ all headers are read first, and the damage after the last good one is found.
 
 import errno
 import os
+import shutil
 import tarfile
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, Self
 
@@ -111,6 +112,36 @@ def first_member(path: Path) -> Member | None:
     with open_start(path) as file:
         info = _opened(path, file).next()
     return None if info is None else _member(info)
+
+
+def copy_members(path: Path, names: Collection[str], folder: Path) -> None:
+    """Copy plain files of a tar file, compressed or not, into a folder, by the last parts of their names.
+
+    Args:
+        path: the tar file; it is read once, from its start to its end.
+        names: last parts of names; all others are passed over.
+        folder: is there, and has none of them.
+
+    Raises:
+        FileNotFoundError: one is missing in it.
+        ValueError: it is no tar file, damaged, or has a name twice.
+        OSError: it cannot be read, or a file cannot be written.
+    """
+    try:
+        with tarfile.open(path, "r|*", tarinfo=_Header) as tar:
+            for info in tar:
+                name = info.name.rpartition("/")[2]
+                content = tar.extractfile(info) if name in names and info.isreg() else None
+                if content is not None:
+                    with (folder / name).open("xb") as file:
+                        shutil.copyfileobj(content, file, 1 << 20)
+    except FileExistsError as error:
+        raise ValueError(f"{path} has {Path(error.filename).name} twice: expected it once") from error
+    except Exception as error:  # tarfile raises anything for headers that hold anything
+        _raise_if_of_system(error)
+        raise ValueError(f"{path} is no whole tar file ({error}): download it again") from error
+    if missing := sorted(name for name in names if not (folder / name).is_file()):
+        raise FileNotFoundError(f"{path} holds no {', '.join(missing)}: it is another tar file, or cut off")
 
 
 def write_tar(path: Path, members: Iterable[tuple[str, bytes]]) -> None:

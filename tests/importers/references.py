@@ -27,19 +27,22 @@ class _StandIn(types.ModuleType):
 
 
 def reference(name: str) -> Any:
-    """Import a module of a package without running the package's own __init__; skip where it is missing."""
-    package = name.split(".")[0]
+    """Import a module of a package without running the __init__ of the folders it is in; skip where it is missing."""
+    package, *inner = name.split(".")[:-1]
     found = next((Path(folder) / package for folder in sys.path if (Path(folder) / package).is_dir()), None)
     if found is None or not list(found.glob("*.py")):
         pytest.skip(f"{package} is not installed: `make references` does it")
-    parent = types.ModuleType(package)
-    parent.__path__ = [str(found)]
-    added = {package: parent} | {stand_in: _StandIn(stand_in) for stand_in in _STAND_INS}
+    parents: dict[str, types.ModuleType] = {}
+    for depth in range(len(inner) + 1):
+        parent = types.ModuleType(".".join([package, *inner[:depth]]))
+        parent.__path__ = [str(found.joinpath(*inner[:depth]))]
+        parents[parent.__name__] = parent
+    added = parents | {stand_in: _StandIn(stand_in) for stand_in in _STAND_INS}
     added = {key: value for key, value in added.items() if key not in sys.modules}
     sys.modules.update(added)
     try:
         return importlib.import_module(name)
     finally:
         for key in added:
-            if key != package:
+            if key not in parents:
                 sys.modules.pop(key, None)

@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from dalle.cli.importing.dalle_mini import DALLEMini, MinDALLE
+from dalle.cli.importing.variants import MinDALLE13B, RuDALLE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -16,6 +17,8 @@ class ImportBundle:
         OmitArgPrefixes[
             Annotated[MinDALLE, subcommand("min-dalle")]  # a line for each kind
             | Annotated[DALLEMini, subcommand("dalle-mini")]
+            | Annotated[RuDALLE, subcommand("rudalle")]
+            | Annotated[MinDALLE13B, subcommand("mindalle")]
         ]
     ]
 
