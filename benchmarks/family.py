@@ -6,6 +6,11 @@ measured; guidance and the drawing of the token are. The packages are those of t
 DALL·E mini whole, 12 + 12 layers × 1024, and min-dalle 0.4.11. A step of min-dalle costs the same at every position:
 it reads all 256, and computes the caption's keys and values anew for every candidate. Ours reads those up to its own,
 so it is timed near the beginning, the middle and the end.
+
+ruDALLE's width and vocabularies, 2048 wide with 16 heads, and rudalle 1.1.3: 4 of Malevich's 24 layers, which fit
+beside its caches for 64 candidates; and 1, whose difference says what 24 would take. It is timed after a few dozen tokens.
+There a step of rudalle is at its cheapest: it computes norms and logits of the whole sequence anew, and copies all
+keys and values, so it takes longer with every token. Ours costs the same everywhere.
 """
 
 import importlib
@@ -22,9 +27,14 @@ from torch import Tensor
 
 from benchmarks import measure
 from benchmarks.measure import Options, Report
+from dalle.attention import Kind
 from dalle.family.mini.cache import MiniDecoder
 from dalle.family.mini.config import MINI
 from dalle.family.mini.model import DALLEMini
+from dalle.family.variants.config import VariantConfig
+from dalle.family.variants.model import VariantDALLE, VariantDecoder
+from dalle.importers.rudalle import SAMPLING as RUDALLE_DEFAULTS
+from dalle.importers.rudalle import published_name
 from dalle.sampling import Sampling, choose, guide, uniforms
 
 FOLDER = Path(sys.prefix) / "published"
@@ -51,13 +61,13 @@ def package(name: str) -> Any:
     Raises:
         FileNotFoundError: it is not installed.
     """
-    top = name.split(".")[0]
-    if not (FOLDER / top).is_dir():
-        raise FileNotFoundError(f"{top} is missing in {FOLDER}: `make references` installs it")
-    if top not in sys.modules:
-        parent = types.ModuleType(top)
-        parent.__path__ = [str(FOLDER / top)]
-        sys.modules[top] = parent
+    parts = name.split(".")[:-1]
+    if not (FOLDER / parts[0]).is_dir():
+        raise FileNotFoundError(f"{parts[0]} is missing in {FOLDER}: `make references` installs it")
+    for depth in range(1, len(parts) + 1):
+        parent = types.ModuleType(".".join(parts[:depth]))
+        parent.__path__ = [str(FOLDER.joinpath(*parts[:depth]))]
+        sys.modules.setdefault(parent.__name__, parent)
     return importlib.import_module(name)
 
 
@@ -185,9 +195,132 @@ def mini_by_n(options: Options, report: Report) -> None:
     report.table(title, ["", *(f"N={n}" for n in found)], rows)
 
 
+RUDALLE_LAYERS = (4, 1)
+"""Of Malevich's 24; the first is reported, both make an estimate of all."""
+KNOWN = 24
+"""Image tokens that are there when a step is timed."""
+RUDALLE_SAMPLING = RUDALLE_DEFAULTS.sampling()
+
+
+@lru_cache(maxsize=1)
+def our_rudalle(n_layers: int) -> VariantDALLE:
+    """Return a ruDALLE of so many layers with random weights."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"text_len": 128, "grid": 32, "text_vocab": 16_384, "image_vocab": 8_192}
+    config = VariantConfig(n_layers=n_layers, d_model=2048, n_heads=16, variant="ruDALLE v3", **sizes)
+    return VariantDALLE(config).eval().requires_grad_(False)
+
+
+@lru_cache(maxsize=1)
+def rudalle_model(n_layers: int) -> Any:
+    """Return rudalle's model with the weights of `our_rudalle`, mostly the same memory."""
+    module = package("rudalle.dalle.model")
+    ours = our_rudalle(n_layers)
+    config = ours.config
+    with torch.device("meta"):
+        model = module.DalleModel(
+            device="cpu",
+            num_layers=n_layers,
+            vocab_size=config.n_text_ids,
+            hidden_size=config.d_model,
+            num_attention_heads=config.n_heads,
+            embedding_dropout_prob=0.1,
+            attention_dropout_prob=0.1,
+            output_dropout_prob=0.1,
+            text_seq_length=config.text_len,
+            image_tokens_per_dim=config.grid,
+            image_vocab_size=config.image_vocab,
+            cogview_sandwich_layernorm=True,
+            cogview_pb_relax=True,
+        )
+    state = {published_name(name): weight for name, weight in ours.state_dict().items() if "head" not in name}
+    for end in ("weight", "bias"):
+        heads = [getattr(head, end) for head in (ours.text_head, ours.image_head)]
+        state[f"to_logits.1.{end}"] = torch.cat(heads)
+    kinds: tuple[tuple[str, Kind], ...] = (("row", "row"), ("col", "column"), ("conv", "conv cut"))
+    state |= {f"transformer.{name}_mask": ours.mask(kind) for name, kind in kinds}
+    model.load_state_dict(state, strict=True, assign=True)
+    return model.eval().requires_grad_(False)
+
+
+def our_rudalle_run(n: int, n_layers: int) -> Step:
+    """Return a run of `TOKENS` tokens by our decoder."""
+    model = our_rudalle(n_layers)
+    text = model.config.text_rows([list(range(100, 120))])
+    decoder = VariantDecoder(model, text, [n], torch.zeros(1, KNOWN, dtype=torch.int64))
+    uniforms_NI = uniforms(range(n), model.config.stream.n_image)
+    tokens_N = choose(decoder.step(torch.zeros(n, dtype=torch.int64)), uniforms_NI[:, 0], RUDALLE_SAMPLING)
+
+    def run() -> None:
+        nonlocal tokens_N
+        decoder.position = KNOWN + 1  # what the cache holds does not change the time
+        for _ in range(TOKENS):
+            logits_NV = decoder.step(tokens_N)
+            tokens_N = choose(logits_NV, uniforms_NI[:, decoder.position], RUDALLE_SAMPLING)
+
+    return run
+
+
+def rudalle_step(n: int, n_layers: int) -> Step:
+    """Return rudalle's step after `KNOWN` tokens, as its `generate_images` calls it."""
+    model, config = rudalle_model(n_layers), our_rudalle(n_layers).config
+    text = config.text_rows([list(range(100, 120))])
+    known = torch.cat([text.where(text < config.text_vocab, 0), torch.zeros(1, KNOWN, dtype=torch.int64)], dim=1)
+    mask = torch.ones(n, 1, config.stream.length, config.stream.length).tril_()
+    with torch.inference_mode():
+        _, cache = model(known, mask[:1], use_cache=True)
+        cache = {layer: [kept.repeat(n, *[1] * (kept.ndim - 1)) for kept in of_one] for layer, of_one in cache.items()}
+    out = torch.cat([known, torch.zeros(1, 1, dtype=torch.int64)], dim=1).repeat(n, 1)
+    uniforms_N = uniforms(range(n), 1)[:, 0]
+
+    @torch.inference_mode()
+    def step() -> None:
+        logits, _ = model(out, mask, use_cache=True, cache={layer: tuple(kept) for layer, kept in cache.items()})
+        choose(logits[:, -1, config.n_text_ids :], uniforms_N, RUDALLE_SAMPLING)
+
+    return step
+
+
+def rudalle(n: int, options: Options, report: Report) -> None:
+    """ruDALLE: milliseconds of a token for n candidates."""
+    for n_layers in RUDALLE_LAYERS:
+        subjects = {"ours": our_rudalle_run(n, n_layers), "rudalle": rudalle_step(n, n_layers)}
+        label = f"ruDALLE, {n_layers} layers, N={n}"
+        times = measure.in_turns(subjects, options.n(PLAN[n]), label=label)
+        times["ours"] = [seconds / TOKENS for seconds in times["ours"]]
+        report.samples[label] = times
+        if n in LIMITS and n_layers == RUDALLE_LAYERS[0]:
+            report.line(f"{label}, float32", "rudalle", measure.ratio(times, "rudalle", "ours"), LIMITS[n])
+
+
+def rudalle_by_n(_options: Options, report: Report) -> None:
+    """The times of all N together, and what all layers would take: those measured, and more of their difference."""
+    many, one = RUDALLE_LAYERS
+    rows: list[list[measure.Cell]] = []
+    estimates: dict[tuple[str, int], float] = {}
+    counts = [n for n in PLAN if f"ruDALLE, {one} layers, N={n}" in report.samples]
+    for subject in ("rudalle", "ours"):
+        found = {
+            layers: [1000 * median(report.samples[f"ruDALLE, {layers} layers, N={n}"][subject]) for n in counts]
+            for layers in RUDALLE_LAYERS
+        }
+        rows += [[f"{subject}, {layers} layers", *found[layers]] for layers in RUDALLE_LAYERS]
+        for n, of_many, of_one in zip(counts, found[many], found[one], strict=True):
+            estimates[subject, n] = of_many + (24 - many) * (of_many - of_one) / (many - one)
+    times_faster = [measure.ratio(report.samples[f"ruDALLE, {many} layers, N={n}"], "rudalle", "ours") for n in counts]
+    rows.append([f"times as fast, {many} layers", *times_faster])
+    rows.append(
+        ["times as fast, 24 layers, estimated", *(estimates["rudalle", n] / estimates["ours", n] for n in counts)]
+    )
+    title = f"ruDALLE's shape: one token for all N candidates after {KNOWN}, ms"
+    report.table(title, ["", *(f"N={n}" for n in counts)], rows)
+
+
 PARTS: dict[str, Callable[[Options, Report], None]] = {
     **{f"mini-N={n}": partial(mini, n) for n in PLAN},
     "mini-by-N": mini_by_n,
+    **{f"rudalle-N={n}": partial(rudalle, n) for n in PLAN},
+    "rudalle-by-N": rudalle_by_n,
 }
 
 
