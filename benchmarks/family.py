@@ -8,9 +8,9 @@ it reads all 256, and computes the caption's keys and values anew for every cand
 so it is timed near the beginning, the middle and the end.
 
 ruDALLE's width and vocabularies, 2048 wide with 16 heads, and rudalle 1.1.3: 4 of Malevich's 24 layers, which fit
-beside its caches for 64 candidates; and 1, whose difference says what 24 would take. It is timed after a few dozen tokens.
-There a step of rudalle is at its cheapest: it computes norms and logits of the whole sequence anew, and copies all
-keys and values, so it takes longer with every token. Ours costs the same everywhere.
+beside its caches for 64 candidates; and 1, whose difference says what 24 would take. It is timed after a few dozen
+tokens. There a step of rudalle is at its cheapest: it computes norms and logits of the whole sequence anew, and copies
+all keys and values, so it takes longer with every token. Ours costs the same everywhere.
 """
 
 import importlib
