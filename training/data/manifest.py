@@ -36,7 +36,7 @@ from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
 from storage.atomic import replace_text
-from storage.stores.errors import StoreError
+from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import lasting_name, warn_if_more_than_cache
 from training.data.exclusions import Excluded
 from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable
@@ -281,7 +281,7 @@ def _state(path: Path | None) -> State | None:
         return None if path is None else state_of(path)
     except StoreError:
         raise
-    except OSError:
+    except (OSError, WrongBytesError):
         return None
 
 

@@ -20,7 +20,7 @@ from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.index_file import READING_ERRORS, index_bytes, keep, kept_index, read_index
 from dalle.data.shard import State, state_of
 from storage.atomic import replace_file
-from storage.stores.errors import StoreError
+from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import open_file
 
 FORMAT_VERSION = 2
@@ -168,7 +168,7 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
         state = state_of(path) if path is not None else None
     except StoreError:
         raise
-    except OSError:
+    except (OSError, WrongBytesError):
         state = None
     if path is None or state is None:
         return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
@@ -178,7 +178,7 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
         places, lost, damage = _search(index, path, state)
     except StoreError:
         raise
-    except OSError as error:
+    except (OSError, WrongBytesError) as error:
         return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
     if state[0] != index.n_bytes:
         damage = damage or f"it has {state[0]:,} bytes, and had {index.n_bytes:,}"
