@@ -36,10 +36,9 @@ from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
 from storage.atomic import replace_text
-from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import lasting_name, warn_if_more_than_cache
 from training.data.exclusions import Excluded
-from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable
+from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable, state_if_there
 
 logger = logging.getLogger(__name__)
 
@@ -250,7 +249,7 @@ def _look_at(
         ValueError: its record is damaged; it holds image tokens where pictures are needed.
     """
     entry, path = match
-    part, state = entry.parts.get(captions), _state(path)
+    part, state = entry.parts.get(captions), state_if_there(path)
     if path and part and state and state == entry.state and not manifest.excluded.names(entry.path):
         if not encoded:
             refuse_tokens(path, entry.tokens)
@@ -264,7 +263,7 @@ def _look_at(
         )
         return shard if part.report.n_samples else None, part.report, None
     record = manifest.record(entry)
-    index, damage = located(record, path)
+    index, damage = located(record, path, state)
     excluded = manifest.excluded.rows(index.keys, entry.path)
     used, report = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
     if not used.keys:
@@ -274,15 +273,6 @@ def _look_at(
         load = partial(_load, manifest, entry, path or Path(), captions)
         shard = dataclasses.replace(shard, index=None, load=load, fingerprint=fingerprint(used))
     return shard, report, damage
-
-
-def _state(path: Path | None) -> State | None:
-    try:
-        return None if path is None else state_of(path)
-    except StoreError:
-        raise
-    except (OSError, WrongBytesError):
-        return None
 
 
 def _load(manifest: Manifest, entry: Entry, path: Path, captions: bool) -> ShardIndex:

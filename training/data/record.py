@@ -144,7 +144,17 @@ def require_readable(record: Mapping[str, Any]) -> None:
         raise ValueError(f"it is of format {record['format']!r}, and this version reads up to {FORMAT_VERSION}")
 
 
-def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | None]:
+def state_if_there(path: Path | None) -> State | None:
+    """Return the state of a shard; None if it is missing or cannot be read. Raises StoreError as `located`."""
+    try:
+        return None if path is None else state_of(path)
+    except StoreError:
+        raise
+    except (OSError, WrongBytesError):
+        return None
+
+
+def located(record: ShardRecord, path: Path | None, state: State | None) -> tuple[ShardIndex, str | None]:
     """Find the samples of a record in the shard as it is now.
 
     A shard of the same size and time of change is not read: changes in it are noticed when a sample is read. Of any
@@ -154,6 +164,7 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     Args:
         record: the contents when the shard was checked.
         path: where it is now; None if it is missing.
+        state: what `state_if_there` returns of it.
 
     Returns:
         The index of the same samples, in the same order, with those that are gone marked as lost; and the damage of the
@@ -164,12 +175,6 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     """
     index, n = record.index, len(record.index.keys)
     all_lost = np.ones(n, dtype=bool)
-    try:
-        state = state_of(path) if path is not None else None
-    except StoreError:
-        raise
-    except (OSError, WrongBytesError):
-        state = None
     if path is None or state is None:
         return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
     if state == (index.n_bytes, record.changed_ns):
