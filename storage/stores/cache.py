@@ -158,8 +158,10 @@ class Cache:
         while block := within(errors.PATIENCE.stall_s, body.read):
             if done == 0 and block.lstrip()[:16].lower().startswith(_PAGES):
                 raise WrongBytesError(f"{plain(url)} is a page of HTML or XML and no tar file: check the URL")
+            left = memoryview(block)
             try:
-                file.write(block)
+                while left:  # a nearly full disk takes a part
+                    left = left[file.write(left) :]
             except OSError as error:
                 raise DiskError(error) from None
             done += len(block)
@@ -174,6 +176,8 @@ class Cache:
                 logger.info("fetching %s: %s%s MB", plain(url), f"{done / MB:,.0f}", of)
         if total is not None and done != total:
             raise OSError(f"its body ended at byte {done:,} of {total:,}")
+        if (n_bytes := os.fstat(file.fileno()).st_size) != done:
+            raise DiskError(OSError(f"it has {n_bytes:,} bytes there, and {done:,} were written"))
 
     # -------------------------------------------------------------------------------------------- room
 

@@ -2,6 +2,7 @@ import hashlib
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -220,6 +221,19 @@ def test_a_disk_that_cannot_be_written_is_told(web: Web, tmp_path: Path) -> None
     files.use_cache(tmp_path / "file" / "cache", 1)
     with pytest.raises(StoreError, match=r"cannot keep .*Not a directory.*--cache gives another folder"):
         read(files.remote_file(f"{web.url}/shards/a.tar"))
+
+
+def test_a_copy_that_the_disk_takes_in_part_never_gets_its_name(web: Web) -> None:
+    path = files.remote_file(f"{web.url}/shards/a.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) - 10, hard))  # as if the disk were full there
+    try:
+        with pytest.raises(StoreError, match=r"cannot keep .*File too large.*--cache gives another folder"):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not path.exists()
+    assert read_again(path) == DATA
 
 
 def _read_all(url: str, cache: Path, names: list[str], barrier: "multiprocessing.synchronize.Barrier") -> None:
