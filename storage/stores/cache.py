@@ -124,18 +124,19 @@ class Cache:
         # with the last byte once more: a range must not be empty
         body = opened(url, max(0, _size_of(partial) - 1), _version_in(_note(path)))
         try:
+            if body.first == 0:
+                partial.unlink(missing_ok=True)  # before the note names another version than that of its bytes
             self._make_room(url, path, body.status)
-            try:
-                with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
-                    file.truncate(body.first)
-                    file.seek(body.first)
-                    self._copy(url, body, file)
-            except OSError as error:
-                if error.filename == str(partial):
-                    raise DiskError(error) from None
-                raise
+            with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
+                file.truncate(body.first)
+                file.seek(body.first)
+                self._copy(url, body, file)
         except WrongBytesError:
             _forget(path)
+            raise
+        except OSError as error:
+            if error.filename == str(partial):
+                raise DiskError(error) from None
             raise
         finally:
             body.close()

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from servers.web import Web, serving
@@ -287,6 +288,25 @@ def test_a_fetch_that_was_killed_is_gone_on_with(web: Web, tmp_path: Path) -> No
     assert first is None
     assert second is not None
     assert int(second.removeprefix("bytes=").rstrip("-")) > 0
+
+
+def test_a_fetch_killed_before_its_first_byte_mixes_no_versions(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.remote_file(f"{web.url}/shards/a.tar")
+    web.faults["a.tar"] = ["cut", "403"]
+    with pytest.raises(StoreError):
+        read(path)
+    other = DATA[::-1]
+    (web.folder / "shards" / "a.tar").write_bytes(other)
+    make_room = Cache._make_room
+
+    def killed(*arguments: Any) -> None:
+        make_room(*arguments)
+        raise SystemExit
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit):
+        patch.setattr(Cache, "_make_room", killed)
+        read_again(path)
+    assert read_again(path) == other
 
 
 def test_a_copy_of_before_a_change_is_fetched_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
