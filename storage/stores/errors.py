@@ -27,6 +27,10 @@ class StoreError(OSError):
     """A store is gone, too slow, or forbids what is asked: no fault of one shard. The message names it."""
 
 
+class RefusedError(StoreError):
+    """A store forbids or refuses what is asked, however often."""
+
+
 class WrongBytesError(ValueError):
     """A store gives other bytes than it should. The message names the file."""
 
@@ -87,7 +91,7 @@ def patiently(url: str, attempt: Callable[[], T], *, verb: str = "read") -> T:
 
     Raises:
         FileNotFoundError: the file is not there.
-        StoreError: the store forbids it, or has failed every time; or what reads it is not installed.
+        StoreError: the store forbids it (RefusedError), or has failed every time; or what reads it is not installed.
         WrongBytesError: the store gave wrong bytes every time.
         OSError: the local disk failed.
     """
@@ -126,14 +130,14 @@ def _failure(url: str, error: Exception, verb: str) -> tuple[OSError | ValueErro
         return StoreError(f"{name} cannot be {verb} ({reason}): install it with pip install 'dalle[{extra}]'"), False
     if isinstance(error, PermissionError) or status in _FORBIDDEN or _is_of_credentials(error):
         return (
-            StoreError(
+            RefusedError(
                 f"{name} cannot be {verb}, its store forbids it ({reason}): check the credentials in the environment; "
                 "they may be missing, wrong or expired (docs/data.md)"
             ),
             False,
         )
     if status is not None and 400 <= status < 500 and status not in _PASSING:
-        return StoreError(f"{name} cannot be {verb}, its store refuses ({reason}): check the URL"), False
+        return RefusedError(f"{name} cannot be {verb}, its store refuses ({reason}): check the URL"), False
     what = "does not answer" if isinstance(error, TimeoutError) else "fails"
     return StoreError(f"{name} cannot be {verb}, its store {what} ({reason})"), True
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage.stores import errors
-from storage.stores.errors import StoreError, patiently, within
+from storage.stores.errors import RefusedError, StoreError, patiently, within
 from storage.stores.urls import EXTRAS, has_magic, plain, scheme_of, url_of
 
 BLOCK = 8 << 20
@@ -208,17 +208,18 @@ def _digest_of(info: dict[str, Any]) -> Digest | None:
 
 
 def digest_beside(url: str) -> Digest | None:
-    """Return the SHA-256 in the file URL.sha256, as `sha256sum` writes it; None if there is none that can be read."""
+    """Return the SHA-256 in the file URL.sha256, as `sha256sum` writes it; None if there is none that can be read.
+
+    Raises:
+        StoreError: the store fails, so that it is not known.
+    """
     base, mark, query = url.partition("?") if EXTRAS[scheme_of(url)] == "http" else (url, "", "")
-    beside = f"{base}.sha256{mark}{query}"
     try:
-        text = within(
-            errors.PATIENCE.stall_s, lambda: filesystem(beside).cat_file(beside, start=0, end=_MAX_DIGEST_FILE)
-        ).decode("ascii")
-    except Exception:  # of any library: most shards have no such file, and some stores say 403 of what is missing
+        start = start_of(f"{base}.sha256{mark}{query}", _MAX_DIGEST_FILE)
+    except (FileNotFoundError, RefusedError):  # some stores forbid what is missing
         return None
-    match = re.match(r"([0-9a-fA-F]{64})\b", text)
-    return None if match is None else Digest("sha256", match.group(1).lower(), "SHA-256 beside it")
+    match = re.match(rb"([0-9a-fA-F]{64})\b", start)
+    return None if match is None else Digest("sha256", match.group(1).decode().lower(), "SHA-256 beside it")
 
 
 def start_of(url: str, n_bytes: int) -> bytes:

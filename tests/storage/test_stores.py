@@ -1,3 +1,4 @@
+import dataclasses
 import hashlib
 import logging
 import multiprocessing
@@ -62,6 +63,34 @@ def test_a_file_is_fetched_once_verified_and_told(web: Web, caplog: pytest.LogCa
     assert path.stat().st_mtime == int((web.folder / "shards" / "a.tar").stat().st_mtime)
     assert "verified by its size and SHA-256 beside it" in caplog.text
     assert [one.name for one in path.parent.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("fault", ["503", "closed"])
+def test_a_digest_beside_a_file_outlives_failures_that_pass(
+    web: Web, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "PATIENCE", dataclasses.replace(QUICK, stall_s=20))
+    for name in ("a.tar", "b.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+        (web.folder / "shards" / f"{name}.sha256").write_text(hashlib.sha256(b"other").hexdigest())
+        web.faults[f"{name}.sha256"] = [fault] if name == "a.tar" else []
+        with pytest.raises(WrongBytesError, match="SHA-256 beside it"):
+            read(files.remote_file(f"{web.url}/shards/{name}"))
+    web.faults["c.tar.sha256"] = ["500"] * 9
+    for name in ("c.tar", "c.tar.sha256"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+    with pytest.raises(StoreError, match=r"c\.tar\.sha256 cannot be read, its store fails"):
+        read(files.remote_file(f"{web.url}/shards/c.tar"))
+
+
+@pytest.mark.parametrize("fault", ["404", "403"])
+def test_a_digest_that_is_missing_or_forbidden_is_asked_for_once(web: Web, fault: str) -> None:
+    for name in ("a.tar", "b.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+        (web.folder / "shards" / f"{name}.sha256").write_text(hashlib.sha256(b"other").hexdigest())
+        web.faults[f"{name}.sha256"] = [fault]
+        assert read(files.remote_file(f"{web.url}/shards/{name}")) == DATA
+    assert web.gets(".sha256") == {"a.tar.sha256": 1}
 
 
 @pytest.mark.parametrize("ranges", [True, False])
