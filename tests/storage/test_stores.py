@@ -195,7 +195,9 @@ def read_again(path: Path) -> bytes:
 def test_signatures_do_not_tell_files_apart_and_other_queries_do() -> None:
     signed = place_of("https://host/a.tar?X-Amz-Signature=1&X-Amz-Date=2")
     assert signed == place_of("https://host/a.tar") == Path("https/host/a.tar")
-    assert place_of("https://host/get.tar?id=1") != place_of("https://host/get.tar?id=2")
+    assert place_of("https://host/a.tar?sv=1&sr=b&se=2&sp=r&skoid=3&sktid=4&skt=5&ske=6&sig=7") == signed
+    for query in ("id", "split", "set", "start", "sample", "size", "seed", "skip", "stage", "tokens", "versionid"):
+        assert place_of(f"https://host/get.tar?{query}=1") != place_of(f"https://host/get.tar?{query}=2")
     assert plain("https://me:word@host/a.tar?sig=1") == "https://host/a.tar"
     assert shown("GET 'https://me:word@host/a.tar?sig=1' s3://key:word@b/c") == "GET 'https://host/a.tar' s3://b/c"
     assert is_remote(Path("s3://bucket/a.tar"))
