@@ -11,8 +11,9 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
@@ -315,8 +316,13 @@ def delete_file(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def local_folder(folder: Path) -> Path:
-    """Return a folder; for one of a store, given as a URL, a folder on the disk with all that is in it.
+def local_folder(folder: Path, patterns: Sequence[str], made: str = "") -> Path:
+    """Return a folder; for one of a store, given as a URL, a folder on the disk with the same files.
+
+    Args:
+        folder: on the disk, or a store's.
+        patterns: of the files' paths in it, such as "shards/*.index"; no others are fetched.
+        made: pattern of files that stay on the disk though the store does not have them; others are deleted.
 
     Raises:
         StoreError: the store cannot be used.
@@ -324,31 +330,49 @@ def local_folder(folder: Path) -> Path:
     if not is_remote(folder):
         return folder
     cache = _folders()
-    for url, told in names(f"{url_of(folder).rstrip('/')}/"):
-        _drop_older_copy(cache.path_of(url), told)
+    local, there, here = _both(cache, folder, patterns)
+    for path in here:
+        if path not in there and not fnmatchcase(path.relative_to(local).as_posix(), made):
+            path.unlink(missing_ok=True)
+    for path, (url, told) in there.items():
+        _drop_older_copy(path, told)
         cache.fetch(url)
-    return cache.path_of(f"{url_of(folder)}/x").parent
+    return local
 
 
-def upload_folder(folder: Path) -> None:
-    """Write what is new in `local_folder(folder)` to the store; does nothing for a folder on the disk.
+def upload_folder(folder: Path, patterns: Sequence[str]) -> None:
+    """Write what is new in `local_folder(folder, patterns)` to the store; does nothing for a folder on the disk.
+
+    Files of these patterns that are not on the disk are deleted in the store.
 
     Raises:
         StoreError, ValueError: the store cannot be written to.
     """
     if not is_remote(folder):
         return
-    root = url_of(folder).rstrip("/")
-    cache = _folders()
-    there = {cache.path_of(url): told for url, told in names(f"{root}/")}
-    local = cache.path_of(f"{root}/x").parent
-    for path in sorted(path for path in local.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        found, told = path.stat(), there.get(path)
+    local, there, here = _both(_folders(), folder, patterns)
+    for path in here:
+        found, told = path.stat(), there[path][1] if path in there else None
         if told is None or (told.n_bytes, told.changed_ns) != (found.st_size, found.st_mtime_ns):
-            put(path, f"{root}/{path.relative_to(local).as_posix()}")
-    for path, _ in there.items():
+            put(path, f"{url_of(folder).rstrip('/')}/{path.relative_to(local).as_posix()}")
+    for path, (url, _) in there.items():
         if not path.exists():
-            delete(f"{root}/{path.relative_to(local).as_posix()}")
+            delete(url)
+
+
+def _both(
+    cache: Cache, folder: Path, patterns: Sequence[str]
+) -> tuple[Path, dict[Path, tuple[str, Status]], list[Path]]:
+    """Return where a store's folder is on the disk, its files of some patterns (URL, status), and those of the disk."""
+    root = f"{url_of(folder).rstrip('/')}/"
+    local = cache.path_of(f"{root}x").parent
+    there = {cache.path_of(url): (url, told) for url, told in names(root)}
+    here = [path for path in sorted(local.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+
+    def is_meant(path: Path) -> bool:
+        return any(fnmatchcase(path.relative_to(local).as_posix(), pattern) for pattern in patterns)
+
+    return local, {path: one for path, one in there.items() if is_meant(path)}, list(filter(is_meant, here))
 
 
 def _folders() -> Cache:

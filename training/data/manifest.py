@@ -36,13 +36,17 @@ from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
 from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
 from storage.atomic import replace_text
-from storage.stores.files import lasting_name, warn_if_more_than_cache
+from storage.stores.files import lasting_name, local_folder, warn_if_more_than_cache
+from training.data.check_report import DUPLICATES, UNUSABLE
 from training.data.exclusions import Excluded
 from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable, state_if_there
 
 logger = logging.getLogger(__name__)
 
 SUMMARY, RECORDS, EXCLUDED = "summary.json", "shards", "excluded.jsonl"
+NEW_RECORDS = f"{RECORDS}/*.index"
+FILES = (SUMMARY, EXCLUDED, UNUSABLE, DUPLICATES, NEW_RECORDS, f"{RECORDS}/*.json")
+"""Patterns of the files of a manifest; other files may lie beside them."""
 
 _NAMED_IN_LOG = 20  # shards that are logged by name
 
@@ -134,10 +138,15 @@ class Manifest:
     def open(cls, folder: Path) -> "Manifest":
         """Read the summary of a folder that `dalle-train check-data` wrote.
 
+        Args:
+            folder: on the disk, or a store's, given as a URL.
+
         Raises:
+            StoreError: the store cannot be used.
             FileNotFoundError: there is none.
             ValueError: it is damaged or of another version.
         """
+        folder = local_folder(folder, FILES, made=NEW_RECORDS)
         path = folder / SUMMARY
         if not path.is_file():
             raise FileNotFoundError(
