@@ -161,7 +161,7 @@ class TransformerStage:
             return None
         if isinstance(weights, WeightsInParts) and weights.ranks.size > 1:
             weights.call_all()
-            tokens = self._sampled(spread(self._config, weights))
+            tokens = self._sampled(spread(self._config, weights, self._n_rows))
         else:
             tokens = self._sampled(self._with(weights).to(next(self.model.parameters()).device))
         images = self._dvae_on(tokens.device).decode(tokens.view(-1, self._config.grid, self._config.grid))
@@ -170,7 +170,12 @@ class TransformerStage:
     def help_to_draw(self, weights: WeightsInParts) -> None:
         """Sample in step with the first rank, with this rank's layers; where one has no room, no rank samples."""
         with contextlib.suppress(torch.OutOfMemoryError):  # `picture` has it, too
-            self._sampled(spread(self._config, weights))
+            self._sampled(spread(self._config, weights, self._n_rows))
+
+    @property
+    def _n_rows(self) -> int:
+        """Candidates of a sheet, twice as many with guidance."""
+        return len(self._captions) * (2 if self.recipe.sampling.sampling().is_guided else 1)
 
     def _sampled(self, model: DALLE) -> Tensor:
         """Return the image tokens of a candidate for each of the captions, (P, I)."""
