@@ -352,6 +352,25 @@ def test_a_copy_of_before_a_change_is_fetched_again(web: Web, monkeypatch: pytes
     assert read(path) == b"other" + DATA
 
 
+def test_without_times_a_change_is_noticed_by_the_version(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.dated = False
+    url = f"{web.url}/shards/a.tar"
+
+    def in_another_process() -> tuple[files.FileStatus, bytes]:
+        monkeypatch.setattr(files, "_remotes", {})
+        path = files.remote_file(url)
+        return files.file_status(path), read(path)
+
+    before = files.file_status(files.remote_file(url))
+    assert in_another_process() == in_another_process() == (before, DATA)
+    assert web.gets()["a.tar"] == 1
+    (web.folder / "shards" / "a.tar").write_bytes(DATA[::-1])
+    after, data = in_another_process()
+    assert data == DATA[::-1]
+    assert after.n_bytes == before.n_bytes
+    assert after.changed_ns != before.changed_ns
+
+
 def test_copies_are_used_when_the_store_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     (tmp_path / "served").mkdir()
     (tmp_path / "served" / "a.tar").write_bytes(DATA)
