@@ -199,7 +199,7 @@ def _digest_of(info: dict[str, Any]) -> Digest | None:
         return Digest("sha256", str(sha256).lower(), "SHA-256 of its store")
     settings = info.get("content_settings") or {}
     in_base64 = info.get("md5Hash") or info.get("Content-Md5")
-    raw = settings.get("content_md5") if isinstance(settings, dict) else None
+    raw = settings.get("content_md5") if isinstance(settings, dict) else getattr(settings, "content_md5", None)
     if isinstance(in_base64, str):
         try:
             raw = base64.b64decode(in_base64, validate=True)

@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -21,6 +22,7 @@ pytest.importorskip("aiohttp", reason="nothing here reads the web: pip install '
 from storage.stores import errors, files
 from storage.stores.cache import GB, Cache
 from storage.stores.errors import Patience, StoreError, WrongBytesError
+from storage.stores.remote import _status_of
 from storage.stores.urls import is_remote, place_of, plain, shown
 
 DATA = bytes(range(256)) * 400
@@ -402,3 +404,11 @@ def test_two_caches_hold_copies_of_their_own(web: Web, tmp_path: Path) -> None:
     for name in ("one", "two"):
         Cache(tmp_path / name, GB).fetch(url)
     assert web.gets()["a.tar"] == 2
+
+
+def test_the_md5_of_azure_is_found_in_its_sdks_settings() -> None:
+    md5 = hashlib.md5(DATA).digest()
+    for settings in ({"content_md5": md5}, SimpleNamespace(content_md5=bytearray(md5))):
+        digest = _status_of({"size": len(DATA), "content_settings": settings}).digest
+        assert digest == ("md5", md5.hex(), "MD5 of its store")
+    assert _status_of({"size": 1, "content_settings": SimpleNamespace(content_md5=None)}).digest is None
