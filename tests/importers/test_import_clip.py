@@ -183,7 +183,12 @@ def test_other_preprocessing_than_is_done_here_is_refused(tmp_path: Path, proces
 
 @pytest.mark.parametrize(
     ("size", "resize"),
-    [(32, "shortest"), ({"shortest_edge": 32}, "shortest"), ({"height": 32, "width": 32}, "squash"), (None, "shortest")],
+    [
+        (32, "shortest"),
+        ({"shortest_edge": 32}, "shortest"),
+        ({"height": 32, "width": 32}, "squash"),
+        (None, "shortest"),
+    ],
 )
 def test_preprocessing_as_it_is_done_here_is_read(tmp_path: Path, size: object, resize: str) -> None:
     flags = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
