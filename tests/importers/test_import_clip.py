@@ -163,7 +163,7 @@ def hugging_face_folder(folder: Path, processor: object) -> Path:
 @pytest.mark.parametrize(
     ("processor", "message"),
     [
-        ({"do_normalize": False}, "do_normalize is False: a CLIP that sees pictures without it"),
+        ({"do_normalize": False}, "do_normalize is False: a CLIP without it"),
         ({"do_center_crop": False}, "do_center_crop is False"),
         ({"do_resize": False}, "do_resize is False"),
         ({"do_rescale": 0.5}, r"do_rescale is 0\.5"),
