@@ -33,6 +33,7 @@ from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, Texts, compact_type, joined
 from dalle.data.usable import Part, parts_of
 from storage.atomic import replace_file
+from storage.stores.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -246,16 +247,6 @@ def _texts(ends: NDArray[Any], block: NDArray[Any]) -> Texts:
 
 
 # ----------------------------------------------------------------------------------- where the files are kept
-
-
-def cache_folder() -> Path | None:
-    """Return the folder for what is kept of data that cannot be written beside: DALLE_CACHE, or the user's cache."""
-    if named := os.environ.get("DALLE_CACHE"):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
-    except RuntimeError:  # the user has no home
-        return None
 
 
 def _places_of(shard: Path) -> Iterator[Path]:

@@ -82,7 +82,7 @@ class Cache:
                     if not path.exists():
                         self._fetch(url, path)
                     return
-            now = _size_of(_partial(path))
+            now = size_of(_partial(path))
             if now != progress:
                 progress, since = now, time.monotonic()
             elif time.monotonic() - since > _STILL_S:
@@ -122,7 +122,7 @@ class Cache:
         """Fetch a file into its partial file, from where that ends, and verify it."""
         partial = _partial(path)
         # with the last byte once more: a range must not be empty
-        body = opened(url, max(0, _size_of(partial) - 1), _version_in(_note(path)))
+        body = opened(url, max(0, size_of(partial) - 1), _version_in(_note(path)))
         try:
             if body.first == 0:
                 partial.unlink(missing_ok=True)  # before the note names another version than that of its bytes
@@ -240,7 +240,7 @@ class Cache:
                         yield _Copy(status.st_atime, path, status.st_size, True)
                     elif path.name.endswith(_NOTE):
                         whole = path.with_name(path.name[1 : -len(_NOTE)])
-                        n_bytes = max(int(json.loads(path.read_text())["n_bytes"]), _size_of(_partial(whole)))
+                        n_bytes = max(int(json.loads(path.read_text())["n_bytes"]), size_of(_partial(whole)))
                         yield _Copy(path.stat().st_mtime, whole, n_bytes, False)
 
     def _lock_of(self, path: Path) -> Path:
@@ -276,7 +276,8 @@ def _note(path: Path) -> Path:
     return path.with_name(f".{path.name}{_NOTE}")
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Return the size of a file, 0 if it is missing."""
     with suppress(OSError):
         return path.stat().st_size
     return 0

@@ -17,7 +17,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from storage.stores.cache import GB, Cache, touch
+from storage.disk import nearest_folder
+from storage.stores.cache import GB, Cache, size_of, touch
 from storage.stores.errors import StoreError
 from storage.stores.remote import Status, delete, names, put, start_of, status
 from storage.stores.urls import is_remote, plain, url_of
@@ -51,7 +52,7 @@ class _Remote(NamedTuple):
 _remotes: dict[Path, _Remote] = {}
 _failures: dict[Path, tuple[float, Exception]] = {}
 _caches: dict[tuple[Path, float | None], Cache] = {}
-_chosen: tuple[Path, float | None] | None = None
+_chosen: tuple[Path | None, float | None] | None = None
 _ahead: dict[Path, threading.Thread] = {}
 _is_gone = False  # a store did not answer: copies are used as they are
 
@@ -69,25 +70,39 @@ def use_cache(folder: Path | None = None, gigabytes: float | None = None) -> Non
     global _chosen
     if gigabytes is not None and not 0 < gigabytes < 1e9:
         raise ValueError(f"--cache-gb is {gigabytes:g}; expected a size above 0, such as 200")
-    if folder is None:
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
-        folder = Path(os.environ.get(CACHE_VARIABLE) or own) / "shards"
-    _chosen = folder.resolve(), gigabytes
+    if folder is None and (own := cache_folder()) is not None:
+        folder = own / "shards"
+    _chosen = None if folder is None else folder.resolve(), gigabytes
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for caches: as `CACHE_VARIABLE` says, or the user's own; None if the user has no home."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
+    except RuntimeError:
+        return None
 
 
 def _cache() -> Cache:
-    """Return the cache that was chosen."""
+    """Return the cache that was chosen; raises ValueError if there is no folder for it."""
     if _chosen is None:
         use_cache()
     assert _chosen is not None
-    if _chosen not in _caches:
-        folder, gigabytes = _chosen
-        if gigabytes is None:
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            n_kept = sum(path.stat().st_size for path in folder.rglob("*.tar")) if folder.exists() else 0
-            gigabytes = (shutil.disk_usage(there).free + n_kept) / 2 / GB
-        _caches[_chosen] = Cache(folder, int(gigabytes * GB))
-    return _caches[_chosen]
+    folder, gigabytes = _chosen
+    if folder is None:
+        raise ValueError(f"there is no folder for copies of stores' files, as the user has no home: give --cache, or set {CACHE_VARIABLE}")
+    if (folder, gigabytes) not in _caches:
+        n_bytes = gigabytes * GB if gigabytes is not None else _half_of_what_is_free(folder)
+        _caches[folder, gigabytes] = Cache(folder, int(n_bytes))
+    return _caches[folder, gigabytes]
+
+
+def _half_of_what_is_free(folder: Path) -> float:
+    """Return half of the bytes that a disk would have free without the copies in a folder."""
+    n_kept = sum(map(size_of, folder.rglob("*.tar"))) if folder.exists() else 0
+    return (shutil.disk_usage(nearest_folder(folder)).free + n_kept) / 2
 
 
 def remote_file(url: str, told: Status | None = None) -> Path:

@@ -250,6 +250,31 @@ def test_what_a_killed_fetch_left_makes_room(web: Web, tmp_path: Path) -> None:
     assert not list((tmp_path / "small").rglob("*.partial"))
 
 
+def test_without_a_home_only_who_needs_a_copy_is_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in (files.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    files.use_cache()
+    assert files.file_status(ROOT / "README.md").n_bytes > 0
+    with pytest.raises(ValueError, match=r"no folder for copies of stores' files.*set DALLE_CACHE"):
+        files.remote_file(f"{web.url}/shards/a.tar")
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(web.folder / "cache"))
+    files.use_cache()
+    assert read(files.remote_file(f"{web.url}/shards/a.tar")) == DATA
+
+
+def test_a_copy_deleted_while_sizes_are_added_up_is_no_error(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(Path, "rglob", lambda *_: [tmp_path / "cache" / "deleted.tar"])
+    files.use_cache(tmp_path / "cache")
+    assert read(files.remote_file(f"{web.url}/shards/a.tar")) == DATA
+
+
 def test_a_disk_that_cannot_be_written_is_told(web: Web, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     files.use_cache(tmp_path / "file" / "cache", 1)
