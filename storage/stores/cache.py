@@ -5,13 +5,15 @@
 2. What a killed process has fetched is gone on with, if the store still has the same version of the file.
 3. The bytes are compared with the size that the store tells, and with a digest where one is known; only then has the
    copy its name. Its time of change is that of the store's file.
-4. Before a fetch, the copies that have not been opened for the longest time make room. One that is open can be read on.
+4. Before a fetch, the copies that have not been opened for the longest time make room, and last the indexes of shards.
+   One that is open can be read on.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 from storage.atomic import PARTIAL, flush
 from storage.disk import full_disk_note
 from storage.lock import host_lock
+from storage.process import is_there
 from storage.stores import errors
 from storage.stores.errors import DiskError, StoreError, WrongBytesError, patiently, within
 from storage.stores.remote import Body, Digest, Status, digest_beside, opened
@@ -33,6 +36,11 @@ GB = 10**9
 _LOCKS = ".locks"
 _NOTE = ".fetched"
 """Ending of the hidden file beside a partial one: which version it is of, and how large it will be."""
+UPLOAD = ".upload"
+"""Ending of the hidden file .NAME.PID.upload that a process writes for a store; it may be written as another one."""
+_OF_UPLOAD = re.compile(rf"\.(\d+){UPLOAD}(\.\d+{PARTIAL})?$")
+_INDEX = ".index"
+"""Ending of what is kept of a shard, and of use without it."""
 _POLL_S = 0.2
 _PROGRESS_S = 10.0
 _STILL_S = 600.0
@@ -212,30 +220,36 @@ class Cache:
 
     def _clear(self, needed: int, path: Path) -> bool:
         """Delete copies for a file of `needed` bytes; returns whether there is room for it now."""
-        copies = sorted((copy for copy in self._copies() if copy.path != path), key=lambda copy: copy.used_at)
+        copies = [copy for copy in self._copies() if copy.path != path]
+        copies.sort(key=lambda copy: (copy.path.suffix == _INDEX, copy.used_at))  # indexes last
         used = sum(copy.n_bytes for copy in copies)
         for copy in copies:
             if used + needed <= self.max_bytes:
                 break
-            if copy.is_whole:
-                copy.path.unlink(missing_ok=True)
-            else:
-                with host_lock(self._lock_of(copy.path), 0) as is_left_over:
-                    if not is_left_over:
-                        continue
-                    _forget(copy.path)
-            used -= copy.n_bytes
+            if self._delete(copy):
+                used -= copy.n_bytes
         return used + needed <= self.max_bytes
 
+    def _delete(self, copy: _Copy) -> bool:
+        """Delete a copy, unless a process is writing it; returns whether it is gone."""
+        if not copy.is_whole:
+            with host_lock(self._lock_of(copy.path), 0) as is_left_over:
+                if is_left_over:
+                    _forget(copy.path)
+            return is_left_over
+        upload = _OF_UPLOAD.search(copy.path.name)
+        if upload is not None and is_there(int(upload[1])):
+            return False
+        copy.path.unlink(missing_ok=True)
+        return True
+
     def _copies(self) -> Iterator[_Copy]:
-        """Yield the copies; a partial one counts with the size that it will have."""
+        """Yield the copies, and files on their way to stores; a partial one counts with the size that it will have."""
         for folder, folders, names in os.walk(self.folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder) / name for name in names):
                 with suppress(OSError, ValueError, KeyError):  # deleted, or renamed, just now
-                    if path.suffix == ".index":  # small, and made of a shard: it is of use without it
-                        continue
-                    if not path.name.startswith("."):
+                    if not path.name.startswith(".") or _OF_UPLOAD.search(path.name):
                         status = path.stat()
                         yield _Copy(status.st_atime, path, status.st_size, True)
                     elif path.name.endswith(_NOTE):

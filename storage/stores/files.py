@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
 from storage.disk import nearest_folder
-from storage.stores.cache import GB, Cache, size_of, touch
+from storage.stores.cache import GB, UPLOAD, Cache, size_of, touch
 from storage.stores.errors import StoreError
 from storage.stores.remote import Status, delete, names, put, start_of, status
 from storage.stores.urls import is_remote, plain, url_of
@@ -92,7 +92,7 @@ def _cache() -> Cache:
     assert _chosen is not None
     folder, gigabytes = _chosen
     if folder is None:
-        raise ValueError(f"there is no folder for copies of stores' files, as the user has no home: give --cache, or set {CACHE_VARIABLE}")
+        raise ValueError(f"no folder for copies of stores' files, and no home: give --cache, or {CACHE_VARIABLE}")
     if (folder, gigabytes) not in _caches:
         n_bytes = gigabytes * GB if gigabytes is not None else _half_of_what_is_free(folder)
         _caches[folder, gigabytes] = Cache(folder, int(n_bytes))
@@ -310,7 +310,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     if remote is None:
         write(path)
         return
-    local = path.with_name(f".{path.name}.{os.getpid()}.upload")
+    local = path.with_name(f".{path.name}.{os.getpid()}{UPLOAD}")
     local.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(local)

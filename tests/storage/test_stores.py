@@ -250,6 +250,28 @@ def test_what_a_killed_fetch_left_makes_room(web: Web, tmp_path: Path) -> None:
     assert not list((tmp_path / "small").rglob("*.partial"))
 
 
+def test_what_killed_uploads_left_makes_room_and_indexes_last(web: Web, tmp_path: Path) -> None:
+    for name in ("b.tar", "c.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+    files.use_cache(tmp_path / "small", 2.5 * len(DATA) / GB)
+    a, b, c = (files.remote_file(f"{web.url}/shards/{name}.tar") for name in "abc")
+    assert read(a) == DATA
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = [a.with_name(f".x.tar.{ended.pid}.upload"), a.with_name(f"..x.tar.{ended.pid}.upload.{ended.pid}.partial")]
+    index, current = a.with_name("a.tar.index"), a.with_name(f".x.tar.{os.getpid()}.upload")
+    for made in (*left, index, current):
+        made.write_bytes(DATA[: len(DATA) // 2])
+        os.utime(made, (0, 0))
+    assert read(b) == DATA
+    assert [path.exists() for path in (*left, a, index, current)] == [False, False, False, True, True]
+    assert read(c) == DATA
+    assert [path.exists() for path in (b, index, current)] == [False, True, True]
+    current.write_bytes(DATA + DATA[:1000])
+    assert read(a) == DATA
+    assert [path.exists() for path in (c, index, current)] == [False, False, True]
+
+
 def test_without_a_home_only_who_needs_a_copy_is_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     def no_home() -> Path:
         raise RuntimeError("Could not determine home directory.")
@@ -259,7 +281,7 @@ def test_without_a_home_only_who_needs_a_copy_is_refused(web: Web, monkeypatch: 
         monkeypatch.delenv(name, raising=False)
     files.use_cache()
     assert files.file_status(ROOT / "README.md").n_bytes > 0
-    with pytest.raises(ValueError, match=r"no folder for copies of stores' files.*set DALLE_CACHE"):
+    with pytest.raises(ValueError, match=r"no folder for copies of stores' files.*or DALLE_CACHE"):
         files.remote_file(f"{web.url}/shards/a.tar")
     monkeypatch.setenv(files.CACHE_VARIABLE, str(web.folder / "cache"))
     files.use_cache()
