@@ -103,12 +103,13 @@ def patiently(url: str, attempt: Callable[[], T], *, verb: str = "read") -> T:
             raise error.args[0] from None
         except Exception as error:  # of any library
             failure, may_pass = _failure(url, error, verb)
-            attempts = _TRIES_OF_WRONG if isinstance(failure, WrongBytesError) else PATIENCE.attempts
-            if not may_pass or number >= min(attempts, PATIENCE.attempts):
+            is_wrong = isinstance(failure, WrongBytesError)
+            attempts = min(PATIENCE.attempts, _TRIES_OF_WRONG) if is_wrong else PATIENCE.attempts
+            if not may_pass or number >= attempts:
                 tries = f"; tried {number} times" if number > 1 else ""
                 raise type(failure)(f"{failure}{tries}") from None  # a library's error may hold signatures and keys
         if number == 1:
-            logger.warning("%s; trying again, up to %d times", failure, PATIENCE.attempts - 1)
+            logger.warning("%s; trying again, up to %d times", failure, attempts - 1)
         time.sleep(wait_s * random.uniform(0.75, 1.25))
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
     raise AssertionError("PATIENCE.attempts is at least 1")

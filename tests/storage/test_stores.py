@@ -173,6 +173,17 @@ def test_a_bad_file_is_not_fetched_again_for_every_sample(web: Web) -> None:
     assert web.gets()["a.tar"] == QUICK.attempts
 
 
+def test_wrong_bytes_are_asked_for_as_often_as_the_warning_says(
+    web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=6, stall_s=20, first_wait_s=0.01))
+    web.always = "html"
+    with pytest.raises(WrongBytesError, match="tried 3 times"):
+        read(files.remote_file(f"{web.url}/shards/a.tar"))
+    assert "trying again, up to 2 times" in caplog.text
+    assert web.gets()["a.tar"] == 3
+
+
 def test_secrets_are_neither_shown_nor_written(web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     web.faults["a.tar"] = ["500", "403"]
     url = f"{web.url}/shards/a.tar?X-Amz-Signature=SECRET1&X-Amz-Expires=9".replace("//", "//user:SECRET2@")
