@@ -204,9 +204,7 @@ def _with_processor(path: Path, unseen: Unseen) -> Unseen:
         raise ValueError(f"{path}: resample is {resample!r}; expected 3 (bicubic) or 2 (bilinear)")
     for name in ("do_resize", "do_rescale", "do_normalize", *(() if is_squash else ("do_center_crop",))):
         if values.get(name) not in (None, True):
-            raise ValueError(
-                f"{path}: {name} is {values[name]!r}: a CLIP without it is not read here"
-            )
+            raise ValueError(f"{path}: {name} is {values[name]!r}: a CLIP without it is not read here")
     factor = 1 / 255 if values.get("rescale_factor") is None else values["rescale_factor"]
     if type(factor) not in (int, float) or abs(255 * factor - 1) > 1e-6:
         raise ValueError(f"{path}: rescale_factor is {factor!r}; expected 1/255")
