@@ -51,7 +51,7 @@ _PREFIX = struct.Struct("<8sII16s")
 _MAX_HEADER = 1 << 24
 _ALIGNMENT = 8
 _TYPES = {"<u4", "<i8", "<u8", "|u1"}
-READING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading a record of other code may raise."""
 
 

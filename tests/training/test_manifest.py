@@ -665,7 +665,10 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_version_is_refused(sha
     record.write_bytes(whole)
     first = summary["shards"][0]
     changes = ({"format": 99}, {"shards": [{}]}, *({"shards": [{**first, "path": odd}]} for odd in (5, [], None)))
-    for change in (*changes, {"shards": [{**first, "record": "../x.json"}]}):
+    more = (
+        {"shards": [{**first, name: odd}]} for name, odd in (("record", "../x.json"), ("state", []), ("state", [5]))
+    )
+    for change in (*changes, *more):
         (manifest / "summary.json").write_text(json.dumps({**summary, **change}))
         with pytest.raises(ValueError, match=r"summary\.json cannot be used"):
             Manifest.open(manifest)
