@@ -28,6 +28,9 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex
 from dalle.data.index_file import READING_ERRORS
@@ -279,15 +282,25 @@ def _look_at(
         return None, report, damage
     shard = Shard.held(used)
     if part is not None and not report.n_lost and (index.places == record.index.places).all():
-        load = partial(_load, manifest, entry, path or Path(), captions)
+        load = partial(_load, manifest, entry, path or Path(), captions, np.flatnonzero(excluded))
         shard = dataclasses.replace(shard, index=None, load=load, fingerprint=fingerprint(used))
     return shard, report, damage
 
 
-def _load(manifest: Manifest, entry: Entry, path: Path, captions: bool) -> ShardIndex:
-    """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`."""
+def _load(
+    manifest: Manifest, entry: Entry, path: Path, captions: bool, left_out: NDArray[np.int64] | None = None
+) -> ShardIndex:
+    """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`.
+
+    Args:
+        manifest: which knows it.
+        entry: of it.
+        path: where it is now.
+        captions: whether samples need captions.
+        left_out: rows of samples that a list names, none by default.
+    """
     index = manifest.record(entry).index
-    excluded = manifest.excluded.rows(index.keys, entry.path) if manifest.excluded.names(entry.path) else None
+    excluded = None if left_out is None else np.isin(np.arange(len(index.keys)), left_out)
     index = dataclasses.replace(index, path=path, n_bytes=state_of(path)[0])
     return usable_part(index, captions=captions, encoded=True, excluded=excluded)[0]
 
