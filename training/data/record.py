@@ -24,7 +24,7 @@ from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import open_file
 
 FORMAT_VERSION = 2
-"""Raised when manifests of this version could no longer be read by the code before it."""
+"""Goes up when older code can no longer read what this code writes."""
 _OLDEST_FORMAT = 1
 
 Counts = dict[str, Counter[str]]
