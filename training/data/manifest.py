@@ -37,7 +37,16 @@ from dalle.data.index_file import READING_ERRORS
 from dalle.data.names import expand_shards, resolved
 from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
-from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
+from dalle.data.usable import (
+    DataReport,
+    Part,
+    fingerprint,
+    parts_of,
+    refuse_tokens,
+    shard_from_json,
+    shard_to_json,
+    usable_part,
+)
 from storage.atomic import replace_text
 from storage.stores.files import lasting_name, local_folder, warn_if_more_than_cache
 from training.data.check_report import DUPLICATES, UNUSABLE
@@ -90,8 +99,7 @@ class Entry:
         """Return its part of the summary."""
         return {
             **{name: getattr(self, name) for name in ("name", "path", "record", "n_samples", "state")},
-            "tokens": None if self.tokens is None else json.loads(self.tokens.to_json()),
-            "parts": {"captions" if kind else "pictures": part.to_json() for kind, part in self.parts.items()},
+            **shard_to_json(self.tokens, self.parts),
         }
 
     @classmethod
@@ -99,7 +107,8 @@ class Entry:
         """Read what `to_json` returns, or version 0.1 wrote; raises ValueError, KeyError or TypeError for others."""
         if not all(isinstance(row[name], str) for name in ("name", "path", "record")):
             raise ValueError("name, path and record of a shard must be texts")
-        state, tokens, path = row.get("state"), row.get("tokens"), row["path"]
+        state, path = row.get("state"), row["path"]
+        tokens, parts = shard_from_json(row, Path(path))
         if PurePosixPath(row["record"]).name != row["record"]:
             raise ValueError("a record lies in another folder")
         return cls(
@@ -108,8 +117,8 @@ class Entry:
             record=row["record"],
             n_samples=int(row["n_samples"]),
             state=None if state is None else (int(state[0]), int(state[1])),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), Path(path)),
-            parts={kind == "captions": Part.from_json(part) for kind, part in row.get("parts", {}).items()},
+            tokens=tokens,
+            parts=parts,
         )
 
 

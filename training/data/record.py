@@ -15,10 +15,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.index_file import READING_ERRORS, index_bytes, keep, kept_index, read_index
 from dalle.data.shard import State, state_of
+from dalle.data.usable import shard_from_json
 from storage.atomic import replace_file
 from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import open_file
@@ -86,14 +86,14 @@ class ShardRecord:
     def _from_json(cls, text: str) -> Self:
         record = json.loads(text)
         require_readable(record)
-        path, samples, tokens = Path(record["path"]), record["samples"], record["tokens"]
+        path, samples = Path(record["path"]), record["samples"]
         n = len(samples["key"])
         problems = {int(i): str(problem) for i, problem in record["problems"].items()}
         checksums = np.array([[int(one, 16) for one in row] for row in samples["checksums"]], dtype=np.uint64)
         index = ShardIndex(
             path=path,
             n_bytes=int(record["bytes"]),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
+            tokens=shard_from_json(record, path)[0],
             keys=tuple(map(str, samples["key"])),
             image_names=tuple(map(str, samples["name"])),
             places=np.array(samples["places"], dtype=np.int64).reshape(n, 3, 2),
