@@ -481,6 +481,7 @@ def test_a_shard_of_a_store_with_wrong_bytes_is_damage_and_no_error(
         before = shards / "000001.tar"
         before.with_name("000001.tar.sha256").write_text(hashlib.sha256(before.read_bytes()).hexdigest())
         write_tar(before, members(range(5, 15)))
+        os.utime(before, (10**9, 10**9))  # servers tell whole seconds
         files.use_cache(tmp_path / "another", 1)
         data = open_with_manifest(urls, Manifest.open(tmp_path / "m"), captions=True)
         assert (len(data), data.report.n_lost, data.is_lost(9), data.is_lost(10)) == (N, 10, False, True)
