@@ -94,7 +94,7 @@ def _life(config: DALLEConfig, ranks: Ranks, folder: Path) -> dict[str, int]:
         engine.averages.use(lambda weights: save_directory(folder / "model", KIND, config, weights, like=like))
 
     def drawn(weights: WeightsInParts) -> None:
-        sample(spread(config, weights), text, [0])
+        sample(spread(config, weights, 1), text, [0])
 
     def draw(weights: WeightsInParts) -> None:
         weights.call_all()
