@@ -48,6 +48,16 @@ N = N_SHARDS * PER_SHARD
 
 
 PLACES = ("folder", "HTTP", "S3")
+CASES = [
+    # an S3 server takes seconds, and the place does not know of the window
+    pytest.param(
+        (place, window),
+        id=f"{place}, {window}",
+        marks=[pytest.mark.slow] * (place == "S3" and window != "three shards"),
+    )
+    for place in PLACES
+    for window in SHUFFLES
+]
 
 
 class Place(NamedTuple):
@@ -65,9 +75,16 @@ class Place(NamedTuple):
         return open_with_manifest([self.url], manifest, captions=True)
 
 
-@pytest.fixture(params=SHUFFLES)
-def shuffle(request: pytest.FixtureRequest) -> Shuffle:
-    return SHUFFLES[request.param]
+@pytest.fixture(params=CASES)
+def case(request: pytest.FixtureRequest) -> tuple[str, str]:
+    """A place, and a window."""
+    chosen: tuple[str, str] = request.param
+    return chosen
+
+
+@pytest.fixture
+def shuffle(case: tuple[str, str]) -> Shuffle:
+    return SHUFFLES[case[1]]
 
 
 @pytest.fixture(scope="module")
@@ -85,19 +102,23 @@ def local(shards: Path) -> ShardData:
     return tiny.open_world(shards)
 
 
-@pytest.fixture(params=PLACES)
-def place(request: pytest.FixtureRequest, shards: Path, own_cache: None, tmp_path: Path) -> Iterator[Place]:
+@pytest.fixture
+def place(
+    case: tuple[str, str], request: pytest.FixtureRequest, shards: Path, own_cache: None, tmp_path: Path
+) -> Iterator[Place]:
+    kind, _ = case
+
     def lose(name: str) -> None:
         (shards / name).unlink()
-        if request.param == "S3":
+        if kind == "S3":
             s3.delete(f"{prefix}/{name}")
         files.use_cache(tmp_path / "another", 1)
 
-    if request.param == "folder":
+    if kind == "folder":
         yield Place(shards, lose)
         return
     pytest.importorskip("aiohttp", reason="nothing here reads the web: pip install 'dalle[http]'")
-    if request.param == "HTTP":
+    if kind == "HTTP":
         with serving(shards.parent) as web:
             yield Place(f"{web.url}/{shards.name}", lose)
         return
@@ -173,8 +194,8 @@ def test_a_run_goes_on_where_it_was(place: Place, local: ShardData, shuffle: Shu
         assert seen(data, shuffle, 4, start=start, ranks=2, micro=2) == straight[start : start + 4]
 
 
-@pytest.mark.parametrize("window", [1, 3, 0])
-def test_a_run_resumes_bit_for_bit(new_run: Callable[..., Run], place: Place, window: int) -> None:
+def test_a_run_resumes_bit_for_bit(new_run: Callable[..., Run], place: Place, shuffle: Shuffle) -> None:
+    window = shuffle.window
     straight, stopped = new_run("straight"), new_run("stopped", place.open())
     straight(tiny.train_config(steps=14, shuffle_window=window))
     stopped(tiny.train_config(steps=5, shuffle_window=window))
@@ -247,6 +268,7 @@ def test_one_shard_of_many_stops_nothing_and_a_part_of_each_does(tmp_path: Path,
         list(stream)
 
 
+@pytest.mark.parametrize("shuffle", SHUFFLES.values(), ids=SHUFFLES)
 def test_shards_are_read_ahead_only_in_windows(shards: Path, shuffle: Shuffle, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted: list[int] = []
     monkeypatch.setattr(ShardData, "read_ahead", lambda _, shards: wanted.extend(shards))
