@@ -84,10 +84,8 @@ def _life(config: DALLEConfig, ranks: Ranks, folder: Path) -> dict[str, int]:
         engine.train()
         for step in range(STEPS):
             engine.step([tensors], 1e-4, step)
-    with at("validation"):
-        engine.model.eval()
+    with at("validation"), engine.validating():
         engine.forward(tensors)
-        engine.train()
     with at("saving"):
         engine.save(folder / "checkpoints", STEPS, {})
     with at("export"):

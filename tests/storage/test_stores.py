@@ -31,12 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, own_cache: None, tmp_path: Path) -> None:
     monkeypatch.setattr(errors, "PATIENCE", QUICK)
-    for table in ("_remotes", "_failures", "_caches"):
-        monkeypatch.setattr(files, table, {})
-    monkeypatch.setattr(files, "_is_gone", False)
-    monkeypatch.setattr(files, "_chosen", None)
     files.use_cache(tmp_path / "cache", 1)
 
 

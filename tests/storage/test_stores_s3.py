@@ -17,10 +17,8 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, own_cache: None, tmp_path: Path) -> None:
     monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=2, stall_s=30.0, first_wait_s=0.01))
-    for table in ("_remotes", "_failures", "_caches"):
-        monkeypatch.setattr(files, table, {})
     files.use_cache(tmp_path / "cache", 1)
 
 
