@@ -53,10 +53,11 @@ bench: $(BENCH_STAMP)
 	$(BIN)/python -m benchmarks.tokenizer
 	$(BIN)/python -m benchmarks.summary --page
 
-# What `dalle-train plan` predicts beside measured memory, communication and checkpoints; a few minutes.
+# What `dalle-train plan` predicts beside measured memory, communication and checkpoints; a quarter of an hour, and 10 GiB.
 bench-plan: $(STAMP)
 	$(BIN)/python -m benchmarks.plan
 	$(BIN)/python -m benchmarks.costs
+	$(BIN)/python -m benchmarks.zero3_memory
 
 # Memory, start and order of a rank at 250 million samples, on simulated shards; a few minutes.
 bench-scale: $(STAMP)

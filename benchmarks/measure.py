@@ -368,6 +368,10 @@ class Options:
         return 1 if self.quick else self.rounds or default
 
 
+NO_PRODUCTS = {"scale", "plan", "costs", "zero3_memory", "family"}
+"""Benchmarks that need no rate of matrix products beside them."""
+
+
 def main(benchmark: str, doc: str | None, parts: Mapping[str, Callable[[Options, Report], None]]) -> None:
     """Run a benchmark's parts as the command line says; print its tables, write its JSON."""
     parser = argparse.ArgumentParser(
@@ -383,7 +387,7 @@ def main(benchmark: str, doc: str | None, parts: Mapping[str, Callable[[Options,
     options = Options(rounds=arguments.rounds, quick=arguments.quick, source=arguments.source)
     started = time.perf_counter()
     torch.manual_seed(0)
-    if benchmark not in ("scale", "family"):
+    if benchmark not in NO_PRODUCTS:
         report.rates = rates()
     for name, part in parts.items():
         if not arguments.only or name in arguments.only:

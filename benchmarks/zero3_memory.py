@@ -84,17 +84,15 @@ def _life(config: DALLEConfig, ranks: Ranks, folder: Path) -> dict[str, int]:
         engine.train()
         for step in range(STEPS):
             engine.step([tensors], 1e-4, step)
-    with at("validation"):
-        engine.model.eval()
+    with at("validation"), engine.validating():
         engine.forward(tensors)
-        engine.train()
     with at("saving"):
         engine.save(folder / "checkpoints", STEPS, {})
     with at("export"):
         engine.averages.use(lambda weights: save_directory(folder / "model", KIND, config, weights, like=like))
 
     def drawn(weights: WeightsInParts) -> None:
-        sample(spread(config, weights), text, [0])
+        sample(spread(config, weights, 1), text, [0])
 
     def draw(weights: WeightsInParts) -> None:
         weights.call_all()

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dalle.family.transformers import Transformer, candidate_bytes, caption_bytes, n_step_weights
+from dalle.sampling import DRAWING_BYTES
 from dvae.codec import Codec
 from dvae.fast.model import pictures_at_once
 from rerank import CLIP
@@ -14,10 +15,6 @@ from storage.errors import check_whole
 
 CPU_MEMORY_BUDGET = 2 << 30
 """Bytes that a batch may take on a CPU, unless told; on a GPU it is half of what is free."""
-DRAWING_BYTES = 64
-"""Peak memory of a candidate per entry of the image vocabulary while a token is drawn: logits as they come, guided,
-divided by the temperature and sorted (float32), their order (int64), probabilities and their sums (float64, and once
-sorted)."""
 MAX_PICTURES_AT_ONCE = 32
 """Pictures decoded and scored at the same time: with more, a CPU is slower, because they outgrow its caches, a GPU
 hardly faster, and progress waits for them."""

@@ -35,6 +35,10 @@ from storage.errors import check_number, check_whole
 
 DRAW_BLOCK = 128
 """Tokens whose probabilities are summed at a time when one is drawn."""
+DRAWING_BYTES = 64
+"""Peak memory of a candidate per entry of the image vocabulary while a token is drawn: logits as they come, guided,
+divided by the temperature and sorted (float32), their order (int64), probabilities and their sums (float64, and once
+sorted)."""
 MIN_TEMPERATURE = 1e-20
 """Lower ones count as 0: a logit divided by them could be infinite, and no token but the likeliest has a chance."""
 MAX_GUIDANCE = 1e6

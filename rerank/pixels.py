@@ -52,8 +52,8 @@ class View:
 def clip_view(image: Image.Image, view: View) -> Tensor:
     """Return an RGB picture as CLIP sees it, float32 (3, size, size) in [0, 1].
 
-    All pictures reach CLIP this way, so a PNG has the score of its pixels before rounding to 8 bits: exactly where
-    Pillow resizes, otherwise nearly.
+    All pictures reach CLIP this way. A picture and the PNG saved of it get the same score where Pillow resizes, else
+    nearly the same.
     """
     if view.resize != "square":
         return to_tensor(_resized_by_pillow(image, view))

@@ -1,5 +1,6 @@
-"""Errors in words: any error in one line, and the words for arguments of a wrong type."""
+"""Errors in words: any error in one line, want of memory, and the words for arguments of a wrong type."""
 
+import sys
 from numbers import Integral, Real
 from reprlib import repr as short_repr
 
@@ -12,6 +13,13 @@ def reason_of(error: BaseException, limit: int | None = None) -> str:
         limit: characters to keep; None for all.
     """
     return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Return whether memory was short, of a device or of the host; without importing torch."""
+    torch = sys.modules.get("torch")
+    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
+    return of_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def check_whole(name: str, value: object) -> None:

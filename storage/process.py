@@ -43,12 +43,12 @@ class Process:
         """Return whether it has ended; a process that its parent has not waited for yet has ended too."""
         status = status_of(self.pid)
         if status is None and not Path("/proc/self/stat").exists():
-            return not _answers(self.pid)
+            return not is_there(self.pid)
         return status is None or status.started != self.started or status.state in "ZX"
 
 
-def _answers(pid: int) -> bool:
-    """Return whether there is a process with an id."""
+def is_there(pid: int) -> bool:
+    """Return whether there is a process of this host with an id."""
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

@@ -14,6 +14,7 @@ from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
 from storage.model_directory import directory_hash
+from storage.stores import files
 
 CAPTIONS = ["a red cube on a blue cube", "a green sphere left of a red cube", "一只猫坐在椅子上"]
 # the models of the tests are so small that threads only wait for one another, badly so on a busy machine
@@ -91,6 +92,16 @@ def rise_of_memory() -> Callable[[Callable[[], object]], int]:
         return held("VmHWM") - before
 
     return rise
+
+
+@pytest.fixture
+def own_cache(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Gives a test an empty cache of stores' files, and lets it know nothing of stores yet."""
+    for table in ("_remotes", "_failures", "_caches"):
+        monkeypatch.setattr(files, table, {})
+    monkeypatch.setattr(files, "_is_gone", False)
+    monkeypatch.setattr(files, "_chosen", None)
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
 
 
 @pytest.hookimpl(wrapper=True)

@@ -14,7 +14,8 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Protocol, get_args, get_origin
 
 from dalle.cli.start import let_commands_stop
-from dalle.cli.terminal import discard, flush_output, is_out_of_memory, nobody_reads, print_error, set_up_logging
+from dalle.cli.terminal import discard, flush_output, nobody_reads, print_error, set_up_logging
+from storage.errors import is_out_of_memory
 
 if TYPE_CHECKING:
     import torch

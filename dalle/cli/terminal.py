@@ -13,7 +13,7 @@ from typing import TextIO
 
 from dalle.output.text import aligned, printable, printable_line
 from storage.disk import full_disk_note
-from storage.errors import reason_of
+from storage.errors import is_out_of_memory, reason_of
 
 logger = logging.getLogger(__name__)
 
@@ -38,13 +38,6 @@ def error_line(error: BaseException) -> str:
         return f"{error.strerror}: {error.filename}{full_disk_note(error, path)}"
     reason = reason_of(error)
     return reason if len(reason) <= MAX_REASON else f"{reason[:MAX_REASON]}…"
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Return whether memory was short, of a device or of the host; without importing torch."""
-    torch = sys.modules.get("torch")
-    of_torch = torch is not None and isinstance(error, torch.OutOfMemoryError)
-    return of_torch or isinstance(error, MemoryError) or "can't allocate memory" in str(error)
 
 
 def print_error(error: BaseException, *, debug: bool) -> None:

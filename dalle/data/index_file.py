@@ -31,8 +31,9 @@ from numpy.typing import NDArray
 
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, Texts, compact_type, joined
-from dalle.data.usable import Part, parts_of
+from dalle.data.usable import Part, parts_of, shard_from_json, shard_to_json
 from storage.atomic import replace_file
+from storage.stores.files import cache_folder
 
 logger = logging.getLogger(__name__)
 
@@ -50,7 +51,7 @@ _PREFIX = struct.Struct("<8sII16s")
 _MAX_HEADER = 1 << 24
 _ALIGNMENT = 8
 _TYPES = {"<u4", "<i8", "<u8", "|u1"}
-READING_ERRORS = (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError)
+READING_ERRORS = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 """What reading a record of other code may raise."""
 
 
@@ -102,10 +103,9 @@ def index_bytes(index: ShardIndex, changed_ns: int, more: Mapping[str, Any]) -> 
         "bytes": index.n_bytes,
         "changed_ns": changed_ns,
         "damage": index.damage,
-        "tokens": None if index.tokens is None else json.loads(index.tokens.to_json()),
+        **shard_to_json(index.tokens, parts_of(index)),
         "ignored": index.n_ignored,
         "duplicates": index.n_duplicates,
-        "parts": {"captions" if kind else "pictures": part.to_json() for kind, part in parts_of(index).items()},
         **more,
         "columns": columns,
         "columns_bytes": len(body),
@@ -166,14 +166,14 @@ def _header(path: Path, file: BinaryIO, n_bytes: int) -> Header:
         raise IndexFileError("its header is damaged")
     try:
         record = json.loads(text)
-        tokens, parts = record["tokens"], record["parts"]
+        tokens, parts = shard_from_json(record, path)
         header = Header(
             path=path,
             shard=str(record["shard"]),
             n_bytes=int(record["bytes"]),
             changed_ns=int(record["changed_ns"]),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
-            parts={kind == "captions": Part.from_json(part) for kind, part in parts.items()},
+            tokens=tokens,
+            parts=parts,
             record=record,
         )
         is_whole = n_bytes == _PREFIX.size + length + int(record["columns_bytes"])
@@ -246,16 +246,6 @@ def _texts(ends: NDArray[Any], block: NDArray[Any]) -> Texts:
 
 
 # ----------------------------------------------------------------------------------- where the files are kept
-
-
-def cache_folder() -> Path | None:
-    """Return the folder for what is kept of data that cannot be written beside: DALLE_CACHE, or the user's cache."""
-    if named := os.environ.get("DALLE_CACHE"):
-        return Path(named)
-    try:
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
-    except RuntimeError:  # the user has no home
-        return None
 
 
 def _places_of(shard: Path) -> Iterator[Path]:

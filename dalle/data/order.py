@@ -29,7 +29,7 @@ MAX_STREAMS = 64
 _WINDOWS_PER_STREAM = 4
 """At least: a window that two streams share is read twice."""
 _HELD = 16_000_000
-"""Samples of windows that are held at once, besides the newest window; 4 bytes each."""
+"""Samples of windows held at once; the two newest windows always are. 4 bytes each."""
 _NEAR = 8
 """Replacements looked for at the next places, before others all over the epoch: whole shards are lost together."""
 _FAR = 101
@@ -77,6 +77,10 @@ class Shuffle:
             n_windows = -(-len(counts) // window)
             streams = max(1, min(MAX_STREAMS, batch, n_windows // _WINDOWS_PER_STREAM))
         return cls(window=window, streams=streams, batch=batch)
+
+    def shards_at_hand(self, n: int) -> int:
+        """Return the shards of the windows from which n positions in a row are taken, at most; 0 for all shards."""
+        return self.window * min(self.streams, 1 + -(-n * self.streams // self.batch))
 
 
 class _Epoch(NamedTuple):

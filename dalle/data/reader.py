@@ -40,6 +40,8 @@ _MAX_OPEN = 64
 """Files that a thread has open: far below the usual limit of 1,024 per process."""
 _MAX_HELD = MAX_FULL_SHUFFLE
 """Samples whose indexes a thread holds, some 50 to 80 bytes each: all that are shuffled together, or some windows."""
+_MOST_HELD = 8 * MAX_FULL_SHUFFLE
+"""The same where more shards are read by turns."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +93,7 @@ class ShardData:
             for number, shard in enumerate(shards)
             if shard.index is not None and shard.index.lost is not None and shard.index.lost.any()
         }
+        self._n_by_turns = 0
         self._open = _Open()
         self._ahead = ReadAhead()
 
@@ -156,7 +159,7 @@ class ShardData:
             raise changed(known.path)
         held.indexes[shard] = index
         held.n_held += known.n_samples
-        while held.n_held > _MAX_HELD and len(held.indexes) > 1:
+        while held.n_held > max(_MAX_HELD, min(_MOST_HELD, self._n_by_turns)) and len(held.indexes) > 1:
             held.n_held -= self.counts[held.indexes.popitem(last=False)[0]]
         return index
 
@@ -214,6 +217,10 @@ class ShardData:
         paths = [self.shards[shard] for shard in shards]
         prefetch(paths)
         self._ahead.want([path for path in paths if path.exists()])
+
+    def by_turns(self, n_shards: int) -> None:
+        """Tell how many shards are read by turns from now on, so that a thread holds their indexes together."""
+        self._n_by_turns = sum(sorted(self.counts, reverse=True)[:n_shards])
 
     def key(self, i: int) -> str:
         """Return the key of sample i; may raise as `read`."""

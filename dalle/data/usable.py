@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -93,6 +94,31 @@ class Part:
             raise ValueError("its counts are none")
         named = tuple((str(kind), str(text)) for kind, text in problems)
         return cls(report=DataReport(**values, problems=named), fingerprint=fingerprint)
+
+
+def shard_to_json(tokens: Description | None, parts: Mapping[bool, Part]) -> dict[str, Any]:
+    """Return what a record of a shard says of its image tokens, if it has them, and of its usable samples."""
+    return {
+        "tokens": None if tokens is None else json.loads(tokens.to_json()),
+        "parts": {"captions" if kind else "pictures": part.to_json() for kind, part in parts.items()},
+    }
+
+
+def shard_from_json(record: Mapping[str, Any], path: Path) -> tuple[Description | None, dict[bool, Part]]:
+    """Read what `shard_to_json` returns; either may be missing.
+
+    Args:
+        record: that holds it.
+        path: for messages.
+
+    Raises:
+        ValueError, KeyError, TypeError, AttributeError: it is something else.
+    """
+    tokens = record.get("tokens")
+    return (
+        None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
+        {kind == "captions": Part.from_json(part) for kind, part in record.get("parts", {}).items()},
+    )
 
 
 def fingerprint(index: ShardIndex) -> str:

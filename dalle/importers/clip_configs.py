@@ -198,19 +198,42 @@ def hugging_face_unseen(path: Path) -> Unseen:
 def _with_processor(path: Path, unseen: Unseen) -> Unseen:
     """Add what preprocessor_config.json says."""
     values = read_json(path)
-    size = values.get("size", 224)
-    is_squash = isinstance(size, dict) and "height" in size
+    is_squash = isinstance(values.get("size"), dict) and "height" in values["size"]
     resample = values.get("resample", 3)
     if resample not in (2, 3):
         raise ValueError(f"{path}: resample is {resample!r}; expected 3 (bicubic) or 2 (bilinear)")
+    for name in ("do_resize", "do_rescale", "do_normalize", *(() if is_squash else ("do_center_crop",))):
+        if values.get(name) not in (None, True):
+            raise ValueError(f"{path}: {name} is {values[name]!r}: a CLIP without it is not read here")
+    factor = 1 / 255 if values.get("rescale_factor") is None else values["rescale_factor"]
+    if type(factor) not in (int, float) or abs(255 * factor - 1) > 1e-6:
+        raise ValueError(f"{path}: rescale_factor is {factor!r}; expected 1/255")
+    sides = {name: _side(path, values, name) for name in ("size", "crop_size") if values.get(name) is not None}
+    image_size = unseen.sizes.get("image_size", next(iter(sides.values()), None))
+    for name, side in sides.items():
+        if side != image_size:
+            raise ValueError(
+                f"{path}: {name} is {side}, but the model's pictures have {image_size}: such a CLIP is not read here"
+            )
     return replace(
         unseen,
         pixel_mean=_three(path, values.get("image_mean") or PIXEL_MEAN),
         pixel_std=_three(path, values.get("image_std") or PIXEL_STD),
         resize="squash" if is_squash else "shortest",
         interpolation="bicubic" if resample == 3 else "bilinear",
+        sizes=unseen.sizes if image_size is None else {**unseen.sizes, "image_size": image_size},
         origin=f"{unseen.origin}, {path.name}",
     )
+
+
+def _side(path: Path, values: Mapping[str, Any], name: str) -> int:
+    """Return the side of pictures, in pixels, that a size says: 224, {"shortest_edge": 224} or height and width."""
+    value = values[name]
+    sides = list(value.values()) if isinstance(value, dict) else [value]
+    known = not isinstance(value, dict) or set(value) in ({"shortest_edge"}, {"height", "width"})
+    if not known or len(set(map(repr, sides))) != 1:
+        raise ValueError(f"{path}: {name} is {value!r}; expected one side, in pixels")
+    return _whole(path, {name: sides[0]}, name, 0)
 
 
 def _sizes(values: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, int]:

@@ -17,7 +17,7 @@ from storage.checkpoints.flax import is_msgpack, read_flax_file
 from storage.checkpoints.pickles import READING_ERRORS, Allowed, Inert, RefusedNameError
 from storage.checkpoints.torch_files import TENSOR_NAMES, ZIP_MAGIC, Lazy, TorchFile, is_tensor, read_torch_file
 from storage.checkpoints.wrong_files import wrong_file
-from storage.errors import reason_of
+from storage.errors import is_out_of_memory, reason_of
 
 _ALLOWED = Allowed(
     names={
@@ -106,6 +106,8 @@ class Tensors(Mapping[str, Tensor]):
         try:
             tensor = entry.read()
         except (*READING_ERRORS, SafetensorError) as error:
+            if is_out_of_memory(error):
+                raise
             reason = reason_of(error, 200)
             raise ValueError(f"{self.path}, {self._prefix}{name}: {reason}; download it again") from error
         return tensor.float() if tensor.is_floating_point() else tensor
@@ -170,6 +172,8 @@ def open_tensors(path: Path | str) -> Tensors:
             f"{path} would run code: it names {name}, which weights have no need of; refused, nothing was run"
         ) from None
     except (*READING_ERRORS, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         reason = reason_of(error, 200)
         raise ValueError(f"{path} cannot be read: {reason}; expected a checkpoint; download it again") from error
 

@@ -5,13 +5,15 @@
 2. What a killed process has fetched is gone on with, if the store still has the same version of the file.
 3. The bytes are compared with the size that the store tells, and with a digest where one is known; only then has the
    copy its name. Its time of change is that of the store's file.
-4. Before a fetch, the copies that have not been opened for the longest time make room. One that is open can be read on.
+4. Before a fetch, the copies that have not been opened for the longest time make room, and last the indexes of shards.
+   One that is open can be read on.
 """
 
 import hashlib
 import json
 import logging
 import os
+import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -21,6 +23,7 @@ from typing import BinaryIO, NamedTuple
 from storage.atomic import PARTIAL, flush
 from storage.disk import full_disk_note
 from storage.lock import host_lock
+from storage.process import is_there
 from storage.stores import errors
 from storage.stores.errors import DiskError, StoreError, WrongBytesError, patiently, within
 from storage.stores.remote import Body, Digest, Status, digest_beside, opened
@@ -33,6 +36,11 @@ GB = 10**9
 _LOCKS = ".locks"
 _NOTE = ".fetched"
 """Ending of the hidden file beside a partial one: which version it is of, and how large it will be."""
+UPLOAD = ".upload"
+"""Ending of the hidden file .NAME.PID.upload that a process writes for a store; it may be written as another one."""
+_OF_UPLOAD = re.compile(rf"\.(\d+){UPLOAD}(\.\d+{PARTIAL})?$")
+_INDEX = ".index"
+"""Ending of what is kept of a shard, and of use without it."""
 _POLL_S = 0.2
 _PROGRESS_S = 10.0
 _STILL_S = 600.0
@@ -82,7 +90,7 @@ class Cache:
                     if not path.exists():
                         self._fetch(url, path)
                     return
-            now = _size_of(_partial(path))
+            now = size_of(_partial(path))
             if now != progress:
                 progress, since = now, time.monotonic()
             elif time.monotonic() - since > _STILL_S:
@@ -122,20 +130,21 @@ class Cache:
         """Fetch a file into its partial file, from where that ends, and verify it."""
         partial = _partial(path)
         # with the last byte once more: a range must not be empty
-        body = opened(url, max(0, _size_of(partial) - 1), _version_in(_note(path)))
+        body = opened(url, max(0, size_of(partial) - 1), _version_in(_note(path)))
         try:
+            if body.first == 0:
+                partial.unlink(missing_ok=True)  # before the note names another version than that of its bytes
             self._make_room(url, path, body.status)
-            try:
-                with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
-                    file.truncate(body.first)
-                    file.seek(body.first)
-                    self._copy(url, body, file)
-            except OSError as error:
-                if error.filename == str(partial):
-                    raise DiskError(error) from None
-                raise
+            with partial.open("r+b" if partial.exists() else "wb", buffering=0) as file:
+                file.truncate(body.first)
+                file.seek(body.first)
+                self._copy(url, body, file)
         except WrongBytesError:
             _forget(path)
+            raise
+        except OSError as error:
+            if error.filename == str(partial):
+                raise DiskError(error) from None
             raise
         finally:
             body.close()
@@ -158,8 +167,10 @@ class Cache:
         while block := within(errors.PATIENCE.stall_s, body.read):
             if done == 0 and block.lstrip()[:16].lower().startswith(_PAGES):
                 raise WrongBytesError(f"{plain(url)} is a page of HTML or XML and no tar file: check the URL")
+            left = memoryview(block)
             try:
-                file.write(block)
+                while left:  # a nearly full disk takes a part
+                    left = left[file.write(left) :]
             except OSError as error:
                 raise DiskError(error) from None
             done += len(block)
@@ -174,6 +185,8 @@ class Cache:
                 logger.info("fetching %s: %s%s MB", plain(url), f"{done / MB:,.0f}", of)
         if total is not None and done != total:
             raise OSError(f"its body ended at byte {done:,} of {total:,}")
+        if (n_bytes := os.fstat(file.fileno()).st_size) != done:
+            raise DiskError(OSError(f"it has {n_bytes:,} bytes there, and {done:,} were written"))
 
     # -------------------------------------------------------------------------------------------- room
 
@@ -207,35 +220,41 @@ class Cache:
 
     def _clear(self, needed: int, path: Path) -> bool:
         """Delete copies for a file of `needed` bytes; returns whether there is room for it now."""
-        copies = sorted((copy for copy in self._copies() if copy.path != path), key=lambda copy: copy.used_at)
+        copies = [copy for copy in self._copies() if copy.path != path]
+        copies.sort(key=lambda copy: (copy.path.suffix == _INDEX, copy.used_at))  # indexes last
         used = sum(copy.n_bytes for copy in copies)
         for copy in copies:
             if used + needed <= self.max_bytes:
                 break
-            if copy.is_whole:
-                copy.path.unlink(missing_ok=True)
-            else:
-                with host_lock(self._lock_of(copy.path), 0) as is_left_over:
-                    if not is_left_over:
-                        continue
-                    _forget(copy.path)
-            used -= copy.n_bytes
+            if self._delete(copy):
+                used -= copy.n_bytes
         return used + needed <= self.max_bytes
 
+    def _delete(self, copy: _Copy) -> bool:
+        """Delete a copy, unless a process is writing it; returns whether it is gone."""
+        if not copy.is_whole:
+            with host_lock(self._lock_of(copy.path), 0) as is_left_over:
+                if is_left_over:
+                    _forget(copy.path)
+            return is_left_over
+        upload = _OF_UPLOAD.search(copy.path.name)
+        if upload is not None and is_there(int(upload[1])):
+            return False
+        copy.path.unlink(missing_ok=True)
+        return True
+
     def _copies(self) -> Iterator[_Copy]:
-        """Yield the copies; a partial one counts with the size that it will have."""
+        """Yield the copies, and files on their way to stores; a partial one counts with the size that it will have."""
         for folder, folders, names in os.walk(self.folder):
             folders[:] = [name for name in folders if not name.startswith(".")]
             for path in (Path(folder) / name for name in names):
                 with suppress(OSError, ValueError, KeyError):  # deleted, or renamed, just now
-                    if path.suffix == ".index":  # small, and made of a shard: it is of use without it
-                        continue
-                    if not path.name.startswith("."):
+                    if not path.name.startswith(".") or _OF_UPLOAD.search(path.name):
                         status = path.stat()
                         yield _Copy(status.st_atime, path, status.st_size, True)
                     elif path.name.endswith(_NOTE):
                         whole = path.with_name(path.name[1 : -len(_NOTE)])
-                        n_bytes = max(int(json.loads(path.read_text())["n_bytes"]), _size_of(_partial(whole)))
+                        n_bytes = max(int(json.loads(path.read_text())["n_bytes"]), size_of(_partial(whole)))
                         yield _Copy(path.stat().st_mtime, whole, n_bytes, False)
 
     def _lock_of(self, path: Path) -> Path:
@@ -271,7 +290,8 @@ def _note(path: Path) -> Path:
     return path.with_name(f".{path.name}{_NOTE}")
 
 
-def _size_of(path: Path) -> int:
+def size_of(path: Path) -> int:
+    """Return the size of a file, 0 if it is missing."""
     with suppress(OSError):
         return path.stat().st_size
     return 0

@@ -27,6 +27,10 @@ class StoreError(OSError):
     """A store is gone, too slow, or forbids what is asked: no fault of one shard. The message names it."""
 
 
+class RefusedError(StoreError):
+    """A store forbids or refuses what is asked, however often."""
+
+
 class WrongBytesError(ValueError):
     """A store gives other bytes than it should. The message names the file."""
 
@@ -87,7 +91,7 @@ def patiently(url: str, attempt: Callable[[], T], *, verb: str = "read") -> T:
 
     Raises:
         FileNotFoundError: the file is not there.
-        StoreError: the store forbids it, or has failed every time; or what reads it is not installed.
+        StoreError: the store forbids it (RefusedError), or has failed every time; or what reads it is not installed.
         WrongBytesError: the store gave wrong bytes every time.
         OSError: the local disk failed.
     """
@@ -99,12 +103,13 @@ def patiently(url: str, attempt: Callable[[], T], *, verb: str = "read") -> T:
             raise error.args[0] from None
         except Exception as error:  # of any library
             failure, may_pass = _failure(url, error, verb)
-            attempts = _TRIES_OF_WRONG if isinstance(failure, WrongBytesError) else PATIENCE.attempts
-            if not may_pass or number >= min(attempts, PATIENCE.attempts):
+            is_wrong = isinstance(failure, WrongBytesError)
+            attempts = min(PATIENCE.attempts, _TRIES_OF_WRONG) if is_wrong else PATIENCE.attempts
+            if not may_pass or number >= attempts:
                 tries = f"; tried {number} times" if number > 1 else ""
                 raise type(failure)(f"{failure}{tries}") from None  # a library's error may hold signatures and keys
         if number == 1:
-            logger.warning("%s; trying again, up to %d times", failure, PATIENCE.attempts - 1)
+            logger.warning("%s; trying again, up to %d times", failure, attempts - 1)
         time.sleep(wait_s * random.uniform(0.75, 1.25))
         wait_s = min(2 * wait_s, _LONGEST_WAIT_S)
     raise AssertionError("PATIENCE.attempts is at least 1")
@@ -126,14 +131,14 @@ def _failure(url: str, error: Exception, verb: str) -> tuple[OSError | ValueErro
         return StoreError(f"{name} cannot be {verb} ({reason}): install it with pip install 'dalle[{extra}]'"), False
     if isinstance(error, PermissionError) or status in _FORBIDDEN or _is_of_credentials(error):
         return (
-            StoreError(
+            RefusedError(
                 f"{name} cannot be {verb}, its store forbids it ({reason}): check the credentials in the environment; "
                 "they may be missing, wrong or expired (docs/data.md)"
             ),
             False,
         )
     if status is not None and 400 <= status < 500 and status not in _PASSING:
-        return StoreError(f"{name} cannot be {verb}, its store refuses ({reason}): check the URL"), False
+        return RefusedError(f"{name} cannot be {verb}, its store refuses ({reason}): check the URL"), False
     what = "does not answer" if isinstance(error, TimeoutError) else "fails"
     return StoreError(f"{name} cannot be {verb}, its store {what} ({reason})"), True
 

@@ -11,12 +11,14 @@ import os
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import suppress
+from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import BinaryIO, NamedTuple
 
-from storage.stores.cache import GB, Cache, touch
+from storage.disk import nearest_folder
+from storage.stores.cache import GB, UPLOAD, Cache, size_of, touch
 from storage.stores.errors import StoreError
 from storage.stores.remote import Status, delete, names, put, start_of, status
 from storage.stores.urls import is_remote, plain, url_of
@@ -50,7 +52,7 @@ class _Remote(NamedTuple):
 _remotes: dict[Path, _Remote] = {}
 _failures: dict[Path, tuple[float, Exception]] = {}
 _caches: dict[tuple[Path, float | None], Cache] = {}
-_chosen: tuple[Path, float | None] | None = None
+_chosen: tuple[Path | None, float | None] | None = None
 _ahead: dict[Path, threading.Thread] = {}
 _is_gone = False  # a store did not answer: copies are used as they are
 
@@ -68,25 +70,39 @@ def use_cache(folder: Path | None = None, gigabytes: float | None = None) -> Non
     global _chosen
     if gigabytes is not None and not 0 < gigabytes < 1e9:
         raise ValueError(f"--cache-gb is {gigabytes:g}; expected a size above 0, such as 200")
-    if folder is None:
-        own = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
-        folder = Path(os.environ.get(CACHE_VARIABLE) or own) / "shards"
-    _chosen = folder.resolve(), gigabytes
+    if folder is None and (own := cache_folder()) is not None:
+        folder = own / "shards"
+    _chosen = None if folder is None else folder.resolve(), gigabytes
+
+
+def cache_folder() -> Path | None:
+    """Return the folder for caches: as `CACHE_VARIABLE` says, or the user's own; None if the user has no home."""
+    if named := os.environ.get(CACHE_VARIABLE):
+        return Path(named)
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "dalle"
+    except RuntimeError:
+        return None
 
 
 def _cache() -> Cache:
-    """Return the cache that was chosen."""
+    """Return the cache that was chosen; raises ValueError if there is no folder for it."""
     if _chosen is None:
         use_cache()
     assert _chosen is not None
-    if _chosen not in _caches:
-        folder, gigabytes = _chosen
-        if gigabytes is None:
-            there = next(path for path in (folder, *folder.parents) if path.exists())
-            n_kept = sum(path.stat().st_size for path in folder.rglob("*.tar")) if folder.exists() else 0
-            gigabytes = (shutil.disk_usage(there).free + n_kept) / 2 / GB
-        _caches[_chosen] = Cache(folder, int(gigabytes * GB))
-    return _caches[_chosen]
+    folder, gigabytes = _chosen
+    if folder is None:
+        raise ValueError(f"no folder for copies of stores' files, and no home: give --cache, or {CACHE_VARIABLE}")
+    if (folder, gigabytes) not in _caches:
+        n_bytes = gigabytes * GB if gigabytes is not None else _half_of_what_is_free(folder)
+        _caches[folder, gigabytes] = Cache(folder, int(n_bytes))
+    return _caches[folder, gigabytes]
+
+
+def _half_of_what_is_free(folder: Path) -> float:
+    """Return half of the bytes that a disk would have free without the copies in a folder."""
+    n_kept = sum(map(size_of, folder.rglob("*.tar"))) if folder.exists() else 0
+    return (shutil.disk_usage(nearest_folder(folder)).free + n_kept) / 2
 
 
 def remote_file(url: str, told: Status | None = None) -> Path:
@@ -294,7 +310,7 @@ def write_file(path: Path, write: Callable[[Path], object]) -> None:
     if remote is None:
         write(path)
         return
-    local = path.with_name(f".{path.name}.{os.getpid()}.upload")
+    local = path.with_name(f".{path.name}.{os.getpid()}{UPLOAD}")
     local.parent.mkdir(parents=True, exist_ok=True)
     try:
         write(local)
@@ -315,8 +331,13 @@ def delete_file(path: Path) -> None:
     path.unlink(missing_ok=True)
 
 
-def local_folder(folder: Path) -> Path:
-    """Return a folder; for one of a store, given as a URL, a folder on the disk with all that is in it.
+def local_folder(folder: Path, patterns: Sequence[str], made: str = "") -> Path:
+    """Return a folder; for one of a store, given as a URL, a folder on the disk with the same files.
+
+    Args:
+        folder: on the disk, or a store's.
+        patterns: of the files' paths in it, such as "shards/*.index"; no others are fetched.
+        made: pattern of files that stay on the disk though the store does not have them; others are deleted.
 
     Raises:
         StoreError: the store cannot be used.
@@ -324,31 +345,49 @@ def local_folder(folder: Path) -> Path:
     if not is_remote(folder):
         return folder
     cache = _folders()
-    for url, told in names(f"{url_of(folder).rstrip('/')}/"):
-        _drop_older_copy(cache.path_of(url), told)
+    local, there, here = _both(cache, folder, patterns)
+    for path in here:
+        if path not in there and not fnmatchcase(path.relative_to(local).as_posix(), made):
+            path.unlink(missing_ok=True)
+    for path, (url, told) in there.items():
+        _drop_older_copy(path, told)
         cache.fetch(url)
-    return cache.path_of(f"{url_of(folder)}/x").parent
+    return local
 
 
-def upload_folder(folder: Path) -> None:
-    """Write what is new in `local_folder(folder)` to the store; does nothing for a folder on the disk.
+def upload_folder(folder: Path, patterns: Sequence[str]) -> None:
+    """Write what is new in `local_folder(folder, patterns)` to the store; does nothing for a folder on the disk.
+
+    Files of these patterns that are not on the disk are deleted in the store.
 
     Raises:
         StoreError, ValueError: the store cannot be written to.
     """
     if not is_remote(folder):
         return
-    root = url_of(folder).rstrip("/")
-    cache = _folders()
-    there = {cache.path_of(url): told for url, told in names(f"{root}/")}
-    local = cache.path_of(f"{root}/x").parent
-    for path in sorted(path for path in local.rglob("*") if path.is_file() and not path.name.startswith(".")):
-        found, told = path.stat(), there.get(path)
+    local, there, here = _both(_folders(), folder, patterns)
+    for path in here:
+        found, told = path.stat(), there[path][1] if path in there else None
         if told is None or (told.n_bytes, told.changed_ns) != (found.st_size, found.st_mtime_ns):
-            put(path, f"{root}/{path.relative_to(local).as_posix()}")
-    for path, _ in there.items():
+            put(path, f"{url_of(folder).rstrip('/')}/{path.relative_to(local).as_posix()}")
+    for path, (url, _) in there.items():
         if not path.exists():
-            delete(f"{root}/{path.relative_to(local).as_posix()}")
+            delete(url)
+
+
+def _both(
+    cache: Cache, folder: Path, patterns: Sequence[str]
+) -> tuple[Path, dict[Path, tuple[str, Status]], list[Path]]:
+    """Return where a store's folder is on the disk, its files of some patterns (URL, status), and those of the disk."""
+    root = f"{url_of(folder).rstrip('/')}/"
+    local = cache.path_of(f"{root}x").parent
+    there = {cache.path_of(url): (url, told) for url, told in names(root)}
+    here = [path for path in sorted(local.rglob("*")) if path.is_file() and not path.name.startswith(".")]
+
+    def is_meant(path: Path) -> bool:
+        return any(fnmatchcase(path.relative_to(local).as_posix(), pattern) for pattern in patterns)
+
+    return local, {path: one for path, one in there.items() if is_meant(path)}, list(filter(is_meant, here))
 
 
 def _folders() -> Cache:

@@ -7,6 +7,7 @@ objects of fsspec are made anew for every use, so that they never outlive a fork
 import base64
 import binascii
 import email.utils
+import hashlib
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from storage.stores import errors
-from storage.stores.errors import StoreError, patiently, within
+from storage.stores.errors import RefusedError, StoreError, patiently, within
 from storage.stores.urls import EXTRAS, has_magic, plain, scheme_of, url_of
 
 BLOCK = 8 << 20
@@ -41,7 +42,8 @@ class Status:
     n_bytes: int | None
     """Its size; None where the store does not tell."""
     changed_ns: int
-    """Time of its last change, in ns, to the second; 0 where the store does not tell."""
+    """Time of its last change, in ns, to the second; where the store does not tell, one that its version stands for, or
+    0."""
     version: str | None = None
     """Changes when the file does; None where the store does not tell."""
     digest: Digest | None = None
@@ -161,13 +163,13 @@ def _etag_is_md5(fs: Any, url: str) -> bool:
 def _status_of(info: dict[str, Any]) -> Status:
     """Return what a library's answer tells; every store has names of its own."""
     names = ("ETag", "Etag", "etag", "blob_id", "Last-Modified")
-    version = next((info[name] for name in names if info.get(name)), None)
+    version = next((str(info[name]) for name in names if info.get(name)), None)
     times = (info.get(name) for name in ("LastModified", "last_modified", "mtime", "updated", "Last-Modified"))
     size = info.get("size")
     return Status(
         n_bytes=None if size is None else int(size),
-        changed_ns=next((ns for ns in map(_ns_of, times) if ns is not None), 0),
-        version=None if version is None else str(version),
+        changed_ns=next((ns for ns in map(_ns_of, times) if ns is not None), _ns_instead(version)),
+        version=version,
         digest=_digest_of(info),
     )
 
@@ -182,6 +184,13 @@ def _ns_of(time: object) -> int | None:
     return int(time.timestamp()) * 10**9 if isinstance(time, datetime) else None
 
 
+def _ns_instead(version: str | None) -> int:
+    """Return a time of the years 1970 to 2001 that another version has not, but for one in 10⁹; 0 for None."""
+    if version is None:
+        return 0
+    return int.from_bytes(hashlib.blake2b(version.encode(), digest_size=8).digest()) % 10**9 * 10**9
+
+
 def _digest_of(info: dict[str, Any]) -> Digest | None:
     """Return the digest in a library's answer: SHA-256 of Hugging Face, MD5 of Google, Azure, S3 and some servers."""
     lfs = info.get("lfs") or {}
@@ -190,7 +199,7 @@ def _digest_of(info: dict[str, Any]) -> Digest | None:
         return Digest("sha256", str(sha256).lower(), "SHA-256 of its store")
     settings = info.get("content_settings") or {}
     in_base64 = info.get("md5Hash") or info.get("Content-Md5")
-    raw = settings.get("content_md5") if isinstance(settings, dict) else None
+    raw = settings.get("content_md5") if isinstance(settings, dict) else getattr(settings, "content_md5", None)
     if isinstance(in_base64, str):
         try:
             raw = base64.b64decode(in_base64, validate=True)
@@ -208,17 +217,18 @@ def _digest_of(info: dict[str, Any]) -> Digest | None:
 
 
 def digest_beside(url: str) -> Digest | None:
-    """Return the SHA-256 in the file URL.sha256, as `sha256sum` writes it; None if there is none that can be read."""
+    """Return the SHA-256 in the file URL.sha256, as `sha256sum` writes it; None if there is none that can be read.
+
+    Raises:
+        StoreError: the store fails, so that it is not known.
+    """
     base, mark, query = url.partition("?") if EXTRAS[scheme_of(url)] == "http" else (url, "", "")
-    beside = f"{base}.sha256{mark}{query}"
     try:
-        text = within(
-            errors.PATIENCE.stall_s, lambda: filesystem(beside).cat_file(beside, start=0, end=_MAX_DIGEST_FILE)
-        ).decode("ascii")
-    except Exception:  # of any library: most shards have no such file, and some stores say 403 of what is missing
+        start = start_of(f"{base}.sha256{mark}{query}", _MAX_DIGEST_FILE)
+    except (FileNotFoundError, RefusedError):  # some stores forbid what is missing
         return None
-    match = re.match(r"([0-9a-fA-F]{64})\b", text)
-    return None if match is None else Digest("sha256", match.group(1).lower(), "SHA-256 beside it")
+    match = re.match(rb"([0-9a-fA-F]{64})\b", start)
+    return None if match is None else Digest("sha256", match.group(1).decode().lower(), "SHA-256 beside it")
 
 
 def start_of(url: str, n_bytes: int) -> bytes:

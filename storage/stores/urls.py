@@ -13,8 +13,9 @@ EXTRAS = {
     "hf": "hf",
 }
 """By the scheme of a URL, the extra of this package that installs what reads it."""
+_AZURE = "sv|ss|srt|sp|spr|se|st|sr|sig|sip|sdd|si|skoid|sktid|skt|ske|sks|skv|saoid|suoid|scid"
 _SIGNING = re.compile(
-    r"(x-(amz|goog)-|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|token|sv=|s[aektpirv]\w*=|st=|$)",
+    rf"((x-(amz|goog)-[^=]*|awsaccesskeyid|googleaccessid|signature|expires|policy|key-pair-id|token|{_AZURE})(=|$)|$)",
     re.IGNORECASE,
 )
 """Parts of a query that sign it, and say nothing about which file it is."""

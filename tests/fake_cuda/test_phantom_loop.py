@@ -16,12 +16,16 @@ from phantom import CAN_PRETEND
 HERE = Path(__file__).parent
 PAGE = HERE.parents[1] / "docs" / "performance.md"
 AUTOCAST = {"precision": "autocast"}
+BF16 = {"precision": "bf16"}
 SCALES = {"precision": "autocast-fp16", "gradient_scaling": "per-resblock"}
 RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "dVAE": ("dvae", AUTOCAST),
     "CLIP": ("clip", AUTOCAST),
     "transformer": ("transformer", AUTOCAST),
     "transformer, per-resblock scales": ("transformer", SCALES),
+    "transformer, PowerSGD": ("transformer", AUTOCAST | {"powersgd_rank": 4}),
+    "transformer, bf16, ZeRO 1": ("transformer", BF16 | {"zero_stage": 1}),
+    "transformer, bf16, ZeRO 2": ("transformer", BF16 | {"zero_stage": 2}),
 }
 
 

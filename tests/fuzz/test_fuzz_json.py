@@ -24,7 +24,7 @@ from training.data.check_data import check_data
 from training.data.check_report import report as check_report
 from training.data.exclusions import Excluded
 from training.data.manifest import Manifest, open_with_manifest
-from training.data.record import ShardRecord, located
+from training.data.record import ShardRecord, located, state_if_there
 from training.engine.checkpoints import latest_tag, read_manifest, write_manifest
 from training.engine.deepspeed_config import resolve
 from training.loop.run_folder import RunSpec
@@ -159,7 +159,8 @@ def test_records_of_version_0_1(data: st.DataObject, tmp_path: Path, door: Door)
     path.write_bytes(data.draw(json_files(json.loads(whole.read_bytes()))))
 
     def check() -> int:
-        index, _ = located(ShardRecord.load(path), FIXTURES / "shards/world-000000.tar")
+        shard = FIXTURES / "shards/world-000000.tar"
+        index, _ = located(ShardRecord.load(path), shard, state_if_there(shard))
         assert index.lost is not None
         return int(index.lost.sum())
 

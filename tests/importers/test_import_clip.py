@@ -15,6 +15,7 @@ from safetensors.torch import save_file
 
 from dalle.cli.main import main
 from dalle.importers.clip import PUBLISHED, import_clip, interpolated_positions
+from dalle.importers.clip_configs import hugging_face_unseen
 from rerank import CLIP, CLIPConfig
 from rerank.pixels import PIXEL_MEAN, PIXEL_STD
 from rerank.score import embed_captions, embed_images
@@ -149,6 +150,51 @@ def test_a_clip_that_computes_otherwise_is_refused_with_the_reason(tmp_path: Pat
     torch.save(openai_state(random_clip()), folder / "open_clip_pytorch_model.bin")
     with pytest.raises(ValueError, match=message):
         import_clip(folder)
+
+
+def hugging_face_folder(folder: Path, processor: object) -> Path:
+    """The two configurations of a CLIP of Hugging Face with pictures of 32 pixels; returns the model's."""
+    config = {"model_type": "clip", "text_config": {}, "vision_config": {"image_size": 32}}
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "preprocessor_config.json").write_text(json.dumps(processor))
+    return folder / "config.json"
+
+
+@pytest.mark.parametrize(
+    ("processor", "message"),
+    [
+        ({"do_normalize": False}, "do_normalize is False: a CLIP without it"),
+        ({"do_center_crop": False}, "do_center_crop is False"),
+        ({"do_resize": False}, "do_resize is False"),
+        ({"do_rescale": 0.5}, r"do_rescale is 0\.5"),
+        ({"rescale_factor": 1 / 127.5}, r"rescale_factor is 0\.0078.*; expected 1/255"),
+        ({"size": 36}, "size is 36, but the model's pictures have 32"),
+        ({"size": {"shortest_edge": 36}, "crop_size": 32}, "size is 36, but"),
+        ({"size": 32, "crop_size": {"height": 28, "width": 28}}, "crop_size is 28, but"),
+        ({"size": {"height": 32, "width": 48}}, r"size is .*; expected one side, in pixels"),
+        ({"size": {"longest_edge": 32}}, r"size is .*; expected one side, in pixels"),
+        ({"size": "large"}, "size is 'large'; expected a whole number above 0"),
+    ],
+)
+def test_other_preprocessing_than_is_done_here_is_refused(tmp_path: Path, processor: object, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        hugging_face_unseen(hugging_face_folder(tmp_path, processor))
+
+
+@pytest.mark.parametrize(
+    ("size", "resize"),
+    [
+        (32, "shortest"),
+        ({"shortest_edge": 32}, "shortest"),
+        ({"height": 32, "width": 32}, "squash"),
+        (None, "shortest"),
+    ],
+)
+def test_preprocessing_as_it_is_done_here_is_read(tmp_path: Path, size: object, resize: str) -> None:
+    flags = dict.fromkeys(("do_resize", "do_rescale", "do_normalize", "do_convert_rgb"), True)
+    processor = {**flags, "do_center_crop": None if resize == "squash" else True, "size": size, "crop_size": 32}
+    unseen = hugging_face_unseen(hugging_face_folder(tmp_path, {**processor, "rescale_factor": 0.00392156862745098}))
+    assert (unseen.resize, unseen.sizes["image_size"]) == (resize, 32)
 
 
 def test_head_and_mlp_widths_and_the_view_come_from_the_files(tmp_path: Path) -> None:

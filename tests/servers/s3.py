@@ -40,6 +40,13 @@ def put_folder(folder: Path, prefix: str) -> None:
         client.upload_file(str(path), BUCKET, f"{prefix}/{path.relative_to(folder).as_posix()}")
 
 
+def delete(key: str) -> None:
+    """Delete a file of the bucket."""
+    import boto3
+
+    boto3.client("s3").delete_object(Bucket=BUCKET, Key=key)
+
+
 def keys(prefix: str) -> list[str]:
     """Return the names of what the bucket holds below a prefix."""
     import boto3

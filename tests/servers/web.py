@@ -30,6 +30,8 @@ class Web(ThreadingHTTPServer):
         self.folder, self.ranges, self.like_s3 = folder, ranges, like_s3
         self.faults: dict[str, list[str]] = {}
         """By the name of a file, or "" for all, what happens to its next requests: words of `Handler.fail`."""
+        self.dated = True
+        """Whether it tells times of change."""
         self.always = ""
         """What happens to all requests."""
         self.seen: list[tuple[str, str, str | None]] = []
@@ -90,7 +92,9 @@ class Handler(SimpleHTTPRequestHandler):
         elif fault == "html":
             data = HTML
         tag = f'"{hashlib.md5(path.read_bytes()).hexdigest()}"'
-        more = {"ETag": tag, "Last-Modified": email.utils.formatdate(path.stat().st_mtime, usegmt=True)}
+        more = {"ETag": tag}
+        if self.server.dated:
+            more["Last-Modified"] = email.utils.formatdate(path.stat().st_mtime, usegmt=True)
         more |= {"X-Amz-Request-Id": "1"} if self.server.like_s3 else {}
         first = 0
         wanted = self.headers.get("Range")

@@ -316,6 +316,22 @@ def test_reading_holds_one_tensor_at_a_time(
     assert rise_of_memory(lambda: [tensors[name].mean() for name in tensors]) < 120 << 20
 
 
+def test_want_of_memory_is_no_fault_of_the_file(tmp_path: Path) -> None:
+    class Large:
+        shape, dtype = (1 << 40,), torch.float32
+        words = "DefaultCPUAllocator: can't allocate memory: you tried to allocate 4398046511104 bytes"
+
+        def read(self) -> torch.Tensor:
+            raise RuntimeError(self.words)
+
+    tensors = Tensors(tmp_path / "x.pt", "torch.save", {"a": Large()})
+    with pytest.raises(RuntimeError, match="can't allocate memory"):
+        tensors["a"]
+    Large.words = "it is damaged"
+    with pytest.raises(ValueError, match=r"x\.pt, a: it is damaged; download it again"):
+        tensors["a"]
+
+
 def test_tensors_are_a_mapping_without_values_held(tmp_path: Path) -> None:
     tensors = open_tensors(write(tmp_path / "x", "safetensors", Small()))
     assert isinstance(tensors, Tensors)

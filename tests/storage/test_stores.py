@@ -1,7 +1,9 @@
+import dataclasses
 import hashlib
 import logging
 import multiprocessing
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -9,6 +11,8 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from servers.web import Web, serving
@@ -18,6 +22,7 @@ pytest.importorskip("aiohttp", reason="nothing here reads the web: pip install '
 from storage.stores import errors, files
 from storage.stores.cache import GB, Cache
 from storage.stores.errors import Patience, StoreError, WrongBytesError
+from storage.stores.remote import _status_of
 from storage.stores.urls import is_remote, place_of, plain, shown
 
 DATA = bytes(range(256)) * 400
@@ -26,12 +31,8 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def _quick(monkeypatch: pytest.MonkeyPatch, own_cache: None, tmp_path: Path) -> None:
     monkeypatch.setattr(errors, "PATIENCE", QUICK)
-    for table in ("_remotes", "_failures", "_caches"):
-        monkeypatch.setattr(files, table, {})
-    monkeypatch.setattr(files, "_is_gone", False)
-    monkeypatch.setattr(files, "_chosen", None)
     files.use_cache(tmp_path / "cache", 1)
 
 
@@ -60,6 +61,34 @@ def test_a_file_is_fetched_once_verified_and_told(web: Web, caplog: pytest.LogCa
     assert path.stat().st_mtime == int((web.folder / "shards" / "a.tar").stat().st_mtime)
     assert "verified by its size and SHA-256 beside it" in caplog.text
     assert [one.name for one in path.parent.iterdir()] == ["a.tar"]
+
+
+@pytest.mark.parametrize("fault", ["503", "closed"])
+def test_a_digest_beside_a_file_outlives_failures_that_pass(
+    web: Web, fault: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(errors, "PATIENCE", dataclasses.replace(QUICK, stall_s=20))
+    for name in ("a.tar", "b.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+        (web.folder / "shards" / f"{name}.sha256").write_text(hashlib.sha256(b"other").hexdigest())
+        web.faults[f"{name}.sha256"] = [fault] if name == "a.tar" else []
+        with pytest.raises(WrongBytesError, match="SHA-256 beside it"):
+            read(files.remote_file(f"{web.url}/shards/{name}"))
+    web.faults["c.tar.sha256"] = ["500"] * 9
+    for name in ("c.tar", "c.tar.sha256"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+    with pytest.raises(StoreError, match=r"c\.tar\.sha256 cannot be read, its store fails"):
+        read(files.remote_file(f"{web.url}/shards/c.tar"))
+
+
+@pytest.mark.parametrize("fault", ["404", "403"])
+def test_a_digest_that_is_missing_or_forbidden_is_asked_for_once(web: Web, fault: str) -> None:
+    for name in ("a.tar", "b.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+        (web.folder / "shards" / f"{name}.sha256").write_text(hashlib.sha256(b"other").hexdigest())
+        web.faults[f"{name}.sha256"] = [fault]
+        assert read(files.remote_file(f"{web.url}/shards/{name}")) == DATA
+    assert web.gets(".sha256") == {"a.tar.sha256": 1}
 
 
 @pytest.mark.parametrize("ranges", [True, False])
@@ -140,6 +169,17 @@ def test_a_bad_file_is_not_fetched_again_for_every_sample(web: Web) -> None:
     assert web.gets()["a.tar"] == QUICK.attempts
 
 
+def test_wrong_bytes_are_asked_for_as_often_as_the_warning_says(
+    web: Web, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=6, stall_s=20, first_wait_s=0.01))
+    web.always = "html"
+    with pytest.raises(WrongBytesError, match="tried 3 times"):
+        read(files.remote_file(f"{web.url}/shards/a.tar"))
+    assert "trying again, up to 2 times" in caplog.text
+    assert web.gets()["a.tar"] == 3
+
+
 def test_secrets_are_neither_shown_nor_written(web: Web, tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     web.faults["a.tar"] = ["500", "403"]
     url = f"{web.url}/shards/a.tar?X-Amz-Signature=SECRET1&X-Amz-Expires=9".replace("//", "//user:SECRET2@")
@@ -164,7 +204,9 @@ def read_again(path: Path) -> bytes:
 def test_signatures_do_not_tell_files_apart_and_other_queries_do() -> None:
     signed = place_of("https://host/a.tar?X-Amz-Signature=1&X-Amz-Date=2")
     assert signed == place_of("https://host/a.tar") == Path("https/host/a.tar")
-    assert place_of("https://host/get.tar?id=1") != place_of("https://host/get.tar?id=2")
+    assert place_of("https://host/a.tar?sv=1&sr=b&se=2&sp=r&skoid=3&sktid=4&skt=5&ske=6&sig=7") == signed
+    for query in ("id", "split", "set", "start", "sample", "size", "seed", "skip", "stage", "tokens", "versionid"):
+        assert place_of(f"https://host/get.tar?{query}=1") != place_of(f"https://host/get.tar?{query}=2")
     assert plain("https://me:word@host/a.tar?sig=1") == "https://host/a.tar"
     assert shown("GET 'https://me:word@host/a.tar?sig=1' s3://key:word@b/c") == "GET 'https://host/a.tar' s3://b/c"
     assert is_remote(Path("s3://bucket/a.tar"))
@@ -215,11 +257,71 @@ def test_what_a_killed_fetch_left_makes_room(web: Web, tmp_path: Path) -> None:
     assert not list((tmp_path / "small").rglob("*.partial"))
 
 
+def test_what_killed_uploads_left_makes_room_and_indexes_last(web: Web, tmp_path: Path) -> None:
+    for name in ("b.tar", "c.tar"):
+        (web.folder / "shards" / name).write_bytes(DATA)
+    files.use_cache(tmp_path / "small", 2.5 * len(DATA) / GB)
+    a, b, c = (files.remote_file(f"{web.url}/shards/{name}.tar") for name in "abc")
+    assert read(a) == DATA
+    with subprocess.Popen(["true"]) as ended:
+        pass
+    left = [a.with_name(f".x.tar.{ended.pid}.upload"), a.with_name(f"..x.tar.{ended.pid}.upload.{ended.pid}.partial")]
+    index, current = a.with_name("a.tar.index"), a.with_name(f".x.tar.{os.getpid()}.upload")
+    for made in (*left, index, current):
+        made.write_bytes(DATA[: len(DATA) // 2])
+        os.utime(made, (0, 0))
+    assert read(b) == DATA
+    assert [path.exists() for path in (*left, a, index, current)] == [False, False, False, True, True]
+    assert read(c) == DATA
+    assert [path.exists() for path in (b, index, current)] == [False, True, True]
+    current.write_bytes(DATA + DATA[:1000])
+    assert read(a) == DATA
+    assert [path.exists() for path in (c, index, current)] == [False, False, True]
+
+
+def test_without_a_home_only_who_needs_a_copy_is_refused(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    for name in (files.CACHE_VARIABLE, "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    files.use_cache()
+    assert files.file_status(ROOT / "README.md").n_bytes > 0
+    with pytest.raises(ValueError, match=r"no folder for copies of stores' files.*or DALLE_CACHE"):
+        files.remote_file(f"{web.url}/shards/a.tar")
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(web.folder / "cache"))
+    files.use_cache()
+    assert read(files.remote_file(f"{web.url}/shards/a.tar")) == DATA
+
+
+def test_a_copy_deleted_while_sizes_are_added_up_is_no_error(
+    web: Web, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "cache").mkdir()
+    monkeypatch.setattr(Path, "rglob", lambda *_: [tmp_path / "cache" / "deleted.tar"])
+    files.use_cache(tmp_path / "cache")
+    assert read(files.remote_file(f"{web.url}/shards/a.tar")) == DATA
+
+
 def test_a_disk_that_cannot_be_written_is_told(web: Web, tmp_path: Path) -> None:
     (tmp_path / "file").write_text("in the way")
     files.use_cache(tmp_path / "file" / "cache", 1)
     with pytest.raises(StoreError, match=r"cannot keep .*Not a directory.*--cache gives another folder"):
         read(files.remote_file(f"{web.url}/shards/a.tar"))
+
+
+def test_a_copy_that_the_disk_takes_in_part_never_gets_its_name(web: Web) -> None:
+    path = files.remote_file(f"{web.url}/shards/a.tar")
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(DATA) - 10, hard))  # as if the disk were full there
+    try:
+        with pytest.raises(StoreError, match=r"cannot keep .*File too large.*--cache gives another folder"):
+            read(path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not path.exists()
+    assert read_again(path) == DATA
 
 
 def _read_all(url: str, cache: Path, names: list[str], barrier: "multiprocessing.synchronize.Barrier") -> None:
@@ -275,6 +377,26 @@ def test_a_fetch_that_was_killed_is_gone_on_with(web: Web, tmp_path: Path) -> No
     assert int(second.removeprefix("bytes=").rstrip("-")) > 0
 
 
+def test_a_fetch_killed_before_its_first_byte_mixes_no_versions(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = files.remote_file(f"{web.url}/shards/a.tar")
+    web.faults["a.tar"] = ["cut", "403"]
+    with pytest.raises(StoreError):
+        read(path)
+    other = DATA[::-1]
+    (web.folder / "shards" / "a.tar").write_bytes(other)
+    make_room = Cache._make_room
+
+    def killed(*arguments: Any) -> None:
+        make_room(*arguments)
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Cache, "_make_room", killed)
+        with pytest.raises(SystemExit):
+            read_again(path)
+    assert read_again(path) == other
+
+
 def test_a_copy_of_before_a_change_is_fetched_again(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
     url = f"{web.url}/shards/a.tar"
     path = files.remote_file(url)
@@ -284,6 +406,25 @@ def test_a_copy_of_before_a_change_is_fetched_again(web: Web, monkeypatch: pytes
     monkeypatch.setattr(files, "_remotes", {})  # as in another process
     assert files.file_status(files.remote_file(url)).n_bytes == len(DATA) + 5
     assert read(path) == b"other" + DATA
+
+
+def test_without_times_a_change_is_noticed_by_the_version(web: Web, monkeypatch: pytest.MonkeyPatch) -> None:
+    web.dated = False
+    url = f"{web.url}/shards/a.tar"
+
+    def in_another_process() -> tuple[files.FileStatus, bytes]:
+        monkeypatch.setattr(files, "_remotes", {})
+        path = files.remote_file(url)
+        return files.file_status(path), read(path)
+
+    before = files.file_status(files.remote_file(url))
+    assert in_another_process() == in_another_process() == (before, DATA)
+    assert web.gets()["a.tar"] == 1
+    (web.folder / "shards" / "a.tar").write_bytes(DATA[::-1])
+    after, data = in_another_process()
+    assert data == DATA[::-1]
+    assert after.n_bytes == before.n_bytes
+    assert after.changed_ns != before.changed_ns
 
 
 def test_copies_are_used_when_the_store_is_gone(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
@@ -317,3 +458,11 @@ def test_two_caches_hold_copies_of_their_own(web: Web, tmp_path: Path) -> None:
     for name in ("one", "two"):
         Cache(tmp_path / name, GB).fetch(url)
     assert web.gets()["a.tar"] == 2
+
+
+def test_the_md5_of_azure_is_found_in_its_sdks_settings() -> None:
+    md5 = hashlib.md5(DATA).digest()
+    for settings in ({"content_md5": md5}, SimpleNamespace(content_md5=bytearray(md5))):
+        digest = _status_of({"size": len(DATA), "content_settings": settings}).digest
+        assert digest == ("md5", md5.hex(), "MD5 of its store")
+    assert _status_of({"size": 1, "content_settings": SimpleNamespace(content_md5=None)}).digest is None

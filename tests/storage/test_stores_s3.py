@@ -17,10 +17,8 @@ def bucket() -> Iterator[str]:
 
 
 @pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=2, stall_s=3.0, first_wait_s=0.01))
-    for table in ("_remotes", "_failures", "_caches"):
-        monkeypatch.setattr(files, table, {})
+def _quick(monkeypatch: pytest.MonkeyPatch, own_cache: None, tmp_path: Path) -> None:
+    monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=2, stall_s=30.0, first_wait_s=0.01))
     files.use_cache(tmp_path / "cache", 1)
 
 
@@ -130,14 +128,35 @@ def test_files_and_folders_are_written_read_and_deleted(bucket: str, tmp_path: P
     assert read(path) == DATA[1:]
     files.delete_file(path)
     assert not files.exists(path)
-    put(tmp_path, "six/deep/b", b"1")
-    folder = files.local_folder(Path(f"{bucket}/six"))
-    (folder / "a").write_bytes(b"22")
-    (folder / "deep" / "b").write_bytes(b"333")
-    files.upload_folder(Path(f"{bucket}/six"))
-    files.use_cache(tmp_path / "another", 1)
-    again = files.local_folder(Path(f"{bucket}/six"))
-    assert {one.relative_to(again).as_posix(): one.read_bytes() for one in again.rglob("*") if one.is_file()} == {
-        "a": b"22",
-        "deep/b": b"333",
+
+
+MANIFEST = ("a", "gone", "deep/*.b")
+
+
+def files_below(folder: Path) -> dict[str, bytes]:
+    return {
+        one.relative_to(folder).as_posix(): one.read_bytes()
+        for one in folder.rglob("*")
+        if one.is_file() and not one.name.startswith(".")
     }
+
+
+def test_a_local_folder_is_as_in_the_store_and_holds_nothing_else(bucket: str, tmp_path: Path) -> None:
+    url = Path(f"{bucket}/six")
+    for name, data in (("six/deep/1.b", b"1"), ("six/gone", b"2"), ("six/0.tar", DATA), ("six/deep/a", DATA)):
+        put(tmp_path, name, data)
+    folder = files.local_folder(url, MANIFEST)
+    assert files_below(folder) == {"deep/1.b": b"1", "gone": b"2"}
+    (folder / "a").write_bytes(b"22")
+    (folder / "deep" / "1.b").write_bytes(b"333")
+    files.upload_folder(url, MANIFEST)
+    files.delete_file(files.remote_file(f"{bucket}/six/gone"))
+    (folder / "deep" / "new.b").write_bytes(b"made before an interruption")
+    assert files.local_folder(url, MANIFEST, made="deep/*.b") == folder
+    assert files_below(folder) == {"a": b"22", "deep/1.b": b"333", "deep/new.b": b"made before an interruption"}
+    assert files.local_folder(url, MANIFEST) == folder
+    assert files_below(folder) == {"a": b"22", "deep/1.b": b"333"}
+    files.upload_folder(url, MANIFEST)
+    assert s3.keys("six/") == ["six/0.tar", "six/a", "six/deep/1.b", "six/deep/a"]
+    files.use_cache(tmp_path / "another", 1)
+    assert files_below(files.local_folder(url, MANIFEST)) == {"a": b"22", "deep/1.b": b"333"}

@@ -1,9 +1,11 @@
 import dataclasses
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
+from servers import s3
 from support import tiny
 
 from dvae import DVAE
@@ -20,6 +22,13 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder of three shards of the built-in world, 24 captioned pictures; not to be changed."""
     return tiny.write_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def s3_bucket() -> Iterator[str]:
+    """The URL of a bucket on loopback, which the tests of a module share."""
+    with s3.s3_server() as url:
+        yield url
 
 
 @pytest.fixture(scope="module")

@@ -46,8 +46,7 @@ def test_checkpoints_have_the_bytes_of_the_plan(tmp_path: Path, name: str) -> No
         assert other == pytest.approx(plan.other, rel=0.01, abs=20_000)  # the states of the generators have 15,000
     assert sum(found["bytes"]) == pytest.approx(plan.total, rel=0.01)
     assert found["export"] == pytest.approx(plan.export, rel=0.01)
-    # three files for each parameter, beside pieces; at stage 3 DeepSpeed copies more, which is not planned
-    if found["joined"] and case.zero_stage < 3:
+    if found["joined"]:  # three files for each parameter, beside pieces, and what is copied
         assert found["joined"] == pytest.approx(plan.converted - 3 * plan.export, rel=0.03)
 
 
@@ -91,6 +90,7 @@ def test_the_first_rank_holds_up_the_others_below_stage_3() -> None:
 def test_only_what_ranks_share_must_be_converted() -> None:
     assert plan_of(stage=0).converted == plan_of(stage=0).convert_s == 0
     assert plan_of(stage=2).converted == 28e9
+    assert plan_of(stage=3).converted == 27e9  # a fourth of the optimizer's state is copied, that of the first rank
 
 
 # ------------------------------------------------------------------------------------------------ in the plan

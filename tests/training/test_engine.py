@@ -151,6 +151,29 @@ def test_a_value_that_deepspeed_refuses_is_an_error_that_names_the_file(tmp_path
         engine_of(Objective(), config(deepspeed_config=path), ranks)
 
 
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory"),
+        torch.distributed.DistNetworkError("the connection was closed"),
+        RuntimeError("Connection closed by peer"),
+    ],
+)
+def test_a_start_that_fails_for_another_reason_does_not_blame_the_json(
+    tmp_path: Path, ranks: Ranks, error: Exception, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import deepspeed
+
+    def fail(**_: object) -> None:
+        raise error
+
+    monkeypatch.setattr(deepspeed, "initialize", fail)
+    path = user_json(tmp_path, {"zero_optimization": {"stage": 2}})
+    with pytest.raises(type(error)) as raised:
+        engine_of(Objective(), config(deepspeed_config=path), ranks)
+    assert raised.value is error
+
+
 def test_half_precision_at_stage_0_and_impossible_numbers_are_refused() -> None:
     with pytest.raises(ValueError, match="needs zero_stage 1"):
         config(precision="bf16")

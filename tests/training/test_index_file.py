@@ -8,14 +8,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from support.tiny import all_keys, samples_of, write_tar
 
 import dalle.data.shard
 from dalle.data import index_file
-from dalle.data.index import Texts, index_shard, with_captions
+from dalle.data.index import ShardIndex, Texts, index_shard, with_captions
 from dalle.data.index_file import IndexFileError, index_bytes, read_header, read_index
 from dalle.data.names import expand_shards
+from dalle.data.order import Shuffle
 from dalle.data.reader import ShardData
+from training.data.batches import Share, batches
 from training.data.sources.folders import list_folder
 
 N = 12
@@ -194,6 +197,28 @@ def test_more_shards_than_are_held_open_are_read(tmp_path: Path, monkeypatch: py
     assert [data.fingerprint(number) for number in range(5)] == [
         opened(tmp_path / "data" / "x").fingerprint(number) for number in range(5)
     ]
+
+
+def test_indexes_of_shards_that_are_read_by_turns_are_read_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dalle.data.reader._MAX_HELD", 6)
+    for number in range(16):
+        write_tar(tmp_path / "data" / f"{number:02}.tar", samples_of(range(3 * number, 3 * number + 3)))
+    data, read = opened(tmp_path / "data" / "x"), list[str]()
+    load = dalle.data.shard.kept_index
+
+    def noted(path: Path, state: tuple[int, int]) -> ShardIndex | None:
+        read.append(path.name)
+        return load(path, state)
+
+    monkeypatch.setattr(dalle.data.shard, "kept_index", noted)
+    shuffle, size = Shuffle(window=2, streams=4, batch=4), {"size": torch.tensor(0)}
+    for share in (Share(seed=1, micro_batch=4, max_steps=12), Share(seed=1, micro_batch=2, world_size=2, max_steps=12)):
+        read.clear()
+        keys = [key for batch in batches(data, lambda *_: size, share, shuffle=shuffle) for key in batch.keys]
+        assert len(keys) == len(set(keys)) == 12 * share.micro_batch
+        assert len(read) == len(set(read))
 
 
 def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:

@@ -1,4 +1,5 @@
 import errno
+import hashlib
 import json
 import logging
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from servers.web import serving
 from support import tiny
 from support.corrupt import encoded, noise
 from support.tiny import all_keys, samples_of, write_tar
@@ -26,6 +28,8 @@ from dalle.data.index import ShardIndex
 from dalle.data.reader import Sample, ShardData
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
+from storage.stores import errors, files
+from storage.stores.errors import Patience
 from training.data.batches import Share, batches, validation_batches
 from training.data.check_data import _record_name, check_data
 from training.data.check_report import Summary, report
@@ -462,6 +466,31 @@ def test_a_missing_shard_is_no_error_by_a_range_or_a_folder(shards: Path, manife
         open_with(manifest, shards)
 
 
+def test_a_shard_of_a_store_with_wrong_bytes_is_damage_and_no_error(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("aiohttp", reason="nothing here reads the web: pip install 'dalle[http]'")
+    monkeypatch.setattr(errors, "PATIENCE", Patience(attempts=2, first_wait_s=0.01))
+    for table in ("_remotes", "_failures", "_caches"):
+        monkeypatch.setattr(files, table, {})
+    monkeypatch.setattr(files, "_chosen", None)
+    monkeypatch.setenv(files.CACHE_VARIABLE, str(tmp_path / "cache"))
+    with serving(shards) as web:
+        urls = [f"{web.url}/{{000000..000002}}.tar"]
+        check_data(urls, tmp_path / "m")
+        before = shards / "000001.tar"
+        before.with_name("000001.tar.sha256").write_text(hashlib.sha256(before.read_bytes()).hexdigest())
+        write_tar(before, members(range(5, 15)))
+        os.utime(before, (10**9, 10**9))  # servers tell whole seconds
+        files.use_cache(tmp_path / "another", 1)
+        data = open_with_manifest(urls, Manifest.open(tmp_path / "m"), captions=True)
+        assert (len(data), data.report.n_lost, data.is_lost(9), data.is_lost(10)) == (N, 10, False, True)
+        assert "has other bytes than it should (SHA-256 beside it" in data.report.damaged_shards[0]
+        summary = check_data(urls, tmp_path / "new")
+    assert [line.partition(" (")[0] for line in summary.damaged] == ["000001.tar cannot be read"]
+    assert summary.counts["samples"]["pairs"] == 20
+
+
 def test_shards_that_the_manifest_does_not_know_are_left_out(
     shards: Path, manifest: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -637,7 +666,10 @@ def test_a_manifest_that_is_damaged_missing_or_of_another_version_is_refused(sha
     record.write_bytes(whole)
     first = summary["shards"][0]
     changes = ({"format": 99}, {"shards": [{}]}, *({"shards": [{**first, "path": odd}]} for odd in (5, [], None)))
-    for change in (*changes, {"shards": [{**first, "record": "../x.json"}]}):
+    more = (
+        {"shards": [{**first, name: odd}]} for name, odd in (("record", "../x.json"), ("state", []), ("state", [5]))
+    )
+    for change in (*changes, *more):
         (manifest / "summary.json").write_text(json.dumps({**summary, **change}))
         with pytest.raises(ValueError, match=r"summary\.json cannot be used"):
             Manifest.open(manifest)

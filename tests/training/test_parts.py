@@ -287,7 +287,7 @@ def sample_together(ranks: Ranks, guidance: float) -> tuple[list[list[list[int]]
     weights = weights_in_parts(ranks, dict(model.named_parameters()))
     if ranks.size == 1:
         return sampled(model, guidance), 0
-    shared = spread(CONFIG, weights)
+    shared = spread(CONFIG, weights, 2 * len(TEXT))
     return sampled(shared, guidance), sum(parameter.numel() for parameter in shared.blocks.parameters())
 
 
@@ -303,15 +303,19 @@ def test_layers_spread_over_ranks_draw_the_tokens_of_the_whole_model(tmp_path: P
     assert max(found[0][1], found[1][1]) < in_layers
 
 
-def spread_without_room(ranks: Ranks) -> str:
+def spread_without_room(ranks: Ranks, free: float, n_rows: int) -> str:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(spreading, "_free_bytes", lambda _: 1000.0 if ranks.rank else torch.inf)
+        patch.setattr(spreading, "_free_bytes", lambda _: free if ranks.rank else torch.inf)
         try:
-            spread(CONFIG, weights_in_parts(ranks, dict(whole_model().named_parameters())))
+            spread(CONFIG, weights_in_parts(ranks, dict(whole_model().named_parameters())), n_rows)
         except torch.OutOfMemoryError as error:
             return str(error)
     return "spread"
 
 
-def test_where_one_rank_has_no_room_none_samples(tmp_path: Path) -> None:
-    assert on_ranks(tmp_path, spread_without_room) == ["a rank has no room for its share of the layers"] * 2
+@pytest.mark.parametrize(("free", "n_rows"), [(1e3, 1), (1e6, 1000)])
+def test_where_one_rank_has_no_room_for_weights_or_sampling_none_samples(
+    tmp_path: Path, free: float, n_rows: int
+) -> None:
+    found = on_ranks(tmp_path, spread_without_room, free, n_rows)
+    assert found == ["a rank has no room for its share of the layers"] * 2

@@ -10,6 +10,7 @@ from support.engines import Objective, averages_of, config, engine_of, train
 from support.ranks import on_ranks
 from support.runs import Run, send
 
+from storage.errors import reason_of
 from training.engine import saving
 from training.engine.checkpoints import FileDigest, digest_of, latest_tag, read_manifest
 from training.engine.saving import moved
@@ -92,6 +93,24 @@ def test_what_arrives_otherwise_than_it_left_is_no_checkpoint(
             engine.saver.publish_staged()
     assert not (tmp_path / "c" / "step00000002").exists()
     assert engine_of(Objective(), config(), ranks).load(tmp_path / "c") == {"n": 1}
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("of a library"), OSError("of the disk")])
+def test_whatever_stops_the_move_of_files_drops_the_checkpoint(
+    tmp_path: Path, ranks: Ranks, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    engine = engine_of(Objective(), config(stage_dir=tmp_path / "local"), ranks)
+    engine.save(tmp_path / "c", 1, {"n": 1})
+    engine.saver.publish_staged()
+
+    def fail(source: Path, target: Path) -> FileDigest:
+        raise error
+
+    monkeypatch.setattr(saving, "moved", fail)
+    engine.save(tmp_path / "c", 2, {"n": 2})
+    with pytest.raises(OSError, match=rf"{reason_of(error)}.*step00000001 is kept"):
+        engine.saver.publish_staged()
+    assert not (tmp_path / "c" / "step00000002").exists()
 
 
 def save_without_room(ranks: Ranks, folder: Path) -> str:

@@ -1,4 +1,6 @@
 import io
+import os
+import signal
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +20,7 @@ from training.data.batches import validation_batches
 from training.loop.means import Means
 from training.loop.throughput import total_peak_flops
 from training.ranks.ranks import Ranks, join, max_over_ranks
+from training.ranks.stop import Interrupted
 from training.run_files import read_metrics
 from training.stages.clip import train_clip
 from training.stages.inputs import Inputs
@@ -104,6 +107,36 @@ def test_samples_that_cannot_be_used_are_left_out_of_the_mean(new_run: Callable[
     assert line["brightness"] == pytest.approx((80 + 160 + 200) / 3 / 255, rel=1e-5)
     with pytest.raises(ValueError, match=r"unusable samples.*--max-bad-fraction 0\.1"):
         new_run("b")(tiny.train_config(steps=1, global_batch=2, max_bad_fraction=0.1), validation=mixed)
+
+
+@pytest.mark.parametrize("checkpoint_every", [2, 1000])
+def test_a_stop_leaves_a_validation_to_the_run_that_resumes(
+    new_run: Callable[[str], Run], data: ShardData, checkpoint_every: int
+) -> None:
+    settings = tiny.train_config(steps=6, validate_every=2, sample_every=2, checkpoint_every=checkpoint_every)
+    straight, stopped = new_run("straight"), new_run("stopped")
+    straight(settings, validation=data)
+    measured: list[int] = []
+
+    def stop_in_the_second_batch(step: int) -> None:
+        if not torch.is_grad_enabled():
+            measured.append(step)
+            if len(measured) % 2 == 0:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+    for turn in (1, 2):  # in the validation, and where it comes first
+        with pytest.raises(Interrupted, match="stopped at step 2 of 6"):
+            stopped(settings, validation=data, at_step=stop_in_the_second_batch)
+        assert measured == [2] * 2 * turn
+        assert not validation_lines(stopped)
+    stopped(settings, validation=data)
+    found, expected = ([{**line, "time": 0} for line in validation_lines(run)] for run in (stopped, straight))
+    assert found == expected
+    assert [line["step"] for line in found] == [2, 4, 6]
+    assert stopped.losses == straight.losses
+    assert stopped.weights == straight.weights
+    sheets = [sorted(path.name for path in (run.folder / "run").rglob("*.png")) for run in (straight, stopped)]
+    assert sheets[0] == sheets[1]
 
 
 # ---------------------------------------------------------------------------------------------------- two ranks

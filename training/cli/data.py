@@ -23,6 +23,7 @@ from training.data.check_data import check_data
 from training.data.check_report import report as check_report
 from training.data.duplicates import EXCLUDED, SHEET, find_duplicates
 from training.data.filters import FilterOptions, ShardFilter
+from training.data.manifest import FILES, NEW_RECORDS
 from training.data.shards import make_shards
 from training.stages.inputs import CacheOptions
 
@@ -112,7 +113,7 @@ class CheckDataCommand:
             if self.out is None:
                 out = Path(stack.enter_context(tempfile.TemporaryDirectory()))
             else:
-                out = local_folder(self.out)
+                out = local_folder(self.out, FILES, made=NEW_RECORDS)  # of a check that was interrupted
             progress = stack.enter_context(progress_bar("shards"))
             summary = check_data(
                 self.data,
@@ -124,7 +125,7 @@ class CheckDataCommand:
                 progress=progress,
             )
         if self.out is not None:
-            upload_folder(self.out)
+            upload_folder(self.out, FILES)
         print(printable(check_report(summary, self.out)))
 
 

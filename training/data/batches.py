@@ -331,7 +331,9 @@ def batches(
         raise ValueError(f"workers ({workers}) must be at least 0, max_bad_fraction ({max_bad_fraction}) in [0, 1]")
     # a step's micro-batches are taken at once: they are read ahead while the step before is computed
     bad_samples = BadSamples(data, max_bad_fraction, by_shard=shuffle is not None and shuffle.window > 0)
-    reader = _Positions(data, transform, share.seed, shuffle or Shuffle())
+    shuffle = shuffle or Shuffle()
+    data.by_turns(shuffle.shards_at_hand(share.micro_batch * share.accumulation))
+    reader = _Positions(data, transform, share.seed, shuffle)
     reads = _reads(reader, share.positions(), workers, ahead=share.accumulation)
     return _deliver(reads, data, bad_samples)
 

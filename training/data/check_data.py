@@ -22,7 +22,6 @@ from numpy.typing import NDArray
 
 from dalle.data.index import IMAGE, NO_PICTURE, checksum
 from dalle.data.names import expand_shards
-from dalle.data.shard import state_of
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
 from storage.stores.files import lasting_name
@@ -30,7 +29,7 @@ from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Su
 from training.data.check_shard import SUBJECTS, UNREADABLE, check_shard
 from training.data.exclusions import Excluded, listed_names, sample_line, short_names, write_lines
 from training.data.manifest import EXCLUDED, RECORDS, Entry, Manifest, write_summary
-from training.data.record import Counts, ShardRecord
+from training.data.record import Counts, ShardRecord, state_if_there
 from training.data.workers import interrupts_held_back, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
@@ -122,7 +121,7 @@ def _known(out: Path, name: str) -> ShardRecord | None:
 
 def _is_of(record: ShardRecord, path: Path) -> bool:
     """Return whether a shard has the size and the time of change that it had when it was checked."""
-    return (record.index.n_bytes, record.changed_ns) == state_of(path)
+    return (record.index.n_bytes, record.changed_ns) == state_if_there(path)
 
 
 def _refuse_to_lose(out: Path, records: Mapping[Path, str], changed: set[Path], excluded: Excluded) -> None:

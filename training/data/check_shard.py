@@ -22,7 +22,7 @@ from dalle.data.image_tokens import unpack
 from dalle.data.index import IMAGE, JSON, NO_PICTURE, TEXT, ShardIndex, checksum, index_shard
 from dalle.tokenizer import Tokenizer
 from dvae.images import PictureError, open_image
-from storage.stores.errors import StoreError
+from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import open_file
 from storage.tar import MAX_PICTURE_BYTES
 from training.data.record import Counts, ShardRecord
@@ -42,7 +42,8 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
     """Read a shard to its end, and decode every picture and every caption in it.
 
     Args:
-        path: the tar file; damage, even of all of it, is part of the record, and so is an error of the disk.
+        path: the tar file; damage, even of all of it, is part of the record, and so are errors of the disk and wrong
+            bytes of a store.
         tokenizer: counts the captions' tokens.
 
     Raises:
@@ -60,8 +61,8 @@ def check_shard(path: Path, tokenizer: Tokenizer | None = None) -> ShardRecord:
             problems = {i: problem for i in range(len(index.keys)) if (problem := check.sample(i)) is not None}
     except StoreError:
         raise
-    except OSError as error:
-        index = _nothing(path, 0, f"cannot be read ({error.strerror or error})")
+    except (OSError, WrongBytesError) as error:
+        index = _nothing(path, 0, f"cannot be read ({getattr(error, 'strerror', None) or error})")
         return ShardRecord(index=index, changed_ns=UNREADABLE, problems={}, counts={}, tokenizer=hash_)
     check.count_samples()
     return ShardRecord(

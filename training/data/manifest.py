@@ -28,22 +28,37 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any, Self
 
+import numpy as np
+from numpy.typing import NDArray
+
 from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex
 from dalle.data.index_file import READING_ERRORS
 from dalle.data.names import expand_shards, resolved
 from dalle.data.reader import ShardData
 from dalle.data.shard import Shard, State, in_threads, state_of
-from dalle.data.usable import DataReport, Part, fingerprint, parts_of, refuse_tokens, usable_part
+from dalle.data.usable import (
+    DataReport,
+    Part,
+    fingerprint,
+    parts_of,
+    refuse_tokens,
+    shard_from_json,
+    shard_to_json,
+    usable_part,
+)
 from storage.atomic import replace_text
-from storage.stores.errors import StoreError
-from storage.stores.files import lasting_name, warn_if_more_than_cache
+from storage.stores.files import lasting_name, local_folder, warn_if_more_than_cache
+from training.data.check_report import DUPLICATES, UNUSABLE
 from training.data.exclusions import Excluded
-from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable
+from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable, state_if_there
 
 logger = logging.getLogger(__name__)
 
 SUMMARY, RECORDS, EXCLUDED = "summary.json", "shards", "excluded.jsonl"
+NEW_RECORDS = f"{RECORDS}/*.index"
+FILES = (SUMMARY, EXCLUDED, UNUSABLE, DUPLICATES, NEW_RECORDS, f"{RECORDS}/*.json")
+"""Patterns of the files of a manifest; other files may lie beside them."""
 
 _NAMED_IN_LOG = 20  # shards that are logged by name
 
@@ -84,8 +99,7 @@ class Entry:
         """Return its part of the summary."""
         return {
             **{name: getattr(self, name) for name in ("name", "path", "record", "n_samples", "state")},
-            "tokens": None if self.tokens is None else json.loads(self.tokens.to_json()),
-            "parts": {"captions" if kind else "pictures": part.to_json() for kind, part in self.parts.items()},
+            **shard_to_json(self.tokens, self.parts),
         }
 
     @classmethod
@@ -93,7 +107,8 @@ class Entry:
         """Read what `to_json` returns, or version 0.1 wrote; raises ValueError, KeyError or TypeError for others."""
         if not all(isinstance(row[name], str) for name in ("name", "path", "record")):
             raise ValueError("name, path and record of a shard must be texts")
-        state, tokens, path = row.get("state"), row.get("tokens"), row["path"]
+        state, path = row.get("state"), row["path"]
+        tokens, parts = shard_from_json(row, Path(path))
         if PurePosixPath(row["record"]).name != row["record"]:
             raise ValueError("a record lies in another folder")
         return cls(
@@ -102,8 +117,8 @@ class Entry:
             record=row["record"],
             n_samples=int(row["n_samples"]),
             state=None if state is None else (int(state[0]), int(state[1])),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), Path(path)),
-            parts={kind == "captions": Part.from_json(part) for kind, part in row.get("parts", {}).items()},
+            tokens=tokens,
+            parts=parts,
         )
 
 
@@ -135,10 +150,15 @@ class Manifest:
     def open(cls, folder: Path) -> "Manifest":
         """Read the summary of a folder that `dalle-train check-data` wrote.
 
+        Args:
+            folder: on the disk, or a store's, given as a URL.
+
         Raises:
+            StoreError: the store cannot be used.
             FileNotFoundError: there is none.
             ValueError: it is damaged or of another version.
         """
+        folder = local_folder(folder, FILES, made=NEW_RECORDS)
         path = folder / SUMMARY
         if not path.is_file():
             raise FileNotFoundError(
@@ -250,7 +270,7 @@ def _look_at(
         ValueError: its record is damaged; it holds image tokens where pictures are needed.
     """
     entry, path = match
-    part, state = entry.parts.get(captions), _state(path)
+    part, state = entry.parts.get(captions), state_if_there(path)
     if path and part and state and state == entry.state and not manifest.excluded.names(entry.path):
         if not encoded:
             refuse_tokens(path, entry.tokens)
@@ -264,31 +284,32 @@ def _look_at(
         )
         return shard if part.report.n_samples else None, part.report, None
     record = manifest.record(entry)
-    index, damage = located(record, path)
+    index, damage = located(record, path, state)
     excluded = manifest.excluded.rows(index.keys, entry.path)
     used, report = usable_part(index, captions=captions, encoded=encoded, excluded=excluded)
     if not used.keys:
         return None, report, damage
     shard = Shard.held(used)
     if part is not None and not report.n_lost and (index.places == record.index.places).all():
-        load = partial(_load, manifest, entry, path or Path(), captions)
+        load = partial(_load, manifest, entry, path or Path(), captions, np.flatnonzero(excluded))
         shard = dataclasses.replace(shard, index=None, load=load, fingerprint=fingerprint(used))
     return shard, report, damage
 
 
-def _state(path: Path | None) -> State | None:
-    try:
-        return None if path is None else state_of(path)
-    except StoreError:
-        raise
-    except OSError:
-        return None
+def _load(
+    manifest: Manifest, entry: Entry, path: Path, captions: bool, left_out: NDArray[np.int64] | None = None
+) -> ShardIndex:
+    """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`.
 
-
-def _load(manifest: Manifest, entry: Entry, path: Path, captions: bool) -> ShardIndex:
-    """Return the index of the usable samples of a shard whose record is right; raises as `Manifest.record`."""
+    Args:
+        manifest: which knows it.
+        entry: of it.
+        path: where it is now.
+        captions: whether samples need captions.
+        left_out: rows of samples that a list names, none by default.
+    """
     index = manifest.record(entry).index
-    excluded = manifest.excluded.rows(index.keys, entry.path) if manifest.excluded.names(entry.path) else None
+    excluded = None if left_out is None else np.isin(np.arange(len(index.keys)), left_out)
     index = dataclasses.replace(index, path=path, n_bytes=state_of(path)[0])
     return usable_part(index, captions=captions, encoded=True, excluded=excluded)[0]
 

@@ -15,16 +15,16 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from dalle.data.image_tokens import Description
 from dalle.data.index import ShardIndex, checksum, index_shard
 from dalle.data.index_file import READING_ERRORS, index_bytes, keep, kept_index, read_index
 from dalle.data.shard import State, state_of
+from dalle.data.usable import shard_from_json
 from storage.atomic import replace_file
-from storage.stores.errors import StoreError
+from storage.stores.errors import StoreError, WrongBytesError
 from storage.stores.files import open_file
 
 FORMAT_VERSION = 2
-"""Raised when manifests of this version could no longer be read by the code before it."""
+"""Goes up when older code can no longer read what this code writes."""
 _OLDEST_FORMAT = 1
 
 Counts = dict[str, Counter[str]]
@@ -86,14 +86,14 @@ class ShardRecord:
     def _from_json(cls, text: str) -> Self:
         record = json.loads(text)
         require_readable(record)
-        path, samples, tokens = Path(record["path"]), record["samples"], record["tokens"]
+        path, samples = Path(record["path"]), record["samples"]
         n = len(samples["key"])
         problems = {int(i): str(problem) for i, problem in record["problems"].items()}
         checksums = np.array([[int(one, 16) for one in row] for row in samples["checksums"]], dtype=np.uint64)
         index = ShardIndex(
             path=path,
             n_bytes=int(record["bytes"]),
-            tokens=None if tokens is None else Description.from_json(json.dumps(tokens).encode(), path),
+            tokens=shard_from_json(record, path)[0],
             keys=tuple(map(str, samples["key"])),
             image_names=tuple(map(str, samples["name"])),
             places=np.array(samples["places"], dtype=np.int64).reshape(n, 3, 2),
@@ -144,7 +144,17 @@ def require_readable(record: Mapping[str, Any]) -> None:
         raise ValueError(f"it is of format {record['format']!r}, and this version reads up to {FORMAT_VERSION}")
 
 
-def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | None]:
+def state_if_there(path: Path | None) -> State | None:
+    """Return the state of a shard; None if it is missing or cannot be read. Raises StoreError as `located`."""
+    try:
+        return None if path is None else state_of(path)
+    except StoreError:
+        raise
+    except (OSError, WrongBytesError):
+        return None
+
+
+def located(record: ShardRecord, path: Path | None, state: State | None) -> tuple[ShardIndex, str | None]:
     """Find the samples of a record in the shard as it is now.
 
     A shard of the same size and time of change is not read: changes in it are noticed when a sample is read. Of any
@@ -154,6 +164,7 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     Args:
         record: the contents when the shard was checked.
         path: where it is now; None if it is missing.
+        state: what `state_if_there` returns of it.
 
     Returns:
         The index of the same samples, in the same order, with those that are gone marked as lost; and the damage of the
@@ -164,12 +175,6 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
     """
     index, n = record.index, len(record.index.keys)
     all_lost = np.ones(n, dtype=bool)
-    try:
-        state = state_of(path) if path is not None else None
-    except StoreError:
-        raise
-    except OSError:
-        state = None
     if path is None or state is None:
         return dataclasses.replace(index, n_bytes=0, lost=all_lost), "the shard is missing"
     if state == (index.n_bytes, record.changed_ns):
@@ -178,7 +183,7 @@ def located(record: ShardRecord, path: Path | None) -> tuple[ShardIndex, str | N
         places, lost, damage = _search(index, path, state)
     except StoreError:
         raise
-    except OSError as error:
+    except (OSError, WrongBytesError) as error:
         return dataclasses.replace(index, path=path, lost=all_lost), f"cannot be read ({error})"
     if state[0] != index.n_bytes:
         damage = damage or f"it has {state[0]:,} bytes, and had {index.n_bytes:,}"

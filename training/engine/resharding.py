@@ -41,7 +41,7 @@ def must_reshard(checkpoint: Path, saved: tuple[int, int], now: tuple[int, int])
     Raises:
         ValueError: DeepSpeed cannot move between these stages.
     """
-    kinds = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}  # what the files hold: everything whole, its optimizer shared, all
+    kinds = {0: (0,), 1: (1, 2), 2: (1, 2), 3: (3,)}  # of files alike: all whole, the optimizer in parts, all in parts
     (ranks, stage), (ranks_now, stage_now) = saved, now
     if stage_now not in kinds[stage]:
         raise ValueError(
@@ -60,10 +60,9 @@ def convert(directory: Path, tag: str, ranks: Ranks) -> None:
             that failed.
     """
     path = Path(broadcast(directory.resolve(), ranks) or directory)
-    is_plain = glob.escape(str(path)) == str(path)
-    if not is_plain or agree(
-        not path.is_dir(), ranks
-    ):  # the link to it is on the first rank's host, or it is not there
+    # the other ranks see neither a link of a plain name, which the first one makes on its host, nor its local disk
+    cannot_share = glob.escape(str(path)) != str(path) or agree(not path.is_dir(), ranks)
+    if cannot_share:
         on_first_rank(lambda: _convert(directory, tag, None), ranks)
         return
     crew = _Crew(ranks)

@@ -164,7 +164,7 @@ class Moving:
         try:
             for file in self._files:
                 self.written[file.name] = moved(file, self._folder / file.name)
-        except OSError as error:
+        except Exception as error:  # whichever it is, the checkpoint lacks files
             self.problem = reason_of(error) + full_disk_note(error, self._folder)
 
     @property

@@ -87,6 +87,7 @@ def fit(
                 shuffle=shuffle,
                 validation=validation,
                 say=say,
+                stop=stop,
             )
             start = 0 if tag is None else _resume(run)
             if run.shuffle.window:
@@ -94,7 +95,7 @@ def fit(
             if agree(stop.raised, ranks):
                 raise Interrupted(f"stopped before the next step in {spec.directory}: {spec.resume_command()} resumes")
             with _log_opened(run, start):
-                train_steps(run, train, start, stop)
+                train_steps(run, train, start)
                 finish(run, max(start, config.steps))
                 if agree(stop.raised, ranks):
                     raise Interrupted(f"stopped: {stage.name} is finished, and saved in {spec.directory}")

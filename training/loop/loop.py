@@ -9,14 +9,14 @@ from training.loop.outputs import check_skipped, export, log_training, save, sho
 from training.loop.run import Run
 from training.loop.throughput import Timer
 from training.ranks.ranks import agree
-from training.ranks.stop import Interrupted, StopSignals
+from training.ranks.stop import Interrupted
 
 VOTE_EVERY = 10
 """Steps between two votes of several GPUs on whether to stop. A vote waits for the device; a signal is obeyed so many
 steps late at most."""
 
 
-def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> None:
+def train_steps(run: Run, data: ShardData, start: int) -> None:
     """Take the steps from `start` to the last one.
 
     Raises:
@@ -39,8 +39,12 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
         data, run.stage.transform, share, workers=workers, max_bad_fraction=max_bad_fraction, shuffle=run.shuffle
     )
     vote_every = VOTE_EVERY if ranks.size > 1 and ranks.device.type == "cuda" else 1
-    timer = Timer(start, config.steps)
     engine.train()
+    if run.to_show:  # what the run before this one was stopped in
+        show(run, start)
+        if run.to_show:
+            raise _interrupted(run, start)
+    timer = Timer(start, config.steps)
     for step in range(start, config.steps):
         done = step + 1
         is_logged = done % config.log_every == 0 or done == config.steps
@@ -71,19 +75,27 @@ def train_steps(run: Run, data: ShardData, start: int, stop: StopSignals) -> Non
 
         if done % vote_every == 0:
             engine.saver.publish_staged(wait=False)
-        if done % vote_every == 0 and agree(stop.raised, ranks) and done < config.steps:
+        if done % vote_every == 0 and agree(run.stop.raised, ranks) and done < config.steps:
             save(run, done, is_last=True)
-            raise Interrupted(
-                f"stopped at step {done} of {config.steps}, saved in {run.spec.directory}: "
-                f"{run.spec.resume_command()} resumes from there"
-            )
+            raise _interrupted(run, done)
         with timer.paused():
             if done % config.checkpoint_every == 0 and done < config.steps:
                 save(run, done)
                 export(run, done)
             else:
                 show(run, done)
+        if run.to_show:  # a signal came meanwhile
+            if done % config.checkpoint_every:
+                save(run, done)
+            raise _interrupted(run, done)
         timer.step_done(done)
+
+
+def _interrupted(run: Run, done: int) -> Interrupted:
+    return Interrupted(
+        f"stopped at step {done} of {run.config.steps}, saved in {run.spec.directory}: {run.spec.resume_command()} "
+        "resumes from there"
+    )
 
 
 def _micro_batch(run: Run, batch: Batch, step: int, micro: int, is_logged: bool) -> MicroBatch:

@@ -59,25 +59,35 @@ def log_training(run: Run, done: int, learning_rate: float, timer: Timer) -> Non
 
 
 def show(run: Run, done: int) -> None:
-    """Validate, and draw samples, where they are due after this step; the last step has its own. Collective."""
+    """Validate, and draw samples, where they are due after this step; the last step has its own. Collective.
+
+    If the run is asked to stop meanwhile, nothing is shown, and `run.to_show` says so.
+    """
     if done >= run.config.steps:
         return
-    if run.config.validate_every and done % run.config.validate_every == 0:
-        log_validation(run, done)
+    is_due = run.config.validate_every and done % run.config.validate_every == 0
+    run.to_show = bool(is_due) and not log_validation(run, done, may_stop=True)
+    if run.to_show:
+        return
     if run.config.sample_every and done % run.config.sample_every == 0:
         draw_samples(run, done)
 
 
-def log_validation(run: Run, done: int) -> None:
-    """Measure the loss on the validation samples, if there are any, and write it to the log. Collective."""
+def log_validation(run: Run, done: int, *, may_stop: bool) -> bool:
+    """Measure the loss on the validation samples, if there are any, and write it to the log. Collective.
+
+    Returns whether that is done: it is not if it `may_stop`, and a signal asks the run to.
+    """
     if run.validation is None:
-        return
-    run.engine.model.eval()
-    values = validate(run, run.validation, done)
-    run.engine.train()
+        return True
+    with run.engine.validating():
+        values = validate(run, run.validation, done, may_stop=may_stop)
+    if values is None:
+        return False
     _name_perplexities(values)
     shown = {name: value for name, value in values.items() if not isinstance(value, list)}
     _log(run, done, "validation", values, f"validation: {_in_words(shown)}")
+    return True
 
 
 def draw_samples(run: Run, done: int) -> None:
@@ -139,7 +149,7 @@ def save(run: Run, done: int, *, is_last: bool = False) -> None:
     show(run, done)  # before the checkpoint: a run that resumes from it starts with the next step
     run.observe_losses(done)
     run.engine.save(run.spec.checkpoints, done, dataclasses.asdict(run.state(done)))
-    if is_last:
+    if is_last or run.to_show:
         run.engine.saver.publish_staged()
     run.ranks.watch.touch()
 
@@ -165,7 +175,7 @@ def finish(run: Run, done: int) -> None:
     _require_finite(run, done)
     export(run, done)
     if latest_tag(run.spec.checkpoints) != checkpoint_tag(done):
-        log_validation(run, done)
+        log_validation(run, done, may_stop=False)
         draw_samples(run, done)
         save(run, done, is_last=True)
 

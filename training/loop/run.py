@@ -20,6 +20,7 @@ from training.loop.skipped_steps import SkippedSteps
 from training.loop.stage import Stage
 from training.loop.throughput import total_peak_flops
 from training.ranks.ranks import Ranks, from_all_ranks, mean_over_ranks
+from training.ranks.stop import StopSignals
 from training.schedules import LearningRate
 
 logger = logging.getLogger(__name__)
@@ -43,6 +44,8 @@ class TrainState:
     """Sums and counts since the last line of metrics, of each rank."""
     order: dict[str, int]
     """Options that decide which samples a step sees; up to version 0.1 without those of `Shuffle`."""
+    to_show: bool = False
+    """Whether this step's validation and sample pictures are left to the run that resumes."""
 
 
 @dataclass(kw_only=True)
@@ -60,6 +63,8 @@ class Run:
     validation: ShardData | None
     say: Say
     """Told how far the run is."""
+    stop: StopSignals
+    """Asks the run to stop."""
     log: MetricLog | None = None
     """Of the first rank."""
 
@@ -75,6 +80,8 @@ class Run:
     """Unusable samples of all ranks before."""
     peak_flops: float | None = field(init=False, default=None)
     """FLOP/s of all ranks' devices at best; None if unknown, or not needed."""
+    to_show: bool = field(init=False, default=False)
+    """Whether the validation of this step was left for a stop."""
     has_warned_of_cut: bool = field(init=False, default=False)
     """Whether a warning has said that captions are cut."""
 
@@ -100,12 +107,13 @@ class Run:
                 **{name: getattr(self.config, name) for name in ORDER},
                 **{f"shuffle_{name}": value for name, value in asdict(self.shuffle).items()},
             },
+            to_show=self.to_show,
         )
 
     def restore(self, state: TrainState) -> None:
         """Resume from a state; a warning says so if the samples that follow are other ones."""
         self.rate.restore(state.learning_rate)
-        self.n_bad_before = state.bad_samples
+        self.n_bad_before, self.to_show = state.bad_samples, state.to_show
         self.skipped.n = state.skipped_steps
         self.skipped.n_in_row, self.skipped.first_in_row = state.skipped_in_row
         if len(state.means) == self.ranks.size:

@@ -20,8 +20,10 @@ MAX_BATCH = 64
 because some metrics depend on it: CLIP's accuracy, the codes that a batch uses."""
 
 
-def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
+def validate(run: Run, data: ShardData, step: int, *, may_stop: bool) -> dict[str, Any] | None:
     """Return the metrics of a stage's loss on the validation samples, and the number of samples. Collective.
+
+    Returns None if it `may_stop` before its end and a signal asks the run to.
 
     Every rank computes as many batches as the others, because at ZeRO stage 3 they gather the weights together: a rank
     that has run out repeats a batch with weight 0.
@@ -54,6 +56,8 @@ def validate(run: Run, data: ShardData, step: int) -> dict[str, Any]:
         _agree_on(error, ranks)
     with progress_bar("validation samples") as progress:
         for turn in range(rounds):
+            if may_stop and agree(run.stop.raised, ranks):
+                return None
             weight = 0
             try:
                 batch = next(batches, None) if error is None else None

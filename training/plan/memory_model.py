@@ -186,7 +186,7 @@ def _fixed(run: Run) -> Memory:
         weights=weights + run.dvae_weights,
         optimizer=0.0 if mode.offload != "none" else state.optimizer,
         averages=0.0 if averages_on_host else averages,
-        deepspeed=_gathered(run) + (_bucket(run) if stage == 3 else 0.0),
+        deepspeed=gathered(run) + (_bucket(run) if stage == 3 else 0.0),
         host=host,
     )
 
@@ -201,14 +201,14 @@ def _offloaded(run: Run, state: StateBytes) -> float:
     return moments_and_copies + n * width + run.sizes.largest * width + accumulated
 
 
-def _gathered(run: Run) -> float:
+def gathered(run: Run) -> float:
     """Return the bytes of the layers that stage 3 keeps gathered."""
     if run.mode.zero_stage < 3:
         return 0.0
     return float(live(run.sizes.total, run.sizes.largest) * widths(run.mode.precision).weight)
 
 
-def _fetched(run: Run) -> float:
+def fetched_ahead(run: Run) -> float:
     """Return the bytes of the buffer that stage 3 gathers weights into, before they are copied out."""
     if run.mode.zero_stage < 3:
         return 0.0
@@ -298,7 +298,7 @@ def _loss(run: Run, acts: Activations) -> Memory:
 def _backward_begins(run: Run, acts: Activations) -> Memory:
     in_bucket = _bucket(run) if run.device == "cuda" and run.mode.zero_stage in (1, 2) else 0.0
     return Memory(
-        gradients=_carried(run), activations=acts.kept, working=acts.layer, deepspeed=in_bucket + _fetched(run)
+        gradients=_carried(run), activations=acts.kept, working=acts.layer, deepspeed=in_bucket + fetched_ahead(run)
     )
 
 
@@ -312,7 +312,7 @@ def _backward_ends(run: Run, acts: Activations) -> Memory:
         gradients=_whole_gradients(run) if stage < 2 else _own_gradients(run),
         activations=0.0 if run.checkpointing else layer,
         working=acts.layer,
-        deepspeed=bucket + _fetched(run),
+        deepspeed=bucket + fetched_ahead(run),
     )
 
 

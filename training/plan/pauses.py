@@ -4,7 +4,7 @@ import torch
 
 from dalle.cache import bytes_per_candidate
 from training.plan.activations import FLOAT, activations, widths
-from training.plan.memory_model import Memory, Run, at_rest
+from training.plan.memory_model import Memory, Run, at_rest, fetched_ahead, gathered
 
 
 def pauses(run: Run) -> dict[str, Memory]:
@@ -31,7 +31,7 @@ def _validation(run: Run) -> Memory:
     positions = run.micro_batch * run.config.stream.length
     # the stream, queries, keys and values, and the MLP's hidden values of one layer
     layer = positions * run.config.d_model * (2 * width.stream + 8 * width.branch)
-    return Memory(activations=float(layer), logits=acts.logits)
+    return Memory(activations=float(layer), logits=acts.logits, deepspeed=gathered(run) + fetched_ahead(run))
 
 
 def _sampling(run: Run, gathers: float) -> Memory:

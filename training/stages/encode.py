@@ -44,7 +44,7 @@ from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augm
 from storage.atomic import PARTIAL
 from storage.disk import full_disk_note
 from storage.stores.errors import StoreError
-from storage.stores.files import below, delete_file, exists, files_in, local_folder, make_folder, prefetch, write_file
+from storage.stores.files import below, delete_file, exists, files_in, make_folder, prefetch, write_file
 from storage.tar import write_tar
 from training.config import MAX_BATCH, MAX_SEED, MAX_WORKERS, check_bounds
 from training.data.batches import BadSamples, Batch, parts_in_order
@@ -158,7 +158,7 @@ def encode_shards(
     """
     config.use_cache()
     targets = token_shards(expand_shards(without_made_here(shards, out)), out)
-    manifest = None if config.manifest is None else Manifest.open(local_folder(config.manifest))
+    manifest = None if config.manifest is None else Manifest.open(config.manifest)
     if manifest is not None:
         _require_all(manifest, list(targets))
     encoding = Encoding(

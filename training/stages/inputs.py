@@ -11,7 +11,7 @@ from typing import Any
 from dalle.data.names import expand_shards
 from dalle.data.reader import ShardData
 from storage.stores.errors import StoreError
-from storage.stores.files import lasting_name, local_folder, use_cache
+from storage.stores.files import lasting_name, use_cache
 from training.data.manifest import Manifest, open_with_manifest
 from training.loop.run_folder import RunSpec, refuse_another_run
 from training.ranks.ranks import Ranks, on_first_rank
@@ -116,7 +116,7 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
         self.use_cache()
         patterns = without_made_here(patterns)
         if manifest is not None:
-            known = Manifest.open(local_folder(manifest))
+            known = Manifest.open(manifest)
             return open_with_manifest(patterns, known, captions=captions, encoded=encoded)
         return ShardData.open(patterns, captions=captions, encoded=encoded, skip_damaged=self.skip_damaged_shards)
 

@@ -169,7 +169,7 @@ class TransformerStage:
             if not isinstance(self._config, DALLEConfig):
                 return None
             weights.call_all()
-            tokens = self._sampled(spread(self._config, weights))
+            tokens = self._sampled(spread(self._config, weights, self._n_rows))
         else:
             tokens = self._sampled(self._with(weights).to(next(self.model.parameters()).device))
         images = self._dvae_on(tokens.device).decode(tokens.view(-1, self._config.grid, self._config.grid))
@@ -179,7 +179,12 @@ class TransformerStage:
         """Sample in step with the first rank, with this rank's layers; where one has no room, no rank samples."""
         assert isinstance(self._config, DALLEConfig)  # others call nobody
         with contextlib.suppress(torch.OutOfMemoryError):  # `picture` has it, too
-            self._sampled(spread(self._config, weights))
+            self._sampled(spread(self._config, weights, self._n_rows))
+
+    @property
+    def _n_rows(self) -> int:
+        """Candidates of a sheet, twice as many with guidance."""
+        return len(self._captions) * (2 if self.recipe.sampling.sampling().is_guided else 1)
 
     def _sampled(self, model: Trained) -> Tensor:
         """Return the image tokens of a candidate for each of the captions, (P, I)."""

@@ -72,7 +72,7 @@ def recipe(**changes: object) -> Recipe:
     return Recipe(name="tiny", purpose="tests", text_vocab=300, dvae=dvae, transformer=transformer, clip=clip)
 
 
-def write_world(folder: Path, n: int = N_SAMPLES, *, seed: int = 0, size: int = 32) -> Path:
+def write_world(folder: Path, n: int = N_SAMPLES, *, seed: int = 0, size: int = 32, per_shard: int = 8) -> Path:
     """Draw the built-in world into shards."""
 
     def samples() -> Iterator[tuple[str, bytes, str, Sequence[str], dict[str, object]]]:
@@ -81,7 +81,7 @@ def write_world(folder: Path, n: int = N_SAMPLES, *, seed: int = 0, size: int = 
             drawing.image.save(buffer, "png")
             yield drawing.key, buffer.getvalue(), "png", drawing.captions, {}
 
-    write_shards(samples(), folder, "world", 8)
+    write_shards(samples(), folder, "world", per_shard)
     return folder
 
 

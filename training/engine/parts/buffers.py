@@ -15,7 +15,7 @@ MAX_LIVE = 1_000_000_000
 MAX_FETCHED = 50_000_000
 """Parameters that stage 3 gathers ahead, DeepSpeed's default."""
 SHARE = 16
-"""Stage 3 holds one part in so many of a model gathered, or its largest tensor."""
+"""Stage 3 keeps 1/16 of the model gathered, at least its largest tensor."""
 
 
 def bucket(zero_stage: int, total: int, largest: int) -> int:

@@ -5,14 +5,18 @@ each candidate and position. The first rank has the embeddings and the head, and
 that it draws are those of the model; what the others draw is not used.
 """
 
+import dataclasses
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
 from dalle.attention import Attend
+from dalle.cache import bytes_per_caption, pattern_sizes
 from dalle.model import DALLE, DALLEConfig
+from dalle.sampling import DRAWING_BYTES
 from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import agree
 
@@ -38,15 +42,20 @@ class _Layer(nn.Module):
 
 
 def owner_of(layer: int, n_layers: int, n_ranks: int) -> int:
-    """Return the rank that has a layer: each has as many that follow each other, give or take one."""
+    """Return the rank that has a layer: ranks own consecutive layers, in numbers that differ by at most one."""
     return layer * n_ranks // n_layers
 
 
-def spread(config: DALLEConfig, weights: WeightsInParts) -> DALLE:
-    """Return a transformer to be called by all ranks in step, on their devices. Collective.
+def spread(config: DALLEConfig, weights: WeightsInParts, n_rows: int) -> DALLE:
+    """Return a transformer to be sampled from by all ranks in step, on their devices. Collective.
+
+    Args:
+        config: of the transformer.
+        weights: of all its layers.
+        n_rows: candidates that are sampled at once, each of a caption of its own; twice as many with guidance.
 
     Raises:
-        OutOfMemoryError: on all ranks, because the device of one has no room for its layers.
+        OutOfMemoryError: on all ranks, because the device of one has no room for its layers and what sampling takes.
     """
     ranks = weights.ranks
     with torch.device("meta"):
@@ -56,7 +65,9 @@ def spread(config: DALLEConfig, weights: WeightsInParts) -> DALLE:
     owner_by_name = {name: 0 if layer is None else owners[layer] for name, layer in layer_of.items()}
     sizes = [shape.numel() for name, shape in weights.shapes.items() if owner_by_name[name] == ranks.rank]
     largest = max(shape.numel() for shape in weights.shapes.values())
-    if agree(_free_bytes(ranks.device) < FLOAT32 * (sum(sizes) + 3 * largest), ranks):
+    needed = FLOAT32 * (sum(sizes) + 3 * largest)
+    needed += _sampling_bytes(config, [layer for layer, owner in enumerate(owners) if owner == ranks.rank], n_rows)
+    if agree(_free_bytes(ranks.device) < needed, ranks):
         raise torch.OutOfMemoryError("a rank has no room for its share of the layers")
     for name, shape in weights.shapes.items():
         layer = layer_of[name]
@@ -70,6 +81,14 @@ def spread(config: DALLEConfig, weights: WeightsInParts) -> DALLE:
     layers = zip(model.blocks, owners, strict=True)
     model.blocks = nn.ModuleList(_Layer(block if owner == ranks.rank else None, owner) for block, owner in layers)
     return model.eval()
+
+
+def _sampling_bytes(config: DALLEConfig, layers: Sequence[int], n_rows: int) -> int:
+    """Return the memory that sampling takes on the rank with some of the layers, beside the weights."""
+    sizes = [pattern_sizes(config.kinds[layer], config.grid, config.conv_kernel) for layer in layers]
+    candidate = sum(2 * lanes * slots * config.d_model * FLOAT32 for lanes, slots in sizes)
+    caption = bytes_per_caption(dataclasses.replace(config, n_layers=max(1, len(layers))), torch.float32)
+    return n_rows * (candidate + caption + DRAWING_BYTES * config.image_vocab)
 
 
 def _free_bytes(device: torch.device) -> float:

@@ -1,7 +1,8 @@
 """Starts DeepSpeed on a model, which may be whole, or drawn in parts."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,19 +42,34 @@ def start(
     deepspeed_logger.setLevel(logging.ERROR)
     quiet_start()
     _require_arithmetic(config)
-    try:
-        with any_shape_broadcast():
-            if any(parameter.is_meta for parameter in objective.parameters()):
-                hand_over(objective.parameters(), weight_dtype(config), parting(config), ranks)
+    with any_shape_broadcast():
+        if any(parameter.is_meta for parameter in objective.parameters()):
+            with _told(user_path):
+                take = parting(config)
+            hand_over(objective.parameters(), weight_dtype(config), take, ranks)
+        with _told(user_path):
             engine, *_ = deepspeed.initialize(model=objective, optimizer=optimizer, config=config)
-    except Exception as error:
-        if user_path is None:
-            raise
-        raise ValueError(f"DeepSpeed refuses {user_path}: {reason_of(error, 300)}") from error
     scaler: Any = getattr(engine.optimizer, "loss_scaler", None)
     if getattr(scaler, "dynamic", False):
         scaler.raise_error_at_min_scale = False  # `fit` stops, and names the checkpoint to go back to
     return engine
+
+
+@contextmanager
+def _told(user_path: Path | None) -> Iterator[None]:
+    """Make DeepSpeed's errors of a configuration name the user's JSON; of a lost rank or short memory there are others.
+
+    Raises:
+        ValueError: DeepSpeed refuses the JSON.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfigError
+
+    try:
+        yield
+    except (ValueError, AssertionError, KeyError, TypeError, NotImplementedError, DeepSpeedConfigError) as error:
+        if user_path is None:
+            raise
+        raise ValueError(f"DeepSpeed refuses {user_path}: {reason_of(error, 300)}") from error
 
 
 def _require_arithmetic(config: Mapping[str, Any]) -> None:

@@ -145,8 +145,10 @@ def checkpoint_of(saved: Saved, mode: Mode, ranks: int, train: TrainConfig, spee
         averages_of_first = averages
     first = own + of_first + averages_of_first
     total = first + (ranks - 1) * own
-    # pieces of float32 weights and both moments, these joined, and the weights, which are copied
-    converted = 2 * 3 * FLOAT * n + (weights * n if stage < 3 else 0.0) if stage else 0.0
+    # what DeepSpeed copies as it is: the weights; at stage 3 all of the first rank's share of the optimizer
+    copied = weights * n if stage < 3 else (FLOAT * n + moments) / ranks
+    # pieces of float32 weights and both moments, these joined, and the copies
+    converted = 2 * 3 * FLOAT * n + copied if stage else 0.0
     export = FLOAT * n
     return Checkpoint(
         first=first,

@@ -183,11 +183,10 @@ def _in_precision(total: int, linear: int, mode: Mode) -> float:
 
 
 def _fetched(step: Step) -> float:
-    """Return the bytes that stage 3 gathers for a micro-batch: all it shares, for either pass.
+    """Return the bytes that stage 3 gathers for a micro-batch: all it shares, for the forward and the backward pass.
 
-    The last parts, as many as may be there at a time, are kept between the passes: it works ahead until it has that
-    many, and gives up nothing of what comes up again in what it has looked at. Layers that are computed once more are
-    gathered once for that and the backward pass.
+    The backward pass begins with the last parts, and those that may stay gathered, `step.live` parameters, are not
+    gathered again for it. Layers that are computed once more are gathered once for that and the backward pass.
     """
     needed, there = 0.0, 0
     for part in reversed(step.counts.parts):
@@ -209,6 +208,8 @@ def papers_mix(step: Step, powersgd_rank: int, per_host: int) -> tuple[Traffic, 
     others = counts.total - counts.matrices
     passed = float(step.accumulation * (HALF * counts.matrices + FLOAT * others))
     d, r = counts.width, min(powersgd_rank, counts.width)
+    # a layer has four matrices of d × d and two of d × 4d: along their longer sides, 12 d in all, the GPUs share them,
+    # and hold the shorter ones, 6 d in all, whole; r / m columns of the factors are each GPU's
     factors = counts.layers * (6 * d * r / m + 12 * d * r / m**2)
     return (
         Traffic(scattered=passed, gathered=2 * passed),
