@@ -140,7 +140,7 @@ class Attention(nn.Module):
         # as a linear layer's, their channels lie side by side for any batch, and no weights of P·P are stored
         q_B1PC, k_B1PC, v_B1PC = (_linear(layer, normed_B1PC) for layer in (self.q, self.k, self.v))
         out_BPC = _linear(self.proj_out, F.scaled_dot_product_attention(q_B1PC, k_B1PC, v_B1PC)[:, 0])
-        return x + out_BPC.transpose(1, 2).unflatten(2, x.shape[2:])
+        return x + out_BPC.transpose(1, 2).reshape(x.shape)
 
 
 class Resample(nn.Module):
@@ -261,7 +261,7 @@ class Codebook(nn.Module):
             # |z - e|² = |z|² - 2 (z·e - |e|²/2), and |z|² is the same for all
             bias_V = -codes_VC.square().sum(dim=1) / 2
         rows_PC = z_BCYX.permute(0, 2, 3, 1).flatten(0, 2)
-        bands = rows_PC.split(max(1, SCORES_AT_ONCE // len(codes_VC)))
+        bands = torch.split(rows_PC, max(1, SCORES_AT_ONCE // len(codes_VC)))
         tokens_P = torch.cat([F.linear(band, codes_VC, bias_V).argmax(dim=1) for band in bands])
         return tokens_P.view(len(z_BCYX), *z_BCYX.shape[2:])
 

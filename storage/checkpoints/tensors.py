@@ -248,5 +248,6 @@ def _children(value: Any) -> list[tuple[Any, Any]]:
         is_module = value.origin.startswith(_MODULES)
         value = value.state if is_module else value.items
     if isinstance(value, dict):
-        return list(value.items())
+        # a class, as PyTorch Lightning had them for keys, by its name
+        return [(key.__name__ if isinstance(key, type) else key, inner) for key, inner in value.items()]
     return list(enumerate(value)) if isinstance(value, list | tuple) else []

@@ -146,12 +146,14 @@ def test_a_lightning_checkpoint_with_a_class_as_a_key_is_read(tmp_path: Path) ->
     sys.modules.update({name: types.ModuleType(name) for name in names})
     sys.modules[names[-1]].ModelCheckpoint = kind  # type: ignore[attr-defined]
     try:
-        torch.save({"state_dict": {"a": torch.ones(2)}, "callbacks": {kind: {"best": 1}}}, tmp_path / "last.ckpt")
+        torch.save(
+            {"state_dict": {"a": torch.ones(2)}, "callbacks": {kind: {"best": torch.ones(1)}}}, tmp_path / "last.ckpt"
+        )
     finally:
         for name in names:
             del sys.modules[name]
     tensors = open_tensors(tmp_path / "last.ckpt")
-    assert list(tensors) == ["state_dict.a"]
+    assert list(tensors) == ["state_dict.a", "callbacks.ModelCheckpoint.best"]
     assert names[0] not in sys.modules
 
 
