@@ -31,15 +31,16 @@ from torch.nn import functional as F
 
 from dalle.stream import Stream
 
-Kind = Literal["row", "column", "conv", "dense", "conv cut", "conv torus"]
-KINDS: tuple[Kind, ...] = get_args(Kind)[:4]
+PaperKind = Literal["row", "column", "conv", "dense"]
 """The paper's, and dense."""
+Kind = Literal[PaperKind, "conv cut", "conv torus"]
+KINDS: tuple[PaperKind, ...] = get_args(PaperKind)
 
 Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 """Attention itself, without projections: (q, k, v), each (B, H, S, K) -> (B, H, S, K)."""
 
 
-def layer_kinds(n_layers: int) -> tuple[Kind, ...]:
+def layer_kinds(n_layers: int) -> tuple[PaperKind, ...]:
     """Return the paper's order of attention kinds for a depth: 47 row, 16 column and 1 conv for 64 layers.
 
     Counted from 1, layer i is a column layer if (i - 2) mod 4 = 0 and else a row layer; the last is the only
@@ -47,7 +48,7 @@ def layer_kinds(n_layers: int) -> tuple[Kind, ...]:
     """
     if n_layers < 1:
         raise ValueError(f"n_layers ({n_layers}) must be at least 1")
-    kinds: list[Kind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, n_layers)]
+    kinds: list[PaperKind] = ["column" if (i - 2) % 4 == 0 else "row" for i in range(1, n_layers)]
     return (*kinds, "conv")
 
 

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from dalle.attention import KINDS, Attend, Kind, layer_kinds, stored_mask
+from dalle.attention import KINDS, Attend, Kind, PaperKind, layer_kinds, stored_mask
 from dalle.cross_entropy import Head
 from dalle.family.blocks import Block
 from dalle.sparse_attention import prepare_compilation, sparse_attention
@@ -61,7 +61,7 @@ class DALLEConfig:
     """Image tokens: the dVAE's vocabulary size."""
     conv_kernel: int = 11
     """Width of the window of conv layers in image positions, odd."""
-    attention: Literal["paper", "row", "column", "conv", "dense"] = "paper"
+    attention: Literal["paper", PaperKind] = "paper"
     """The paper's order of kinds (row and column, conv last), or one kind in every layer."""
 
     def __post_init__(self) -> None:

@@ -216,8 +216,8 @@ def _grid(n_positions: int) -> int:
     grid = math.isqrt(n_positions)
     if grid**2 != n_positions:
         raise ValueError(
-            f"the decoder has {n_positions} image positions, which are no square grid: older models have 259; get one of "
-            "today's files"
+            f"the decoder has {n_positions} image positions, which are no square grid: older models have 259; get "
+            "one of today's files"
         )
     return grid
 
