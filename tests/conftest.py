@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from benchmarks.measure import PeakMemory
 from dalle.model import DALLE, DALLEConfig
 from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
@@ -76,20 +77,14 @@ def tiny_clip() -> CLIP:
 @pytest.fixture
 def rise_of_memory() -> Callable[[Callable[[], object]], int]:
     """Runs a function, and returns the bytes by which the peak of this process's memory rose above what it held."""
-    status, peak_reset = Path("/proc/self/status"), Path("/proc/self/clear_refs")
-
-    def held(name: str) -> int:
-        lines = [line for line in status.read_text().splitlines() if line.startswith(name)]
-        return int(lines[0].split()[1]) << 10
 
     def rise(function: Callable[[], object]) -> int:
         try:
-            peak_reset.write_text("5")
+            peak = PeakMemory()
         except OSError as error:
             pytest.skip(f"the peak of a process's memory cannot be reset here: {error}")
-        before = held("VmRSS")
         function()
-        return held("VmHWM") - before
+        return peak.bytes()
 
     return rise
 

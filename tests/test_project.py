@@ -47,7 +47,7 @@ def test_runtime_dependencies_are_exactly_what_is_imported() -> None:
     used = set().union(*(third_party(ROOT / package) for package in PACKAGES))
     declared = modules(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]  # those of s3, gs, az and hf are imported by fsspec
-    optional = modules([*extras["wandb"], *extras["http"]])
+    optional = modules([*extras["wandb"], *extras["http"], *extras["import"]])
     assert used - declared == optional, "imported, but not in pyproject.toml's dependencies, or optional and never used"
     assert declared - used == set(), "in pyproject.toml's dependencies, but never imported"
 
