@@ -293,18 +293,18 @@ def _attend(layer: _Layer, groups: Groups, q_BH1K: Tensor, k_BH1K: Tensor, v_BH1
     layer.values.index_copy_(2, layer.slot, v_BH1K)
     dtype = q_BH1K.dtype
     q_BHK = q_BH1K[:, :, 0] * q_BH1K.shape[-1] ** -0.5
-    text_BHT = _per_prompt(q_BHK, layer.text_keys, groups).float()
+    text_BHT = per_prompt(q_BHK, layer.text_keys, groups).float()
     image_BHL = (layer.keys @ q_BHK[..., None])[..., 0].float() + layer.bias
     highest_BH1 = torch.maximum(text_BHT.amax(-1, keepdim=True), image_BHL.amax(-1, keepdim=True))
     text_BHT, image_BHL = (text_BHT - highest_BH1).exp(), (image_BHL - highest_BH1).exp()
     total_BH1 = text_BHT.sum(-1, keepdim=True) + image_BHL.sum(-1, keepdim=True)
-    from_text_BHK = _per_prompt(text_BHT.to(dtype), layer.text_values, groups)
+    from_text_BHK = per_prompt(text_BHT.to(dtype), layer.text_values, groups)
     from_image_BHK = (image_BHL.to(dtype)[:, :, None] @ layer.values)[:, :, 0]
     output_BHK: Tensor = (from_text_BHK + from_image_BHK) / total_BH1.to(dtype)
     return output_BHK[:, :, None]
 
 
-def _per_prompt(x_BHY: Tensor, matrix_PHYZ: Tensor, groups: Groups) -> Tensor:
+def per_prompt(x_BHY: Tensor, matrix_PHYZ: Tensor, groups: Groups) -> Tensor:
     """Return candidates' rows times their prompts' matrices, (B, H, Z), without a copy per candidate."""
     products: list[Tensor] = []
     prompt = candidate = 0

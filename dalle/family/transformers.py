@@ -6,6 +6,9 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from dalle.cache import Decoder, bytes_per_candidate, bytes_per_caption
+from dalle.family.dalle_pytorch import cache as pytorch
+from dalle.family.dalle_pytorch.model import KIND as PYTORCH_KIND
+from dalle.family.dalle_pytorch.model import DALLEPytorch
 from dalle.family.mini import cache as mini
 from dalle.family.mini.config import MiniConfig
 from dalle.family.mini.model import KIND as MINI_KIND
@@ -15,9 +18,9 @@ from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.model import DALLE, KIND, DALLEConfig
 from storage.model_directory import directory_kind
 
-Transformer = DALLE | DALLEMini | VariantDALLE
+Transformer = DALLE | DALLEMini | VariantDALLE | DALLEPytorch
 """Any of them."""
-Decoding = Decoder | mini.MiniDecoder
+Decoding = Decoder | mini.MiniDecoder | pytorch.DALLEPytorchDecoder
 """Any of them while it decodes: one image position a step, for all candidates."""
 
 
@@ -39,7 +42,11 @@ def kind_of(config: TrainedConfig) -> str:
 
 def load_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory, on the CPU; raises as `DALLE.load`."""
-    kinds: dict[str, type[DALLEMini | VariantDALLE]] = {MINI_KIND: DALLEMini, VARIANT_KIND: VariantDALLE}
+    kinds: dict[str, type[DALLEMini | VariantDALLE | DALLEPytorch]] = {
+        MINI_KIND: DALLEMini,
+        VARIANT_KIND: VariantDALLE,
+        PYTORCH_KIND: DALLEPytorch,
+    }
     return kinds.get(directory_kind(path, expected=KIND), DALLE).load(path)
 
 
@@ -51,6 +58,8 @@ def decoding(
         return mini.MiniDecoder(model, text, counts, prefix, compile=compile)
     if isinstance(model, VariantDALLE):
         return VariantDecoder(model, text, counts, prefix, compile=compile)
+    if isinstance(model, DALLEPytorch):
+        return pytorch.DALLEPytorchDecoder(model, text, counts, prefix)
     return Decoder(model, text, counts, prefix, compile=compile)
 
 
@@ -58,6 +67,8 @@ def candidate_bytes(model: Transformer) -> int:
     """Return the memory of one candidate's keys and values."""
     if isinstance(model, DALLEMini):
         return mini.candidate_bytes(model)
+    if isinstance(model, DALLEPytorch):
+        return pytorch.bytes_per_candidate(model.config, model.dtype)
     return bytes_per_candidate(model.config, model.dtype)
 
 
@@ -65,6 +76,8 @@ def caption_bytes(model: Transformer) -> int:
     """Return the memory of one caption: its keys and values, and the peak of reading it."""
     if isinstance(model, DALLEMini):
         return mini.caption_bytes(model)
+    if isinstance(model, DALLEPytorch):
+        return pytorch.bytes_per_caption(model.config, model.dtype)
     return bytes_per_caption(model.config, model.dtype)
 
 
@@ -72,6 +85,8 @@ def n_step_weights(model: Transformer) -> int:
     """Return how many weights a candidate is multiplied with at each image position."""
     if isinstance(model, DALLEMini):
         return mini.n_step_weights(model)
+    if isinstance(model, DALLEPytorch):
+        return pytorch.n_step_weights(model)
     return _n_weights(model.blocks) + _n_weights(model.image_head)
 
 
