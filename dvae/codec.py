@@ -5,15 +5,20 @@ from typing import Protocol
 
 import torch
 
-from dvae import model, vqgan
+from dvae import discrete, model, vqgan
+from dvae.discrete import DiscreteVAE
 from dvae.model import DVAE
 from dvae.vqgan import VQGAN
 from storage.model_directory import directory_kind
 
-Codec = DVAE | VQGAN
+Codec = DVAE | VQGAN | DiscreteVAE
 """Any of them: `encode` pictures (B,3,H,W) in [0, 1] to tokens (B,Y,X), `decode` tokens; their config is a
 `CodecConfig`."""
-_CODECS: dict[str, type[DVAE] | type[VQGAN]] = {model.KIND: DVAE, vqgan.KIND: VQGAN}
+_CODECS: dict[str, type[DVAE | VQGAN | DiscreteVAE]] = {
+    model.KIND: DVAE,
+    vqgan.KIND: VQGAN,
+    discrete.KIND: DiscreteVAE,
+}
 
 
 class CodecConfig(Protocol):

@@ -41,11 +41,16 @@ def import_openai(encoder_path: Path | str, decoder_path: Path | str) -> DVAE:
     """
     encoder = _read_module(Path(encoder_path), "Encoder")
     decoder = _read_module(Path(decoder_path), "Decoder")
-    config = _config(encoder, decoder, f"{encoder_path} and {decoder_path}")
+    return dvae_of(encoder, decoder, f"{encoder_path} and {decoder_path}")
+
+
+def dvae_of(encoder: Mapping[str, Tensor], decoder: Mapping[str, Tensor], files: str) -> DVAE:
+    """Return the dVAE with OpenAI's weights under our names; ValueError naming their files if they are of none."""
+    config = _config(encoder, decoder, files)
     with torch.device("meta"):
         dvae = DVAE(config)
-    load_weights(dvae.encoder, encoder, encoder_path)
-    load_weights(dvae.decoder, decoder, decoder_path)
+    load_weights(dvae.encoder, encoder, files)
+    load_weights(dvae.decoder, decoder, files)
     return dvae.eval()
 
 
