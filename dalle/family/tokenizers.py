@@ -10,6 +10,7 @@ from dalle.family.texts.bart import KIND as BART
 from dalle.family.texts.bart import BartTokenizer
 from dalle.family.texts.charbpe import KIND as CHARBPE
 from dalle.family.texts.charbpe import CharBPE
+from dalle.family.texts.published import CLIPText, HuggingFaceText, PublishedText, YouTokenToMeText
 from dalle.family.texts.yttm import KIND as YTTM
 from dalle.family.texts.yttm import YouTokenToMe
 from dalle.family.transformers import Transformer
@@ -18,12 +19,13 @@ from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
 
-TextTokenizer = Tokenizer | BartTokenizer | YouTokenToMe | CharBPE
+TextTokenizer = Tokenizer | BartTokenizer | YouTokenToMe | CharBPE | PublishedText
 """Any of them."""
-_KINDS: dict[str, type[BartTokenizer | YouTokenToMe | CharBPE]] = {
+_KINDS: dict[str, type[BartTokenizer | YouTokenToMe | CharBPE | PublishedText]] = {
     BART: BartTokenizer,
     YTTM: YouTokenToMe,
     CHARBPE: CharBPE,
+    **{kind.kind: kind for kind in (CLIPText, HuggingFaceText, YouTokenToMeText)},
 }
 """Those that are imported, by the kind that their files say."""
 

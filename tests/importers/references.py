@@ -11,6 +11,8 @@ import pytest
 _STAND_INS = ("torchvision", "torchvision.ops", "torchvision.ops.misc", "timm", "timm.layers")
 _STAND_INS += ("transformers", "transformers.modeling_outputs")
 """What open_clip imports at the top, and its plain models do not use."""
+_STAND_INS += ("omegaconf", "taming", "taming.models", "taming.models.vqgan", "youtokentome")
+"""What DALLE-pytorch imports at the top for VQGANs and for one of its tokenizers."""
 
 
 class _StandIn(types.ModuleType):

@@ -6,6 +6,7 @@ from typing import Annotated
 from tyro.conf import OmitArgPrefixes, OmitSubcommandPrefixes, subcommand
 
 from dalle.cli.importing.dalle_mini import DALLEMini, MinDALLE
+from dalle.cli.importing.dalle_pytorch import DALLEPytorch
 from dalle.cli.importing.variants import MinDALLE13B, RuDALLE
 
 
@@ -19,6 +20,7 @@ class ImportBundle:
             | Annotated[DALLEMini, subcommand("dalle-mini")]
             | Annotated[RuDALLE, subcommand("rudalle")]
             | Annotated[MinDALLE13B, subcommand("mindalle")]
+            | Annotated[DALLEPytorch, subcommand("dalle-pytorch")]
         ]
     ]
 

@@ -106,7 +106,11 @@ class YouTokenToMe:
 
     def encode(self, caption: str) -> list[int]:
         """Return the ids of a caption in small letters, as ruDALLE reads it; none of white space alone."""
-        text = caption.lower().strip().translate(dict.fromkeys(map(ord, _SPACES), " "))
+        return self.encode_as_written(caption.lower().strip())
+
+    def encode_as_written(self, caption: str) -> list[int]:
+        """Return the ids of a caption in the letters that it has, as the library itself reads it."""
+        text = caption.translate(dict.fromkeys(map(ord, _SPACES), " "))
         return [number for word in text.split(" ") if word for number in self._merged(word)]
 
     def _merged(self, word: str) -> list[int]:
