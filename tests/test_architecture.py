@@ -281,7 +281,7 @@ def room_of(module: str) -> str:
         return "dalle.pipeline"
     if inner == ["__main__"]:
         return f"{package}.cli"
-    is_core = len(inner) < 2 or inner[0] == "family"
+    is_core = len(inner) < 2 or inner[0] in ("family", "sampler")
     if package in ("storage", "dvae", "rerank") or (package == "dalle" and is_core and module not in ROOMS):
         return package
     return ".".join([package, *inner[:1]])
