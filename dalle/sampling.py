@@ -43,8 +43,8 @@ MAX_GUIDANCE = 1e6
 """With more, logits could be infinite; long before, the likeliest token is always taken."""
 
 OnStep = Callable[[Tensor], Tensor | None]
-"""Called after each sampled position with the tokens so far, int64 (B, J), a view; returns the rows to continue with, int64 in
-ascending order, or None for all."""
+"""Called after each sampled position with the tokens so far, int64 (B, J), a view; returns the rows to continue with,
+int64 in ascending order, or None for all."""
 
 Ranking = Literal["clip", "likelihood", "both"]
 """Best first by CLIP's cosine of caption and picture, by the transformer's log p(tokens | caption), or by the mean of
