@@ -552,7 +552,7 @@ def test_a_package_exports_two_to_five_names(package: str) -> None:
 def test_imports_cost_only_what_they_need() -> None:
     program = """
 import json, sys
-heavy = ["torch", "deepspeed", "webdataset", "tensorboard", "torchmetrics", "tyro", "training", "wandb"]
+heavy = ["torch", "deepspeed", "webdataset", "tensorboard", "torchmetrics", "tyro", "training", "wandb", "starlette"]
 loaded = {}
 import dalle
 loaded["dalle"] = [name for name in heavy if name in sys.modules]

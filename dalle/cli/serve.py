@@ -71,10 +71,11 @@ class LimitOptions:
     ] = None
     """Memory that a batch may take."""
 
-    def __post_init__(self) -> None:
-        for name, low in (("best_of", 1), ("max_candidates", 1), ("max_n", 1), ("queue", 1)):
-            if getattr(self, name) < low:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least {low}")
+    def check(self) -> None:
+        """Raise ValueError for an option out of range."""
+        for name in ("best_of", "max_candidates", "max_n", "queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.best_of > self.max_candidates:
             raise ValueError(f"--best-of is {self.best_of}, above --max-candidates, {self.max_candidates}")
         if not (0 < self.timeout < 1e9 and 0 <= self.grace < 1e9):
@@ -107,6 +108,7 @@ class Serve:
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: run `pip install 'dalle[serve]'`") from error
         network, limits = self.network, self.limits
+        limits.check()
         for part in PARTS:  # before anything listens
             bundle_part(self.bundle, part)
         device = usable_device(self.device)

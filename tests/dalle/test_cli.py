@@ -641,7 +641,8 @@ def test_help_shows_the_verbs_and_the_options(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
     assert all(
-        verb in shown for verb in ("generate", "rank", "search", "reconstruct", "import-dvae", "import-clip", "--debug")
+        verb in shown
+        for verb in ("generate", "rank", "search", "reconstruct", "serve", "import-dvae", "import-clip", "--debug")
     )
     assert main(["generate", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -466,11 +466,13 @@ def test_ending_finishes_what_is_under_way_and_takes_no_more(pipe):
 
 def test_ending_tells_streams_that_cannot_be_finished(pipe):
     with running(LiveServer(lambda: pipe, slow=SlowDraw(1.0), process={"grace_s": 0.2})) as server:
+        stream = server.client(max_retries=0).images.generate(prompt=CUBE, stream=True, partial_images=1)
+        wait_until(lambda: server.slow.drawn)
+        server.server.stop_soon()
         with pytest.raises(openai.APIError, match="the server ends"):
-            for _ in server.client(max_retries=0).images.generate(prompt=CUBE, stream=True, partial_images=1):
-                pass
-            pytest.fail("it was finished")  # pragma: no cover
+            list(stream)
         server.thread.join(60)
+        assert not server.thread.is_alive()
 
 
 def test_captions_stay_out_of_log_metrics_and_errors(server, caplog):
