@@ -120,7 +120,7 @@ LIBRARY_HOMES = {
     "aiohttp": {"storage/stores/remote.py"},
     "jinja2": {"training/report/report.py"},
     "matplotlib": {"training/report/curves.py"},
-    "starlette": {"dalle/server/app.py", "dalle/server/security.py", "dalle/server/streams.py", "dalle/server/page.py"},
+    "starlette": {f"dalle/server/{name}.py" for name in ("app", "page", "security", "state", "streams")},
     "uvicorn": {"dalle/server/serving.py"},
     "python_multipart": {"dalle/server/serving.py"},
     "multipart": set(),

@@ -102,9 +102,9 @@ class Serve:
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         try:
-            from dalle.server.app import Settings
             from dalle.server.security import Rules
             from dalle.server.serving import Process, check_safe, run
+            from dalle.server.state import Settings
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: run `pip install 'dalle[serve]'`") from error
         network, limits = self.network, self.limits

@@ -2,11 +2,8 @@
 
 import asyncio
 import base64
-import dataclasses
-import hashlib
 import time
 from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.applications import Starlette
@@ -16,152 +13,22 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
-from dalle.pipeline import Pipeline
-from dalle.server.batch import Top, Work
-from dalle.server.engine import Engine
-from dalle.server.errors import APIError, not_yet, wrong
-from dalle.server.images_api import (
-    MEDIA_TYPES,
-    PICTURES,
-    Ask,
-    Drawn,
-    Endpoint,
-    Limits,
-    Usage,
-    answer,
-    completed_event,
-    partial_event,
-    read_ask,
-    unknown_model,
-)
-from dalle.server.jobs import Ended, Job, Previews, Rows
-from dalle.server.metrics import MEDIA_TYPE, Metrics
-from dalle.server.pictures import Results, as_top, encode, open_upload, rows_kept, unfinished
+from dalle.server.api.answers import Drawn, Usage, answer, completed_event, partial_event
+from dalle.server.api.errors import APIError, wrong
+from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, Limits, read_ask, unknown_model
+from dalle.server.metrics import MEDIA_TYPE
+from dalle.server.page import Page
+from dalle.server.pictures import as_top, encode, open_upload, rows_kept, unfinished
+from dalle.server.queueing.batch import Top
+from dalle.server.queueing.jobs import Ended, Job, Previews, Rows
 from dalle.server.security import Guard, Rules, error_response
-from dalle.server.streams import PING, ClientGoneError, events, failure, sse, stream, submit, until_ended
-from storage.errors import reason_of
-from storage.text import parse_json
+from dalle.server.state import State
+from dalle.server.streams import PING, ClientGoneError, events, failure, read_json, sse, stream, submit, until_ended
 
 MAX_FILES, MAX_FIELDS, MAX_FIELD = 4, 40, 200_000
 """Of a form; the last is in bytes."""
 CLIENT_GONE = 499
 """Status in the log of a request that nobody waits for any more."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Settings:
-    """How a server answers, beyond `Rules`."""
-
-    models: tuple[str, ...]
-    """Names of the bundle; the first is its own."""
-    created: int = 0
-    """Seconds since 1970 when the bundle was made."""
-    best_of: int = 16
-    max_n: int = 10
-    max_candidates: int = 512
-    timeout_s: float = 600.0
-    public_url: str | None = None
-    """Where links to pictures lead; by default where the request was sent to."""
-    log_prompts: bool = False
-    result_bytes: int = 256_000_000
-    """Of pictures that are kept for an hour."""
-
-
-@dataclass
-class State:
-    """What the routes share."""
-
-    engine: Engine
-    metrics: Metrics
-    settings: Settings
-    results: Results = field(init=False)
-    is_draining: bool = False
-    """Whether the server ends: it is no longer ready."""
-
-    def __post_init__(self) -> None:
-        self.results = Results(self.settings.result_bytes)
-        queue = self.engine.queue
-        watch = self.metrics.watch
-        watch("dalle_queue_jobs", "Requests that wait.", lambda: queue.n_jobs)
-        watch("dalle_queue_candidates", "Candidates of requests that wait.", lambda: queue.n_candidates)
-        watch("dalle_result_bytes", "Pictures that are kept.", lambda: self.results.n_bytes)
-        watch("dalle_ready", "Whether requests are taken: 0 or 1.", lambda: float(self.is_ready))
-
-    @property
-    def is_ready(self) -> bool:
-        """Whether requests are taken."""
-        return self.engine.pipe is not None and not self.is_draining
-
-    def pipe(self) -> Pipeline:
-        """Return the bundle.
-
-        Raises:
-            APIError: it is not loaded yet, or the server ends.
-        """
-        if self.is_draining:
-            raise not_yet("the server ends: it takes no more requests", 5)
-        if self.engine.pipe is None:
-            raise not_yet("the bundle is still loaded: try again in some seconds", 5)
-        return self.engine.pipe
-
-    def limits(self) -> Limits:
-        """Return what requests may ask for; raises as `pipe`."""
-        pipe, settings = self.pipe(), self.settings
-        return Limits(
-            models=settings.models,
-            native=pipe.dvae.config.image_size,
-            grid=pipe.dalle.config.grid,
-            image_vocab=pipe.dalle.config.image_vocab,
-            defaults=pipe.defaults,
-            best_of=settings.best_of,
-            max_n=settings.max_n,
-            max_candidates=settings.max_candidates,
-        )
-
-    def job(self, ask: Ask, owner: str, kind: str, *, top: Top | None = None, previews: Previews | None = None) -> Job:
-        """Return the job of what is asked for.
-
-        Raises:
-            APIError: it cannot be sampled.
-        """
-        settings = ask.settings
-        try:
-            work = Work(
-                caption=ask.prompt,
-                n=ask.best_of,
-                keep=ask.n,
-                sampling=settings.sampling(ask.seed),
-                rank=settings.rank,
-                top=top,
-            )
-        except ValueError as error:
-            raise APIError(400, reason_of(error)) from error
-        return Job(work, owner=owner, timeout_s=self.settings.timeout_s, previews=previews, kind=kind)
-
-    def texts(self, job: Job, place: int) -> dict[str, Any]:
-        """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
-        result, work, pipe = job.result, job.work, self.engine.pipe
-        assert result is not None
-        assert pipe is not None
-        about = {
-            "caption": work.caption,
-            "rank": place + 1,
-            "ranked_by": result.rank,
-            "score": float(result.scores[place]),
-            "log_likelihood": float(result.log_likelihoods[place]),
-            "candidate": result.candidates[place],
-            **dataclasses.asdict(work.sampling),
-            "keep_rows": work.keep_rows or None,
-            "best_of": work.n,
-            "hashes": pipe.hashes,
-        }
-        return {name: value for name, value in about.items() if value is not None}
-
-    def note(self, request: Request, ask: Ask) -> None:
-        """Say in the log what is asked for, without its words."""
-        digest = hashlib.sha256(ask.prompt.encode()).hexdigest()[:8]
-        words = f" {ask.prompt!r}" if self.settings.log_prompts else f" of {len(ask.prompt)} characters ({digest})"
-        request.state.note = f"the best {ask.n} of {ask.best_of}, caption{words}"
 
 
 class Routes:
@@ -349,24 +216,6 @@ def _top(files: dict[str, bytes], keep_rows: int | None, limits: Limits) -> Top 
     return as_top(image, limits.native, keep_rows) if keep_rows else None
 
 
-async def read_json(request: Request) -> dict[str, Any]:
-    """Return the fields of a JSON body.
-
-    Raises:
-        APIError: it is another type, no JSON, or no object.
-    """
-    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if kind != "application/json":
-        raise APIError(415, f"the body is {kind[:60] or 'of no type'}; expected application/json")
-    try:
-        values = parse_json(await request.body())
-    except ValueError as error:
-        raise APIError(400, f"the body is no JSON: {reason_of(error, 200)}", code="invalid_json") from error
-    if not isinstance(values, dict):
-        raise APIError(400, "the body is no JSON object: expected one with the field prompt", code="invalid_json")
-    return values
-
-
 async def _read_form(request: Request) -> tuple[dict[str, object], dict[str, bytes]]:
     """Return the texts and the files of a form.
 
@@ -422,7 +271,7 @@ async def _gone(request: Request, error: Exception) -> Response:
 def make_app(state: State, rules: Rules) -> Guard:
     """Return the application."""
     routes = Routes(state)
-    kinds = {"/v1/images/generations": "generations", "/v1/images/edits": "edits"}
+    kinds = {"/v1/images/generations": "generations", "/v1/images/edits": "edits", "/api/jobs": "page"}
 
     async def counted(request: Request, error: Exception) -> Response:
         if request.url.path in kinds:
@@ -440,6 +289,7 @@ def make_app(state: State, rules: Rules) -> Guard:
             Route("/healthz", routes.health),
             Route("/readyz", routes.ready),
             Route("/metrics", routes.metrics),
+            *Page(state).routes(),
         ],
         exception_handlers={
             APIError: counted,

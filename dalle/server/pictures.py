@@ -21,9 +21,9 @@ from PIL import Image, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dalle.server.batch import Top
-from dalle.server.errors import wrong
-from dalle.server.images_api import FORMATS, OutputFormat
+from dalle.server.api.errors import wrong
+from dalle.server.api.requests import FORMATS, OutputFormat
+from dalle.server.queueing.batch import Top
 from dvae.images import FORMATS as READ_FORMATS
 from dvae.images import open_image, resize_and_crop, to_image
 

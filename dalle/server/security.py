@@ -22,7 +22,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dalle.output.text import printable_line
-from dalle.server.errors import APIError
+from dalle.server.api.errors import APIError
 
 logger = logging.getLogger(__name__)
 
@@ -30,6 +30,9 @@ OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/app.css", "/app.js"})
 """They need no key; neither do pictures, whose names are secrets."""
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for every few seconds, and not logged when all is well."""
+_SECRET = re.compile(r"[0-9a-f]{32}")
+"""Names of pictures and jobs, which let whoever knows them see them."""
+_PAGE_PICTURE = re.compile(r"/api/jobs/[0-9a-f]{32}/pictures/[0-9]+")
 BODY_S = 120.0
 """Seconds within which a request must have arrived."""
 DISCARDED_S = 5.0
@@ -209,9 +212,9 @@ class Guard:
 
     def _log(self, scope: Scope, status: int, request_id: str, elapsed_s: float, state: dict[str, Any]) -> None:
         path = scope["path"]
-        if path in QUIET_PATHS and status < 500:
+        if (path in QUIET_PATHS and status < 500) or (status == 200 and _PAGE_PICTURE.fullmatch(path)):
             return
-        path = "/pictures/…" if path.startswith("/pictures/") else path[:100]
+        path = _SECRET.sub("…", path[:100])
         note = f", {state['note']}" if "note" in state else ""
         milliseconds = f"{1000 * elapsed_s:,.0f} ms"
         line = f"{scope['method'][:10]} {path}: {status or 'no answer'} in {milliseconds}, {request_id}{note}"

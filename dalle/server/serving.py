@@ -13,11 +13,12 @@ import python_multipart
 import uvicorn
 
 from dalle.pipeline import Pipeline
-from dalle.server.app import Settings, State, make_app
-from dalle.server.engine import Engine
-from dalle.server.jobs import Queue
+from dalle.server.app import make_app
 from dalle.server.metrics import Metrics
+from dalle.server.queueing.engine import Engine
+from dalle.server.queueing.jobs import Queue
 from dalle.server.security import LOOPBACK, Rules
+from dalle.server.state import Settings, State
 
 logger = logging.getLogger(__name__)
 

@@ -9,8 +9,19 @@ from typing import Any
 from starlette.requests import Request
 from starlette.responses import StreamingResponse
 
-from dalle.server.errors import APIError
-from dalle.server.jobs import MAX_RETRY_AFTER_S, ClosedError, Ended, Event, Job, LateError, Queue, QueueFullError
+from dalle.server.api.errors import APIError
+from dalle.server.queueing.jobs import (
+    MAX_RETRY_AFTER_S,
+    ClosedError,
+    Ended,
+    Event,
+    Job,
+    LateError,
+    Queue,
+    QueueFullError,
+)
+from storage.errors import reason_of
+from storage.text import parse_json
 
 PING_S = 15.0
 """Seconds of silence after which a comment is sent, so that nothing between takes the connection for dead."""
@@ -53,8 +64,8 @@ async def _disconnected(request: Request) -> None:
         pass
 
 
-async def events(job: Job) -> AsyncIterator[Event | None]:
-    """Yield a job's events until it has ended; None after `PING_S` without one."""
+async def events(job: Job, silence_s: float = PING_S) -> AsyncIterator[Event | None]:
+    """Yield a job's events until it has ended; None after some seconds without one."""
     loop = asyncio.get_running_loop()
     arrived: asyncio.Queue[Event] = asyncio.Queue()
 
@@ -66,7 +77,7 @@ async def events(job: Job) -> AsyncIterator[Event | None]:
     try:
         while True:
             try:
-                event = await asyncio.wait_for(arrived.get(), PING_S)
+                event = await asyncio.wait_for(arrived.get(), silence_s)
             except TimeoutError:
                 yield None
                 continue
@@ -120,3 +131,21 @@ def failure(job: Job) -> APIError:
     if job.state == "cancelled":
         return APIError(409, "the job was cancelled", code="cancelled", headers={"x-should-retry": "false"})
     return APIError(500, "drawing failed: the server's log has the reason", headers={"x-should-retry": "false"})
+
+
+async def read_json(request: Request) -> dict[str, Any]:
+    """Return the fields of a JSON body.
+
+    Raises:
+        APIError: it is another type, no JSON, or no object.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "application/json":
+        raise APIError(415, f"the body is {kind[:60] or 'of no type'}; expected application/json")
+    try:
+        values = parse_json(await request.body())
+    except ValueError as error:
+        raise APIError(400, f"the body is no JSON: {reason_of(error, 200)}", code="invalid_json") from error
+    if not isinstance(values, dict):
+        raise APIError(400, "the body is no JSON object: expected one with the field prompt", code="invalid_json")
+    return values

@@ -8,8 +8,8 @@ from servers.images import SlowDraw, engine_of, wait_until
 
 from dalle.best_of_n import Request
 from dalle.sampling import Sampling
-from dalle.server.batch import MAX_TOGETHER, Top, Work, draw, fits
-from dalle.server.jobs import ClosedError, Job, LateError, Previews, Queue, QueueFullError, Rows
+from dalle.server.queueing.batch import MAX_TOGETHER, Top, Work, draw, fits
+from dalle.server.queueing.jobs import ClosedError, Job, LateError, Previews, Queue, QueueFullError, Rows
 from dvae.images import to_image
 
 CUBE, SPHERE = "a red cube on a blue cube", "a green sphere left of a red cube"

@@ -11,12 +11,12 @@ from openai import OpenAI
 
 from dalle.best_of_n import Result
 from dalle.pipeline import Pipeline
-from dalle.server.app import Settings
-from dalle.server.batch import Watch, Work, draw
-from dalle.server.engine import Engine
-from dalle.server.jobs import Queue
+from dalle.server.queueing.batch import Watch, Work, draw
+from dalle.server.queueing.engine import Engine
+from dalle.server.queueing.jobs import Queue
 from dalle.server.security import Rules
 from dalle.server.serving import Process, listen, make_server, make_state
+from dalle.server.state import Settings
 
 LONG_S = 60.0
 """Before a test gives up."""

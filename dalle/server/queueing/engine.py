@@ -12,8 +12,8 @@ from torch import Tensor
 
 from dalle.best_of_n import Judge
 from dalle.pipeline import Pipeline
-from dalle.server.batch import Draw, Work, draw, fits
-from dalle.server.jobs import Job, Queue, Rows
+from dalle.server.queueing.batch import Draw, Work, draw, fits
+from dalle.server.queueing.jobs import Job, Queue, Rows
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -57,7 +57,7 @@ class Engine:
         load: returns the bundle; called on the engine's thread.
         queue: what to draw; closing it ends the thread.
         observer: is told of batches.
-        draw: replaces `dalle.server.batch.draw` in tests.
+        draw: replaces `dalle.server.queueing.batch.draw` in tests.
     """
 
     def __init__(self, load: Callable[[], Pipeline], queue: Queue, observer: Observer, draw: Draw = draw) -> None:

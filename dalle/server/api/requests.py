@@ -7,18 +7,17 @@ named in the answer. A field that nobody knows is refused: a misspelt `sead` mus
 """
 
 import difflib
-import math
 import re
 import secrets
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from reprlib import repr as short_repr
 from typing import Any, Literal
 
 from dalle.best_of_n import check_caption
 from dalle.sampling import SamplingDefaults
-from dalle.server.errors import APIError, wrong
+from dalle.server.api.errors import APIError, wrong
+from dalle.server.api.fields import number, one_of, switch, text, whole, within
 
 MAX_PROMPT = 32_000
 """Characters, as the API documents."""
@@ -93,76 +92,6 @@ class Ask:
     """Whether pictures say how they were made."""
     safety_identifier: str | None = None
     ignored: tuple[str, ...] = field(default=())
-
-
-# ------------------------------------------------------------------------------------------------ values
-
-
-def text(name: str, value: object) -> str:
-    """Return a text."""
-    if not isinstance(value, str):
-        raise wrong(name, f"{name} is {short_repr(value)}; expected a text", "invalid_type")
-    return value
-
-
-def whole(name: str, value: object) -> int:
-    """Return a whole number; 2.0 is one, and so is the text of one, which forms and some programs send."""
-    if isinstance(value, str) and re.fullmatch(r"[+-]?[0-9]{1,40}", value.strip()):
-        return int(value)
-    if isinstance(value, float) and value.is_integer() and abs(value) < 1e15:
-        return int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        raise wrong(name, f"{name} is {short_repr(value)}; expected a whole number", "invalid_type")
-    return value
-
-
-def number(name: str, value: object) -> float:
-    """Return a finite number."""
-    if isinstance(value, str):
-        with suppress(ValueError):
-            value = float(value)
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise wrong(name, f"{name} is {short_repr(value)}; expected a number", "invalid_type")
-    try:
-        value = float(value)
-    except OverflowError:
-        value = math.inf
-    if not math.isfinite(value):
-        raise wrong(name, f"{name} is no finite number; expected one")
-    return value
-
-
-def switch(name: str, value: object) -> bool:
-    """Return a yes or no."""
-    if isinstance(value, str) and value.lower() in ("true", "false", "1", "0"):
-        return value.lower() in ("true", "1")
-    if not isinstance(value, bool):
-        raise wrong(name, f"{name} is {short_repr(value)}; expected true or false", "invalid_type")
-    return value
-
-
-def within(low: int, high: int, what: str = "") -> Callable[[str, object], int]:
-    """Return a reader of whole numbers from `low` to `high`."""
-
-    def read(name: str, value: object) -> int:
-        found = whole(name, value)
-        if not low <= found <= high:
-            raise wrong(name, f"{name} is {short_repr(found)}; expected {low} to {high}{what}", "out_of_range")
-        return found
-
-    return read
-
-
-def one_of(*known: str) -> Callable[[str, object], str]:
-    """Return a reader of one of some words."""
-
-    def read(name: str, value: object) -> str:
-        found = text(name, value).lower()
-        if found not in known:
-            raise wrong(name, f"{name} is {short_repr(value)}; expected {' or '.join(known)}")
-        return found
-
-    return read
 
 
 FIELDS: dict[str, Callable[[str, object], Any]] = {
@@ -333,96 +262,3 @@ def _keep_rows(found: Mapping[str, Any], limits: Limits) -> int | None:
         message = f"keep_rows is {short_repr(keep_rows)}; expected 0 to {limits.grid - 1} of {limits.grid} rows"
         raise wrong("keep_rows", message, "out_of_range")
     return keep_rows
-
-
-# ------------------------------------------------------------------------------------------------ answers
-
-
-@dataclass(frozen=True, kw_only=True)
-class Drawn:
-    """One picture to be answered."""
-
-    place: str
-    """Its bytes in base64, or its URL."""
-    score: float
-    log_likelihood: float
-    rank: int
-    """1 is the best."""
-    candidate: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class Usage:
-    """What a request cost, in tokens."""
-
-    text_tokens: int
-    """Of the caption."""
-    image_tokens: int
-    """Of the picture that was given."""
-    output_tokens: int
-    """Image tokens that were sampled, of all candidates."""
-
-    def json(self) -> dict[str, Any]:
-        """Return it as the API has it."""
-        n_input = self.text_tokens + self.image_tokens
-        return {
-            "input_tokens": n_input,
-            "input_tokens_details": {"text_tokens": self.text_tokens, "image_tokens": self.image_tokens},
-            "output_tokens": self.output_tokens,
-            "output_tokens_details": {"text_tokens": 0, "image_tokens": self.output_tokens},
-            "total_tokens": n_input + self.output_tokens,
-        }
-
-
-def answer(
-    ask: Ask, drawn: list[Drawn], usage: Usage, *, created: int, caption_cut: int, native: int
-) -> dict[str, Any]:
-    """Return the body of the answer, as JSON has it."""
-    body: dict[str, Any] = {
-        "created": created,
-        "data": [
-            {"url" if ask.as_url else "b64_json": one.place, "dalle": about(ask, one, caption_cut, native)}
-            for one in drawn
-        ],
-        **_common(ask),
-        "usage": usage.json(),
-        "dalle": {"best_of": ask.best_of, "seed": ask.seed, "ignored": list(ask.ignored)},
-    }
-    if ask.safety_identifier is not None:
-        body["safety_identifier"] = ask.safety_identifier
-    return body
-
-
-def about(ask: Ask, one: Drawn, caption_cut: int, native: int) -> dict[str, Any]:
-    """Return what is told of a picture beyond the API."""
-    return {
-        "score": one.score,
-        "log_likelihood": one.log_likelihood,
-        "rank": one.rank,
-        "candidate": one.candidate,
-        "seed": ask.seed,
-        "best_of": ask.best_of,
-        "caption_cut": caption_cut,
-        "native_size": f"{native}x{native}",
-    }
-
-
-def _common(ask: Ask) -> dict[str, Any]:
-    size = f"{ask.side}x{ask.side}"
-    return {"background": "opaque", "output_format": ask.output_format, "quality": ask.quality, "size": size}
-
-
-def partial_event(ask: Ask, endpoint: Endpoint, b64_json: str, *, index: int, created: int) -> dict[str, Any]:
-    """Return the event of an unfinished picture."""
-    kind = "image_edit" if endpoint == "edits" else "image_generation"
-    event = {"type": f"{kind}.partial_image", "b64_json": b64_json, "partial_image_index": index}
-    return {**event, "created_at": created, **_common(ask)}
-
-
-def completed_event(
-    ask: Ask, endpoint: Endpoint, one: Drawn, usage: Usage, *, created: int, caption_cut: int, native: int
-) -> dict[str, Any]:
-    """Return the event of a finished picture."""
-    kind = "image_edit" if endpoint == "edits" else "image_generation"
-    event = {"type": f"{kind}.completed", "b64_json": one.place, "created_at": created, **_common(ask)}
-    return {**event, "usage": usage.json(), "dalle": about(ask, one, caption_cut, native)}

@@ -16,7 +16,7 @@ from typing import Literal
 from torch import Tensor
 
 from dalle.best_of_n import Result
-from dalle.server.batch import Work
+from dalle.server.queueing.batch import Work
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Ending = Literal["done", "failed", "cancelled"]
