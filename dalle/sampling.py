@@ -339,7 +339,7 @@ def sample_each(
                 log_likelihoods_B = log_likelihoods_B[kept_B]
         sizes = prompt_B.bincount(minlength=len(counts)).tolist()
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
-    each = zip(tokens_BI.clone().split(sizes), log_likelihoods_B.float().split(sizes), strict=True)
+    each = zip(torch.split(tokens_BI.clone(), sizes), torch.split(log_likelihoods_B.float(), sizes), strict=True)
     return [Samples(tokens=tokens[None], log_likelihoods=log_likelihoods[None]) for tokens, log_likelihoods in each]
 
 

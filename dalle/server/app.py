@@ -2,7 +2,9 @@
 
 import asyncio
 import base64
+import logging
 import time
+import traceback
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -24,6 +26,9 @@ from dalle.server.queueing.jobs import Ended, Job, Previews, Rows
 from dalle.server.security import Guard, Rules, error_response
 from dalle.server.state import State
 from dalle.server.streams import PING, ClientGoneError, events, failure, read_json, sse, stream, submit, until_ended
+from storage.errors import reason_of
+
+logger = logging.getLogger(__name__)
 
 MAX_FILES, MAX_FIELDS, MAX_FIELD = 4, 40, 200_000
 """Of a form; the last is in bytes."""
@@ -260,6 +265,9 @@ async def _http_error(request: Request, error: Exception) -> Response:
 
 
 async def _unexpected(request: Request, error: Exception) -> Response:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    kind, reason = type(error).__name__, reason_of(error, 300)
+    logger.error("%s failed: %s: %s (%s:%s)", request.state.request_id, kind, reason, where.filename, where.lineno)
     headers = {"x-should-retry": "false"}
     return error_response(APIError(500, "the server failed: its log has the reason", headers=headers))
 

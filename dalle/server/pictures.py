@@ -155,7 +155,7 @@ def rows_kept(data: bytes, size: tuple[int, int], side: int, grid: int) -> int:
     except (OSError, SyntaxError) as error:
         raise wrong("mask", f"the mask is damaged ({error}): expected a whole picture", "invalid_mask") from error
     seen = np.asarray(resize_and_crop(alpha.point(lambda a: 255 if a else 0).convert("RGB"), side))[:, :, 0] >= 128
-    is_kept, is_open = seen.all(axis=1), ~seen.any(axis=1)
+    is_kept, is_open = np.all(seen, axis=1), ~np.any(seen, axis=1)
     n_kept = int(is_kept.argmin()) if not is_kept.all() else side
     if n_kept == side:
         raise wrong(

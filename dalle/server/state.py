@@ -53,6 +53,7 @@ class State:
         queue = self.engine.queue
         watch = self.metrics.watch
         watch("dalle_queue_jobs", "Requests that wait.", lambda: queue.n_jobs)
+        watch("dalle_running_jobs", "Requests that are drawn.", lambda: queue.n_running)
         watch("dalle_queue_candidates", "Candidates of requests that wait.", lambda: queue.n_candidates)
         watch("dalle_result_bytes", "Pictures that are kept.", lambda: self.results.n_bytes)
         watch("dalle_ready", "Whether requests are taken: 0 or 1.", lambda: float(self.is_ready))

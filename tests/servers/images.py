@@ -100,6 +100,7 @@ class LiveServer:
         self.server = make_server(self.state, Rules(**(rules or {})), chosen)
         self._socket = listen("127.0.0.1", 0)
         self.url = f"http://127.0.0.1:{self._socket.getsockname()[1]}"
+        self._client = httpx2.Client(base_url=self.url, timeout=LONG_S)
         self.thread = threading.Thread(target=self.server.run, kwargs={"sockets": [self._socket]}, daemon=True)
 
     def __enter__(self) -> Self:
@@ -108,6 +109,7 @@ class LiveServer:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self._client.close()
         self.server.stop_soon()
         self.thread.join(LONG_S)
         assert not self.thread.is_alive()
@@ -122,7 +124,7 @@ class LiveServer:
 
     def ask(self, method: str, path: str, **options: Any) -> httpx2.Response:
         """Ask without the official client."""
-        return httpx2.request(method, f"{self.url}{path}", **{"timeout": LONG_S, **options})
+        return self._client.request(method, path, **options)
 
     def metric(self, line: str) -> float:
         """A number in the metrics."""

@@ -126,7 +126,7 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
                 left.discard(work)
                 continue
             candidates = Candidates(torch.tensor(numbers[work]), samples.tokens[0], samples.log_likelihoods[0])
-            judges[work].judge(bests[work], candidates, lambda *_, work=work: watch.judged(work))  # type: ignore[misc]
+            judges[work].judge(bests[work], candidates, lambda *_, work=work: watch.judged(work))
         if not left:
             break
     return {work: judges[work].result(bests[work]) for work in works if work in left}
@@ -142,7 +142,7 @@ def _sample(
     dropped: set[Work] = set()
 
     def on_step(tokens_BJ: Tensor) -> Tensor | None:
-        rows = dict(zip(works, tokens_BJ.split(sizes), strict=True))
+        rows = dict(zip(works, torch.split(tokens_BJ, sizes), strict=True))
         gone = set(watch.sampled({work: rows[work] for work in works if work not in dropped})) - dropped
         if not gone:
             return None

@@ -104,9 +104,7 @@ class Engine:
         except Exception as error:
             left = [job for job in begun if not job.has_ended]
             if len(works) == 1:
-                logger.error("a job of %d candidates failed: %s", works[0].n, type(error).__name__, exc_info=error)
-                for job in left:
-                    self.queue.end(job, "failed", error=error)
+                self._fail(left, error)
                 return
             logger.warning("a batch of %d works failed (%s): each is tried alone", len(works), reason_of(error, 200))
             for work in works:
@@ -118,9 +116,13 @@ class Engine:
         except _NobodyWaitsError:
             return
         except Exception as error:
-            logger.error("a job of %d candidates failed: %s", work.n, type(error).__name__, exc_info=error)
-            for job in jobs:
-                self.queue.end(job, "failed", error=error)
+            self._fail(jobs, error)
+
+    def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
+        for job in jobs:
+            kind, reason = type(error).__name__, reason_of(error, 300)
+            logger.error("a job of %d candidates failed: %s: %s", job.work.n, kind, reason)
+            self.queue.end(job, "failed", error=error)
 
     def _draw_all(self, pipe: Pipeline, works: Sequence[Work], jobs: Sequence[Job]) -> None:
         for job in jobs:
@@ -215,7 +217,8 @@ class _Watch:
         if shown:
             started_at = time.monotonic()
             with torch.inference_mode():
-                tops = torch.cat([self._pipe.decode(some) for some in tokens_nJ[list(shown)].split(FAVOURITES)]).cpu()
+                some_kJ = torch.split(tokens_nJ[list(shown)], FAVOURITES)
+                tops = torch.cat([self._pipe.decode(tokens_kJ) for tokens_kJ in some_kJ]).cpu()
             self._shown_at[job.id] = time.monotonic()
             self._preview_s = self._shown_at[job.id] - started_at
         job.tell(Rows(n_rows, list(shown), tops))

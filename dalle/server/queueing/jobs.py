@@ -224,6 +224,12 @@ class Queue:
             return sum(job.work.n for jobs in self._waiting.values() for job in jobs)
 
     @property
+    def n_running(self) -> int:
+        """Jobs of the batch that is drawn, those included that were cancelled while it is being left."""
+        with self._changed:
+            return len(self._running)
+
+    @property
     def is_idle(self) -> bool:
         """Whether nothing waits and nothing runs."""
         with self._changed:
