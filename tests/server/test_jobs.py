@@ -140,6 +140,34 @@ def test_a_job_that_waits_is_cancelled_without_being_drawn(pipe):
     assert slow.drawn == [(first.work,)]
 
 
+def test_a_job_cancelled_before_it_is_taken_does_not_end_the_engine(pipe):
+    engine = engine_of(pipe)
+    for seed in range(5):
+        doomed = job(seed=seed)
+        engine.queue.submit(doomed)
+        engine.queue.cancel(doomed)
+    after = job()
+    engine.queue.submit(after)
+    wait_until(lambda: after.has_ended)
+    assert after.state == "done"
+    engine.queue.close()
+
+
+def test_a_listener_that_fails_does_not_end_the_engine(pipe):
+    engine = engine_of(pipe)
+    watched, after = job(), job(seed=1)
+
+    def fail(event):
+        raise KeyError("no")
+
+    watched.listen(fail)
+    for one in (watched, after):
+        engine.queue.submit(one)
+        wait_until(lambda one=one: one.has_ended)
+    assert [watched.state, after.state] == ["done", "done"]
+    engine.queue.close()
+
+
 def test_the_queue_is_bounded_by_jobs_and_by_candidates():
     queue = Queue(max_jobs=3, max_candidates=100)
     queue.submit(job(n=90))

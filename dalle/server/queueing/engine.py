@@ -95,28 +95,25 @@ class Engine:
         """Draw jobs that share a batch; if that fails, each work by itself, so that it takes no other along."""
         begun = [job for job in jobs if job.begin()]
         works = list(dict.fromkeys(job.work for job in begun))
-        if not works:
-            return
-        try:
-            self._draw_all(pipe, works, begun)
-        except _NobodyWaitsError:
-            return
-        except Exception as error:
-            left = [job for job in begun if not job.has_ended]
-            if len(works) == 1:
-                self._fail(left, error)
-                return
+        error = self._try(pipe, works, begun) if works else None
+        if error is not None and len(works) == 1:
+            self._fail(begun, error)
+        elif error is not None:
             logger.warning("a batch of %d works failed (%s): each is tried alone", len(works), reason_of(error, 200))
             for work in works:
-                self._serve_again(pipe, work, [job for job in left if job.work == work])
+                alone = [job for job in begun if job.work == work and not job.has_ended]
+                if alone and (error := self._try(pipe, [work], alone)) is not None:
+                    self._fail(alone, error)
 
-    def _serve_again(self, pipe: Pipeline, work: Work, jobs: Sequence[Job]) -> None:
+    def _try(self, pipe: Pipeline, works: Sequence[Work], jobs: Sequence[Job]) -> Exception | None:
+        """Draw works for their jobs; returns what went wrong."""
         try:
-            self._draw_all(pipe, [work], jobs)
+            self._draw_all(pipe, works, jobs)
         except _NobodyWaitsError:
-            return
+            return None
         except Exception as error:
-            self._fail(jobs, error)
+            return error
+        return None
 
     def _fail(self, jobs: Sequence[Job], error: Exception) -> None:
         for job in jobs:

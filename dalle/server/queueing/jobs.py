@@ -4,6 +4,7 @@ No HTTP and no model: `Engine` runs what `Queue.take` returns, on a thread of it
 watch and cancel.
 """
 
+import logging
 import math
 import secrets
 import threading
@@ -17,6 +18,9 @@ from torch import Tensor
 
 from dalle.best_of_n import Result
 from dalle.server.queueing.batch import Work
+from storage.errors import reason_of
+
+logger = logging.getLogger(__name__)
 
 State = Literal["queued", "running", "done", "failed", "cancelled"]
 Ending = Literal["done", "failed", "cancelled"]
@@ -154,7 +158,10 @@ class Job:
         with self._lock:
             listeners = list(self._listeners)
         for listener in listeners:
-            listener(event)
+            try:
+                listener(event)
+            except Exception as error:  # whoever watches must not end who draws
+                logger.error("a listener of a job failed: %s", reason_of(error, 200))
 
     def begin(self) -> bool:
         """Mark it as running; False if it has ended meanwhile."""
@@ -247,32 +254,33 @@ class Queue:
         Args:
             fits: returns whether works that go with one another fit into one batch.
         """
-        with self._changed:
-            self._running = []
-            self._changed.notify_all()
-            waited = False
-            while not self.n_jobs:
-                if self._closed:
+        while True:
+            with self._changed:
+                self._running = []
+                was_idle = not self.n_jobs
+                while not self.n_jobs and not self._closed:
+                    self._changed.wait()
+                if not self.n_jobs:
                     return []
-                waited = True
-                self._changed.wait()
-        if waited:
-            time.sleep(COMPANY_S)
-        with self._changed:
-            order = self._order()
-            if not order:
-                return []
-            taken = [order[0]]
-            for job in order[1:]:
-                works = list(dict.fromkeys([*(one.work for one in taken), job.work]))
-                is_known = job.work in [one.work for one in taken]
-                if is_known or (job.work.goes_with(taken[0].work) and fits(works)):
-                    taken.append(job)
-            for job in taken:
-                self._remove(job)
-            self._waiting.move_to_end(taken[0].owner) if taken[0].owner in self._waiting else None
-            self._running = taken
-            return list(taken)
+            if was_idle:
+                time.sleep(COMPANY_S)
+            with self._changed:
+                if order := self._order():  # those that waited may have been cancelled
+                    self._running = self._together(order, fits)
+                    return list(self._running)
+
+    def _together(self, order: Sequence[Job], fits: Callable[[Sequence[Work]], bool]) -> list[Job]:
+        """Take the first job, and all whose works are equal to those taken, or fit beside them, out of the queue."""
+        taken = [order[0]]
+        for job in order[1:]:
+            works = dict.fromkeys(one.work for one in taken)
+            if job.work in works or (job.work.goes_with(taken[0].work) and fits([*works, job.work])):
+                taken.append(job)
+        for job in taken:
+            self._remove(job)
+        if taken[0].owner in self._waiting:
+            self._waiting.move_to_end(taken[0].owner)
+        return taken
 
     def cancel(self, job: Job, error: Exception | None = None) -> None:
         """End a job as cancelled, or as failed if there is an error; one that runs is dropped within a token."""
