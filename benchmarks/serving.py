@@ -14,7 +14,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
@@ -200,15 +200,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
     record: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
+    parts: dict[str, Callable[[Server], dict[str, Any]]] = {
+        "merging": lambda server: merging(server, arguments.rounds, arguments.best_of),
+        "streaming": streaming,
+        "cancelling": lambda server: cancelling(server, arguments.candidates, arguments.rounds),
+        "health": lambda server: health(server, arguments.candidates),
+        "memory": lambda server: memory(server, arguments.uploads, arguments.large, arguments.candidates),
+    }
     with served(arguments.bundle) as server:
-        record["merging"] = merging(server, arguments.rounds, arguments.best_of)
-        record["streaming"] = streaming(server)
-        record["cancelling"] = cancelling(server, arguments.candidates, arguments.rounds)
-        record["health"] = health(server, arguments.candidates)
-        record["memory"] = memory(server, arguments.uploads, arguments.large, arguments.candidates)
-    for name in ("merging", "streaming", "cancelling", "health", "memory"):
-        print(name, json.dumps(record[name]))
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        for name, measure in parts.items():
+            record[name] = measure(server)
+            print(name, json.dumps(record[name]), flush=True)
+            arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
