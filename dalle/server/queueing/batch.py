@@ -15,10 +15,10 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.best_of_n import Best, Candidates, Judge, Request, Result
-from dalle.budget import DRAWING_BYTES, batches, memory_budget
+from dalle.budget import batches, memory_budget
 from dalle.family.transformers import candidate_bytes, caption_bytes
 from dalle.pipeline import Pipeline
-from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample_each, undisturbed
+from dalle.sampling import DRAWING_BYTES, Ranking, Samples, Sampling, candidate_seed, sample_each, undisturbed
 
 MAX_TOGETHER = 512
 """Candidates of several works in one batch: with more, the first to come would wait long for the last."""
