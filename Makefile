@@ -11,7 +11,7 @@ CUDA_STAMP := $(CUDA_VENV)/.installed
 
 REFERENCES_STAMP := $(VENV)/.installed-references
 
-.PHONY: demo test test-all fuzz faults references fake-cuda gpu bench bench-plan bench-scale lint clean
+.PHONY: demo test test-all fuzz faults references js-client fake-cuda gpu bench bench-plan bench-scale lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -83,6 +83,10 @@ $(CUDA_STAMP): $(STAMP)
 	packages='import sysconfig; print(sysconfig.get_path("purelib"))'; \
 		$(BIN)/python -c "$$packages" > "$$($(CUDA_VENV)/bin/python -c "$$packages")/everything_else.pth"
 	touch $@
+
+# OpenAI's client for JavaScript, for one test of the server; it needs npm.
+js-client: $(STAMP)
+	npm install --silent --no-audit --no-fund --prefix $(VENV)/js openai@6.49.0
 
 # The peers beside the virtual environment's own packages, without what they depend on: see benchmarks/peers.txt.
 $(BENCH_STAMP): $(STAMP) benchmarks/peers.txt

@@ -19,7 +19,8 @@ from benchmarks.flops import decoding_flops
 from benchmarks.measure import MIB, PRODUCTS_FLOPS, Options, Report
 from dalle.cache import Decoder, bytes_per_candidate
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import PAPER_SAMPLING, choose, uniforms
+from dalle.sampler.draw import uniforms
+from dalle.sampling import PAPER_SAMPLING, choose
 from dalle.stream import start_id, start_of_image_id
 
 SHAPE = DALLEConfig(n_layers=8, d_model=512, n_heads=8)

@@ -35,7 +35,8 @@ from dalle.family.variants.config import VariantConfig
 from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.importers.rudalle import SAMPLING as RUDALLE_DEFAULTS
 from dalle.importers.rudalle import published_name
-from dalle.sampling import Sampling, choose, guide, uniforms
+from dalle.sampler.draw import guide, uniforms
+from dalle.sampling import Sampling, choose
 
 FOLDER = Path(sys.prefix) / "published"
 SAMPLING = Sampling(top_k=256, guidance=16.0)

@@ -25,7 +25,8 @@ from benchmarks.flops import read_cache, read_weights
 from benchmarks.measure import RESULTS, ROOT, Options, Report
 from dalle.cache import Decoder
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import PAPER_SAMPLING, choose, uniforms
+from dalle.sampler.draw import uniforms
+from dalle.sampling import PAPER_SAMPLING, choose
 from dalle.stream import start_id, start_of_image_id
 from dvae.fast.model import optimised
 from rerank import CLIP, CLIPConfig, CLIPTokenizer

@@ -98,8 +98,8 @@ class Pipeline:
         # a faster copy, for decoding alone: pictures to complete are encoded in float32
         is_plain = dalle.dtype == torch.float32 and not compile
         self._decoding_dvae = self.dvae if is_plain else optimised(self.dvae, dtype=dalle.dtype, compile=compile)
-        self._memory = memory
-        self._compile = compile
+        self.memory = memory
+        self.compile = compile
         self.defaults = sampling_defaults(dalle)
         """How the bundle is sampled and ranked unless told otherwise."""
         self._knows_null_caption = bool(dalle.metadata.get("null_caption_probability"))
@@ -212,7 +212,7 @@ class Pipeline:
         self._warn_about_guidance(sampling)
         size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=request.early_abandon)
         text_1T = text_of(self.tokenizer, [caption], self.dalle)
-        judge = self._judge(caption)
+        judge = self.judge(caption)
         share = 1.0 if rank == "likelihood" else sampling_share(self.dalle, self.dvae, self.clip)
         best = Best(request.keep, rank)
         for _, ks in batches(1, n, size):
@@ -293,7 +293,7 @@ class Pipeline:
         """
         request = Request(caption=caption, n=len(tokens), keep=keep)
         best = Best(request.keep, self.defaults.updated(rank=rank).rank)
-        judge = self._judge(caption)
+        judge = self.judge(caption)
         judge.judge(best, Candidates(torch.arange(request.n), tokens, log_likelihoods))
         return judge.result(best)
 
@@ -349,12 +349,14 @@ class Pipeline:
 
         Early abandon decodes pictures while the batch is under way, which takes half of the memory.
         """
-        budget = memory_budget(self.dalle.device, self._memory) // (2 if early_abandon else 1)
+        budget = memory_budget(self.dalle.device, self.memory) // (2 if early_abandon else 1)
         return candidates_at_once(self.dalle, budget, n, n_captions=n_captions, guided=guided)
 
-    def _judge(self, caption: str) -> Judge:
+    def judge(self, caption: str) -> Judge:
+        """Return what decodes and scores candidates of a caption."""
+
         def at_once(n: int) -> int:
-            return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self._memory), n)
+            return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self.memory), n)
 
         return Judge(caption, self.clip, self.decode, at_once)
 
@@ -375,7 +377,7 @@ class Pipeline:
             done.sampled(n_known - given, grid**2 - given)
             return halfway(tokens_NJ) if halfway is not None and n_known == grid // 2 * grid else None
 
-        return sample(self.dalle, text_PT, seeds, sampling, prefix=prefix, on_step=on_step, compile=self._compile)
+        return sample(self.dalle, text_PT, seeds, sampling, prefix=prefix, on_step=on_step, compile=self.compile)
 
     def _warn_about_guidance(self, sampling: Sampling) -> None:
         if sampling.is_guided and not self._knows_null_caption:

@@ -24,17 +24,15 @@ from dataclasses import dataclass, fields, replace
 from hashlib import blake2b
 from typing import Any, Literal, Self, get_args
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from dalle.family.transformers import Decoding, Transformer, decoding
+from dalle.sampler.draw import draw, filter_logits, guide, uniforms
 from dalle.stream import check_ids, start_of_image_id
 from storage.errors import check_number, check_whole
 
-DRAW_BLOCK = 128
-"""Tokens whose probabilities are summed at a time when one is drawn."""
 DRAWING_BYTES = 64
 """Peak memory of a candidate per entry of the image vocabulary while a token is drawn: logits as they come, guided,
 divided by the temperature and sorted (float32), their order (int64), probabilities and their sums (float64, and once
@@ -45,8 +43,8 @@ MAX_GUIDANCE = 1e6
 """With more, logits could be infinite; long before, the likeliest token is always taken."""
 
 OnStep = Callable[[Tensor], Tensor | None]
-"""Called after each sampled position with the tokens so far, int64 (B, J); returns the rows to continue with, int64 in
-ascending order, or None for all."""
+"""Called after each sampled position with the tokens so far, int64 (B, J), a view; returns the rows to continue with,
+int64 in ascending order, or None for all."""
 
 Ranking = Literal["clip", "likelihood", "both"]
 """Best first by CLIP's cosine of caption and picture, by the transformer's log p(tokens | caption), or by the mean of
@@ -200,65 +198,6 @@ def candidate_seed(seed: int, caption: str, k: int) -> int:
     return int.from_bytes(digest, "big") >> 1
 
 
-def uniforms(seeds: Sequence[int], n_image: int) -> Tensor:
-    """Return the random numbers of candidates, float64 in [0, 1), (B, I): row b depends on seeds[b] alone."""
-    return torch.from_numpy(np.stack([np.random.default_rng(seed).random(n_image) for seed in seeds]))
-
-
-def filter_logits(logits: Tensor, top_k: int | None = None, top_p: float | None = None) -> Tensor:
-    """Return the logits with -inf where a token is ruled out.
-
-    Args:
-        logits: float (B, V).
-        top_k: keep the k likeliest tokens; of equally likely ones those with the lower id. None keeps all, as does the
-            size of the vocabulary.
-        top_p: keep the fewest likeliest tokens whose probability reaches p (Holtzman et al. 2020), at least
-            one; applied to what top_k leaves. None keeps all, as does 1.
-    """
-    if top_k is not None and top_k < logits.shape[-1]:
-        kth_B1 = logits.topk(top_k, dim=-1).values[:, -1:]
-        n_likelier_B1 = (logits > kth_B1).sum(-1, keepdim=True)
-        is_kth_BV = logits == kth_B1
-        is_late_BV = is_kth_BV & (is_kth_BV.cumsum(-1) > top_k - n_likelier_B1)
-        logits = logits.masked_fill((logits < kth_B1) | is_late_BV, -torch.inf)
-    if top_p is not None and top_p < 1:
-        sorted_BV, order_BV = logits.sort(dim=-1, descending=True, stable=True)
-        probabilities_BV = sorted_BV.double().softmax(-1)
-        likelier_BV = probabilities_BV.cumsum(-1) - probabilities_BV
-        likelier_BV[:, 0] = 0.0  # exactly, so that the likeliest token always stays
-        sorted_BV = sorted_BV.masked_fill(likelier_BV >= top_p, -torch.inf)
-        logits = torch.empty_like(logits).scatter(-1, order_BV, sorted_BV)
-    return logits
-
-
-def draw(logits: Tensor, uniforms_B: Tensor) -> Tensor:
-    """Return one token per row by inverting the cumulative distribution.
-
-    Args:
-        logits: float (B, V); tokens at -inf are never drawn.
-        uniforms_B: float64 (B,) in [0, 1).
-
-    Returns:
-        int64 (B,).
-    """
-    # In two steps, over blocks of tokens and within the block. A float32 sum of a block is exact to its last bits; over
-    # all 8,192 tokens its rounding would be larger than rare tokens' probabilities, so those sums are float64.
-    weights_BV = (logits - logits.amax(dim=-1, keepdim=True)).exp_()
-    if missing := -weights_BV.shape[1] % DRAW_BLOCK:
-        weights_BV = F.pad(weights_BV, (0, missing))
-    weights_BXY = weights_BV.view(len(logits), -1, DRAW_BLOCK)
-    up_to_BX = weights_BXY.sum(dim=-1).double().cumsum(-1)
-    # At most 1 - 2^-53 times the total, which rounds to less than the total: some block is always past it.
-    threshold_B1 = uniforms_B[:, None] * up_to_BX[:, -1:]
-    block_B1 = torch.searchsorted(up_to_BX, threshold_B1, right=True)
-    rest_B1 = threshold_B1 - F.pad(up_to_BX, (1, 0)).gather(1, block_B1)
-    within_BY = weights_BXY.take_along_dim(block_B1[:, :, None], dim=1)[:, 0].double().cumsum(-1)
-    # The block's sum and the last of its cumulative ones may differ in their last bits.
-    rest_B1 = torch.minimum(rest_B1, within_BY[:, -1:].nextafter(torch.zeros_like(rest_B1)))
-    tokens_B1 = block_B1 * DRAW_BLOCK + torch.searchsorted(within_BY, rest_B1, right=True)
-    return tokens_B1[:, 0]
-
-
 def choose(logits: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     """Return one token per row of logits (B, V), int64 (B,): the likeliest at temperature 0, else a drawn one."""
     if sampling.temperature < MIN_TEMPERATURE:
@@ -266,12 +205,6 @@ def choose(logits: Tensor, uniforms_B: Tensor, sampling: Sampling) -> Tensor:
     if sampling.temperature != 1:
         logits = logits / sampling.temperature
     return draw(filter_logits(logits, sampling.top_k, sampling.top_p), uniforms_B)
-
-
-def guide(logits: Tensor, guidance: float) -> Tensor:
-    """Return guided logits (B, V) from those of B conditional rows and then B unconditional ones, (2B, V)."""
-    conditional_BV, unconditional_BV = logits.chunk(2)
-    return unconditional_BV + guidance * (conditional_BV - unconditional_BV)
 
 
 @contextmanager
@@ -298,29 +231,79 @@ def sample(
     on_step: OnStep | None = None,
     compile: bool = False,
 ) -> Samples:
-    """Sample the same number of candidates for each prompt, all as one batch; the caller decides how many fit.
+    """Sample the same number of candidates for each prompt; otherwise as `sample_each`.
+
+    Args:
+        model: see `sample_each`, also for the others.
+        text: int64 (P, T).
+        seeds: of the candidates, n for each prompt, prompt by prompt: see `candidate_seed`.
+        sampling: the settings.
+        prefix: the first image tokens.
+        on_step: may drop candidates of a single prompt only.
+        compile: see `Decoder`.
+
+    Returns:
+        The candidates that were not dropped, on the model's device.
+
+    Raises:
+        ValueError: for an argument out of range.
+    """
+    n, missing = divmod(len(seeds), len(text))
+    if n < 1 or missing:
+        raise ValueError(f"{len(seeds)} seeds for {len(text)} prompts: expected equally many for each, at least 1")
+
+    def watched(tokens_BJ: Tensor) -> Tensor | None:
+        kept_B = None if on_step is None else on_step(tokens_BJ)
+        if kept_B is not None and len(text) != 1:
+            raise ValueError(f"on_step may drop candidates of one prompt only, got {len(text)} prompts")
+        return kept_B
+
+    each = [seeds[first : first + n] for first in range(0, len(seeds), n)]
+    parts = sample_each(model, text, each, sampling, prefix=prefix, on_step=watched, compile=compile)
+    return Samples(
+        tokens=torch.cat([part.tokens for part in parts]),
+        log_likelihoods=torch.cat([part.log_likelihoods for part in parts]),
+    )
+
+
+def sample_each(
+    model: Transformer,
+    text: Tensor,
+    seeds: Sequence[Sequence[int]],
+    sampling: Sampling = PAPER_SAMPLING,
+    *,
+    prefix: Tensor | None = None,
+    on_step: OnStep | None = None,
+    compile: bool = False,
+) -> list[Samples]:
+    """Sample any number of candidates for each prompt, all as one batch; the caller decides how many fit.
 
     Args:
         model: the transformer; sampling happens on its device and in its dtype.
         text: int64 (P, T), text ids of the prompts.
-        seeds: of the candidates, n for each prompt, prompt by prompt: see `candidate_seed`.
+        seeds: those of each prompt's candidates, at least one: see `candidate_seed`.
         sampling: the settings; their `seed` is not read, the candidates have their own.
         prefix: int64 (m,), (1, m) or (P, m): the first m image tokens, kept verbatim. The paper completes pictures
             from 480.
-        on_step: watches, and may drop candidates of a single prompt. Survivors of a choice are no sample of the
-            model's distribution.
+        on_step: watches, and may drop candidates, but not all of a prompt. Survivors of a choice are no sample of the
+            model's distribution. What it raises ends the sampling within this position.
         compile: see `Decoder`.
 
     Returns:
-        The image tokens and log-likelihoods of the candidates that were not dropped, on the model's device. A
-        log-likelihood counts the sampled tokens, not those of the prefix.
+        The image tokens and log-likelihoods of each prompt's candidates that were not dropped, with P = 1, on the
+        model's device. A log-likelihood counts the sampled tokens, not those of the prefix.
 
     Raises:
         ValueError: for an argument out of range.
     """
     config = model.config
     check_ids("text", text, config.text_len, config.n_text_ids)
-    n = _candidates_of_each(len(text), seeds)
+    counts = [len(some) for some in seeds]
+    flat = [seed for some in seeds for seed in some]
+    if len(counts) != len(text) or min(counts) < 1:
+        raise ValueError(f"{counts} seeds for {len(text)} prompts: expected at least one for each")
+    if min(flat) < 0:
+        raise ValueError(f"seeds must not be negative, got {min(flat)}")
     check_top_k(sampling.top_k, config.image_vocab)
     text = text.to(model.device)
     n_image = config.stream.n_image
@@ -330,11 +313,12 @@ def sample(
     known = known.to(model.device)
     m = known.shape[1]
     with undisturbed(), torch.inference_mode():
-        uniforms_BI = uniforms(seeds, n_image).to(model.device)
-        tokens_BI = torch.zeros((len(seeds), n_image), dtype=torch.int64, device=model.device)
-        tokens_BI[:, :m] = known.expand(len(text), -1).repeat_interleave(n, dim=0)
-        log_likelihoods_B = torch.zeros(len(seeds), dtype=torch.float64, device=model.device)
-        decoder = _decoder(model, text, n, known, guided=sampling.is_guided, compile=compile)
+        prompt_B = torch.arange(len(counts)).repeat_interleave(torch.tensor(counts)).to(model.device)
+        uniforms_BI = uniforms(flat, n_image).to(model.device)
+        tokens_BI = torch.zeros((len(flat), n_image), dtype=torch.int64, device=model.device)
+        tokens_BI[:, :m] = known.expand(len(text), -1)[prompt_B]
+        log_likelihoods_B = torch.zeros(len(flat), dtype=torch.float64, device=model.device)
+        decoder = _decoder(model, text, counts, known, guided=sampling.is_guided, compile=compile)
         for position in range(m, n_image):
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
@@ -349,44 +333,28 @@ def sample(
             log_likelihoods_B -= F.cross_entropy(conditional_BV, tokens_B, reduction="none")
             kept_B = None if on_step is None else on_step(tokens_BI[:, : position + 1])
             if kept_B is not None:
-                if len(text) != 1:
-                    raise ValueError(f"on_step may drop candidates of one prompt only, got {len(text)} prompts")
                 kept_B = kept_B.to(model.device)
                 decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if sampling.is_guided else kept_B)
-                tokens_BI, uniforms_BI = tokens_BI[kept_B], uniforms_BI[kept_B]
+                tokens_BI, uniforms_BI, prompt_B = tokens_BI[kept_B], uniforms_BI[kept_B], prompt_B[kept_B]
                 log_likelihoods_B = log_likelihoods_B[kept_B]
+        sizes = prompt_B.bincount(minlength=len(counts)).tolist()
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
-    tokens_PNI = tokens_BI.clone().reshape(len(text), -1, n_image)
-    return Samples(tokens=tokens_PNI, log_likelihoods=log_likelihoods_B.float().reshape(len(text), -1))
+    each = zip(torch.split(tokens_BI.clone(), sizes), torch.split(log_likelihoods_B.float(), sizes), strict=True)
+    return [Samples(tokens=tokens[None], log_likelihoods=log_likelihoods[None]) for tokens, log_likelihoods in each]
 
 
-def _decoder(model: Transformer, text_PT: Tensor, n: int, prefix: Tensor, *, guided: bool, compile: bool) -> Decoding:
-    """Return a decoder of n candidates per prompt, followed, if guided, by as many with the empty caption."""
-    n_prompts = len(text_PT)
-    counts = [n] * n_prompts
-    prefix_Pm = prefix.expand(n_prompts, -1)
+def _decoder(
+    model: Transformer, text_PT: Tensor, counts: list[int], prefix: Tensor, *, guided: bool, compile: bool
+) -> Decoding:
+    """Return a decoder of the prompts' candidates, followed, if guided, by as many with the empty caption."""
+    prefix_Pm = prefix.expand(len(text_PT), -1)
     if guided:
         # The empty caption is read once for all candidates, or once per known prefix.
-        n_null = len(prefix)
         null_T = model.config.null_caption().to(text_PT.device)
-        text_PT = torch.cat([text_PT, null_T.expand(n_null, -1)])
-        counts = counts + [n_prompts * n // n_null] * n_null
+        text_PT = torch.cat([text_PT, null_T.expand(len(prefix), -1)])
+        counts = counts + ([sum(counts)] if len(prefix) == 1 else counts)
         prefix_Pm = torch.cat([prefix_Pm, prefix])
     return decoding(model, text_PT, counts, prefix_Pm, compile=compile)
-
-
-def _candidates_of_each(n_prompts: int, seeds: Sequence[int]) -> int:
-    """Return n, the candidates of each prompt.
-
-    Raises:
-        ValueError: no seeds, not as many for each prompt, or a negative one.
-    """
-    n, missing = divmod(len(seeds), n_prompts)
-    if n < 1 or missing:
-        raise ValueError(f"{len(seeds)} seeds for {n_prompts} prompts: expected equally many for each, at least 1")
-    if min(seeds) < 0:
-        raise ValueError(f"seeds must not be negative, got {min(seeds)}")
-    return n
 
 
 def _check_prefix(model: Transformer, prefix: Tensor, n_prompts: int) -> None:

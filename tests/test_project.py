@@ -15,7 +15,10 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("storage", "dalle", "dvae", "rerank", "training")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
-MODULE_OF = {"pillow": "PIL", "flask-cors": "flask_cors"}
+MODULE_OF = {
+    "pillow": "PIL",
+    **{name: name.replace("-", "_") for name in ("flask-cors", "python-multipart", "prometheus-client")},
+}
 """Distributions that are imported under another name."""
 
 
@@ -47,7 +50,7 @@ def test_runtime_dependencies_are_exactly_what_is_imported() -> None:
     used = set().union(*(third_party(ROOT / package) for package in PACKAGES))
     declared = modules(PROJECT["dependencies"])
     extras = PROJECT["optional-dependencies"]  # those of s3, gs, az and hf are imported by fsspec
-    optional = modules([*extras["wandb"], *extras["http"], *extras["import"]])
+    optional = modules([*extras["wandb"], *extras["http"], *extras["import"], *extras["serve"]])
     assert used - declared == optional, "imported, but not in pyproject.toml's dependencies, or optional and never used"
     assert declared - used == set(), "in pyproject.toml's dependencies, but never imported"
 

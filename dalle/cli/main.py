@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, rank, search, reconstruct, import-dvae, import-clip, import-vqgan, import-bundle.
+"""The command line `dalle`: generate, rank, search, reconstruct, serve, import-dvae, -clip, -vqgan, -bundle.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -41,19 +41,21 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.rank import Rank
     from dalle.cli.reconstruct import Reconstruct
     from dalle.cli.search import Search
+    from dalle.cli.serve import Serve
 
     kinds = FlagCreatePairsOff[
         Annotated[Generate, subcommand("generate")]
         | Annotated[Rank, subcommand("rank")]
         | Annotated[Search, subcommand("search")]
         | Annotated[Reconstruct, subcommand("reconstruct")]
+        | Annotated[Serve, subcommand("serve")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
         | Annotated[ImportVQGAN, subcommand("import-vqgan")]
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions; ranks, searches and reconstructs pictures. "
+        "Generates pictures from captions; ranks, searches and reconstructs pictures; serves an API. "
         "Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)

@@ -640,7 +640,7 @@ def test_usage_errors_exit_with_1_and_are_explained(argv, capsys):
 def test_help_shows_the_verbs_and_the_options(capsys):
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(verb in shown for verb in ("generate", "rank", "search", "reconstruct", "--debug"))
+    assert all(verb in shown for verb in ("generate", "rank", "search", "reconstruct", "serve", "--debug"))
     assert all(f"import-{kind}" in shown for kind in ("dvae", "clip", "vqgan"))
     assert main(["generate", "--help"]) == 0
     shown = capsys.readouterr().out

@@ -10,17 +10,8 @@ from hypothesis import strategies as st
 import dalle.family.transformers
 from dalle.cache import Decoder
 from dalle.model import DALLE, DALLEConfig
-from dalle.sampling import (
-    Sampling,
-    SamplingDefaults,
-    candidate_seed,
-    choose,
-    draw,
-    filter_logits,
-    guide,
-    sample,
-    uniforms,
-)
+from dalle.sampler.draw import draw, filter_logits, guide, uniforms
+from dalle.sampling import Sampling, SamplingDefaults, candidate_seed, choose, sample, sample_each
 from dalle.stream import null_caption, text_row
 
 CONFIG = DALLEConfig(
@@ -268,6 +259,50 @@ def test_sampling_compiles_one_step_and_gives_the_same_tokens(model):
 def test_only_candidates_of_one_prompt_are_dropped(model):
     with pytest.raises(ValueError, match="one prompt only, got 2"):
         sampled(model, TEXT, seeds(2), on_step=lambda tokens: torch.arange(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"settings": Sampling()},
+        {"settings": Sampling(guidance=2.0, temperature=0.7)},
+        {"settings": Sampling(guidance=2.0), "prefix": torch.tensor([[7, 0, 5], [5, 5, 1]])},
+    ],
+)
+def test_prompts_with_counts_of_their_own_sample_as_alone(model, options):
+    settings, prefix = options["settings"], options.get("prefix")
+    own = [seeds(3, 1), seeds(5, 1)]
+    together = sample_each(model, TEXT, own, settings, prefix=prefix)
+    for p, found in enumerate(together):
+        known = None if prefix is None else prefix[p]
+        alone = sample(model, TEXT[p : p + 1], own[p], settings, prefix=known)
+        assert torch.equal(found.tokens, alone.tokens)
+        torch.testing.assert_close(found.log_likelihoods, alone.log_likelihoods, atol=1e-5, rtol=0)
+
+
+def test_a_prompt_whose_candidates_are_dropped_leaves_the_other_as_it_was(model):
+    own = [seeds(3, 1), seeds(5, 1)]
+    kept = torch.tensor([0, 3, 4, 5, 6, 7])
+    dropped = sample_each(model, TEXT, own, on_step=lambda tokens: kept if tokens.shape == (8, 4) else None)
+    whole = sample_each(model, TEXT, own)
+    assert [found.tokens.shape[1] for found in dropped] == [1, 5]
+    assert torch.equal(dropped[0].tokens, whole[0].tokens[:, :1])
+    assert torch.equal(dropped[1].tokens, whole[1].tokens)
+
+
+def test_what_the_watcher_raises_ends_sampling_at_its_position(model):
+    positions = []
+
+    def stop(tokens):
+        positions.append(tokens.shape[1])
+        if len(positions) == 3:
+            raise InterruptedError
+
+    before = sampled(model, TEXT, seeds(2))
+    with pytest.raises(InterruptedError):
+        sampled(model, TEXT, seeds(2), on_step=stop)
+    assert positions == [1, 2, 3]
+    assert torch.equal(sampled(model, TEXT, seeds(2)), before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from dalle.family.mini.cache import MiniDecoder
 from dalle.family.mini.model import DALLEMini
 from dalle.importers.mini.importing import import_dalle_mini, import_min_dalle
-from dalle.sampling import guide
+from dalle.sampler.draw import guide
 
 N_POSITIONS = 256
 

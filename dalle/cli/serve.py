@@ -1,0 +1,138 @@
+"""`dalle serve`: a server of OpenAI's Images API, and a web page."""
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dalle.cli.generate import n_bytes
+from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
+from dalle.data.bundle import PARTS, Precision, bundle_part, usable_device
+from dalle.pipeline import Pipeline
+
+KEY_VARIABLE = "DALLE_API_KEY"
+
+
+@dataclass(frozen=True, kw_only=True)
+class NetworkOptions:
+    """Who may use the server."""
+
+    host: str = "127.0.0.1"
+    """Address to listen on; any but this machine's own needs keys."""
+    port: int = 8000
+    """0 for any that is free."""
+    api_key_file: Annotated[Path | None, tyro.conf.arg(metavar="FILE")] = None
+    """Keys, one a line, each with a name before it if you like. DALLE_API_KEY in the environment is another one."""
+    no_auth: Flag = False
+    """Let anybody who reaches the address draw."""
+    allowed_host: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Further names of this server, such as draw.example.org behind a proxy."""
+    cors_origin: Annotated[tuple[str, ...], tyro.conf.arg(metavar="URL ...", help_behavior_hint="")] = ()
+    """Web pages of others that may use it, such as https://chat.example.org."""
+    public_url: Annotated[str | None, tyro.conf.arg(metavar="URL")] = None
+    """Where links to pictures lead, if not to where requests are sent."""
+
+    def keys(self) -> dict[str, str]:
+        """Return key -> name.
+
+        Raises:
+            ValueError: the file holds no keys.
+            OSError: it cannot be read.
+        """
+        from dalle.server.security import read_keys
+
+        keys = {} if self.api_key_file is None else read_keys(self.api_key_file)
+        of_environment = os.environ.get(KEY_VARIABLE, "").strip()
+        return {**keys, of_environment: KEY_VARIABLE} if of_environment else keys
+
+
+@dataclass(frozen=True, kw_only=True)
+class LimitOptions:
+    """How much may be asked for."""
+
+    best_of: int = 16
+    """Candidates of each request, unless it says best_of or quality."""
+    max_candidates: int = 512
+    """Candidates of one request at most."""
+    max_n: int = 10
+    """Pictures of one request at most."""
+    queue: int = 32
+    """Requests that wait at most."""
+    timeout: float = 600.0
+    """Seconds for a request."""
+    grace: float = 30.0
+    """Seconds to finish in when told to end."""
+    results: Annotated[str, tyro.conf.arg(metavar="SIZE")] = "256MB"
+    """Memory for pictures that are answered as links, for an hour."""
+    memory: Annotated[
+        str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: 2GiB; on a GPU half of what is free)")
+    ] = None
+    """Memory that a batch may take."""
+
+    def check(self) -> None:
+        """Raise ValueError for an option out of range."""
+        for name in ("best_of", "max_candidates", "max_n", "queue"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
+        if self.best_of > self.max_candidates:
+            raise ValueError(f"--best-of is {self.best_of}, above --max-candidates, {self.max_candidates}")
+        if not (0 < self.timeout < 1e9 and 0 <= self.grace < 1e9):
+            raise ValueError(f"--timeout is {self.timeout:g}, --grace {self.grace:g}; give seconds, at least 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Serve:
+    """Serve OpenAI's Images API, and a web page, from a bundle."""
+
+    bundle: Bundle = DEFAULT_BUNDLE
+    model_alias: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
+    """Further names of the model, such as gpt-image-1 or dall-e-2, which some programs send whatever they are told."""
+    network: tyro.conf.OmitArgPrefixes[NetworkOptions] = NetworkOptions()
+    limits: tyro.conf.OmitArgPrefixes[LimitOptions] = LimitOptions()
+    device: Device = "auto"
+    precision: Precision = "fp32"
+    """bf16 is faster; in fp32 candidates do not depend on the batch size."""
+    compile: Flag = False
+    """Compile sampling and decoding on a CPU: takes a minute for each new number of candidates."""
+    log_prompts: Flag = False
+    """Write captions to the log."""
+
+    def run(self) -> None:
+        """Serve until SIGTERM or Ctrl-C."""
+        try:
+            from dalle.server.security import Rules
+            from dalle.server.serving import Process, check_safe, run
+            from dalle.server.state import Settings
+        except ModuleNotFoundError as error:
+            raise ValueError(f"{error.name} is not installed: run `pip install 'dalle[serve]'`") from error
+        network, limits = self.network, self.limits
+        limits.check()
+        for part in PARTS:  # before anything listens
+            bundle_part(self.bundle, part)
+        device = usable_device(self.device)
+        memory = None if limits.memory is None else n_bytes(limits.memory)
+        rules = Rules(
+            host=network.host,
+            allowed_hosts=network.allowed_host,
+            origins=network.cors_origin,
+            keys=network.keys(),
+        )
+        check_safe(rules, no_auth=network.no_auth)
+        settings = Settings(
+            models=(self.bundle.resolve().name, *self.model_alias),
+            created=int(self.bundle.stat().st_mtime),
+            best_of=limits.best_of,
+            max_n=limits.max_n,
+            max_candidates=limits.max_candidates,
+            timeout_s=limits.timeout,
+            public_url=network.public_url,
+            log_prompts=self.log_prompts,
+            result_bytes=n_bytes(limits.results),
+        )
+        process = Process(port=network.port, max_jobs=limits.queue, grace_s=limits.grace)
+        load = lambda: Pipeline.load(  # noqa: E731
+            self.bundle, device, precision=self.precision, memory=memory, compile=self.compile
+        )
+        run(load, settings, rules, process)

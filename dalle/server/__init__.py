@@ -1,0 +1,1 @@
+"""A server of OpenAI's Images API, and a web page, for one bundle."""

@@ -1,0 +1,310 @@
+"""The routes: OpenAI's Images API, models, pictures by id, health and metrics."""
+
+import asyncio
+import base64
+import logging
+import time
+import traceback
+from collections.abc import AsyncIterator
+from typing import Any
+
+from starlette.applications import Starlette
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route
+
+from dalle.server.api.answers import Drawn, Usage, answer, completed_event, partial_event
+from dalle.server.api.errors import APIError, wrong
+from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, Limits, read_ask, unknown_model
+from dalle.server.metrics import MEDIA_TYPE
+from dalle.server.page import Page
+from dalle.server.pictures import as_top, encode, open_upload, rows_kept, unfinished
+from dalle.server.queueing.batch import Top
+from dalle.server.queueing.jobs import Ended, Job, Previews, Rows
+from dalle.server.security import Guard, Rules, error_response
+from dalle.server.state import State
+from dalle.server.streams import PING, ClientGoneError, events, failure, read_json, sse, stream, submit, until_ended
+from storage.errors import reason_of
+
+logger = logging.getLogger(__name__)
+
+MAX_FILES, MAX_FIELDS, MAX_FIELD = 4, 40, 200_000
+"""Of a form; the last is in bytes."""
+CLIENT_GONE = 499
+"""Status in the log of a request that nobody waits for any more."""
+
+
+class Routes:
+    """The handlers.
+
+    Args:
+        state: what they share.
+    """
+
+    def __init__(self, state: State) -> None:
+        self._state = state
+
+    async def generate(self, request: Request) -> Response:
+        """POST /v1/images/generations."""
+        values = await read_json(request)
+        ask = read_ask(values, self._state.limits(), "generations")
+        return await self._draw(request, ask, "generations", None)
+
+    async def edit(self, request: Request) -> Response:
+        """POST /v1/images/edits: the rows at the top of a picture are kept, the others are drawn anew."""
+        limits = self._state.limits()
+        values, files = await _read_form(request)
+        ask = read_ask(values, limits, "edits")
+        if "image" not in files:
+            raise wrong("image", "there is no image: send the picture to edit as a file", "missing")
+        if ask.keep_rows is not None and "mask" in files:
+            raise wrong("keep_rows", "keep_rows and mask both say what is kept: send one of them")
+        if ask.keep_rows is None and "mask" not in files:
+            hint = "send a mask, transparent where it is to be drawn anew, or keep_rows, the rows of tokens to keep"
+            raise wrong("mask", f"there is no mask: {hint}", "missing")
+        top = await asyncio.to_thread(_top, files, ask.keep_rows, limits)
+        return await self._draw(request, ask, "edits", top)
+
+    async def vary(self, request: Request) -> Response:
+        """POST /v1/images/variations."""
+        hint = "generate with a caption, or edit"
+        raise APIError(400, f"this model cannot draw variations: {hint}", code="unsupported_endpoint")
+
+    async def models(self, request: Request) -> Response:
+        """GET /v1/models."""
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in self._state.settings.models]})
+
+    async def model(self, request: Request) -> Response:
+        """GET /v1/models/{name}."""
+        name, known = request.path_params["name"], self._state.settings.models
+        if name not in known:
+            raise unknown_model(name, known)
+        return JSONResponse(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        return {"id": name, "object": "model", "created": self._state.settings.created, "owned_by": "dalle"}
+
+    async def picture(self, request: Request) -> Response:
+        """GET /pictures/{name}."""
+        kept = self._state.results.get(request.path_params["name"].partition(".")[0])
+        if kept is None:
+            raise APIError(404, "there is no such picture (any more): they are kept for an hour")
+        return Response(kept.data, media_type=kept.media_type, headers={"Cache-Control": "private, max-age=3600"})
+
+    async def health(self, request: Request) -> Response:
+        """GET /healthz: the process answers."""
+        return JSONResponse({"status": "ok"})
+
+    async def ready(self, request: Request) -> Response:
+        """GET /readyz: requests are taken."""
+        self._state.pipe()
+        return JSONResponse({"status": "ready"})
+
+    async def metrics(self, request: Request) -> Response:
+        """GET /metrics."""
+        return Response(await asyncio.to_thread(self._state.metrics.text), headers={"Content-Type": MEDIA_TYPE})
+
+    async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, top: Top | None) -> Response:
+        state = self._state
+        state.note(request, ask)
+        wanted = _partial_rows(state.limits().grid, 0 if top is None else top.keep_rows, ask.partial_images)
+        job = state.job(ask, request.state.owner, endpoint, top=top, previews=Previews(rows=wanted))
+        submit(state.engine.queue, job)
+        headers = {"X-Ignored-Parameters": ", ".join(ask.ignored)} if ask.ignored else {}
+        if ask.stream:
+            response: Response = stream(self._events(job, ask, endpoint))
+        else:
+            await until_ended(job, state.engine.queue, request)
+            if job.state != "done":
+                raise failure(job)
+            response = JSONResponse(await asyncio.to_thread(self._answer, job, ask, request))
+        response.headers.update(headers)
+        return response
+
+    def _answer(self, job: Job, ask: Ask, request: Request) -> dict[str, Any]:
+        """Return the body of a finished job's answer."""
+        drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in range(ask.n)]
+        created = int(time.time())
+        native = self._native()
+        return answer(ask, drawn, _usage(job), created=created, caption_cut=job.caption_cut, native=native)
+
+    def _drawn(self, job: Job, ask: Ask, place: int, base_url: str) -> Drawn:
+        result = job.result
+        assert result is not None
+        texts = self._state.texts(job, place) if ask.metadata else None
+        options: dict[str, Any] = {"output_format": ask.output_format, "compression": ask.compression}
+        data = encode(result.images[place], side=ask.side, texts=texts, **options)
+        if ask.as_url:
+            name = self._state.results.add(data, MEDIA_TYPES[ask.output_format])
+            found = f"{base_url}/pictures/{name}.{ask.output_format}"
+        else:
+            found = base64.b64encode(data).decode()
+        return Drawn(
+            place=found,
+            score=float(result.scores[place]),
+            log_likelihood=float(result.log_likelihoods[place]),
+            rank=place + 1,
+            candidate=result.candidates[place],
+        )
+
+    async def _events(self, job: Job, ask: Ask, endpoint: Endpoint) -> AsyncIterator[bytes]:
+        """Yield a job as server-sent events; cancel it if nobody listens any more."""
+        index = 0
+        native = self._native()
+        try:
+            async for event in events(job):
+                if event is None:
+                    yield PING
+                elif isinstance(event, Rows) and event.tops is not None:
+                    b64_json = await asyncio.to_thread(_partial, event, ask, native)
+                    created = int(time.time())
+                    partial = partial_event(ask, endpoint, b64_json, index=index, created=created)
+                    yield sse(partial["type"], partial)
+                    index += 1
+                elif isinstance(event, Ended) and job.state == "done":
+                    for place in range(ask.n):
+                        drawn = await asyncio.to_thread(self._drawn, job, ask, place, "")
+                        done = completed_event(
+                            ask,
+                            endpoint,
+                            drawn,
+                            _usage(job),
+                            created=int(time.time()),
+                            caption_cut=job.caption_cut,
+                            native=native,
+                        )
+                        yield sse(done["type"], done)
+                elif isinstance(event, Ended):
+                    yield sse("error", failure(job).body())
+        finally:
+            if not job.has_ended:
+                self._state.engine.queue.cancel(job)
+
+    def _native(self) -> int:
+        pipe = self._state.engine.pipe
+        assert pipe is not None, "a job ran"
+        return pipe.dvae.config.image_size
+
+    def _base_url(self, request: Request) -> str:
+        return (self._state.settings.public_url or str(request.base_url)).rstrip("/")
+
+
+def _partial_rows(grid: int, given: int, n: int) -> frozenset[int]:
+    """Return after which rows a picture is shown n times before it is finished, evenly over those that are drawn."""
+    rows = {given + (grid - given) * i // (n + 1) for i in range(1, n + 1)}
+    return frozenset(row for row in rows if given < row < grid)
+
+
+def _partial(event: Rows, ask: Ask, native: int) -> str:
+    """Return an unfinished picture in base64."""
+    assert event.tops is not None
+    top = event.tops[0]
+    whole = unfinished(top, native, top.shape[1] // event.n_rows)
+    options: dict[str, Any] = {"output_format": ask.output_format, "compression": ask.compression, "texts": None}
+    return base64.b64encode(encode(whole, side=ask.side, **options)).decode()
+
+
+def _usage(job: Job) -> Usage:
+    assert job.result is not None
+    n_image, top = job.result.tokens.shape[1], job.work.top
+    given = 0 if top is None else n_image // round(n_image**0.5) * top.keep_rows
+    return Usage(text_tokens=job.n_text_tokens, image_tokens=given, output_tokens=(n_image - given) * job.work.n)
+
+
+def _top(files: dict[str, bytes], keep_rows: int | None, limits: Limits) -> Top | None:
+    """Return what is kept of the picture that was sent."""
+    image, size = open_upload(files["image"])
+    if keep_rows is None:
+        keep_rows = rows_kept(files["mask"], size, limits.native, limits.grid)
+    return as_top(image, limits.native, keep_rows) if keep_rows else None
+
+
+async def _read_form(request: Request) -> tuple[dict[str, object], dict[str, bytes]]:
+    """Return the texts and the files of a form.
+
+    Raises:
+        APIError: it is no form, or has more of anything than allowed.
+    """
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind != "multipart/form-data":
+        raise APIError(
+            415, f"the body is {kind[:60] or 'of no type'}; expected multipart/form-data with a file `image`"
+        )
+    values: dict[str, object] = {}
+    files: dict[str, bytes] = {}
+    async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD) as form:
+        for key, value in form.multi_items():
+            name = key.removesuffix("[]")
+            if isinstance(value, UploadFile) and name not in PICTURES:
+                raise wrong(name[:60], f"unexpected file {name[:60]!r}: expected image, and mask", "unknown_parameter")
+            if name in values or name in files:
+                raise wrong(name[:60], f"{name[:60]} is given more than once: give one", "duplicate")
+            if isinstance(value, UploadFile):
+                files[name] = await value.read()
+            elif name in PICTURES:
+                raise wrong(name, f"{name} is a text: send a file; addresses of pictures are not fetched")
+            else:
+                values[name] = value
+    return values, files
+
+
+async def _api_error(request: Request, error: Exception) -> Response:
+    assert isinstance(error, APIError)
+    return error_response(error)
+
+
+async def _http_error(request: Request, error: Exception) -> Response:
+    """Answer what the router and the reader of forms refuse."""
+    assert isinstance(error, HTTPException)
+    path = request.url.path[:100]
+    messages = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method[:10]}"}
+    message = messages.get(error.status_code, error.detail)
+    return error_response(APIError(error.status_code, message, headers=dict(error.headers or {})))
+
+
+async def _unexpected(request: Request, error: Exception) -> Response:
+    where = traceback.extract_tb(error.__traceback__)[-1]
+    kind, reason = type(error).__name__, reason_of(error, 300)
+    logger.error("%s failed: %s: %s (%s:%s)", request.state.request_id, kind, reason, where.filename, where.lineno)
+    headers = {"x-should-retry": "false"}
+    return error_response(APIError(500, "the server failed: its log has the reason", headers=headers))
+
+
+async def _gone(request: Request, error: Exception) -> Response:
+    return Response(status_code=CLIENT_GONE)
+
+
+def make_app(state: State, rules: Rules) -> Guard:
+    """Return the application."""
+    routes = Routes(state)
+    kinds = {"/v1/images/generations": "generations", "/v1/images/edits": "edits", "/api/jobs": "page"}
+
+    async def counted(request: Request, error: Exception) -> Response:
+        if request.url.path in kinds:
+            state.metrics.refused(kinds[request.url.path])
+        return await _api_error(request, error)
+
+    app = Starlette(
+        routes=[
+            Route("/v1/images/generations", routes.generate, methods=["POST"]),
+            Route("/v1/images/edits", routes.edit, methods=["POST"]),
+            Route("/v1/images/variations", routes.vary, methods=["POST"]),
+            Route("/v1/models", routes.models),
+            Route("/v1/models/{name:path}", routes.model),
+            Route("/pictures/{name}", routes.picture),
+            Route("/healthz", routes.health),
+            Route("/readyz", routes.ready),
+            Route("/metrics", routes.metrics),
+            *Page(state).routes(),
+        ],
+        exception_handlers={
+            APIError: counted,
+            HTTPException: _http_error,
+            ClientGoneError: _gone,
+            Exception: _unexpected,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Guard(app, rules)

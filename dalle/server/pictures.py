@@ -1,0 +1,238 @@
+"""Pictures on their way out and in: encoded with what made them, uploads and masks opened, results kept for a while.
+
+A picture's metadata are those of `dalle generate`, and an XMP packet that calls it made by a trained algorithm (IPTC
+Digital Source Type, https://cv.iptc.org/newscodes/digitalsourcetype/).
+"""
+
+import io
+import json
+import re
+import secrets
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image, UnidentifiedImageError
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from dalle.server.api.errors import wrong
+from dalle.server.api.requests import FORMATS, OutputFormat
+from dalle.server.queueing.batch import Top
+from dvae.images import FORMATS as READ_FORMATS
+from dvae.images import open_image, resize_and_crop, to_image
+
+MAX_UPLOAD_PIXELS = 16_000_000
+"""Of a picture that is sent: decoded, it takes 48 MB."""
+XMP = (
+    '<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:RDF xmlns:rdf="http://www.w3.org/1999/02/22-rdf-syntax-ns#">'
+    '<rdf:Description rdf:about="" xmlns:Iptc4xmpExt="http://iptc.org/std/Iptc4xmpExt/2008-02-29/" '
+    'Iptc4xmpExt:DigitalSourceType="http://cv.iptc.org/newscodes/digitalsourcetype/trainedAlgorithmicMedia"/>'
+    "</rdf:RDF></x:xmpmeta>"
+)
+GREY = 0.5
+"""Of rows that are not known yet."""
+ID = re.compile(r"[0-9a-f]{32}")
+
+
+def encode(
+    pixels: Tensor, *, side: int, output_format: OutputFormat, compression: int, texts: Mapping[str, Any] | None
+) -> bytes:
+    """Return a picture as a file.
+
+    Args:
+        pixels: float32 (3, H, H) in [0, 1].
+        side: of the file's picture; another than H is made with LANCZOS.
+        output_format: of the file.
+        compression: quality of JPEG and WebP, 0 … 100.
+        texts: what is told of it, in a PNG as text chunks, else as XMP's description; None for nothing.
+    """
+    image = to_image(pixels)
+    if image.width != side:
+        image = image.resize((side, side), Image.Resampling.LANCZOS)
+    file = io.BytesIO()
+    if output_format == "png":
+        chunks = PngInfo()
+        for name, value in (texts or {}).items():
+            text = value if isinstance(value, str) else json.dumps(value)
+            text = text.encode("utf-8", "replace").decode().replace("\0", "\N{REPLACEMENT CHARACTER}")
+            chunks.add_text(name, text) if text.isascii() else chunks.add_itxt(name, text)
+        chunks.add_itxt("XML:com.adobe.xmp", XMP)
+        image.save(file, format="PNG", pnginfo=chunks)
+        return file.getvalue()
+    options: dict[str, Any] = {"quality": compression, "xmp": XMP.encode()}
+    if texts and output_format == "jpeg":
+        options["comment"] = json.dumps(dict(texts), ensure_ascii=False).encode("utf-8", "replace")[:65_000]
+    elif texts:
+        exif = Image.Exif()
+        exif[0x010E] = json.dumps(dict(texts), ensure_ascii=True)  # ImageDescription
+        options["exif"] = exif.tobytes()
+    image.save(file, format=FORMATS[output_format], **options)
+    return file.getvalue()
+
+
+def unfinished(top: Tensor, side: int, row: int) -> Tensor:
+    """Return a whole picture of which the top is known: grey below, with the top's last row of tokens faded into it.
+
+    Args:
+        top: float32 (3, h, W) in [0, 1].
+        side: H of the whole.
+        row: pixels of a row of tokens.
+    """
+    whole = torch.full((3, side, top.shape[2]), GREY)
+    whole[:, : top.shape[1]] = top
+    if top.shape[1] < side:
+        last = slice(top.shape[1] - row, top.shape[1])
+        weight_h1 = torch.linspace(1, 0, row + 2)[1:-1, None]
+        whole[:, last] = GREY + weight_h1 * (whole[:, last] - GREY)
+    return whole
+
+
+def sheet(tops: Tensor, columns: int) -> bytes:
+    """Return equal pictures beside and below each other as one file, PNG if small, else JPEG."""
+    n, _, height, width = tops.shape
+    rows = -(-n // columns)
+    sprite = torch.full((3, rows * height, columns * width), GREY)
+    for i, top in enumerate(tops):
+        y, x = divmod(i, columns)
+        sprite[:, y * height : (y + 1) * height, x * width : (x + 1) * width] = top
+    image, file = to_image(sprite), io.BytesIO()
+    if n * height * width <= 16 * 48 * 48:
+        image.save(file, format="PNG")
+    else:
+        image.save(file, format="JPEG", quality=80)
+    return file.getvalue()
+
+
+def open_upload(data: bytes, name: str = "image") -> tuple[Image.Image, tuple[int, int]]:
+    """Open a picture that was sent, whatever it is called.
+
+    Returns:
+        It upright in RGB, and its (width, height) as stored.
+
+    Raises:
+        APIError: it is no picture, damaged, or has more than `MAX_UPLOAD_PIXELS`.
+    """
+    size = _size(data, name)
+    try:
+        return open_image(data, f"the {name}"), size
+    except ValueError as error:
+        raise wrong(name, str(error), "invalid_image") from error
+
+
+def as_top(image: Image.Image, side: int, keep_rows: int) -> Top:
+    """Return what is kept of a picture, cropped and resized as the bundle sees pictures."""
+    return Top(rgb=resize_and_crop(image, side).tobytes(), side=side, keep_rows=keep_rows)
+
+
+def rows_kept(data: bytes, size: tuple[int, int], side: int, grid: int) -> int:
+    """Return how many whole rows of tokens a mask keeps: what is not fully transparent in it.
+
+    Args:
+        data: the mask's file.
+        size: (width, height) of the picture, as stored.
+        side: of the bundle's pictures in pixels.
+        grid: rows of tokens.
+
+    Raises:
+        APIError: it is no picture with transparency, has another size, or keeps anything else than the top.
+    """
+    mask_size = _size(data, "mask")
+    if mask_size != size:
+        theirs, ours = (f"{width}×{height}" for width, height in (size, mask_size))
+        raise wrong("mask", f"the mask has {ours} pixels, the image {theirs}: give it the same size", "invalid_mask")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(READ_FORMATS)) as file:
+            if not file.has_transparency_data:
+                hint = "make transparent (alpha 0) what is to be drawn anew"
+                raise wrong("mask", f"the mask has no transparency: {hint}", "invalid_mask")
+            alpha = file.convert("RGBA").getchannel("A")
+    except (OSError, SyntaxError) as error:
+        raise wrong("mask", f"the mask is damaged ({error}): expected a whole picture", "invalid_mask") from error
+    seen = np.asarray(resize_and_crop(alpha.point(lambda a: 255 if a else 0).convert("RGB"), side))[:, :, 0] >= 128
+    is_kept, is_open = np.all(seen, axis=1), ~np.any(seen, axis=1)
+    n_kept = int(is_kept.argmin()) if not is_kept.all() else side
+    if n_kept == side:
+        raise wrong(
+            "mask", "the mask has nothing transparent: make transparent what is to be drawn anew", "invalid_mask"
+        )
+    # the row in which both meet may hold some of each, from resizing
+    if not is_open[n_kept + 1 :].all():
+        hint = "make everything below some height transparent, over the whole width, or give keep_rows"
+        raise wrong(
+            "mask", f"only whole rows at the top can be kept, and this mask keeps others: {hint}", "invalid_mask"
+        )
+    return min(grid - 1, n_kept * grid // side)
+
+
+def _size(data: bytes, name: str) -> tuple[int, int]:
+    if not data:
+        raise wrong(name, f"the {name} is empty (0 bytes): send a picture", "invalid_image")
+    try:
+        with Image.open(io.BytesIO(data), formats=tuple(READ_FORMATS)) as image:
+            width, height = image.size
+    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
+        too_large = isinstance(error, Image.DecompressionBombError)
+        what = "is too large" if too_large else "is not a picture: expected a PNG, JPEG or WebP file"
+        raise wrong(name, f"the {name} {what}", "invalid_image") from error
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise wrong(name, f"the {name} is damaged ({error}): expected a whole picture", "invalid_image") from error
+    if width * height > MAX_UPLOAD_PIXELS:
+        limit = f"{MAX_UPLOAD_PIXELS // 1_000_000} megapixels"
+        message = f"the {name} has {width}×{height} pixels; expected at most {limit}: make it smaller first"
+        raise wrong(name, message, "invalid_image")
+    return width, height
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A picture that is kept for those who know its id."""
+
+    data: bytes
+    media_type: str
+    expires_at: float
+
+
+class Results:
+    """Pictures in memory under ids that cannot be guessed; the oldest go when there are too many, all after a time.
+
+    Args:
+        max_bytes: of all together.
+        keep_s: seconds that each is kept.
+    """
+
+    def __init__(self, max_bytes: int, keep_s: float = 3600) -> None:
+        self._max_bytes, self._keep_s = max_bytes, keep_s
+        self._lock = threading.Lock()
+        self._kept: OrderedDict[str, Kept] = OrderedDict()
+        self.n_bytes = 0
+        """Held now."""
+
+    def add(self, data: bytes, media_type: str) -> str:
+        """Keep a picture; returns its id, 128 random bits in hexadecimal digits."""
+        name = secrets.token_hex(16)
+        with self._lock:
+            self._kept[name] = Kept(data, media_type, time.monotonic() + self._keep_s)
+            self.n_bytes += len(data)
+            self._forget()
+        return name
+
+    def get(self, name: str) -> Kept | None:
+        """Return a picture, or None if it is not there (any more)."""
+        if not ID.fullmatch(name):
+            return None
+        with self._lock:
+            self._forget()
+            return self._kept.get(name)
+
+    def _forget(self) -> None:
+        while self._kept:
+            oldest = next(iter(self._kept.values()))
+            if self.n_bytes <= self._max_bytes and oldest.expires_at >= time.monotonic():
+                return
+            self.n_bytes -= len(self._kept.popitem(last=False)[1].data)

@@ -1,0 +1,1 @@
+"""Jobs, the queue, and the engine that draws them; no HTTP."""

@@ -1,0 +1,168 @@
+"""Several works sampled as one batch: each gets the candidates, and the bytes, that it would get alone.
+
+A step reads the weights once for the whole batch, so works with the same settings cost little more together than one of
+them. Each is decoded and scored by itself, in the same groups as when it is alone.
+
+Letters: W works  n candidates of one work  B all candidates  T text positions  J image tokens so far
+"""
+
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass, replace
+from typing import Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle.best_of_n import Best, Candidates, Judge, Request, Result
+from dalle.budget import batches, memory_budget
+from dalle.family.transformers import candidate_bytes, caption_bytes
+from dalle.pipeline import Pipeline
+from dalle.sampling import DRAWING_BYTES, Ranking, Samples, Sampling, candidate_seed, sample_each, undisturbed
+
+MAX_TOGETHER = 512
+"""Candidates of several works in one batch: with more, the first to come would wait long for the last."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Top:
+    """A picture whose top rows are kept."""
+
+    rgb: bytes
+    """Its pixels, 8-bit RGB, rows from the top, as large as the bundle's pictures."""
+    side: int
+    """Width and height in pixels."""
+    keep_rows: int
+    """Rows of tokens that are kept."""
+
+    def image(self) -> Image.Image:
+        """Return the picture."""
+        return Image.frombytes("RGB", (self.side, self.side), self.rgb)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """Everything that the pictures of one request depend on; equal works have equal pictures."""
+
+    caption: str
+    n: int
+    """Candidates to sample."""
+    keep: int
+    """How many of them to return, best first."""
+    sampling: Sampling
+    rank: Ranking
+    top: Top | None = None
+    """None for whole new pictures."""
+
+    def __post_init__(self) -> None:
+        Request(caption=self.caption, n=self.n, keep=self.keep)  # raises for what cannot be sampled
+
+    @property
+    def keep_rows(self) -> int:
+        """Rows of tokens that are given."""
+        return 0 if self.top is None else self.top.keep_rows
+
+    def goes_with(self, other: "Work") -> bool:
+        """Return whether both can be sampled in one batch: all settings but the seed are equal."""
+        return self.keep_rows == other.keep_rows and replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
+
+
+class Watch(Protocol):
+    """What is told while works are under way; whatever it raises ends all of them at once."""
+
+    def begun(self, work: Work, judge: Judge) -> None:
+        """Take note of what decodes the candidates of a work."""
+
+    def sampled(self, tokens: dict[Work, Tensor]) -> Collection[Work]:
+        """Take note of the tokens so far, int64 (n, J) for each work; returns the works that nobody waits for."""
+        ...
+
+    def judged(self, work: Work) -> None:
+        """Take note that some candidates of a work were decoded and scored."""
+
+
+def fits(pipe: Pipeline, works: Sequence[Work]) -> bool:
+    """Return whether works, which go with one another, can share a batch: by memory and by `MAX_TOGETHER`."""
+    if sum(work.n for work in works) > MAX_TOGETHER:
+        return False
+    guided = works[0].sampling.is_guided
+    if any(pipe.default_batch_size(work.n, guided=guided) < work.n for work in works):
+        return False
+    each = candidate_bytes(pipe.dalle) + DRAWING_BYTES * pipe.dalle.config.image_vocab
+    needed = sum(caption_bytes(pipe.dalle) + work.n * each for work in works)
+    return (2 if guided else 1) * needed <= memory_budget(pipe.dalle.device, pipe.memory)
+
+
+@undisturbed()
+def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Result]:
+    """Sample works in one batch, or one work in as many as its memory asks for; then decode, score and choose.
+
+    Args:
+        pipe: the bundle.
+        works: different ones that go with one another, and fit if there are several.
+        watch: is told.
+
+    Returns:
+        The best of each work that somebody still waited for at the end.
+    """
+    grid = pipe.dalle.config.grid
+    text_WT = pipe.dalle.config.text_rows([pipe.tokenizer.encode(work.caption) for work in works])
+    prefix_Wm = None
+    if works[0].keep_rows:
+        tops = [work.top for work in works if work.top is not None]
+        prefix_Wm = torch.cat([pipe.prefix(top.image(), top.keep_rows) for top in tops])
+        assert prefix_Wm.shape == (len(works), works[0].keep_rows * grid)
+    judges = {work: pipe.judge(work.caption) for work in works}
+    bests = {work: Best(work.keep, work.rank) for work in works}
+    for work, judge in judges.items():
+        watch.begun(work, judge)
+    n = works[0].n
+    size = pipe.default_batch_size(n, guided=works[0].sampling.is_guided) if len(works) == 1 else n
+    left = set(works)
+    for _, ks in batches(1, n, size):
+        numbers = {work: ks if len(works) == 1 else range(work.n) for work in works}
+        for work, samples in _sample(pipe, text_WT, numbers, prefix_Wm, watch).items():
+            if samples is None:
+                left.discard(work)
+                continue
+            candidates = Candidates(torch.tensor(numbers[work]), samples.tokens[0], samples.log_likelihoods[0])
+            judges[work].judge(bests[work], candidates, lambda *_, work=work: watch.judged(work))
+        if not left:
+            break
+    return {work: judges[work].result(bests[work]) for work in works if work in left}
+
+
+def _sample(
+    pipe: Pipeline, text_WT: Tensor, numbers: dict[Work, range], prefix_Wm: Tensor | None, watch: Watch
+) -> dict[Work, Samples | None]:
+    """Sample the numbered candidates of each work as one batch; None for works that nobody waits for any more."""
+    works = list(numbers)
+    seeds = [[candidate_seed(work.sampling.seed, work.caption, k) for k in ks] for work, ks in numbers.items()]
+    sizes = [len(some) for some in seeds]
+    dropped: set[Work] = set()
+
+    def on_step(tokens_BJ: Tensor) -> Tensor | None:
+        rows = dict(zip(works, torch.split(tokens_BJ, sizes), strict=True))
+        gone = set(watch.sampled({work: rows[work] for work in works if work not in dropped})) - dropped
+        if not gone:
+            return None
+        dropped.update(gone)
+        # of a work that nobody waits for, one candidate stays: a decoder wants one of each prompt
+        starts = [sum(sizes[:i]) for i in range(len(sizes))]
+        sizes[:] = [1 if work in gone else size for work, size in zip(works, sizes, strict=True)]
+        return torch.cat([torch.arange(start, start + size) for start, size in zip(starts, sizes, strict=True)])
+
+    found = sample_each(
+        pipe.dalle,
+        text_WT,
+        seeds,
+        works[0].sampling,
+        prefix=prefix_Wm,
+        on_step=on_step,
+        compile=pipe.compile,
+    )
+    return {work: None if work in dropped else samples for work, samples in zip(works, found, strict=True)}
+
+
+Draw = Callable[[Pipeline, Sequence[Work], Watch], dict[Work, Result]]
+"""`draw`, or what stands for it in a test."""

@@ -1,0 +1,135 @@
+"""What the routes share: the engine, the metrics, the pictures that are kept, and how requests are answered."""
+
+import dataclasses
+import hashlib
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.requests import Request
+
+from dalle.pipeline import Pipeline
+from dalle.server.api.errors import APIError, not_yet
+from dalle.server.api.requests import Ask, Limits
+from dalle.server.metrics import Metrics
+from dalle.server.pictures import Results
+from dalle.server.queueing.batch import Top, Work
+from dalle.server.queueing.engine import Engine
+from dalle.server.queueing.jobs import Job, Previews
+from storage.errors import reason_of
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How a server answers, beyond `Rules`."""
+
+    models: tuple[str, ...]
+    """Names of the bundle; the first is its own."""
+    created: int = 0
+    """Seconds since 1970 when the bundle was made."""
+    best_of: int = 16
+    max_n: int = 10
+    max_candidates: int = 512
+    timeout_s: float = 600.0
+    public_url: str | None = None
+    """Where links to pictures lead; by default where the request was sent to."""
+    log_prompts: bool = False
+    result_bytes: int = 256_000_000
+    """Of pictures that are kept for an hour."""
+
+
+@dataclass
+class State:
+    """What the routes share."""
+
+    engine: Engine
+    metrics: Metrics
+    settings: Settings
+    results: Results = field(init=False)
+    is_draining: bool = False
+    """Whether the server ends: it is no longer ready."""
+
+    def __post_init__(self) -> None:
+        self.results = Results(self.settings.result_bytes)
+        queue = self.engine.queue
+        watch = self.metrics.watch
+        watch("dalle_queue_jobs", "Requests that wait.", lambda: queue.n_jobs)
+        watch("dalle_running_jobs", "Requests that are drawn.", lambda: queue.n_running)
+        watch("dalle_queue_candidates", "Candidates of requests that wait.", lambda: queue.n_candidates)
+        watch("dalle_result_bytes", "Pictures that are kept.", lambda: self.results.n_bytes)
+        watch("dalle_ready", "Whether requests are taken: 0 or 1.", lambda: float(self.is_ready))
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether requests are taken."""
+        return self.engine.pipe is not None and not self.is_draining
+
+    def pipe(self) -> Pipeline:
+        """Return the bundle.
+
+        Raises:
+            APIError: it is not loaded yet, or the server ends.
+        """
+        if self.is_draining:
+            raise not_yet("the server ends: it takes no more requests", 5)
+        if self.engine.pipe is None:
+            raise not_yet("the bundle is still loaded: try again in some seconds", 5)
+        return self.engine.pipe
+
+    def limits(self) -> Limits:
+        """Return what requests may ask for; raises as `pipe`."""
+        pipe, settings = self.pipe(), self.settings
+        return Limits(
+            models=settings.models,
+            native=pipe.dvae.config.image_size,
+            grid=pipe.dalle.config.grid,
+            image_vocab=pipe.dalle.config.image_vocab,
+            defaults=pipe.defaults,
+            best_of=settings.best_of,
+            max_n=settings.max_n,
+            max_candidates=settings.max_candidates,
+        )
+
+    def job(self, ask: Ask, owner: str, kind: str, *, top: Top | None = None, previews: Previews | None = None) -> Job:
+        """Return the job of what is asked for.
+
+        Raises:
+            APIError: it cannot be sampled.
+        """
+        settings = ask.settings
+        try:
+            work = Work(
+                caption=ask.prompt,
+                n=ask.best_of,
+                keep=ask.n,
+                sampling=settings.sampling(ask.seed),
+                rank=settings.rank,
+                top=top,
+            )
+        except ValueError as error:
+            raise APIError(400, reason_of(error)) from error
+        return Job(work, owner=owner, timeout_s=self.settings.timeout_s, previews=previews, kind=kind)
+
+    def texts(self, job: Job, place: int) -> dict[str, Any]:
+        """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
+        result, work, pipe = job.result, job.work, self.engine.pipe
+        assert result is not None
+        assert pipe is not None
+        about = {
+            "caption": work.caption,
+            "rank": place + 1,
+            "ranked_by": result.rank,
+            "score": float(result.scores[place]),
+            "log_likelihood": float(result.log_likelihoods[place]),
+            "candidate": result.candidates[place],
+            **dataclasses.asdict(work.sampling),
+            "keep_rows": work.keep_rows or None,
+            "best_of": work.n,
+            "hashes": pipe.hashes,
+        }
+        return {name: value for name, value in about.items() if value is not None}
+
+    def note(self, request: Request, ask: Ask) -> None:
+        """Say in the log what is asked for, without its words."""
+        digest = hashlib.sha256(ask.prompt.encode()).hexdigest()[:8]
+        words = f" {ask.prompt!r}" if self.settings.log_prompts else f" of {len(ask.prompt)} characters ({digest})"
+        request.state.note = f"the best {ask.n} of {ask.best_of}, caption{words}"

@@ -1,0 +1,225 @@
+"""What the fields of a request mean, and what pictures look like on their way in and out."""
+
+import io
+import json
+import time
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from dalle.sampling import SamplingDefaults
+from dalle.server.api.errors import APIError
+from dalle.server.api.requests import FIELDS, IGNORED, Limits, read_ask
+from dalle.server.pictures import MAX_UPLOAD_PIXELS, Results, encode, open_upload, rows_kept, unfinished
+from dalle.server.security import Rules, read_keys
+
+LIMITS = Limits(
+    models=("tiny", "dall-e-2"),
+    native=48,
+    grid=12,
+    image_vocab=32,
+    defaults=SamplingDefaults(temperature=0.3, guidance=2.0),
+)
+
+
+def ask(endpoint="generations", **values):
+    return read_ask({"prompt": "a red cube", **values}, LIMITS, endpoint)
+
+
+def test_null_is_the_same_as_left_out():
+    everything = dict.fromkeys(FIELDS, None) | {"prompt": "a red cube", "seed": 5}
+    assert read_ask(everything, LIMITS) == ask(seed=5)
+
+
+def test_texts_of_forms_are_the_values_of_json():
+    values = {"n": 2, "stream": False, "output_compression": 80, "output_format": "jpeg", "top_p": 0.5, "seed": -4}
+    texts = {"n": "2", "stream": "false", "output_compression": "80", "output_format": "jpeg", "top_p": "0.5"}
+    assert ask("edits", keep_rows="3", seed="-4", **texts) == ask("edits", keep_rows=3, **values)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({}, (1, 16)),
+        ({"quality": "auto"}, (1, 16)),
+        ({"quality": "standard"}, (1, 16)),
+        ({"quality": "low"}, (1, 1)),
+        ({"quality": "low", "n": 3}, (3, 3)),
+        ({"quality": "medium"}, (1, 8)),
+        ({"quality": "hd"}, (1, 32)),
+        ({"quality": "max"}, (1, 512)),
+        ({"quality": "low", "best_of": 5, "n": 5}, (5, 5)),
+        ({"n": 10}, (10, 16)),
+    ],
+)
+def test_quality_and_best_of_say_how_many_candidates(values, expected):
+    found = ask(**values)
+    assert (found.n, found.best_of) == expected
+
+
+@pytest.mark.parametrize(
+    ("size", "side"), [("auto", 48), ("48x48", 48), ("256x256", 256), ("1024X1024", 1024), (" 512x512 ", 512), ("", 48)]
+)
+def test_square_sizes_are_resized_and_auto_is_native(size, side):
+    assert ask(size=size).side == side
+
+
+def test_what_old_clients_send_by_default_is_ignored_by_name():
+    sent = dict.fromkeys(IGNORED, "anything")
+    assert ask(seed=1, **sent).ignored == IGNORED
+    assert ask(user="somebody", safety_identifier="id").safety_identifier == "id"
+
+
+def test_settings_are_the_bundles_unless_told():
+    assert ask().settings == LIMITS.defaults
+    assert ask(temperature=1, guidance=1, rank="both").settings == SamplingDefaults(rank="both")
+
+
+def test_a_seed_that_is_drawn_survives_javascript():
+    seeds = {ask().seed for _ in range(20)}
+    assert len(seeds) == 20
+    assert all(float(seed) == seed and seed < 2**53 for seed in seeds)
+
+
+@pytest.mark.parametrize(
+    ("values", "param", "words"),
+    [
+        ({"sead": 3}, "sead", "did you mean seed"),
+        ({"bestof": 3}, "bestof", "did you mean best_of"),
+        ({"keep_rows": 3}, "keep_rows", "a field of /v1/images/edits"),
+        ({"markup": "x"}, "markup", "not supported"),
+        ({"size": "1792x1024"}, "size", "square: expected auto, 48x48"),
+        ({"n": 0}, "n", "expected 1 to 10"),
+        ({"best_of": 3, "n": 4}, "best_of", "expected 4 to 512"),
+        ({"top_k": 33}, "top_k", "expected 1 to 32"),
+        ({"temperature": -1}, "temperature", "at least 0"),
+        ({"prompt": " \n"}, "prompt", "empty"),
+        ({"model": "gpt-5"}, "model", "expected tiny or dall-e-2"),
+    ],
+)
+def test_a_refusal_names_the_field_and_says_what_to_do(values, param, words):
+    with pytest.raises(APIError) as refused:
+        ask(**values)
+    assert refused.value.param == param
+    assert words in refused.value.message
+
+
+@pytest.mark.parametrize("output_format", ["png", "jpeg", "webp"])
+@pytest.mark.parametrize("metadata", [True, False])
+def test_every_format_says_that_it_is_made_and_how_unless_told_not_to(output_format, metadata):
+    texts = {"caption": "a red cube, größer", "seed": 3, "hashes": {"dalle": "12ab"}} if metadata else None
+    pixels = torch.rand(3, 16, 16, generator=torch.Generator().manual_seed(0))
+    options = {"output_format": output_format, "compression": 90, "texts": texts}
+    data = encode(pixels, side=32, **options)
+    assert data == encode(pixels, side=32, **options)
+    image = Image.open(io.BytesIO(data))
+    assert (image.format.lower(), image.size) == (output_format, (32, 32))
+    said = str(image.info) + str(dict(image.getexif()))
+    assert "trainedAlgorithmicMedia" in str(image.info.get("xmp") or image.info["XML:com.adobe.xmp"])
+    assert ("a red cube" in said) == metadata
+    if output_format == "png" and metadata:
+        assert (image.text["caption"], image.text["seed"]) == (texts["caption"], "3")
+        assert json.loads(image.text["hashes"]) == texts["hashes"]
+
+
+def png(array):
+    file = io.BytesIO()
+    Image.fromarray(array).save(file, format="PNG")
+    return file.getvalue()
+
+
+def mask(height, width, kept):
+    array = np.zeros((height, width, 4), np.uint8)
+    array[:kept, :, 3] = 255
+    return array
+
+
+@pytest.mark.parametrize(("kept", "rows"), [(0, 0), (4, 1), (24, 6), (27, 6), (44, 11), (47, 11)])
+def test_a_mask_keeps_whole_rows_of_tokens(kept, rows):
+    assert rows_kept(png(mask(48, 48, kept)), (48, 48), 48, 12) == rows
+    large = mask(192, 192, 4 * kept)
+    assert rows_kept(png(large), (192, 192), 48, 12) == rows
+
+
+@pytest.mark.parametrize(
+    ("array", "words"),
+    [
+        (mask(48, 40, 12), "same size"),
+        (mask(48, 48, 48), "nothing transparent"),
+        (mask(48, 48, 12)[::-1].copy(), "only whole rows at the top"),
+        (mask(48, 48, 12).transpose(1, 0, 2).copy(), "only whole rows at the top"),
+        (mask(48, 48, 12)[:, :, :3].copy(), "no transparency"),
+    ],
+)
+def test_a_mask_that_keeps_anything_else_is_refused(array, words):
+    with pytest.raises(APIError, match=words):
+        rows_kept(png(array), (48, 48), 48, 12)
+
+
+def test_uploads_are_told_by_their_bytes_and_bounded_in_pixels():
+    image, size = open_upload(png(np.zeros((20, 30, 3), np.uint8)))
+    assert (image.size, size) == ((30, 20), (30, 20))
+    huge = png(np.zeros((8, 8), np.uint8))
+    side = int(MAX_UPLOAD_PIXELS**0.5) + 1
+    forged = huge[:16] + side.to_bytes(4, "big") * 2 + huge[24:]
+    for data in (b"", b"GIF89a", b"<svg/>", huge[:20], forged):
+        with pytest.raises(APIError) as refused:
+            open_upload(data)
+        assert refused.value.param == "image"
+
+
+def test_an_unfinished_picture_fades_into_grey():
+    whole = unfinished(torch.ones(3, 8, 16), 16, 4)
+    assert whole.shape == (3, 16, 16)
+    assert (whole[:, :4] == 1).all()
+    assert (whole[:, 4:8].diff(dim=1) < 0).all()
+    assert (whole[:, 8:] == 0.5).all()
+
+
+def test_results_are_forgotten_when_there_are_too_many_or_they_are_old(monkeypatch):
+    results = Results(100, keep_s=10)
+    first, second = results.add(b"a" * 60, "image/png"), results.add(b"b" * 60, "image/png")
+    assert first != second
+    assert results.get(first) is None
+    assert results.get(second).data == b"b" * 60
+    assert results.get("../etc/passwd") is None
+    now = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: now + 11)
+    assert results.get(second) is None
+    assert results.n_bytes == 0
+
+
+@pytest.mark.parametrize(
+    ("rules", "host", "allowed"),
+    [
+        ({}, "127.0.0.1:8000", True),
+        ({}, "localhost", True),
+        ({}, "[::1]:8000", True),
+        ({}, "evil.example", False),
+        ({}, "127.0.0.1.evil.example", False),
+        ({}, "192.168.1.5", False),
+        ({}, "", False),
+        ({}, "localhost:8000@evil.example", False),
+        ({"host": "0.0.0.0"}, "192.168.1.5:8000", True),
+        ({"host": "0.0.0.0"}, "rebound.example:8000", False),
+        ({"allowed_hosts": ("Draw.example.org",)}, "draw.example.org", True),
+    ],
+)
+def test_only_names_of_this_server_are_answered(rules, host, allowed):
+    if allowed:
+        Rules(**rules).check_host(host)
+    else:
+        with pytest.raises(APIError, match="allowed-host"):
+            Rules(**rules).check_host(host)
+
+
+def test_keys_are_one_a_line_with_or_without_names(tmp_path):
+    file = tmp_path / "keys"
+    file.write_text("# ours\nalice sk-1\n\nsk-2\n")
+    assert read_keys(file) == {"sk-1": "alice", "sk-2": "key 2"}
+    for text in ("", "# nothing\n", "one two three\n", "schlüssel\n"):
+        file.write_text(text)
+        with pytest.raises(ValueError, match="expected"):
+            read_keys(file)
