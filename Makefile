@@ -11,7 +11,7 @@ CUDA_STAMP := $(CUDA_VENV)/.installed
 
 REFERENCES_STAMP := $(VENV)/.installed-references
 
-.PHONY: demo test test-all fuzz faults references js-client fake-cuda gpu bench bench-plan bench-scale lint clean
+.PHONY: demo test test-all fuzz faults references js-client fake-cuda gpu bench bench-plan bench-scale bench-family lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
@@ -62,6 +62,10 @@ bench-plan: $(STAMP)
 # Memory, start and order of a rank at 250 million samples, on simulated shards; a few minutes.
 bench-scale: $(STAMP)
 	$(BIN)/python -m benchmarks.scale
+
+# Imported models beside the packages that published them; half an hour, and 10 GiB.
+bench-family: $(REFERENCES_STAMP)
+	$(BIN)/python -m benchmarks.family
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

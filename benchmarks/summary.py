@@ -14,7 +14,7 @@ from typing import Any
 
 from benchmarks.measure import RESULTS, ROOT, Line, Table, figure, text_table
 
-BENCHMARKS = ("attention", "train_step", "decode", "dvae", "loading", "tokenizer", "scale", "gpu")
+BENCHMARKS = ("attention", "train_step", "decode", "dvae", "loading", "tokenizer", "scale", "family", "gpu")
 """In the order of the table of lines."""
 
 PAGES = (ROOT / "docs/performance.md", ROOT / "benchmarks/README.md")
