@@ -82,14 +82,18 @@ def test_only_equal_settings_go_together(pipe, top):
 
 
 def test_jobs_that_wait_share_a_batch_and_equal_ones_a_work(pipe):
-    slow = SlowDraw()
+    slow = SlowDraw(token_s=60)
     engine = engine_of(pipe, slow)
+    before = job(top_p=0.5)
+    engine.queue.submit(before)
+    wait_until(lambda: before.state == "running")
     jobs = [job(CUBE, seed=1), job(SPHERE, seed=2), job(CUBE, seed=1), job(CUBE, seed=1, temperature=0.5)]
     for one in jobs:
         engine.queue.submit(one)
+    slow.go.set()
     wait_until(lambda: all(one.has_ended for one in jobs))
     assert [one.state for one in jobs] == ["done"] * 4
-    assert slow.drawn == [(jobs[0].work, jobs[1].work), (jobs[3].work,)]
+    assert slow.drawn == [(before.work,), (jobs[0].work, jobs[1].work), (jobs[3].work,)]
     assert jobs[0].result is jobs[2].result
     assert_same(jobs[1].result, pipe.best(Request(caption=SPHERE, n=4, keep=2), Sampling(seed=2)))
     engine.queue.close()
@@ -128,12 +132,13 @@ def test_a_job_cancelled_in_a_shared_batch_leaves_the_other_as_it_was(pipe):
 
 
 def test_a_job_that_waits_is_cancelled_without_being_drawn(pipe):
-    slow = SlowDraw(token_s=0.02)
+    slow = SlowDraw(token_s=60)
     engine = engine_of(pipe, slow)
     first, second = job(seed=1), job(seed=2, temperature=0.5)
     for one in (first, second):
         engine.queue.submit(one)
     engine.queue.cancel(second)
+    slow.go.set()
     wait_until(lambda: first.has_ended)
     engine.queue.close()
     engine.join()
@@ -197,10 +202,11 @@ def test_owners_are_served_in_turn_and_each_in_order():
 
 
 def test_late_jobs_fail_whether_they_run_or_wait(pipe):
-    engine = engine_of(pipe, SlowDraw(token_s=0.05))
-    running, waiting = job(seed=1, timeout_s=0.3), job(seed=2, temperature=0.5, timeout_s=0.3)
-    for one in (running, waiting):
-        engine.queue.submit(one)
+    engine = engine_of(pipe, SlowDraw(token_s=0.2))
+    running, waiting = job(seed=1, timeout_s=1.5), job(seed=2, temperature=0.5, timeout_s=0.5)
+    engine.queue.submit(running)
+    wait_until(lambda: running.state == "running")
+    engine.queue.submit(waiting)
     wait_until(lambda: running.has_ended and waiting.has_ended)
     assert [type(one.error) for one in (running, waiting)] == [LateError, LateError]
     assert [one.error.was_queued for one in (running, waiting)] == [False, True]

@@ -23,10 +23,11 @@ LONG_S = 60.0
 
 
 class SlowDraw:
-    """Draws as the engine does, but each token takes as long as it is told; remembers what it drew."""
+    """Draws as the engine does, but a token takes as long as it is told, until `go` is set; remembers what it drew."""
 
     def __init__(self, token_s: float = 0.0) -> None:
         self.token_s = token_s
+        self.go = threading.Event()
         self.drawn: list[tuple[Work, ...]] = []
         self.ended = 0
 
@@ -39,7 +40,7 @@ class SlowDraw:
                 watch.begun(work, judge)
 
             def sampled(self, tokens: Any) -> Any:
-                time.sleep(slow.token_s)
+                slow.go.wait(slow.token_s)
                 return watch.sampled(tokens)
 
             def judged(self, work: Work) -> None:
