@@ -124,7 +124,8 @@ def test_the_end_of_a_job_that_is_ending_is_waited_for(
 ) -> None:
     monkeypatch.setattr(training.stages.locks, "ENDING_S", 60.0)
     with held_elsewhere(tmp_path / "training" / "dvae") as other:
-        threading.Timer(2.0, other.terminate).start()
+        # waited for, or it would stay a zombie, which counts as alive until it has been silent for long
+        threading.Timer(2.0, lambda: (other.terminate(), other.wait())).start()
         assert run("dvae", "tiny", "--data", shards, "--out", tmp_path) == 0
 
 
