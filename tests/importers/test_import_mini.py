@@ -191,7 +191,7 @@ def test_a_flax_file_with_a_false_length_is_refused(tmp_path: Path) -> None:
         import_dalle_mini(folder, image_vocab=IMAGE_VOCAB)
 
 
-@pytest.mark.parametrize("is_flax", [True, False])
+@pytest.mark.parametrize("is_flax", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_importing_a_mini_holds_its_weights_once_and_one_tensor(
     tmp_path: Path, rise_of_memory: Callable[[Callable[[], object]], int], is_flax: bool
 ) -> None:

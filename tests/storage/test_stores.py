@@ -333,6 +333,7 @@ def _read_all(url: str, cache: Path, names: list[str], barrier: "multiprocessing
         assert read(path) == DATA
 
 
+@pytest.mark.slow
 def test_four_processes_fetch_each_file_once(web: Web, tmp_path: Path) -> None:
     names = [f"{number}.tar" for number in range(6)]
     for name in names:

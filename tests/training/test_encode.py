@@ -683,6 +683,7 @@ def test_pictures_are_encoded_and_trained_on_from_the_command_line(
         assert "pictures are needed here" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_all_stages_train_with_pictures_encoded_once(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

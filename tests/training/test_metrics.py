@@ -282,6 +282,7 @@ def test_the_peak_of_another_gpu_with_a_similar_name_is_not_guessed(name: str) -
     assert gpu_peak_flops(name, "bf16") is None
 
 
+@pytest.mark.slow
 def test_the_peak_of_a_cpu_is_measured_and_a_given_one_is_taken(monkeypatch: pytest.MonkeyPatch) -> None:
     cpu = torch.device("cpu")
     measured = peak_flops(cpu, "fp32")

@@ -156,7 +156,7 @@ def life(
 
 
 @pytest.mark.parametrize("n_ranks", [1, 2])
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_model_drawn_in_parts_trains_as_one_that_every_rank_had(tmp_path: Path, precision: str, n_ranks: int) -> None:
     settings = config(zero_stage=3, precision=precision, ema_decay=0.7)
     whole, parts = (
@@ -197,7 +197,14 @@ def load_averages(ranks: Ranks, folder: Path) -> dict[str, list[float]]:
     return lists(averages_of(engine))
 
 
-@pytest.mark.parametrize(("saved_by", "loaded_by"), [(2, 2), (2, 1), (1, 2), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("saved_by", "loaded_by"),
+    [
+        (2, 1),
+        (1, 2),
+        *(pytest.param(*each, marks=pytest.mark.slow) for each in [(2, 2), (2, 4), (4, 2)]),
+    ],
+)
 def test_averages_in_parts_are_read_by_any_number_of_ranks(tmp_path: Path, saved_by: int, loaded_by: int) -> None:
     saved = on_ranks(tmp_path, save_averages, tmp_path / "c", n_ranks=saved_by)[0]
     assert isinstance(saved, dict), saved

@@ -122,6 +122,7 @@ def test_the_command_line_says_how_many_hard_negatives(tmp_path: Path, shards: P
     assert run(*command, "--fresh", "--hard-negatives", -1) == 1
 
 
+@pytest.mark.slow
 def test_options_replace_the_recipes_values(tmp_path: Path, bundle_copy: Path, shards: Path) -> None:
     shutil.rmtree(bundle_copy / "training" / "transformer")
     options = ["--steps", 2, "--global-batch", 6, "--micro-batch", 3, "--seed", 5, "--log-every", 2, "--workers", 1]

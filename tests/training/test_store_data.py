@@ -191,6 +191,7 @@ def test_a_shard_that_is_gone_later_counts_as_bad_samples(web: Web, caplog: pyte
         list(batches(data, lambda *_: size, share, max_bad_fraction=0.1))
 
 
+@pytest.mark.slow
 def test_image_tokens_are_written_to_a_store_and_read_from_there(bucket: str, shards: Path, tmp_path: Path) -> None:
     out, tokens = bundle_in(tmp_path / "out", shards), tmp_path / "tokens"
     given = ["--data", f"{bucket}/world", "--dvae", out / "dvae", "--crops", "2", "--workers", "0"]
@@ -207,6 +208,7 @@ def test_image_tokens_are_written_to_a_store_and_read_from_there(bucket: str, sh
     assert changed.encoding != local.encoding
 
 
+@pytest.mark.slow
 def test_a_manifest_is_kept_in_a_store(bucket: str, shards: Path, tmp_path: Path) -> None:
     check = ["check-data", "--data", f"{bucket}/world", "--out", f"{bucket}/manifest", "--workers", "0"]
     assert run(*check, "--cache", tmp_path / "one") == 0

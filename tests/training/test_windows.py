@@ -49,12 +49,8 @@ N = N_SHARDS * PER_SHARD
 
 PLACES = ("folder", "HTTP", "S3")
 CASES = [
-    # an S3 server takes seconds, and the place does not know of the window
-    pytest.param(
-        (place, window),
-        id=f"{place}, {window}",
-        marks=[pytest.mark.slow] * (place == "S3" and window != "three shards"),
-    )
+    # an S3 server takes seconds
+    pytest.param((place, window), id=f"{place}, {window}", marks=[pytest.mark.slow] * (place == "S3"))
     for place in PLACES
     for window in SHUFFLES
 ]
