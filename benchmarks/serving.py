@@ -144,7 +144,7 @@ def cancelling(server: Server, n: int, rounds: int) -> dict[str, Any]:
 
 
 def streaming(server: Server) -> dict[str, Any]:
-    """Measure when the first unfinished picture comes, and how much kept rows still change, but for the last one."""
+    """Measure when the first unfinished picture comes, and how much kept rows still change, but for the last two."""
     say("streaming")
     times: dict[int, list[float]] = {}
     pictures: list[Any] = []
@@ -162,7 +162,7 @@ def streaming(server: Server) -> dict[str, Any]:
     change = 0.0
     for number, picture in enumerate(unfinished, start=1):
         rows = len(final) * number // 4
-        kept = rows - len(final) // 12  # the demonstration has 12 rows of tokens
+        kept = rows - 2 * len(final) // 12  # the demonstration has 12 rows of tokens
         change = max(change, float(np.abs(picture[:kept] - final[:kept]).max()))
     shares = {best_of: found[0] / found[-1] for best_of, found in times.items()}
     return {"first_share_of_time": shares, "seconds": times, "change_of_kept_rows": change}

@@ -77,7 +77,9 @@ def encode(
 
 
 def unfinished(top: Tensor, side: int, row: int) -> Tensor:
-    """Return a whole picture of which the top is known: grey below, with the top's last row of tokens faded into it.
+    """Return a whole picture of which the top is known: grey below, and the top's last two rows of tokens faded out.
+
+    Their pixels still change by what comes below: on the demonstration by up to 0.5, those above by up to 0.04.
 
     Args:
         top: float32 (3, h, W) in [0, 1].
@@ -87,8 +89,9 @@ def unfinished(top: Tensor, side: int, row: int) -> Tensor:
     whole = torch.full((3, side, top.shape[2]), GREY)
     whole[:, : top.shape[1]] = top
     if top.shape[1] < side:
-        last = slice(top.shape[1] - row, top.shape[1])
-        weight_h1 = torch.linspace(1, 0, row + 2)[1:-1, None]
+        n_faded = min(2 * row, top.shape[1])
+        last = slice(top.shape[1] - n_faded, top.shape[1])
+        weight_h1 = torch.linspace(1, 0, n_faded + 2)[1:-1, None]
         whole[:, last] = GREY + weight_h1 * (whole[:, last] - GREY)
     return whole
 

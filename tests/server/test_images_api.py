@@ -171,11 +171,11 @@ def test_uploads_are_told_by_their_bytes_and_bounded_in_pixels():
 
 
 def test_an_unfinished_picture_fades_into_grey():
-    whole = unfinished(torch.ones(3, 8, 16), 16, 4)
+    whole = unfinished(torch.ones(3, 12, 16), 16, 4)
     assert whole.shape == (3, 16, 16)
     assert (whole[:, :4] == 1).all()
-    assert (whole[:, 4:8].diff(dim=1) < 0).all()
-    assert (whole[:, 8:] == 0.5).all()
+    assert (whole[:, 4:12].diff(dim=1) < 0).all()
+    assert (whole[:, 12:] == 0.5).all()
 
 
 def test_results_are_forgotten_when_there_are_too_many_or_they_are_old(monkeypatch):

@@ -105,7 +105,7 @@ def test_a_stream_shows_rows_of_the_finished_picture(server):
     assert [event.partial_image_index for event in events[:3]] == [0, 1, 2]
     final = pixels(opened(events[-1].b64_json))
     for rows, event in enumerate(events[:3], start=1):
-        shown = pixels(opened(event.b64_json))[: 4 * (rows - 1)]
+        shown = pixels(opened(event.b64_json))[: 4 * max(0, rows - 2)]  # the last two are faded
         assert abs(shown - final[: len(shown)]).max(initial=0) <= 0.03 * 255
     assert events[-1].usage.output_tokens == 16
     direct = server.client().images.generate(prompt=SPHERE, quality="low", extra_body={"seed": 1})

@@ -77,7 +77,7 @@ class Rows:
     candidates: Sequence[int]
     """Numbers of the candidates shown."""
     tops: Tensor | None
-    """float32 (K, 3, H, W) in [0, 1]: their tops, the last row of tokens less sure than the others; None: not shown."""
+    """float32 (K, 3, H, W) in [0, 1]: their tops, whose last two rows of tokens still change; None: not shown."""
 
 
 @dataclass(frozen=True)

@@ -220,12 +220,13 @@ async function grow(data) {
     pen.fillStyle = "#88888833";
     pen.fillRect(left, top, width, width);
     pen.drawImage(image, x * width, y * height, width, height, left, top, width, height);
-    if (data.rows < data.grid) { // the last row is not sure yet
-      const fade = pen.createLinearGradient(0, top + height - row, 0, top + height);
+    if (data.rows < data.grid) { // the last rows are not sure yet
+      const unsure = Math.min(2 * row, height);
+      const fade = pen.createLinearGradient(0, top + height - unsure, 0, top + height);
       fade.addColorStop(0, "#88888800");
       fade.addColorStop(1, "#888888dd");
       pen.fillStyle = fade;
-      pen.fillRect(left, top + height - row, width, row);
+      pen.fillRect(left, top + height - unsure, width, unsure);
     }
   }
   canvas.setAttribute("aria-label", `${count} candidates, ${data.rows} of ${data.grid} rows drawn`);
