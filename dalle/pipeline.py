@@ -244,9 +244,11 @@ class Pipeline:
             mask: of the same proportions: what is True, white or fully transparent is drawn anew.
             caption: what the whole picture should show.
             n: particles, see `dalle.sampler.particles`.
-            keep: how many to return at most; seed and progress are as for `generate`.
+            keep: how many to return, at most.
+            seed: same seed, same pictures.
             settings: by default the bundle's.
             batch_size: particles of a population; there are as many populations as batches.
+            progress: told how many particles are done.
 
         Raises:
             ValueError: as `generate`; or the mask is none, or of other proportions than the picture.
@@ -369,17 +371,13 @@ class Pipeline:
         budget = memory_budget(self.dalle.device, self.memory) // (2 if early_abandon else 1)
         return candidates_at_once(self.dalle, budget, n, n_captions=n_captions, guided=guided)
 
-    def judge(self, caption: str, finish: Callable[[Tensor], Tensor] | None = None) -> Judge:
+    def judge(self, caption: str, finish: Callable[[Tensor], Tensor] = lambda images: images) -> Judge:
         """Return what decodes and scores candidates of a caption; `finish` makes the pictures of the decoded ones."""
-
-        def decode(tokens: Tensor) -> Tensor:
-            images = self.decode(tokens)
-            return images if finish is None else finish(images)
 
         def at_once(n: int) -> int:
             return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self.memory), n)
 
-        return Judge(caption, self.clip, decode, at_once)
+        return Judge(caption, self.clip, lambda tokens: finish(self.decode(tokens)), at_once)
 
     def _sample(
         self,
