@@ -45,6 +45,7 @@ from dalle.budget import (
 )
 from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
 from dalle.editing.edit import Edited, edit
+from dalle.editing.likelihood import Likelihood, likelihood
 from dalle.editing.regions import Mask, Region, check_top
 from dalle.family.tokenizers import TextTokenizer, text_of
 from dalle.family.transformers import Transformer
@@ -360,6 +361,15 @@ class Pipeline:
     def rank(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """Return the cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
         return score(self.clip, captions, images).cpu()
+
+    @undisturbed()
+    def likelihood(self, caption: str, images: Sequence[Image.Image]) -> Likelihood:
+        """Return how likely pictures are after a caption, and after the empty one; they are resized and cropped.
+
+        Raises:
+            ValueError: an empty caption, or no pictures.
+        """
+        return likelihood(self, caption, images)
 
     def default_batch_size(
         self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False

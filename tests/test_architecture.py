@@ -38,6 +38,7 @@ PIPELINE = {
     "dalle.budget",
     "dalle.data.bundle",
     "dalle.editing.edit",
+    "dalle.editing.likelihood",
     "dalle.editing.regions",
     "dalle.pipeline",
 }
@@ -196,6 +197,7 @@ dalle:Pipeline.load(bundle)
 dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, rank, prefix)
 dalle:Pipeline.best(request, sampling, rank, prefix)
 dalle:Pipeline.edit(image, mask, caption, n, keep, seed, settings)
+dalle:Pipeline.likelihood(caption, images)
 dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)
 dalle:Pipeline.prefix(image, keep_rows)
