@@ -72,8 +72,7 @@ def edit(
         done = BatchProgress(progress, before=ks.start, n=len(ks), total=request.n, sampling_share=share)
 
         def on_step(tokens_NJ: Tensor, done: BatchProgress = done) -> None:
-            n_image = len(known_I)
-            done.sampled(tokens_NJ.shape[1], n_image)
+            done.sampled(tokens_NJ.shape[1], len(known_I))
 
         here = seeds[ks.start : ks.stop]
         populations.append(fill(pipe.dalle, text_1T, known_I, here, sampling, on_step=on_step, compile=pipe.compile))
@@ -106,7 +105,7 @@ def known_tokens(pipe: "Pipeline", region: Region) -> tuple[Tensor, int]:
 
 def _different(tokens_NI: Tensor, drawn: Tensor) -> Tensor:
     """Return the numbers of those drawn, without later ones of the same tokens."""
-    first = {}
+    first: dict[bytes, int] = {}
     for number in drawn.tolist():
         first.setdefault(tokens_NI[number].numpy().tobytes(), number)
     return torch.tensor(list(first.values()))

@@ -63,7 +63,8 @@ class Region:
 
     def unknown(self, grid: int) -> Tensor:
         """Return the tokens whose cells hold a pixel that is drawn anew, bool (I,), for Y = X = grid."""
-        return F.adaptive_max_pool2d(self.is_new[None].float(), grid)[0].flatten() > 0
+        touched_1YX: Tensor = F.adaptive_max_pool2d(self.is_new[None].float(), grid)
+        return touched_1YX.flatten() > 0
 
     def paste(self, images: Tensor) -> Tensor:
         """Return decoded pictures (N, 3, H, W) with the picture's own pixels where it is kept: exactly these."""
@@ -79,7 +80,7 @@ class Region:
             is_border = self.is_new.diff(dim=axis).cpu()
             differences.append(images.cpu().diff(dim=axis).abs().mean(1)[:, is_border])
         across_NK = torch.cat(differences, dim=1)
-        return 255 * across_NK.mean(1) if across_NK.shape[1] else torch.zeros(len(images))
+        return across_NK.mean(1) * 255 if across_NK.shape[1] else torch.zeros(len(images))
 
     @property
     def original_seam(self) -> float:

@@ -114,7 +114,7 @@ def fill(
     with undisturbed(), torch.inference_mode():
         uniforms_NI = uniforms(seeds, len(is_known)).to(model.device)
         tokens_NI = known.repeat(n, 1)
-        log_weights_N, log_likelihoods_N = torch.zeros((2, n), dtype=torch.float64, device=model.device)
+        log_weights_N, log_likelihoods_N = (torch.zeros(n, dtype=torch.float64, device=model.device) for _ in range(2))
         if first < len(is_known):
             decoder = decoder_of(model, text, [n], known[None, :first], guided=sampling.is_guided, compile=compile)
         for position in range(first, len(is_known)):
