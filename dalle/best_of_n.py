@@ -7,7 +7,8 @@ Letters: N candidates  K kept ones  I image positions  J image positions of the 
 """
 
 import functools
-from collections.abc import Callable, Iterator
+import logging
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from typing import NamedTuple, Self
@@ -15,11 +16,13 @@ from typing import NamedTuple, Self
 import torch
 from torch import Tensor
 
-from dalle.sampling import Ranking, check_ranking
+from dalle.sampling import Ranking, Sampling, check_ranking
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole, wrong_type
 from storage.text import is_visible
+
+logger = logging.getLogger(__name__)
 
 MAX_CANDIDATES = 10**9
 """Of one caption: years of sampling."""
@@ -68,6 +71,16 @@ def check_caption(caption: str) -> None:
         raise ValueError(
             f"the caption {caption[:60]!r} is not Unicode text ({error.reason}): give it in UTF-8"
         ) from error
+
+
+def check_captions(captions: Sequence[str]) -> None:
+    """Raise ValueError for no captions, or for one that `check_caption` refuses."""
+    if isinstance(captions, str):
+        raise wrong_type("captions", captions, "a list of captions")
+    if not captions:
+        raise ValueError("no captions: give at least one")
+    for caption in captions:
+        check_caption(caption)
 
 
 def check_n(n: int) -> None:
@@ -326,3 +339,34 @@ class Judge:
 
     def _scores(self, images: Tensor) -> Tensor:
         return embed_images(self._clip, images) @ self._caption_E
+
+
+class Warnings:
+    """Warns of settings and of their results, of each once.
+
+    Args:
+        knows_null_caption: whether the transformer met empty captions in training.
+    """
+
+    def __init__(self, knows_null_caption: bool) -> None:
+        self._knows_null_caption = knows_null_caption
+        self._told: set[str] = set()
+
+    def about_guidance(self, sampling: Sampling) -> None:
+        """Warn of guidance that compares with what the transformer never saw."""
+        if sampling.is_guided and not self._knows_null_caption:
+            self._once(
+                f"guidance is {sampling.guidance:g}, but this transformer never saw an empty caption in training, "
+                "which guidance compares with: expect worse pictures; train with a null_caption_probability above 0"
+            )
+
+    def about_equal_ones(self, result: Result, sampling: Sampling) -> None:
+        """Warn of pictures that are all equal."""
+        n = len(result.tokens)
+        if n > 1 and bool((result.tokens == result.tokens[0]).all()):
+            self._once(f"all {n} pictures are equal: sample one, or at a temperature above {sampling.temperature:g}")
+
+    def _once(self, text: str) -> None:
+        if text not in self._told:
+            self._told.add(text)
+            logger.warning("%s", text)

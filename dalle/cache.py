@@ -211,6 +211,12 @@ class Decoder:
         if isinstance(self._step, _RecordedSteps):
             self._step = _RecordedSteps()  # those recorded read the old memory
 
+    @torch.inference_mode()
+    def reorder(self, candidates: Tensor) -> None:
+        """Let every candidate go on from one of its prompt, int64 (B,): their numbers, with repetition."""
+        for slots in (*self._image_keys, *self._image_values):
+            slots.copy_(slots.index_select(1, candidates))  # in place: recorded steps read this memory
+
     def _prompts(self) -> Tensor:
         """Return the prompt of each candidate, int64 (B,), on the CPU."""
         return torch.arange(len(self._counts), device="cpu").repeat_interleave(torch.tensor(self._counts, device="cpu"))

@@ -11,7 +11,6 @@ Letters: P captions  N candidates  K kept ones  T text positions  I image positi
          H, W pixels
 """
 
-import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Self
@@ -27,7 +26,8 @@ from dalle.best_of_n import (
     Judge,
     Request,
     Result,
-    check_caption,
+    Warnings,
+    check_captions,
     check_n,
     check_top_is_open,
     n_given,
@@ -44,16 +44,16 @@ from dalle.budget import (
     sampling_share,
 )
 from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
+from dalle.editing.edit import Edited, edit
+from dalle.editing.likelihood import Likelihood, likelihood
+from dalle.editing.regions import Mask, Region, check_top
 from dalle.family.tokenizers import TextTokenizer, text_of
 from dalle.family.transformers import Transformer
-from dalle.sampling import Ranking, Samples, Sampling, candidate_seed, sample, undisturbed
+from dalle.sampling import Ranking, Samples, Sampling, SamplingDefaults, candidate_seed, sample, undisturbed
 from dvae.codec import Codec
 from dvae.fast.model import optimised
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP, score
-from storage.errors import check_whole, wrong_type
-
-logger = logging.getLogger(__name__)
 
 
 class Pipeline:
@@ -102,8 +102,7 @@ class Pipeline:
         self.compile = compile
         self.defaults = sampling_defaults(dalle)
         """How the bundle is sampled and ranked unless told otherwise."""
-        self._knows_null_caption = bool(dalle.metadata.get("null_caption_probability"))
-        self._warned_of: set[str] = set()
+        self._warnings = Warnings(bool(dalle.metadata.get("null_caption_probability")))
 
     @classmethod
     @undisturbed()
@@ -203,13 +202,12 @@ class Pipeline:
     ) -> Result:
         """Do what `generate` does, from objects that are checked already; by default the bundle's settings, seed 0."""
         check_batch_size(batch_size)
-        if sampling is None:
-            sampling = self.defaults.sampling()
+        sampling = sampling or self.defaults.sampling()
         rank = self.defaults.updated(rank=rank).rank
         caption, n = request.caption, request.n
         if request.early_abandon:
             check_top_is_open(prefix, self.dalle.config.grid)
-        self._warn_about_guidance(sampling)
+        self._warnings.about_guidance(sampling)
         size = batch_size or self.default_batch_size(n, guided=sampling.is_guided, early_abandon=request.early_abandon)
         text_1T = text_of(self.tokenizer, [caption], self.dalle)
         judge = self.judge(caption)
@@ -223,8 +221,44 @@ class Pipeline:
             numbers_N = torch.tensor(ks if halfway is None else [ks[i] for i in halfway.kept])
             judge.judge(best, Candidates(numbers_N, samples.tokens[0], samples.log_likelihoods[0]), done.judged)
         result = judge.result(best)
-        self._warn_about_equal_ones(result, sampling)
+        self._warnings.about_equal_ones(result, sampling)
         return result
+
+    @undisturbed()
+    def edit(
+        self,
+        image: Image.Image,
+        mask: Mask,
+        caption: str,
+        *,
+        n: int = 64,
+        keep: int = 8,
+        seed: int = 0,
+        settings: SamplingDefaults | None = None,
+        batch_size: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> Edited:
+        """Draw any part of a picture anew, so that it fits the caption and all that is kept.
+
+        Args:
+            image: any picture; it is resized and cropped to the size of the dVAE.
+            mask: of the same proportions: what is True, white or fully transparent is drawn anew.
+            caption: what the whole picture should show.
+            n: particles, see `dalle.sampler.particles`.
+            keep: how many to return, at most.
+            seed: same seed, same pictures.
+            settings: by default the bundle's.
+            batch_size: particles of a population; there are as many populations as batches.
+            progress: told how many particles are done.
+
+        Raises:
+            ValueError: as `generate`; or the mask is none, or of other proportions than the picture.
+        """
+        check_batch_size(batch_size)
+        settings, request = settings or self.defaults, Request(caption=caption, n=n, keep=keep)
+        self._warnings.about_guidance(settings.sampling(seed))
+        region = Region.of(image, mask, self.dvae.config.image_size)
+        return edit(self, region, request, settings, seed=seed, batch_size=batch_size, progress=progress)
 
     @undisturbed()
     def sample_tokens(
@@ -246,16 +280,10 @@ class Pipeline:
             ValueError: no captions, an empty one, or a number outside its range.
         """
         check_batch_size(batch_size)
-        if isinstance(captions, str):
-            raise wrong_type("captions", captions, "a list of captions")
-        if not captions:
-            raise ValueError("no captions: give at least one")
+        check_captions(captions)
         check_n(n)
-        for caption in captions:
-            check_caption(caption)
-        if sampling is None:
-            sampling = self.defaults.sampling()
-        self._warn_about_guidance(sampling)
+        sampling = sampling or self.defaults.sampling()
+        self._warnings.about_guidance(sampling)
         total = len(captions) * n
         size = batch_size or self.default_batch_size(n, n_captions=len(captions), guided=sampling.is_guided)
         text_PT = text_of(self.tokenizer, captions, self.dalle)
@@ -324,15 +352,7 @@ class Pipeline:
         Raises:
             ValueError: keep_rows is outside that range, or there is no picture.
         """
-        if not isinstance(image, Image.Image):
-            raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
-        check_whole("keep_rows", keep_rows)
-        grid = self.dalle.config.grid
-        if not 0 <= keep_rows < grid:
-            raise ValueError(
-                f"keep_rows is {keep_rows}, but pictures of this bundle have {grid} rows of tokens: "
-                f"give 0 to {grid - 1}, so that at least one row is left to complete"
-            )
+        check_top(image, keep_rows, self.dalle.config.grid)
         pixels = to_tensor(resize_and_crop(image, self.dvae.config.image_size))
         tokens_1YX = self.dvae.encode(pixels[None].to(self.dalle.device))
         return tokens_1YX[:, :keep_rows].flatten(1)
@@ -341,6 +361,15 @@ class Pipeline:
     def rank(self, captions: Sequence[str], images: Tensor) -> Tensor:
         """Return the cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
         return score(self.clip, captions, images).cpu()
+
+    @undisturbed()
+    def likelihood(self, caption: str, images: Sequence[Image.Image]) -> Likelihood:
+        """Return how likely pictures are after a caption, and after the empty one; they are resized and cropped.
+
+        Raises:
+            ValueError: an empty caption, or no pictures.
+        """
+        return likelihood(self, caption, images)
 
     def default_batch_size(
         self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False
@@ -352,13 +381,13 @@ class Pipeline:
         budget = memory_budget(self.dalle.device, self.memory) // (2 if early_abandon else 1)
         return candidates_at_once(self.dalle, budget, n, n_captions=n_captions, guided=guided)
 
-    def judge(self, caption: str) -> Judge:
-        """Return what decodes and scores candidates of a caption."""
+    def judge(self, caption: str, finish: Callable[[Tensor], Tensor] = lambda images: images) -> Judge:
+        """Return what decodes and scores candidates of a caption; `finish` makes the pictures of the decoded ones."""
 
         def at_once(n: int) -> int:
             return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self.memory), n)
 
-        return Judge(caption, self.clip, self.decode, at_once)
+        return Judge(caption, self.clip, lambda tokens: finish(self.decode(tokens)), at_once)
 
     def _sample(
         self,
@@ -378,23 +407,3 @@ class Pipeline:
             return halfway(tokens_NJ) if halfway is not None and n_known == grid // 2 * grid else None
 
         return sample(self.dalle, text_PT, seeds, sampling, prefix=prefix, on_step=on_step, compile=self.compile)
-
-    def _warn_about_guidance(self, sampling: Sampling) -> None:
-        if sampling.is_guided and not self._knows_null_caption:
-            self._warn_once(
-                f"guidance is {sampling.guidance:g}, but this transformer never saw an empty caption in training, "
-                "which guidance compares with: expect worse pictures; train with a null_caption_probability above 0"
-            )
-
-    def _warn_about_equal_ones(self, result: Result, sampling: Sampling) -> None:
-        n = len(result.tokens)
-        if n > 1 and bool((result.tokens == result.tokens[0]).all()):
-            self._warn_once(
-                f"all {n} pictures are equal: sample one, or at a temperature above {sampling.temperature:g}"
-            )
-
-    def _warn_once(self, text: str) -> None:
-        """Warn: of many captions once is enough."""
-        if text not in self._warned_of:
-            self._warned_of.add(text)
-            logger.warning("%s", text)

@@ -318,7 +318,7 @@ def sample_each(
         tokens_BI = torch.zeros((len(flat), n_image), dtype=torch.int64, device=model.device)
         tokens_BI[:, :m] = known.expand(len(text), -1)[prompt_B]
         log_likelihoods_B = torch.zeros(len(flat), dtype=torch.float64, device=model.device)
-        decoder = _decoder(model, text, counts, known, guided=sampling.is_guided, compile=compile)
+        decoder = decoder_of(model, text, counts, known, guided=sampling.is_guided, compile=compile)
         for position in range(m, n_image):
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
@@ -343,7 +343,7 @@ def sample_each(
     return [Samples(tokens=tokens[None], log_likelihoods=log_likelihoods[None]) for tokens, log_likelihoods in each]
 
 
-def _decoder(
+def decoder_of(
     model: Transformer, text_PT: Tensor, counts: list[int], prefix: Tensor, *, guided: bool, compile: bool
 ) -> Decoding:
     """Return a decoder of the prompts' candidates, followed, if guided, by as many with the empty caption."""

@@ -33,7 +33,15 @@ MODULES_IN_A_FOLDER = 12
 LEAVES = {"dvae.colour", "dvae.compilation", "dvae.images", "dvae.png", "dvae.remarks"}
 """They know no model, and everything may import them."""
 
-PIPELINE = {"dalle.best_of_n", "dalle.budget", "dalle.data.bundle", "dalle.pipeline"}
+PIPELINE = {
+    "dalle.best_of_n",
+    "dalle.budget",
+    "dalle.data.bundle",
+    "dalle.editing.edit",
+    "dalle.editing.likelihood",
+    "dalle.editing.regions",
+    "dalle.pipeline",
+}
 """The modules of dalle that join the packages."""
 
 _CORE = {"storage", "leaf", "dalle"}
@@ -188,6 +196,8 @@ dalle:DALLE.forward(text, image_tokens)
 dalle:Pipeline.load(bundle)
 dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, rank, prefix)
 dalle:Pipeline.best(request, sampling, rank, prefix)
+dalle:Pipeline.edit(image, mask, caption, n, keep, seed, settings)
+dalle:Pipeline.likelihood(caption, images)
 dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)
 dalle:Pipeline.prefix(image, keep_rows)

@@ -74,7 +74,7 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
 
 def test_the_pages_show_every_command() -> None:
     shown = {(words[0], words[1]) for words in our_commands()}
-    verbs = {("dalle", verb) for verb in ("generate", "rank", "search", "reconstruct", "serve")}
+    verbs = {("dalle", verb) for verb in ("generate", "edit", "rank", "score", "search", "reconstruct", "serve")}
     verbs |= {("dalle", f"import-{kind}") for kind in ("dvae", "clip", "vqgan")}
     stages = ("shards", "plan", "all", "tokenizer", "dvae", "clip", "encode", "transformer", "evaluate", "status")
     assert verbs | {("dalle-train", stage) for stage in stages} <= shown

@@ -123,8 +123,6 @@ class ComputeOptions:
         int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as many as fit the memory)")
     ] = None
     """Candidates sampled at the same time."""
-    early_abandon: Flag = False
-    """Drop the half of each batch that fits worse at half of its rows: faster, but it changes the distribution."""
 
     def load(self, bundle: Path) -> Pipeline:
         """Load a bundle."""
@@ -135,6 +133,14 @@ class ComputeOptions:
             memory=None if self.memory is None else n_bytes(self.memory),
             compile=self.compile,
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateComputeOptions(ComputeOptions):
+    """Speed and memory."""
+
+    early_abandon: Flag = False
+    """Drop the half of each batch that fits worse at half of its rows: faster, but it changes the distribution."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,7 +164,7 @@ class Generate:
     """Folder for a folder of PNGs per caption, sheet.png and results.jsonl."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     completion: tyro.conf.OmitArgPrefixes[CompletionOptions] = CompletionOptions()
-    compute: tyro.conf.OmitArgPrefixes[ComputeOptions] = ComputeOptions()
+    compute: tyro.conf.OmitArgPrefixes[GenerateComputeOptions] = GenerateComputeOptions()
 
     def run(self) -> None:
         """Sample, rank and write the pictures, caption by caption."""
@@ -198,7 +204,7 @@ class Generate:
                         )
                         writer.add(result, settings, pipe.hashes)
                         if i < SHEET_CAPTIONS:
-                            sections.append(_section(result))
+                            sections.append(section_of(result))
             except BaseException:
                 with suppress(OSError):  # the disk may be what failed
                     self._write_sheet(sections, chosen, len(requests))
@@ -291,7 +297,8 @@ def read_captions(file: Path) -> list[str]:
     return captions
 
 
-def _section(result: Result) -> Section:
+def section_of(result: Result) -> Section:
+    """Return the pictures of a caption for the contact sheet."""
     numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
     labels = [f"#{k}  {score:.3f}  {log_likelihood:.0f} nats" for k, score, log_likelihood in numbers]
     return Section(result.caption, [to_image(image) for image in result.images], labels)

@@ -1,4 +1,4 @@
-"""The folder that `dalle generate` writes: a folder of PNGs per caption, and results.jsonl with a line per PNG.
+"""The folder that `dalle generate` and `edit` write: a folder of PNGs per caption, results.jsonl with a line per PNG.
 
 Any number of runs may write to one folder at once, also from several hosts. A caption's pictures and lines are written
 under a lock of the folder, and pictures whose numbers are taken get higher ones. A run that is under way holds the lock
@@ -73,8 +73,14 @@ class ResultWriter:
     def __exit__(self, *_: object) -> None:
         self._stack.close()
 
-    def add(self, result: Result, settings: Mapping[str, Any], hashes: Mapping[str, str]) -> None:
-        """Write the pictures of one caption.
+    def add(
+        self,
+        result: Result,
+        settings: Mapping[str, Any],
+        hashes: Mapping[str, str],
+        each: Sequence[Mapping[str, Any]] | None = None,
+    ) -> None:
+        """Write the pictures of one caption; `each` is what else is to be said of each.
 
         Raises:
             OSError: the disk is full, for example; what was there before is unchanged.
@@ -87,7 +93,7 @@ class ResultWriter:
         with self._locked(), TemporaryDirectory(**HIDDEN, dir=folder, ignore_cleanup_errors=True) as name:
             making = Path(name)
             first = _free_number(folder, len(result.candidates), replaced)
-            lines = _lines(result, folder.name, first, {**settings, "hashes": dict(hashes)})
+            lines = _lines(result, folder.name, first, {**settings, "hashes": dict(hashes)}, each)
             _make(result, lines, making, folder)
             # a line never tells of another picture than its own, even if this ends between two of these
             if older or _is_torn(self._path):
@@ -133,7 +139,13 @@ def _free_number(folder: Path, n: int, replaced: set[str]) -> int:
     return 1 if taken.isdisjoint(range(1, n + 1)) else max(taken) + 1
 
 
-def _lines(result: Result, folder: str, first: int, settings: Mapping[str, Any]) -> list[dict[str, Any]]:
+def _lines(
+    result: Result,
+    folder: str,
+    first: int,
+    settings: Mapping[str, Any],
+    each: Sequence[Mapping[str, Any]] | None,
+) -> list[dict[str, Any]]:
     """Return what results.jsonl says of each picture of a caption, best first."""
     numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
     return [
@@ -145,6 +157,7 @@ def _lines(result: Result, folder: str, first: int, settings: Mapping[str, Any])
             "score": score,
             "log_likelihood": log_likelihood,
             "candidate": k,
+            **({} if each is None else each[i]),
             **settings,
         }
         for i, (k, score, log_likelihood) in enumerate(numbers)

@@ -130,6 +130,12 @@ class DALLEPytorchDecoder:
         self._image = [(keys[candidates], values[candidates]) for keys, values in self._image]
         self._rows = [rows_WBD[:, candidates] for rows_WBD in self._rows]
 
+    @torch.inference_mode()
+    def reorder(self, candidates: Tensor) -> None:
+        """Let every candidate go on from another; see `Decoder.reorder`."""
+        self._image = [(keys[candidates], values[candidates]) for keys, values in self._image]
+        self._rows = [rows_WBD[:, candidates] for rows_WBD in self._rows]
+
     def _read_attend(self, layer: int, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Keep a layer's keys and values of the known positions; attend as the mask says."""
         config = self.model.config

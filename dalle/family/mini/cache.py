@@ -136,6 +136,13 @@ class MiniDecoder:
                 keys=layer.keys.index_select(0, kept), values=layer.values.index_select(0, kept)
             )
 
+    @torch.inference_mode()
+    def reorder(self, candidates: Tensor) -> None:
+        """Let every candidate go on from another; see `Decoder.reorder`."""
+        for layer in self._layers:
+            for memory in (layer.keys, layer.values):
+                memory.copy_(memory.index_select(0, candidates))
+
     def _prompts(self) -> Tensor:
         """Return the prompt of each candidate, int64 (B,), on the CPU."""
         return torch.arange(len(self._counts), device="cpu").repeat_interleave(torch.tensor(self._counts, device="cpu"))

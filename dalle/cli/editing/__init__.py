@@ -1,0 +1,1 @@
+"""Verbs that start from a picture: editing it."""
