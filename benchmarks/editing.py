@@ -113,8 +113,8 @@ def measure(pipe: Pipeline, edits: list[Case], n: int) -> dict[str, dict[str, fl
             rights = [check(to_image(pixels), case[2]).right for pixels in images]
             is_exact = torch.equal(images[0][:, ~region.is_new], region.pixels[:, ~region.is_new])
             seam = float(region.seams(images).mean())
-            row = [rights[0], np.mean(rights), is_exact, seam, region.original_seam, len(images), took]
-            sums[way].append([float(value) for value in row])
+            shares = [float(rights[0]), float(np.mean(rights)), float(is_exact)]
+            sums[way].append([*shares, seam, region.original_seam, float(len(images)), took])
     found = {way: dict(zip(MEASURES, np.mean(rows, axis=0).tolist(), strict=True)) for way, rows in sums.items()}
     for way, rows in sums.items():
         found[way]["seconds"] = float(np.median([row[-1] for row in rows]))
@@ -143,7 +143,7 @@ def main() -> None:
         "of the original",
         "time",
     ]
-    table = Table(title="Edits", columns=heads, rows=[])
+    rows: list[list[str]] = []
     for bundle, given, kind, n in product(arguments.bundle, arguments.temperatures or [None], KINDS, arguments.n):
         pipe = Pipeline.load(bundle)
         pipe.defaults = pipe.defaults.updated(temperature=given)
@@ -154,11 +154,11 @@ def main() -> None:
         for way, of in found.items():
             rights = [f"{of['right']:.1%}", f"{of['each_right']:.1%}"]
             seams = [f"{of['seam']:.1f}", f"{of['original_seam']:.1f}"]
-            table.rows.append([*map(str, setting.values()), way, *rights, *seams, f"{of['seconds'] / base:.2f}×"])
-            print(*table.rows[-1], f"{of['different']:.1f} different", flush=True)
+            rows.append([*map(str, setting.values()), way, *rights, *seams, f"{of['seconds'] / base:.2f}×"])
+            print(*rows[-1], f"{of['different']:.1f} different", flush=True)
         record = {"machine": machine(), "versions": versions(), "commit": commit(), "runs": runs}
         arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(text_table(table))
+    print(text_table(Table(title="Edits", columns=heads, rows=rows)))
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ class Likelihood:
 
     def by_row(self, grid: int) -> Tensor:
         """Return the sums of rows of tokens with the caption, float32 (N, Y), for Y = grid."""
-        return self.with_caption.unflatten(1, (grid, -1)).sum(-1)
+        return self.with_caption.reshape(-1, grid, grid).sum(-1)
 
 
 def likelihood(pipe: "Pipeline", caption: str, images: Sequence[Image.Image]) -> Likelihood:

@@ -126,10 +126,11 @@ def _drawn_anew(mask: Mask) -> NDArray[np.bool_]:
     """Return what a mask draws anew, bool (h, w)."""
     if isinstance(mask, Image.Image):
         if mask.has_transparency_data:
-            is_clear = np.asarray(mask.convert("RGBA").getchannel("A")) == 0
+            is_clear: NDArray[np.bool_] = np.asarray(mask.convert("RGBA").getchannel("A")) == 0
             if is_clear.any():
                 return is_clear
-        return np.asarray(mask.convert("L")) >= WHITE
+        is_white: NDArray[np.bool_] = np.asarray(mask.convert("L")) >= WHITE
+        return is_white
     if isinstance(mask, Tensor):
         mask = mask.cpu().numpy()
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2 or mask.size == 0:

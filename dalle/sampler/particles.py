@@ -155,7 +155,8 @@ def draw_by_weight(log_weights_N: Tensor, seeds: Sequence[int]) -> Tensor:
         log_weights_N: of all populations together.
         seeds: of all particles.
     """
-    return ancestors(log_weights_N, _resampling(seeds, 1).random()).unique()
+    drawn: Tensor = torch.unique(ancestors(log_weights_N, _resampling(seeds, 1).random()))
+    return drawn
 
 
 def _resampling(seeds: Sequence[int], stage: int = 0) -> np.random.Generator:
