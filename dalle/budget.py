@@ -4,8 +4,8 @@ import math
 from collections.abc import Callable, Iterator
 
 import torch
-from torch import nn
 
+from dalle.family.stored import n_weights
 from dalle.family.transformers import Transformer, candidate_bytes, caption_bytes, n_step_weights
 from dalle.sampling import DRAWING_BYTES
 from dvae.codec import Codec
@@ -109,13 +109,9 @@ def sampling_share(dalle: Transformer, dvae: Codec, clip: CLIP) -> float:
     """
     grid = dalle.config.grid
     sampling = grid**2 * n_step_weights(dalle)
-    scoring = (clip.config.n_patches + 1) * _n_weights(clip.vision.blocks)
+    scoring = (clip.config.n_patches + 1) * n_weights(clip.vision.blocks)
     share: float = sampling / (sampling + dvae.decoding_products(grid) + scoring)
     return share
-
-
-def _n_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
 
 
 class BatchProgress:

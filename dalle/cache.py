@@ -96,6 +96,25 @@ def bytes_per_caption(config: DALLEConfig, dtype: torch.dtype) -> int:
     return (kept + max(wide, scores)) * dtype.itemsize
 
 
+def prompts_of(counts: Sequence[int]) -> Tensor:
+    """Return the prompt of each candidate, int64 (B,), on the CPU, for the candidates that each prompt has."""
+    return torch.arange(len(counts), device="cpu").repeat_interleave(torch.tensor(counts, device="cpu"))
+
+
+def groups_of(counts: Sequence[int]) -> Groups:
+    """Return the runs of prompts with equally many candidates."""
+    return tuple((len(list(same)), n) for n, same in groupby(counts))
+
+
+def counts_left(counts: Sequence[int], candidates: Tensor) -> list[int]:
+    """Return how many candidates of each prompt are left; arguments and errors are those of `Decoder.keep`."""
+    candidates = candidates.cpu()
+    left = prompts_of(counts)[candidates].bincount(minlength=len(counts)).tolist()
+    if min(left) < 1 or not (candidates.diff() > 0).all():
+        raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
+    return left
+
+
 class _Layer(NamedTuple):
     """The memory that one layer reads and writes at one position."""
 
@@ -185,7 +204,9 @@ class Decoder:
         if i >= self.model.config.stream.n_image:
             raise ValueError(f"all {i} image tokens are decoded")
         # Contiguous: for a column of a matrix everything would be compiled once more.
-        logits_BV = self._step(self.model, self._groups, inputs_B.contiguous(), self._places_ID[i], self._layers(i))
+        logits_BV = self._step(
+            self.model, groups_of(self._counts), inputs_B.contiguous(), self._places_ID[i], self._layers(i)
+        )
         self.position += 1
         return logits_BV
 
@@ -199,11 +220,7 @@ class Decoder:
         Raises:
             ValueError: they are not ascending, or a prompt has none left.
         """
-        candidates = candidates.cpu()
-        counts = self._prompts()[candidates].bincount(minlength=len(self._counts)).tolist()
-        if min(counts) < 1 or not (candidates.diff() > 0).all():
-            raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
-        self._counts = counts
+        self._counts = counts_left(self._counts, candidates)
         candidates = candidates.to(self.model.device)
         for cache in (self._image_keys, self._image_values):
             for layer, slots in enumerate(cache):
@@ -216,14 +233,6 @@ class Decoder:
         """Let every candidate go on from one of its prompt, int64 (B,): their numbers, with repetition."""
         for slots in (*self._image_keys, *self._image_values):
             slots.copy_(slots.index_select(1, candidates))  # in place: recorded steps read this memory
-
-    def _prompts(self) -> Tensor:
-        """Return the prompt of each candidate, int64 (B,), on the CPU."""
-        return torch.arange(len(self._counts), device="cpu").repeat_interleave(torch.tensor(self._counts, device="cpu"))
-
-    @property
-    def _groups(self) -> Groups:
-        return tuple((len(list(same)), n) for n, same in groupby(self._counts))
 
     def _empty_slots(self, pattern: SlotPattern, is_here: bool) -> Tensor:
         """Return memory for one layer's keys or values, (lanes, B, H, L, K); zeros, because hidden slots are read.
@@ -261,7 +270,7 @@ class Decoder:
         model, config = self.model, self.model.config
         h_PSD = model.embed(text_PT, prefix_Pm)
         length = h_PSD.shape[1]
-        prompt_of_B = self._prompts().to(model.device, non_blocking=True)
+        prompt_of_B = prompts_of(self._counts).to(model.device, non_blocking=True)
         for layer, (block, kind) in enumerate(zip(model.blocks, config.kinds, strict=True)):
             mask_SS = model.mask(kind)[:length, :length]
             h_PSD = block(h_PSD, partial(self._read_attend, layer, mask_SS, prompt_of_B))
@@ -322,15 +331,15 @@ def per_prompt(x_BHY: Tensor, matrix_PHYZ: Tensor, groups: Groups) -> Tensor:
     return products[0] if len(products) == 1 else torch.cat(products)
 
 
-class _CompiledSteps:
-    """`_step` compiled, for all decoders, with the weights frozen and packed for the processor."""
+class CompiledSteps:
+    """A step compiled, for all decoders, with the weights frozen and packed for the processor."""
 
-    def __init__(self) -> None:
-        self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
-        self._known: WeakKeyDictionary[Decodable, set[Groups]] = WeakKeyDictionary()
+    def __init__(self, step: Callable[..., Tensor]) -> None:
+        self._compiled: Callable[..., Tensor] = torch.compile(step, dynamic=False)
+        self._known: WeakKeyDictionary[Any, set[Groups]] = WeakKeyDictionary()
 
-    def __call__(self, model: Decodable, groups: Groups, *inputs: Any) -> Tensor:
-        """Return what `_step` does."""
+    def __call__(self, model: Any, groups: Groups, *inputs: Any) -> Tensor:
+        """Return what the step does with a model."""
         known = self._known.setdefault(model, set())
         if groups in known:
             return self._compiled(model, groups, *inputs)
@@ -340,8 +349,8 @@ class _CompiledSteps:
 
 
 @lru_cache(maxsize=1)
-def _compiled_steps() -> _CompiledSteps:
-    return _CompiledSteps()
+def _compiled_steps() -> CompiledSteps:
+    return CompiledSteps(_step)
 
 
 class _RecordedSteps:

@@ -19,11 +19,10 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
 """
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Literal, Self
 
 import torch
 from torch import Tensor, nn
@@ -32,10 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from dalle.attention import KINDS, Attend, Kind, PaperKind, layer_kinds, stored_mask
 from dalle.cross_entropy import Head
 from dalle.family.blocks import Block
+from dalle.family.stored import StoredTransformer, n_weights
 from dalle.sparse_attention import prepare_compilation, sparse_attention
 from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids, null_caption, text_rows
 from dvae.compilation import can_compile
-from storage.model_directory import load_directory, save_directory
 
 KIND = "dalle"
 """Kind of the model's directory, in its config.json."""
@@ -137,14 +136,14 @@ def begin_from_codebook(codebook_VC: Tensor, embedding_VD: Tensor, head_VD: Tens
     head_VD.copy_(projected(1 / math.sqrt(D)))
 
 
-class DALLE(nn.Module):
+class DALLE(StoredTransformer[DALLEConfig]):
     """The transformer: text ids and image tokens in, next-token logits out."""
 
+    kind = KIND
+    config_type = DALLEConfig
+
     def __init__(self, config: DALLEConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.metadata: dict[str, Any] = {}
-        """Metadata of the directory this model was loaded from; empty for a new model."""
+        super().__init__(config)
         self.activation_checkpointing = False
         """Recompute each layer in the backward pass rather than keep its activations."""
         d = config.d_model
@@ -335,43 +334,11 @@ class DALLE(nn.Module):
             "norms": [self.final_norm, *(b.attention_norm for b in blocks), *(b.mlp_norm for b in blocks)],
             "heads": [self.text_head, self.image_head],
         }
-        counts = {name: sum(map(_size, modules)) for name, modules in groups.items()}
-        total = _size(self)
+        counts = {name: sum(map(n_weights, modules)) for name, modules in groups.items()}
+        total = n_weights(self)
         assert sum(counts.values()) == total, "a parameter belongs to no group, or to two"
         return {**counts, "total": total}
 
     def _blocks(self) -> list[Block]:
         """Return the layers as Blocks: a ModuleList knows only Modules."""
         return [block for block in self.blocks if isinstance(block, Block)]
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write config and weights as a directory, atomically.
-
-        Args:
-            path: the directory to write.
-            metadata: what else to remember, such as `tokenizer_hash` and `dvae_hash`; values must be JSON.
-        """
-        kept = dict(self.metadata if metadata is None else metadata)
-        save_directory(Path(path), KIND, self.config, self.state_dict(), metadata=kept)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
-
-        Raises:
-            FileNotFoundError: if there is no such directory.
-            ValueError: if it holds something else, or is damaged.
-        """
-        config, state, metadata = load_directory(Path(path), KIND, DALLEConfig)
-        with torch.device("meta"):
-            model = cls(config)
-        try:
-            model.load_state_dict(state, assign=True)
-        except RuntimeError as error:
-            raise ValueError(f"the weights in {path} do not fit its config.json: {error}") from error
-        model.metadata = dict(metadata)
-        return model
-
-
-def _size(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.cache import Decoder, bytes_per_candidate, bytes_per_caption
 from dalle.family.dalle_pytorch import cache as pytorch
@@ -13,6 +13,7 @@ from dalle.family.mini import cache as mini
 from dalle.family.mini.config import MiniConfig
 from dalle.family.mini.model import KIND as MINI_KIND
 from dalle.family.mini.model import DALLEMini
+from dalle.family.stored import n_weights
 from dalle.family.variants.model import KIND as VARIANT_KIND
 from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.model import DALLE, KIND, DALLEConfig
@@ -87,8 +88,4 @@ def n_step_weights(model: Transformer) -> int:
         return mini.n_step_weights(model)
     if isinstance(model, DALLEPytorch):
         return pytorch.n_step_weights(model)
-    return _n_weights(model.blocks) + _n_weights(model.image_head)
-
-
-def _n_weights(module: nn.Module) -> int:
-    return sum(parameter.numel() for parameter in module.parameters())
+    return n_weights(model.blocks) + n_weights(model.image_head)

@@ -9,7 +9,8 @@ from torch import Tensor
 
 from dalle.family.mini import cache
 from dalle.family.mini.config import MEGA, MINI, MiniConfig
-from dalle.family.mini.model import DALLEMini, size
+from dalle.family.mini.model import DALLEMini
+from dalle.family.stored import n_weights
 from dalle.family.transformers import candidate_bytes, decoding, load_transformer
 from dalle.sampling import Sampling, sample
 
@@ -164,9 +165,9 @@ def test_the_published_sizes_have_the_published_numbers_of_parameters() -> None:
         with torch.device("meta"):
             model, counted = DALLEMini(config), DALLEMini(replace(config, norm_scales=True))
         # min-dalle's modules have a scale in every norm, its files do not
-        assert [round(size(part) / 1e6, 1) for part in (counted.encoder, counted.decoder)] == [encoder, decoder]
+        assert [round(n_weights(part) / 1e6, 1) for part in (counted.encoder, counted.decoder)] == [encoder, decoder]
         counts = model.n_parameters()
-        assert counts["total"] == size(model)
+        assert counts["total"] == n_weights(model)
         assert candidate_bytes(model) == 2 * config.decoder_layers * 256 * config.d_model * 4
 
 

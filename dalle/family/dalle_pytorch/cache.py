@@ -9,12 +9,11 @@ Legend: P prompts  B candidates  S sequence  T text positions  I image tokens  m
 
 from collections.abc import Sequence
 from functools import partial
-from itertools import groupby
 
 import torch
 from torch import Tensor
 
-from dalle.cache import Groups, per_prompt
+from dalle.cache import counts_left, groups_of, per_prompt, prompts_of
 from dalle.family.dalle_pytorch.config import DALLEPytorchConfig
 from dalle.family.dalle_pytorch.model import DALLEPytorch
 
@@ -69,10 +68,8 @@ class DALLEPytorchDecoder:
         """The image position that the next step predicts."""
         self._text_PT = text
         self._masks = {kind: model.mask(text, kind) for kind in set(model.config.kinds)}
-        self._prompt_of_B = torch.arange(len(text), device=model.device).repeat_interleave(
-            torch.tensor(counts, device=model.device)
-        )
-        self._groups = _groups(counts)
+        self._counts = list(counts)
+        self._prompt_of_B = prompts_of(counts).to(model.device)
         self._text: list[tuple[Tensor, Tensor]] = []
         """Keys and values of each layer, (P, H, T+1, K)."""
         self._image: list[tuple[Tensor, Tensor]] = []
@@ -112,20 +109,10 @@ class DALLEPytorchDecoder:
 
     @torch.inference_mode()
     def keep(self, candidates: Tensor) -> None:
-        """Drop all but some candidates.
-
-        Args:
-            candidates: int64, ascending numbers of candidates; at least one of each prompt.
-
-        Raises:
-            ValueError: they are not ascending, or a prompt has none left.
-        """
+        """Drop all but some candidates; arguments and errors are those of `Decoder.keep`."""
+        self._counts = counts_left(self._counts, candidates)
         candidates = candidates.to(self.model.device)
-        prompt_of_B = self._prompt_of_B[candidates]
-        n_left_P = prompt_of_B.bincount(minlength=len(self._text_PT))
-        if int(n_left_P.min()) < 1 or not bool((candidates.diff() > 0).all()):
-            raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
-        self._prompt_of_B, self._groups = prompt_of_B, _groups(n_left_P.tolist())
+        self._prompt_of_B = self._prompt_of_B[candidates]
         self._first_BV = self._first_BV[candidates]
         self._image = [(keys[candidates], values[candidates]) for keys, values in self._image]
         self._rows = [rows_WBD[:, candidates] for rows_WBD in self._rows]
@@ -171,11 +158,12 @@ class DALLEPytorchDecoder:
             mask = mask[self._prompt_of_B]
         q_BHK = q[:, :, 0] * config.d_head**-0.5
         text_keys_PHTK, text_values_PHTK = self._text[layer]
-        text_BHT = per_prompt(q_BHK, text_keys_PHTK.mT, self._groups)
+        groups = groups_of(self._counts)
+        text_BHT = per_prompt(q_BHK, text_keys_PHTK.mT, groups)
         image_BHL = (keys[:, :, : cell + 1] @ q_BHK[..., None])[..., 0]
         scores_BHn = torch.cat([text_BHT, image_BHL], dim=-1).float().masked_fill(~mask, -torch.inf)
         weights_BHn = scores_BHn.softmax(-1).to(q.dtype)
-        from_text_BHK = per_prompt(weights_BHn[..., :n_text], text_values_PHTK, self._groups)
+        from_text_BHK = per_prompt(weights_BHn[..., :n_text], text_values_PHTK, groups)
         from_image_BHK = (weights_BHn[:, :, None, n_text:] @ values[:, :, : cell + 1])[:, :, 0]
         return (from_text_BHK + from_image_BHK)[:, :, None]
 
@@ -189,8 +177,3 @@ class DALLEPytorchDecoder:
         shifted = torch.cat([above_BD[:, None], before_BD[:, None], *rest], dim=-1)
         rows_WBD[cell % W] = torch.cat([top, left], dim=-1)[:, 0]
         return shifted
-
-
-def _groups(counts: Sequence[int]) -> Groups:
-    """Return runs of prompts with equally many candidates."""
-    return tuple((len(list(same)), n) for n, same in groupby(counts))

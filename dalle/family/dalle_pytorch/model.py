@@ -12,10 +12,8 @@ Legend: B batch  S sequence = T+I  T text positions  I image tokens  n positions
         R rotated components  V vocabulary
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
@@ -24,8 +22,8 @@ from torch.nn import functional as F
 from dalle.attention import masked_attention
 from dalle.family.dalle_pytorch.attention import BLOCK, Kind, blocks_mask, mask, pads_mask
 from dalle.family.dalle_pytorch.config import DALLEPytorchConfig
+from dalle.family.stored import StoredTransformer
 from dalle.stream import check_ids
-from storage.model_directory import load_directory, load_weights, save_directory
 
 KIND = "dalle-pytorch"
 """Kind of the model's directory, in its config.json."""
@@ -84,8 +82,11 @@ class Branch(nn.Module):
         return output if self.scale is None else output * self.scale
 
 
-class DALLEPytorch(nn.Module):
+class DALLEPytorch(StoredTransformer[DALLEPytorchConfig]):
     """The transformer."""
+
+    kind = KIND
+    config_type = DALLEPytorchConfig
 
     cosines: Tensor
     """(S, R), of the angles by which a position's components are rotated."""
@@ -95,10 +96,7 @@ class DALLEPytorch(nn.Module):
     """Which blocks sparse layers see, (N, N): not 0 where they do."""
 
     def __init__(self, config: DALLEPytorchConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.metadata: dict[str, Any] = {}
-        """Metadata of the directory this model was loaded from; empty for a new model."""
+        super().__init__(config)
         d, n_text_ids = config.d_model, config.n_text_ids
         if not config.shares_embeddings:
             self.text_embedding = nn.Embedding(n_text_ids, d)
@@ -253,26 +251,6 @@ class DALLEPytorch(nn.Module):
     def dtype(self) -> torch.dtype:
         """The type of the parameters."""
         return self.final_norm.weight.dtype
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write config and weights as a directory, atomically; `metadata` as for `DALLE.save`."""
-        kept = dict(self.metadata if metadata is None else metadata)
-        save_directory(Path(path), KIND, self.config, self.state_dict(), metadata=kept)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
-
-        Raises:
-            FileNotFoundError: if there is no such directory.
-            ValueError: if it holds something else, or is damaged.
-        """
-        config, state, metadata = load_directory(Path(path), KIND, DALLEPytorchConfig)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, state, path)
-        model.metadata = dict(metadata)
-        return model
 
 
 def _rotated(x_BHnR: Tensor, cosines_nR: Tensor, sines_nR: Tensor) -> Tensor:

@@ -11,16 +11,15 @@ Legend: P prompts  n candidates of one prompt  B all candidates  T text position
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-from itertools import groupby
-from typing import Any, NamedTuple
-from weakref import WeakKeyDictionary
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.cache import Groups
-from dalle.family.mini.model import DALLEMini, size
+from dalle.cache import CompiledSteps, Groups, counts_left, groups_of, prompts_of
+from dalle.family.mini.model import DALLEMini
+from dalle.family.stored import n_weights
 from dvae.compilation import can_compile
 
 
@@ -67,7 +66,9 @@ def caption_bytes(model: DALLEMini) -> int:
 def n_step_weights(model: DALLEMini) -> int:
     """Return how many weights a candidate is multiplied with at each image position."""
     blocks = model.decoder.layers()
-    return sum(size(block) - size(block.cross.key_value) for block in blocks) + model.image_head.used().numel()
+    return (
+        sum(n_weights(block) - n_weights(block.cross.key_value) for block in blocks) + model.image_head.used().numel()
+    )
 
 
 class MiniDecoder:
@@ -118,18 +119,16 @@ class MiniDecoder:
         if i >= config.stream.n_image:
             raise ValueError(f"all {i} image tokens are decoded")
         inputs_B = torch.full_like(inputs_B, config.start_of_image) if i == 0 else inputs_B.contiguous()
-        logits_BV = self._step(self.model, self._groups, inputs_B, self._place(i), self._is_text, self._layers)
+        logits_BV = self._step(
+            self.model, groups_of(self._counts), inputs_B, self._place(i), self._is_text, self._layers
+        )
         self.position += 1
         return F.linear(logits_BV.float(), self._head_VD)
 
     @torch.inference_mode()
     def keep(self, candidates: Tensor) -> None:
         """Drop all but some candidates; arguments and errors are those of `Decoder.keep`."""
-        candidates = candidates.cpu()
-        counts = self._prompts()[candidates].bincount(minlength=len(self._counts)).tolist()
-        if min(counts) < 1 or not (candidates.diff() > 0).all():
-            raise ValueError(f"{candidates.tolist()} are not ascending candidates, at least one of each prompt")
-        self._counts = counts
+        self._counts = counts_left(self._counts, candidates)
         kept = candidates.to(self.model.device)
         for number, layer in enumerate(self._layers):
             self._layers[number] = layer._replace(
@@ -143,14 +142,6 @@ class MiniDecoder:
             for memory in (layer.keys, layer.values):
                 memory.copy_(memory.index_select(0, candidates))
 
-    def _prompts(self) -> Tensor:
-        """Return the prompt of each candidate, int64 (B,), on the CPU."""
-        return torch.arange(len(self._counts), device="cpu").repeat_interleave(torch.tensor(self._counts, device="cpu"))
-
-    @property
-    def _groups(self) -> Groups:
-        return tuple((len(list(same)), n) for n, same in groupby(self._counts))
-
     def _place(self, i: int) -> _Place:
         slot, embedding_D = self._slots_I[i : i + 1], self.model.decoder.position_embedding.weight[i]
         if not self._is_compiled:
@@ -161,7 +152,7 @@ class MiniDecoder:
     def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> None:
         """Encode the captions, and run the known image positions through the decoder, keeping keys and values."""
         model, config = self.model, self.model.config
-        m, prompt_of_B = prefix_Pm.shape[1], self._prompts().to(model.device, non_blocking=True)
+        m, prompt_of_B = prefix_Pm.shape[1], prompts_of(self._counts).to(model.device, non_blocking=True)
         encoded_PTD, self._is_text = model.encoder(text_PT)
         h_PmD = model.decoder.embed(model.inputs(prefix_Pm))
         for block in model.decoder.layers():
@@ -213,23 +204,6 @@ def _told(q_BH1K: Tensor, layer: _Layer, is_text_P11T: Tensor, groups: Groups) -
     return found[0] if len(found) == 1 else torch.cat(found)
 
 
-class _CompiledSteps:
-    """`_step` compiled, for all decoders, with the weights frozen and packed for the processor."""
-
-    def __init__(self) -> None:
-        self._compiled: Callable[..., Tensor] = torch.compile(_step, dynamic=False)
-        self._known: WeakKeyDictionary[DALLEMini, set[Groups]] = WeakKeyDictionary()
-
-    def __call__(self, model: DALLEMini, groups: Groups, *inputs: Any) -> Tensor:
-        """Return what `_step` does."""
-        known = self._known.setdefault(model, set())
-        if groups in known:
-            return self._compiled(model, groups, *inputs)
-        known.add(groups)
-        with torch._inductor.config.patch(freezing=True):  # `options` of torch.compile come too late for this one
-            return self._compiled(model, groups, *inputs)
-
-
 @lru_cache(maxsize=1)
-def _compiled_steps() -> _CompiledSteps:
-    return _CompiledSteps()
+def _compiled_steps() -> CompiledSteps:
+    return CompiledSteps(_step)

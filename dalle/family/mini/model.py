@@ -17,9 +17,7 @@ Legend: B batch  T text positions  I image positions  J some image positions  S 
 """
 
 import math
-from collections.abc import Iterable, Mapping
-from pathlib import Path
-from typing import Any, Self
+from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
@@ -28,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.cross_entropy import Head, linear_cross_entropy
 from dalle.family.mini.config import MiniConfig
+from dalle.family.stored import StoredTransformer, n_weights
 from dalle.model import begin_from_codebook
 from dalle.stream import check_ids
 from dvae.compilation import can_compile
-from storage.model_directory import load_directory, load_weights, save_directory
 
 KIND = "dalle-mini"
 """Kind of the model's directory, in its config.json."""
@@ -250,14 +248,14 @@ def _run(block: nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
     return output
 
 
-class DALLEMini(nn.Module):
+class DALLEMini(StoredTransformer[MiniConfig]):
     """The model: text ids and image tokens in, logits of image tokens out."""
 
+    kind = KIND
+    config_type = MiniConfig
+
     def __init__(self, config: MiniConfig) -> None:
-        super().__init__()
-        self.config = config
-        self.metadata: dict[str, Any] = {}
-        """Metadata of the directory this model was loaded from; empty for a new model."""
+        super().__init__(config)
         self.activation_checkpointing = False
         """Recompute each layer in the backward pass rather than keep its activations."""
         self.encoder = Encoder(config)
@@ -363,32 +361,7 @@ class DALLEMini(nn.Module):
             "norms": [module for module in self.modules() if isinstance(module, Norm)],
             "heads": [decoder.head],
         }
-        counts = {name: sum(map(size, modules)) for name, modules in groups.items()}
-        total = size(self)
+        counts = {name: sum(map(n_weights, modules)) for name, modules in groups.items()}
+        total = n_weights(self)
         assert sum(counts.values()) == total, "a parameter belongs to no group, or to two"
         return {**counts, "total": total}
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write config and weights as a directory, atomically; see `DALLE.save`."""
-        kept = dict(self.metadata if metadata is None else metadata)
-        save_directory(Path(path), KIND, self.config, self.state_dict(), metadata=kept)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
-
-        Raises:
-            FileNotFoundError: if there is no such directory.
-            ValueError: if it holds something else, or is damaged.
-        """
-        config, state, metadata = load_directory(Path(path), KIND, MiniConfig)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, state, path)
-        model.metadata = dict(metadata)
-        return model
-
-
-def size(module: nn.Module) -> int:
-    """Return the number of parameters."""
-    return sum(parameter.numel() for parameter in module.parameters())

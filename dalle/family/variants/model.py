@@ -7,20 +7,19 @@ Legend: B batch  S stream = T+I  T text positions  I image positions  J some ima
         P prompts
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from functools import partial
-from pathlib import Path
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dalle.attention import Attend, Attention, Kind, masked_attention, stored_mask
-from dalle.cache import Decoder
+from dalle.cache import Decoder, prompts_of
+from dalle.family.stored import StoredTransformer
 from dalle.family.variants.config import VARIANTS, Variant, VariantConfig
 from dalle.stream import check_ids
-from storage.model_directory import load_directory, load_weights, save_directory
 
 KIND = "dalle-variant"
 """Kind of the model's directory, in its config.json."""
@@ -47,15 +46,15 @@ class VariantBlock(nn.Module):
         return output
 
 
-class VariantDALLE(nn.Module):
+class VariantDALLE(StoredTransformer[VariantConfig]):
     """A published transformer: text ids and image tokens in, next-token logits out."""
 
+    kind = KIND
+    config_type = VariantConfig
+
     def __init__(self, config: VariantConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.variant = variant = VARIANTS[config.variant]
-        self.metadata: dict[str, Any] = {}
-        """Metadata of the directory this model was loaded from; empty for a new model."""
         d, n_image = config.d_model, config.stream.n_image
         self.text_embedding = nn.Embedding(config.n_text_ids, d)
         self.text_position_embedding = nn.Embedding(config.text_len + variant.spare_text_places, d)
@@ -140,26 +139,6 @@ class VariantDALLE(nn.Module):
         """The type of the parameters."""
         return self.image_head.weight.dtype
 
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write config and weights as a directory, atomically; the metadata must be JSON values."""
-        kept = dict(self.metadata if metadata is None else metadata)
-        save_directory(Path(path), KIND, self.config, self.state_dict(), metadata=kept)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
-
-        Raises:
-            FileNotFoundError: if there is no such directory.
-            ValueError: if it holds something else, or is damaged.
-        """
-        config, state, metadata = load_directory(Path(path), KIND, VariantConfig)
-        with torch.device("meta"):
-            model = cls(config)
-        load_weights(model, state, path)
-        model.metadata = dict(metadata)
-        return model
-
 
 class VariantDecoder(Decoder):
     """Decodes candidates of a published model: reading the prompts already gives the logits of the first token."""
@@ -188,7 +167,7 @@ class VariantDecoder(Decoder):
             return super().step(inputs_B)
         self._first_PV = None
         self.position += 1
-        return first_PV[self._prompts().to(first_PV.device)]
+        return first_PV[prompts_of(self._counts).to(first_PV.device)]
 
     def _read(self, text_PT: Tensor, prefix_Pm: Tensor) -> Tensor:
         last_PD = super()._read(text_PT, prefix_Pm)

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from dalle.family.mini.config import MEGA, MINI, MiniConfig
-from dalle.family.mini.model import DALLEMini, size
+from dalle.family.mini.model import DALLEMini
+from dalle.family.stored import n_weights
 from dalle.family.texts.bart import BartTokenizer
 from dalle.importers.mini.configuration import check_computation, compare_sizes
 from dalle.importers.mini.names import Place, flax_places, min_dalle_places
@@ -50,7 +51,7 @@ class ImportedMini:
         """Return several lines for people."""
         config = self.model.config
         read = [f"{path}, sha256 {digest[:16]}…" for path, digest in self.files.items()]
-        parts = [f"{size(part):,}" for part in (self.model.encoder, self.model.decoder)]
+        parts = [f"{n_weights(part):,}" for part in (self.model.encoder, self.model.decoder)]
         normalised = "normalised as its authors do, words behind # left whole" if self.tokenizer.normalises else "as is"
         return "\n".join(
             [
