@@ -319,6 +319,7 @@ def sample_each(
         tokens_BI[:, :m] = known.expand(len(text), -1)[prompt_B]
         log_likelihoods_B = torch.zeros(len(flat), dtype=torch.float64, device=model.device)
         decoder = decoder_of(model, text, counts, known, guided=sampling.is_guided, compile=compile)
+        sizes = counts
         for position in range(m, n_image):
             if position > 0:
                 inputs_B = tokens_BI[:, position - 1]
@@ -337,7 +338,7 @@ def sample_each(
                 decoder.keep(torch.cat([kept_B, len(tokens_BI) + kept_B]) if sampling.is_guided else kept_B)
                 tokens_BI, uniforms_BI, prompt_B = tokens_BI[kept_B], uniforms_BI[kept_B], prompt_B[kept_B]
                 log_likelihoods_B = log_likelihoods_B[kept_B]
-        sizes = prompt_B.bincount(minlength=len(counts)).tolist()
+                sizes = [len(kept_B)] if len(counts) == 1 else prompt_B.bincount(minlength=len(counts)).tolist()
     # Outside inference mode: a caller may feed these to modules that keep them for a backward pass.
     each = zip(torch.split(tokens_BI.clone(), sizes), torch.split(log_likelihoods_B.float(), sizes), strict=True)
     return [Samples(tokens=tokens[None], log_likelihoods=log_likelihoods[None]) for tokens, log_likelihoods in each]
