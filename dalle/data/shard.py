@@ -13,7 +13,7 @@ from typing import Self, TypeVar
 
 from dalle.data.image_tokens import Description, Encoding
 from dalle.data.index import ShardIndex, index_shard, with_captions
-from dalle.data.index_file import keep, kept_header, kept_index, read_index
+from dalle.data.index_file import keep, kept_header, kept_index
 from dalle.data.usable import DataReport, nothing_usable, refuse_tokens, usable_part
 from storage.stores.files import file_status
 from storage.tar import DamagedTarError
@@ -98,7 +98,8 @@ def look_at(path: Path, *, captions: bool, encoded: bool, skip_damaged: bool) ->
     """
     state = state_of(path)
     header = kept_header(path, state)
-    if header is None or captions not in header.parts:
+    # What an index says of nothing usable is not believed: the shard itself says what is wrong.
+    if header is None or captions not in header.parts or header.parts[captions].report.n_samples == 0:
         index, damage = _indexed(path, skip_damaged=skip_damaged)
         if index is None:
             return None, DataReport(damaged_shards=damage)
@@ -113,8 +114,6 @@ def look_at(path: Path, *, captions: bool, encoded: bool, skip_damaged: bool) ->
     if not encoded:
         refuse_tokens(path, header.tokens)
     part = header.parts[captions]
-    if part.report.n_samples == 0:
-        raise ValueError(nothing_usable(read_index(header.path, path)[0], part.report))
     shard = Shard(
         path=path,
         n_bytes=state[0],

@@ -85,9 +85,9 @@ class Part:
         """Read the record of `to_json`.
 
         Raises:
-            ValueError, KeyError, TypeError: it is something else.
+            ValueError, KeyError, TypeError, AttributeError: it is something else.
         """
-        values = dict(record)
+        values = dict(record.items())
         fingerprint, problems = values.pop("fingerprint"), values.pop("problems", ())
         is_sound = all(type(value) is int and 0 <= value < _MAX_COUNT for value in values.values())
         if not isinstance(fingerprint, str) or not is_sound:

@@ -233,8 +233,6 @@ def test_importing_a_vqgan_holds_the_weights_once_and_a_tensor(
         meta = VQGAN(large).state_dict()
     state = {name: torch.zeros(value.shape) for name, value in meta.items()}
     n_bytes = 4 * sum(value.numel() for value in meta.values())
-    largest = 4 * max(value.numel() for value in meta.values())
-    assert largest > 32 << 20
     file = tmp_path / "x"
     if kind == "torch.save":
         torch.save(state, file)
@@ -243,8 +241,8 @@ def test_importing_a_vqgan_holds_the_weights_once_and_a_tensor(
     state.clear()
     kept: list[object] = []
     rise = rise_of_memory(lambda: kept.append(import_vqgan(file, image_size=32)))
-    # a tensor is held twice while it is read; with the file, or another copy, it would be more
-    assert n_bytes * 0.9 < rise < n_bytes + 2.5 * largest
+    # A tensor is held twice while it is read, and the allocator keeps what it freed; the file or another copy is twice.
+    assert n_bytes * 0.9 < rise < n_bytes * 1.6
 
 
 COUNTS = {

@@ -1,5 +1,6 @@
 """Indexes of shards in files: what is kept is used, what is damaged or of another shard is made again."""
 
+import json
 import logging
 import os
 import shutil
@@ -14,7 +15,7 @@ from support.tiny import all_keys, samples_of, write_tar
 import dalle.data.shard
 from dalle.data import index_file
 from dalle.data.index import ShardIndex, Texts, index_shard, with_captions
-from dalle.data.index_file import IndexFileError, index_bytes, read_header, read_index
+from dalle.data.index_file import IndexFileError, index_bytes, read_header, read_index, with_prefix
 from dalle.data.names import expand_shards
 from dalle.data.order import Shuffle
 from dalle.data.reader import ShardData
@@ -152,6 +153,16 @@ def test_a_damaged_index_is_told_of_and_made_again(shard: Path, caplog: pytest.L
         with caplog.at_level(logging.WARNING):
             assert all_keys(opened(shard)) == expected
         assert f"s.tar.index cannot be used ({reason}" in caplog.text
+    assert all_keys(opened(shard)) == expected
+
+
+def test_an_index_that_says_there_is_nothing_usable_is_not_believed(shard: Path) -> None:
+    expected = all_keys(opened(shard))
+    path = shard.with_name("s.tar.index")
+    record = {**read_header(path).record}
+    record["parts"] = {"captions": {"fingerprint": "0" * 16, "n_samples": 0}}
+    body = path.read_bytes()[-record["columns_bytes"] :]
+    path.write_bytes(with_prefix(json.dumps(record).encode()) + body)
     assert all_keys(opened(shard)) == expected
 
 
