@@ -44,6 +44,7 @@ from dalle.budget import (
     sampling_share,
 )
 from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
+from dalle.editing.captions import Completion, RankedCaptions, complete_caption, rank_captions
 from dalle.editing.edit import Edited, edit
 from dalle.editing.likelihood import Likelihood, likelihood
 from dalle.editing.regions import Mask, Region, check_top
@@ -418,6 +419,52 @@ class Pipeline:
             ValueError: an empty caption, or no pictures.
         """
         return likelihood(self, caption, images)
+
+    @undisturbed()
+    def rank_captions(
+        self, image: Image.Image, captions: Sequence[str], *, rank: Ranking | None = None
+    ) -> RankedCaptions:
+        """Rank captions by how well they fit a picture, best first; of equal ones the earlier.
+
+        Args:
+            image: any picture; the transformer sees it resized and cropped to the size of the dVAE, CLIP to its own.
+            captions: at least two.
+            rank: by "likelihood", log p(picture | caption), by "clip", or by "both": see `rank_order`; by default the
+                bundle's.
+
+        Raises:
+            ValueError: no picture, fewer captions, an empty one, or an unknown ranking.
+        """
+        return rank_captions(self, image, captions, self.defaults.updated(rank=rank).rank)
+
+    @undisturbed()
+    def complete_caption(
+        self,
+        beginning: str,
+        *,
+        n: int = 8,
+        n_tokens: int = 16,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> list[Completion]:
+        """Sample n completions of a caption from the text part of the transformer.
+
+        Args:
+            beginning: whole words are completed best; "" is a caption from nothing.
+            n: completions.
+            n_tokens: to draw at most. The paper's transformer does not tell where a caption ends, so there it is how
+                many are drawn.
+            seed: same seed, same completions; completion k depends on (seed, beginning, k) alone.
+            temperature: divides the logits; 0 takes the likeliest.
+            top_k: draw from the k likeliest only.
+
+        Raises:
+            ValueError: an argument out of range, a beginning that leaves no room, or a transformer that predicts no
+                text, as DALL·E mini.
+        """
+        sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
+        return complete_caption(self, beginning, sampling, n=n, n_tokens=n_tokens)
 
     def default_batch_size(
         self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False
