@@ -15,6 +15,7 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.best_of_n import check_caption, check_captions, check_n, rank_order
+from dalle.budget import OnProgress
 from dalle.family.captions import caption_model
 from dalle.family.texts.bart import BartTokenizer
 from dalle.family.tokenizers import text_of
@@ -85,7 +86,13 @@ class RankedCaptions:
         return f"RankedCaptions({len(self.captions)}, best {self.captions[0]!r}, rank={self.rank!r})"
 
 
-def rank_captions(pipe: "Pipeline", image: Image.Image, captions: Sequence[str], rank: Ranking) -> RankedCaptions:
+def rank_captions(
+    pipe: "Pipeline",
+    image: Image.Image,
+    captions: Sequence[str],
+    rank: Ranking,
+    progress: OnProgress | None = None,
+) -> RankedCaptions:
     """Do what `Pipeline.rank_captions` does."""
     if not isinstance(image, Image.Image):
         raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
@@ -100,11 +107,12 @@ def rank_captions(pipe: "Pipeline", image: Image.Image, captions: Sequence[str],
     tokens_1I = pipe.dvae.encode(pixels[None].to(pipe.dalle.device)).flatten(1)
     texts = torch.cat([text_of(pipe.tokenizer, captions, pipe.dalle), pipe.dalle.config.null_caption()[None]])
     size = pipe.default_batch_size(1, n_captions=len(texts))
-    nats = [
-        log_likelihoods(pipe.dalle, some, tokens_1I.expand(len(some), -1)).sum(1).cpu()
-        for some in torch.split(texts, size)
-    ]
-    *nats_C, without_caption = torch.cat(nats).tolist()
+    nats: list[float] = []
+    for some in torch.split(texts, size):
+        nats += log_likelihoods(pipe.dalle, some, tokens_1I.expand(len(some), -1)).sum(1).tolist()
+        if progress is not None:
+            progress(min(len(nats), len(captions)), len(captions))
+    *nats_C, without_caption = nats
     scores_C = score(pipe.clip, captions, clip_view(image, pipe.clip.config.view)[None])[:, 0].cpu()
     likelihoods_C = torch.tensor(nats_C)
     order_C = rank_order(scores_C, likelihoods_C, rank)

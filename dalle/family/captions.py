@@ -64,7 +64,7 @@ def next_text_logits(model: CaptionModel, tokens: Tensor) -> Tensor:
             )
         h_BnD = model.embed(text_BT[:, :first], text_BT[:, :0])
     length = h_BnD.shape[1]
-    for block, kind in zip(model.blocks, config.kinds, strict=True):
+    for block, kind in zip(model.blocks, model.config.kinds, strict=True):
         h_BnD = block(h_BnD, partial(masked_attention, mask_SS=model.mask(kind)[:length, :length]))
     logits_BV: Tensor = model.text_head(model.final_norm(h_BnD[:, -1]))
     return logits_BV.float()
@@ -80,7 +80,7 @@ def is_text(model: CaptionModel) -> Tensor:
         return torch.ones(config.text_vocab, dtype=torch.bool)
     is_text_V = torch.arange(config.n_text_ids) < config.text_vocab
     if isinstance(model, VariantDALLE):
-        no_text = [config.pad, model.variant.start, model.variant.end]
+        no_text = [model.config.pad, model.variant.start, model.variant.end]
         is_text_V[[number for number in no_text if number is not None]] = False
     else:
         is_text_V[0] = False

@@ -11,6 +11,7 @@ from dalle.cli.command import resolve_device
 from dalle.cli.generate import AS_THE_BUNDLE, read_captions
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, CaptionJSONLines, Device
 from dalle.cli.terminal import print_table
+from dalle.output.progress import progress_bar
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking
 from dvae.images import open_image
@@ -41,7 +42,8 @@ class RankCaptions:
             raise ValueError(f"{self.candidates} holds one caption: give at least two to rank, one on each line")
         image = open_image(self.picture)
         pipe = Pipeline.load(self.bundle, resolve_device(self.device))
-        found = pipe.rank_captions(image, captions, rank=self.rank)
+        with progress_bar("captions") as progress:
+            found = pipe.rank_captions(image, captions, rank=self.rank, progress=progress)
         n_tokens, alone = pipe.dalle.config.stream.n_image, found.without_caption
         rows: list[list[str]] = []
         for caption, nats, score in zip(
