@@ -1,4 +1,4 @@
-"""From a caption to ranked pictures: joins the tokenizer, transformer, dVAE and CLIP of a bundle.
+"""From a caption to ranked pictures, and all else that is done with a loaded bundle.
 
 Candidates stream: a batch is sampled, decoded and scored, and all but the best so far are dropped. Memory depends on
 the batch and on what is kept, not on the number of candidates. Ranked by likelihood, only the best are decoded; ranked
@@ -11,9 +11,7 @@ Letters: P captions  N candidates  K kept ones  T text positions  I image positi
          H, W pixels
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
-from typing import Self
+from collections.abc import Callable, Sequence
 
 import torch
 from PIL import Image
@@ -23,114 +21,27 @@ from dalle.best_of_n import (
     Best,
     BetterHalf,
     Candidates,
-    Judge,
     Request,
     Result,
-    Warnings,
     check_captions,
     check_n,
     check_top_is_open,
     n_given,
 )
-from dalle.budget import (
-    BatchProgress,
-    OnProgress,
-    batches,
-    candidates_at_once,
-    check_batch_size,
-    check_memory,
-    decoded_at_once,
-    memory_budget,
-    sampling_share,
-)
-from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defaults
+from dalle.budget import BatchProgress, OnProgress, batches, check_batch_size, sampling_share
+from dalle.data.bundle import LoadedBundle
+from dalle.editing.captions import Completion, RankedCaptions, complete_caption, rank_captions
 from dalle.editing.edit import Edited, edit
 from dalle.editing.likelihood import Likelihood, likelihood
 from dalle.editing.regions import Mask, Region, check_top
-from dalle.family.tokenizers import TextTokenizer, text_of
-from dalle.family.transformers import Transformer
+from dalle.editing.variations import Varied, variations
+from dalle.family.tokenizers import text_of
 from dalle.sampling import Ranking, Samples, Sampling, SamplingDefaults, candidate_seed, sample, undisturbed
-from dvae.codec import Codec
-from dvae.fast.model import optimised
 from dvae.images import resize_and_crop, to_tensor
-from rerank import CLIP, score
 
 
-class Pipeline:
-    """A loaded bundle.
-
-    Args:
-        tokenizer: of the captions.
-        dalle: the transformer, with the metadata of its training; sampling and decoding happen in its precision,
-            float32 or bfloat16.
-        dvae: turns image tokens into pictures and pictures into image tokens.
-        clip: ranks the pictures.
-        hashes: part -> hash, for the metadata of the pictures.
-        memory: bytes that a batch may take, beside the models; by default 2 GiB on a CPU, and half of what is free
-            on a GPU.
-        compile: compile the steps of sampling and the decoding of pictures, on a CPU: worth it for many candidates of
-            large models.
-
-    Raises:
-        ValueError: the parts do not fit one another, memory is not above 0, or the transformer's sampling defaults
-            cannot be used.
-    """
-
-    @undisturbed()
-    def __init__(
-        self,
-        *,
-        tokenizer: TextTokenizer,
-        dalle: Transformer,
-        dvae: Codec,
-        clip: CLIP,
-        hashes: Mapping[str, str],
-        memory: int | None = None,
-        compile: bool = False,
-    ) -> None:
-        check_sizes(tokenizer, dalle, dvae)
-        check_memory(memory)
-        self.tokenizer = tokenizer
-        self.dalle = dalle.eval().requires_grad_(False)
-        self.dvae = dvae.eval().requires_grad_(False)
-        self.clip = clip.eval().requires_grad_(False)
-        self.hashes = dict(hashes)
-        # a faster copy, for decoding alone: pictures to complete are encoded in float32
-        is_plain = dalle.dtype == torch.float32 and not compile
-        self._decoding_dvae = self.dvae if is_plain else optimised(self.dvae, dtype=dalle.dtype, compile=compile)
-        self.memory = memory
-        self.compile = compile
-        self.defaults = sampling_defaults(dalle)
-        """How the bundle is sampled and ranked unless told otherwise."""
-        self._warnings = Warnings(bool(dalle.metadata.get("null_caption_probability")))
-
-    @classmethod
-    @undisturbed()
-    def load(
-        cls,
-        bundle: str | Path,
-        device: str | torch.device = "cpu",
-        *,
-        precision: Precision = "fp32",
-        memory: int | None = None,
-        compile: bool = False,
-    ) -> Self:
-        """Load a bundle and check that its parts belong together.
-
-        Args:
-            bundle: the directory.
-            device: where to compute: cpu, cuda, cuda:1 …, or auto for a GPU if there is one.
-            precision: of sampling and decoding; in bf16 they are faster, and a candidate depends on its batch.
-            memory: see `Pipeline`.
-            compile: see `Pipeline`.
-
-        Raises:
-            FileNotFoundError: the bundle, or a part of it, is missing.
-            ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or an argument
-                is out of range, or there is no such device.
-        """
-        parts = load_bundle(Path(bundle), device, precision)
-        return cls(**parts._asdict(), memory=memory, compile=compile)
+class Pipeline(LoadedBundle):
+    """A loaded bundle, and all that is done with one: see `LoadedBundle`."""
 
     def generate(
         self,
@@ -261,6 +172,53 @@ class Pipeline:
         return edit(self, region, request, settings, seed=seed, batch_size=batch_size, progress=progress)
 
     @undisturbed()
+    def variations(
+        self,
+        image: Image.Image,
+        caption: str = "",
+        *,
+        n: int = 64,
+        keep: int = 8,
+        strength: float = 0.5,
+        seed: int = 0,
+        settings: SamplingDefaults | None = None,
+        batch_size: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> Varied:
+        """Draw a share of a picture's tokens anew, from fine to coarse: see `dalle.editing.variations`.
+
+        Args:
+            image: see `edit`, also for the others.
+            caption: what the picture shows; "" for none, and then they are ranked by likelihood.
+            n: particles.
+            keep: how many to return, at most.
+            strength: share of the tokens: 0 is the reconstruction, 1 a new sample of the caption.
+            seed: same seed, same pictures; of the same seed, a larger strength draws the same tokens anew and more.
+            settings: by default the bundle's.
+            batch_size: particles of a population.
+            progress: told how many particles are done.
+
+        Raises:
+            ValueError: as `edit`; or the strength is not from 0 to 1.
+        """
+        check_batch_size(batch_size)
+        settings = settings or self.defaults
+        self._warnings.about_guidance(settings.sampling(seed))
+        self._warnings.about_caption(caption)
+        return variations(
+            self,
+            image,
+            caption,
+            settings,
+            n=n,
+            keep=keep,
+            strength=strength,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
+
+    @undisturbed()
     def sample_tokens(
         self,
         captions: Sequence[str],
@@ -326,19 +284,6 @@ class Pipeline:
         return judge.result(best)
 
     @undisturbed()
-    def decode(self, tokens: Tensor) -> Tensor:
-        """Turn image tokens into pictures, all at once.
-
-        Args:
-            tokens: int64 (N, I), or the first of them (N, J), in whole rows.
-
-        Returns:
-            float32 (N, 3, H, W) in [0, 1], or the tops of the pictures.
-        """
-        grid = self.dalle.config.grid
-        return self._decoding_dvae.decode(tokens.to(self.dalle.device).reshape(len(tokens), -1, grid))
-
-    @undisturbed()
     def prefix(self, image: Image.Image, keep_rows: int) -> Tensor:
         """Return the image tokens of the top of a picture, for `generate` to complete.
 
@@ -358,11 +303,6 @@ class Pipeline:
         return tokens_1YX[:, :keep_rows].flatten(1)
 
     @undisturbed()
-    def rank(self, captions: Sequence[str], images: Tensor) -> Tensor:
-        """Return the cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
-        return score(self.clip, captions, images).cpu()
-
-    @undisturbed()
     def likelihood(self, caption: str, images: Sequence[Image.Image]) -> Likelihood:
         """Return how likely pictures are after a caption, and after the empty one; they are resized and cropped.
 
@@ -371,23 +311,57 @@ class Pipeline:
         """
         return likelihood(self, caption, images)
 
-    def default_batch_size(
-        self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False
-    ) -> int:
-        """Return how many candidates to sample at once: see `candidates_at_once`.
+    @undisturbed()
+    def rank_captions(
+        self,
+        image: Image.Image,
+        captions: Sequence[str],
+        *,
+        rank: Ranking | None = None,
+        progress: OnProgress | None = None,
+    ) -> RankedCaptions:
+        """Rank captions by how well they fit a picture, best first; of equal ones the earlier.
 
-        Early abandon decodes pictures while the batch is under way, which takes half of the memory.
+        Args:
+            image: any picture; the transformer sees it resized and cropped to the size of the dVAE, CLIP to its own.
+            captions: at least two.
+            rank: by "likelihood", log p(picture | caption), by "clip", or by "both": see `rank_order`; by default the
+                bundle's.
+            progress: told how many captions are done.
+
+        Raises:
+            ValueError: no picture, fewer captions, an empty one, or an unknown ranking.
         """
-        budget = memory_budget(self.dalle.device, self.memory) // (2 if early_abandon else 1)
-        return candidates_at_once(self.dalle, budget, n, n_captions=n_captions, guided=guided)
+        return rank_captions(self, image, captions, self.defaults.updated(rank=rank).rank, progress)
 
-    def judge(self, caption: str, finish: Callable[[Tensor], Tensor] = lambda images: images) -> Judge:
-        """Return what decodes and scores candidates of a caption; `finish` makes the pictures of the decoded ones."""
+    @undisturbed()
+    def complete_caption(
+        self,
+        beginning: str,
+        *,
+        n: int = 8,
+        n_tokens: int = 16,
+        seed: int = 0,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+    ) -> list[Completion]:
+        """Sample n completions of a caption from the text part of the transformer.
 
-        def at_once(n: int) -> int:
-            return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self.memory), n)
+        Args:
+            beginning: whole words are completed best; "" is a caption from nothing.
+            n: completions.
+            n_tokens: to draw at most. The paper's transformer does not tell where a caption ends, so there it is how
+                many are drawn.
+            seed: same seed, same completions; completion k depends on (seed, beginning, k) alone.
+            temperature: divides the logits; 0 takes the likeliest.
+            top_k: draw from the k likeliest only.
 
-        return Judge(caption, self.clip, lambda tokens: finish(self.decode(tokens)), at_once)
+        Raises:
+            ValueError: an argument out of range, a beginning that leaves no room, or a transformer that predicts no
+                text, as DALL·E mini.
+        """
+        sampling = Sampling(seed=seed, temperature=temperature, top_k=top_k)
+        return complete_caption(self, beginning, sampling, n=n, n_tokens=n_tokens)
 
     def _sample(
         self,

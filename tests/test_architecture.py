@@ -37,9 +37,12 @@ PIPELINE = {
     "dalle.best_of_n",
     "dalle.budget",
     "dalle.data.bundle",
+    "dalle.editing.captions",
     "dalle.editing.edit",
     "dalle.editing.likelihood",
+    "dalle.editing.redraw",
     "dalle.editing.regions",
+    "dalle.editing.variations",
     "dalle.pipeline",
 }
 """The modules of dalle that join the packages."""
@@ -197,6 +200,9 @@ dalle:Pipeline.load(bundle)
 dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, rank, prefix)
 dalle:Pipeline.best(request, sampling, rank, prefix)
 dalle:Pipeline.edit(image, mask, caption, n, keep, seed, settings)
+dalle:Pipeline.variations(image, caption, n, keep, strength, seed, settings)
+dalle:Pipeline.rank_captions(image, captions, rank)
+dalle:Pipeline.complete_caption(beginning, n, n_tokens, seed, temperature, top_k)
 dalle:Pipeline.likelihood(caption, images)
 dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)

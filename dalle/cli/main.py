@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, edit, rank, score, search, reconstruct, serve and the imports.
+"""The command line `dalle`: pictures from captions, from pictures, captions, ranking, a server, imports.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -32,9 +32,12 @@ def read(arguments: "Sequence[str]") -> "Command":
 
     from tyro.conf import FlagCreatePairsOff, subcommand
 
+    from dalle.cli.captions.complete import CompleteCaption
+    from dalle.cli.captions.rank import RankCaptions
     from dalle.cli.command import parse
     from dalle.cli.editing.edit import Edit
     from dalle.cli.editing.score import Score
+    from dalle.cli.editing.variations import Variations
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
@@ -48,6 +51,9 @@ def read(arguments: "Sequence[str]") -> "Command":
     kinds = FlagCreatePairsOff[
         Annotated[Generate, subcommand("generate")]
         | Annotated[Edit, subcommand("edit")]
+        | Annotated[Variations, subcommand("variations")]
+        | Annotated[RankCaptions, subcommand("caption")]
+        | Annotated[CompleteCaption, subcommand("complete-caption")]
         | Annotated[Rank, subcommand("rank")]
         | Annotated[Score, subcommand("score")]
         | Annotated[Search, subcommand("search")]
@@ -59,7 +65,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions, and edits them; ranks, searches and reconstructs pictures; serves an API. "
+        "Generates pictures from captions; edits and varies pictures; ranks and completes captions; ranks, searches "
+        "and reconstructs pictures; serves an API. "
         "Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)

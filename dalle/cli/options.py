@@ -32,6 +32,11 @@ JSONLines = Annotated[
     tyro.conf.arg(name="json", help="Print a JSON object per picture, not a table.", help_behavior_hint=""),
 ]
 
+CaptionJSONLines = Annotated[
+    bool,
+    tyro.conf.arg(name="json", help="Print a JSON object per caption, not a table.", help_behavior_hint=""),
+]
+
 
 def check_writable(folder: Path) -> None:
     """Make a folder if need be, and fail now, not after an hour of computing, if it cannot be written to.

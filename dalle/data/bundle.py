@@ -2,19 +2,26 @@
 
 It holds tokenizer.json, dvae/, dalle/ and clip/. Its transformer remembers the tokenizer and the dVAE it was trained
 with; others, whose ids mean something else, are refused.
+
+Letters: P captions  N pictures  I image positions  J image positions of the top rows  H, W pixels
 """
 
 import re
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import torch
+from torch import Tensor
 
+from dalle.best_of_n import Judge, Warnings
+from dalle.budget import candidates_at_once, check_memory, decoded_at_once, memory_budget
 from dalle.family.tokenizers import TextTokenizer, load_tokenizer
 from dalle.family.transformers import Transformer, load_transformer
-from dalle.sampling import SamplingDefaults, check_top_k
+from dalle.sampling import SamplingDefaults, check_top_k, undisturbed
 from dvae.codec import Codec, load_codec
-from rerank import CLIP
+from dvae.fast.model import optimised
+from rerank import CLIP, score
 from storage.errors import reason_of
 from storage.model_directory import HOW_TO_MAKE, directory_hash
 
@@ -141,3 +148,116 @@ def sampling_defaults(dalle: Transformer) -> SamplingDefaults:
             f"{error}; correct them, or take them out to sample as the paper does"
         ) from error
     return defaults
+
+
+class LoadedBundle:
+    """The models of a bundle in memory, and what they can do at once: pictures of tokens, scores, batches that fit.
+
+    Args:
+        tokenizer: of the captions.
+        dalle: the transformer, with the metadata of its training; sampling and decoding happen in its precision,
+            float32 or bfloat16.
+        dvae: turns image tokens into pictures and pictures into image tokens.
+        clip: ranks the pictures.
+        hashes: part -> hash, for the metadata of the pictures.
+        memory: bytes that a batch may take, beside the models; by default 2 GiB on a CPU, and half of what is free
+            on a GPU.
+        compile: compile the steps of sampling and the decoding of pictures, on a CPU: worth it for many candidates of
+            large models.
+
+    Raises:
+        ValueError: the parts do not fit one another, memory is not above 0, or the transformer's sampling defaults
+            cannot be used.
+    """
+
+    @undisturbed()
+    def __init__(
+        self,
+        *,
+        tokenizer: TextTokenizer,
+        dalle: Transformer,
+        dvae: Codec,
+        clip: CLIP,
+        hashes: Mapping[str, str],
+        memory: int | None = None,
+        compile: bool = False,
+    ) -> None:
+        check_sizes(tokenizer, dalle, dvae)
+        check_memory(memory)
+        self.tokenizer = tokenizer
+        self.dalle = dalle.eval().requires_grad_(False)
+        self.dvae = dvae.eval().requires_grad_(False)
+        self.clip = clip.eval().requires_grad_(False)
+        self.hashes = dict(hashes)
+        # a faster copy, for decoding alone: pictures to complete are encoded in float32
+        is_plain = dalle.dtype == torch.float32 and not compile
+        self._decoding_dvae = self.dvae if is_plain else optimised(self.dvae, dtype=dalle.dtype, compile=compile)
+        self.memory = memory
+        self.compile = compile
+        self.defaults = sampling_defaults(dalle)
+        """How the bundle is sampled and ranked unless told otherwise."""
+        self._warnings = Warnings(bool(dalle.metadata.get("null_caption_probability")))
+
+    @classmethod
+    @undisturbed()
+    def load(
+        cls,
+        bundle: str | Path,
+        device: str | torch.device = "cpu",
+        *,
+        precision: Precision = "fp32",
+        memory: int | None = None,
+        compile: bool = False,
+    ) -> Self:
+        """Load a bundle and check that its parts belong together.
+
+        Args:
+            bundle: the directory.
+            device: where to compute: cpu, cuda, cuda:1 …, or auto for a GPU if there is one.
+            precision: of sampling and decoding; in bf16 they are faster, and a candidate depends on its batch.
+            memory: see `LoadedBundle`.
+            compile: see `LoadedBundle`.
+
+        Raises:
+            FileNotFoundError: the bundle, or a part of it, is missing.
+            ValueError: a part is damaged, the transformer was trained with another tokenizer or dVAE, or an argument
+                is out of range, or there is no such device.
+        """
+        parts = load_bundle(Path(bundle), device, precision)
+        return cls(**parts._asdict(), memory=memory, compile=compile)
+
+    @undisturbed()
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Turn image tokens into pictures, all at once.
+
+        Args:
+            tokens: int64 (N, I), or the first of them (N, J), in whole rows.
+
+        Returns:
+            float32 (N, 3, H, W) in [0, 1], or the tops of the pictures.
+        """
+        grid = self.dalle.config.grid
+        return self._decoding_dvae.decode(tokens.to(self.dalle.device).reshape(len(tokens), -1, grid))
+
+    @undisturbed()
+    def rank(self, captions: Sequence[str], images: Tensor) -> Tensor:
+        """Return the cosines of P captions and pictures float (N, 3, H, W) in [0, 1]: float32 (P, N) on the CPU."""
+        return score(self.clip, captions, images).cpu()
+
+    def default_batch_size(
+        self, n: int, *, n_captions: int = 1, guided: bool = False, early_abandon: bool = False
+    ) -> int:
+        """Return how many candidates to sample at once: see `candidates_at_once`.
+
+        Early abandon decodes pictures while the batch is under way, which takes half of the memory.
+        """
+        budget = memory_budget(self.dalle.device, self.memory) // (2 if early_abandon else 1)
+        return candidates_at_once(self.dalle, budget, n, n_captions=n_captions, guided=guided)
+
+    def judge(self, caption: str, finish: Callable[[Tensor], Tensor] = lambda images: images) -> Judge:
+        """Return what decodes and scores candidates of a caption; `finish` makes the pictures of the decoded ones."""
+
+        def at_once(n: int) -> int:
+            return decoded_at_once(self.dvae, memory_budget(self.dalle.device, self.memory), n)
+
+        return Judge(caption, self.clip, lambda tokens: finish(self.decode(tokens)), at_once)

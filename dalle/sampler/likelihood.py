@@ -17,7 +17,7 @@ def log_likelihoods(model: Transformer, text: Tensor, tokens: Tensor) -> Tensor:
 
     Args:
         model: the transformer.
-        text: int64 (1, T), text ids of one caption.
+        text: int64 (1, T), text ids of one caption, or (N, T), of one for each picture.
         tokens: int64 (N, I), raster order, of N pictures, all at once.
 
     Returns:
@@ -29,9 +29,12 @@ def log_likelihoods(model: Transformer, text: Tensor, tokens: Tensor) -> Tensor:
     config = model.config
     check_ids("text", text, config.text_len, config.n_text_ids)
     check_ids("tokens", tokens, config.stream.n_image, config.image_vocab)
+    if len(text) not in (1, len(tokens)):
+        raise ValueError(f"{len(text)} captions for {len(tokens)} pictures: expected one, or one for each")
+    counts = [len(tokens)] if len(text) == 1 else [1] * len(text)
     tokens = tokens.to(model.device)
     with undisturbed(), torch.inference_mode():
-        decoder = decoding(model, text.to(model.device), [len(tokens)])
+        decoder = decoding(model, text.to(model.device), counts)
         inputs_NI = F.pad(tokens[:, :-1], (1, 0), value=start_of_image_id(config.image_vocab))
         each = [
             -F.cross_entropy(decoder.step(inputs_N), tokens_N, reduction="none")

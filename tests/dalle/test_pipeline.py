@@ -12,6 +12,7 @@ from dalle import best_of_n, budget, pipeline
 from dalle.attention import stored_mask
 from dalle.best_of_n import Judge, Request, Result, rank_order
 from dalle.cache import slot_pattern
+from dalle.data import bundle as bundle_module
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dalle.sampling import PAPER_SAMPLING, Sampling, SamplingDefaults
@@ -602,7 +603,7 @@ def test_in_bf16_pictures_are_nearly_those_of_fp32_and_a_given_top_is_encoded_in
 def test_compile_is_for_sampling_and_decoding(bundle, monkeypatch, compile):
     told = []
     sample = pipeline.sample
-    monkeypatch.setattr(pipeline, "optimised", lambda dvae, **options: told.append(options) or dvae)
+    monkeypatch.setattr(bundle_module, "optimised", lambda dvae, **options: told.append(options) or dvae)
     monkeypatch.setattr(
         pipeline,
         "sample",

@@ -64,6 +64,18 @@ def test_youtokentomes_ids_are_those_of_its_rules_one_at_a_time() -> None:
             assert tokenizer.encode(caption) == expected(caption), repr(caption)
 
 
+def test_youtokentomes_ids_become_words_again() -> None:
+    tokenizer = YouTokenToMe.read(MODEL)
+    known = [caption for caption in captions() if 1 not in tokenizer.encode(caption)]
+    assert len(known) > 50
+    for caption in known:
+        assert tokenizer.decode(tokenizer.encode(caption)).split() == re.split(
+            "[ \t\n\v\f\r\u2581]+", caption.lower().strip(" \t\n\v\f\r\u2581")
+        ) or not tokenizer.encode(caption)
+    assert tokenizer.decode([0, 2, 3]) == ""
+    assert tokenizer.decode([1]) == "<UNK>"
+
+
 BAD_MODELS = {
     "words": ("3 x 4", "something other than whole numbers"),
     "empty": ("", "0 numbers are not those of as many characters and rules as it says"),
@@ -130,6 +142,13 @@ def test_charbpes_ids_are_those_of_its_rules_one_at_a_time(tmp_path: Path) -> No
             assert tokenizer.encode(caption) == expected(caption), repr(caption)
     assert tokenizer.encode("A red CUBE, [PAD]")[-1] == tokenizer.pad == 0
     assert tokenizer.encode("half a pair \ud83d") == tokenizer.encode("half a pair ?")
+
+
+def test_charbpes_ids_become_words_again(tmp_path: Path) -> None:
+    tokenizer = CharBPE.read(*charbpe_files(tmp_path))
+    ids = tokenizer.encode("A red cube on a blue cube, left")
+    assert tokenizer.decode(ids) == "a red cube on a blue cube , left"
+    assert tokenizer.encode(tokenizer.decode(ids)) == ids
 
 
 @pytest.mark.parametrize("kind", ["youtokentome", "charbpe"])

@@ -103,3 +103,8 @@ class CharBPE:
         text = caption.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair becomes a question mark
         ids: list[int] = self._backend.encode(text).ids
         return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids, with a space between any two."""
+        text: str = self._backend.decode(ids, skip_special_tokens=False)
+        return text

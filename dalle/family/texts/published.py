@@ -5,6 +5,7 @@ Source: lucidrains/DALLE-pytorch at 58c1e1a, dalle_pytorch/tokenizer.py. None pu
 
 import hashlib
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -75,6 +76,10 @@ class CLIPText(_Published):
         """Return the ids of a caption; none if nothing is left after cleaning."""
         return self._pairs.encode(caption)
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids; those of start and end are nothing."""
+        return self._pairs.decode([number for number in ids if number < len(self._pairs.vocab)])
+
 
 class HuggingFaceText(_Published):
     """A tokenizer of the `tokenizers` library, which says itself how captions are cleaned and split.
@@ -103,6 +108,11 @@ class HuggingFaceText(_Published):
         ids: list[int] = self._tokenizer.encode(caption).ids
         return ids
 
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids, as the tokenizer's own decoder spells it."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=False)
+        return text
+
 
 class YouTokenToMeText(_Published):
     """YouTokenToMe's BPE, of captions in the letters that they have: ruDALLE reads them in small ones.
@@ -124,6 +134,10 @@ class YouTokenToMeText(_Published):
     def encode(self, caption: str) -> list[int]:
         """Return the ids of a caption; none of white space alone."""
         return self._pairs.encode_as_written(caption)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids: see `YouTokenToMe.decode`."""
+        return self._pairs.decode(ids)
 
 
 PublishedText = CLIPText | HuggingFaceText | YouTokenToMeText

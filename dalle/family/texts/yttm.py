@@ -11,9 +11,11 @@ The library's own file is text, numbers apart from white space:
     unknown pad start end    the ids of no text
 """
 
+import functools
 import hashlib
 import heapq
 import json
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Self
 
@@ -112,6 +114,18 @@ class YouTokenToMe:
         """Return the ids of a caption in the letters that it has, as the library itself reads it."""
         text = caption.translate(dict.fromkeys(map(ord, _SPACES), " "))
         return [number for word in text.split(" ") if word for number in self._merged(word)]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the words of ids, as the library does; an unknown symbol is <UNK>, ids of no text are nothing."""
+        return "".join(self._symbols.get(number, "") for number in ids).replace(WORD_START, " ").strip(" ")
+
+    @functools.cached_property
+    def _symbols(self) -> dict[int, str]:
+        """Ids and the text that each stands for."""
+        symbols = {number: chr(character) for character, number in self._ids.items()} | {_UNKNOWN: "<UNK>"}
+        for (left, right), rule in self._rules.items():
+            symbols[self._new_ids[rule]] = symbols.get(left, "") + symbols.get(right, "")
+        return symbols
 
     def _merged(self, word: str) -> list[int]:
         ids: list[int] = []

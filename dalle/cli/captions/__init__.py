@@ -1,0 +1,1 @@
+"""Verbs that end in captions: ranking them for a picture, completing them."""
