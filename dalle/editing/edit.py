@@ -6,6 +6,7 @@ Letters: N particles  K kept ones  I image positions
 """
 
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -56,10 +57,12 @@ def edit(
     seed: int,
     batch_size: int | None = None,
     progress: OnProgress | None = None,
+    on_tokens: Callable[[Tensor], object] | None = None,
 ) -> Edited:
     """Do what `Pipeline.edit` does, from objects that are checked already.
 
-    Every batch is a population of its own; they are joined by their weights.
+    Every batch is a population of its own; they are joined by their weights. `on_tokens` is told the tokens so far of a
+    population, int64 (N, J), after each position from the first unknown one on; what it raises ends the drawing.
     """
     caption, sampling = request.caption, settings.sampling(seed)
     size = batch_size or pipe.default_batch_size(request.n, guided=sampling.is_guided)
@@ -72,6 +75,8 @@ def edit(
         done = BatchProgress(progress, before=ks.start, n=len(ks), total=request.n, sampling_share=share)
 
         def on_step(tokens_NJ: Tensor, done: BatchProgress = done) -> None:
+            if on_tokens is not None:
+                on_tokens(tokens_NJ)
             done.sampled(tokens_NJ.shape[1], len(known_I))
 
         here = seeds[ks.start : ks.stop]

@@ -15,13 +15,14 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dalle.editing.edit import Edited
+from dalle.editing.regions import Region
 from dalle.server.api.answers import Drawn, Usage, answer, completed_event, partial_event
 from dalle.server.api.errors import APIError, wrong
-from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, Limits, read_ask, unknown_model
+from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, read_ask, unknown_model
 from dalle.server.metrics import MEDIA_TYPE
 from dalle.server.page import Page
-from dalle.server.pictures import as_top, encode, open_upload, rows_kept, unfinished
-from dalle.server.queueing.batch import Top
+from dalle.server.pictures import encode, unfinished
 from dalle.server.queueing.jobs import Ended, Job, Previews, Rows
 from dalle.server.security import Guard, Rules, error_response
 from dalle.server.state import State
@@ -53,19 +54,13 @@ class Routes:
         return await self._draw(request, ask, "generations", None)
 
     async def edit(self, request: Request) -> Response:
-        """POST /v1/images/edits: the rows at the top of a picture are kept, the others are drawn anew."""
-        limits = self._state.limits()
+        """POST /v1/images/edits: any part of a picture is drawn anew."""
         values, files = await _read_form(request)
-        ask = read_ask(values, limits, "edits")
+        ask = read_ask(values, self._state.limits(), "edits")
         if "image" not in files:
             raise wrong("image", "there is no image: send the picture to edit as a file", "missing")
-        if ask.keep_rows is not None and "mask" in files:
-            raise wrong("keep_rows", "keep_rows and mask both say what is kept: send one of them")
-        if ask.keep_rows is None and "mask" not in files:
-            hint = "send a mask, transparent where it is to be drawn anew, or keep_rows, the rows of tokens to keep"
-            raise wrong("mask", f"there is no mask: {hint}", "missing")
-        top = await asyncio.to_thread(_top, files, ask.keep_rows, limits)
-        return await self._draw(request, ask, "edits", top)
+        region = await self._state.region(files["image"], files.get("mask"), ask.keep_rows)
+        return await self._draw(request, ask, "edits", region)
 
     async def vary(self, request: Request) -> Response:
         """POST /v1/images/variations."""
@@ -106,11 +101,11 @@ class Routes:
         """GET /metrics."""
         return Response(await asyncio.to_thread(self._state.metrics.text), headers={"Content-Type": MEDIA_TYPE})
 
-    async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, top: Top | None) -> Response:
+    async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, region: Region | None) -> Response:
         state = self._state
         state.note(request, ask)
-        wanted = _partial_rows(state.limits().grid, 0 if top is None else top.keep_rows, ask.partial_images)
-        job = state.job(ask, request.state.owner, endpoint, top=top, previews=Previews(rows=wanted))
+        previews = Previews(rows=_partial_rows(_drawn_rows(region, state.limits().grid), ask.partial_images))
+        job = state.job(ask, request.state.owner, endpoint, region=region, previews=previews)
         submit(state.engine.queue, job)
         headers = {"X-Ignored-Parameters": ", ".join(ask.ignored)} if ask.ignored else {}
         if ask.stream:
@@ -125,7 +120,9 @@ class Routes:
 
     def _answer(self, job: Job, ask: Ask, request: Request) -> dict[str, Any]:
         """Return the body of a finished job's answer."""
-        drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in range(ask.n)]
+        assert job.result is not None
+        places = range(len(job.result.images))  # an edit may find fewer different ones than were asked for
+        drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in places]
         created = int(time.time())
         native = self._native()
         return answer(ask, drawn, _usage(job), created=created, caption_cut=job.caption_cut, native=native)
@@ -147,6 +144,7 @@ class Routes:
             log_likelihood=float(result.log_likelihoods[place]),
             rank=place + 1,
             candidate=result.candidates[place],
+            seam=float(result.seams[place]) if isinstance(result, Edited) else None,
         )
 
     async def _events(self, job: Job, ask: Ask, endpoint: Endpoint) -> AsyncIterator[bytes]:
@@ -158,13 +156,14 @@ class Routes:
                 if event is None:
                     yield PING
                 elif isinstance(event, Rows) and event.tops is not None:
-                    b64_json = await asyncio.to_thread(_partial, event, ask, native)
+                    b64_json = await asyncio.to_thread(_partial, event, job.work.region, ask, native)
                     created = int(time.time())
                     partial = partial_event(ask, endpoint, b64_json, index=index, created=created)
                     yield sse(partial["type"], partial)
                     index += 1
                 elif isinstance(event, Ended) and job.state == "done":
-                    for place in range(ask.n):
+                    assert job.result is not None
+                    for place in range(len(job.result.images)):
                         drawn = await asyncio.to_thread(self._drawn, job, ask, place, "")
                         done = completed_event(
                             ask,
@@ -191,34 +190,36 @@ class Routes:
         return (self._state.settings.public_url or str(request.base_url)).rstrip("/")
 
 
-def _partial_rows(grid: int, given: int, n: int) -> frozenset[int]:
+def _drawn_rows(region: Region | None, grid: int) -> range:
+    """Return the rows of tokens from the first to the last in which something is drawn."""
+    if region is None:
+        return range(grid)
+    rows = region.unknown(grid).reshape(grid, grid).any(1).nonzero()
+    return range(int(rows[0]), int(rows[-1]) + 1)
+
+
+def _partial_rows(drawn: range, n: int) -> frozenset[int]:
     """Return after which rows a picture is shown n times before it is finished, evenly over those that are drawn."""
-    rows = {given + (grid - given) * i // (n + 1) for i in range(1, n + 1)}
-    return frozenset(row for row in rows if given < row < grid)
+    rows = {drawn.start + len(drawn) * i // (n + 1) for i in range(1, n + 1)}
+    return frozenset(row for row in rows if drawn.start < row < drawn.stop)
 
 
-def _partial(event: Rows, ask: Ask, native: int) -> str:
+def _partial(event: Rows, region: Region | None, ask: Ask, native: int) -> str:
     """Return an unfinished picture in base64."""
     assert event.tops is not None
     top = event.tops[0]
     whole = unfinished(top, native, top.shape[1] // event.n_rows)
+    if region is not None:
+        whole = region.paste(whole[None])[0]
     options: dict[str, Any] = {"output_format": ask.output_format, "compression": ask.compression, "texts": None}
     return base64.b64encode(encode(whole, side=ask.side, **options)).decode()
 
 
 def _usage(job: Job) -> Usage:
     assert job.result is not None
-    n_image, top = job.result.tokens.shape[1], job.work.top
-    given = 0 if top is None else n_image // round(n_image**0.5) * top.keep_rows
+    n_image = job.result.tokens.shape[1]
+    given = n_image - job.result.n_unknown if isinstance(job.result, Edited) else 0
     return Usage(text_tokens=job.n_text_tokens, image_tokens=given, output_tokens=(n_image - given) * job.work.n)
-
-
-def _top(files: dict[str, bytes], keep_rows: int | None, limits: Limits) -> Top | None:
-    """Return what is kept of the picture that was sent."""
-    image, size = open_upload(files["image"])
-    if keep_rows is None:
-        keep_rows = rows_kept(files["mask"], size, limits.native, limits.grid)
-    return as_top(image, limits.native, keep_rows) if keep_rows else None
 
 
 async def _read_form(request: Request) -> tuple[dict[str, object], dict[str, bytes]]:

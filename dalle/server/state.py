@@ -1,5 +1,6 @@
 """What the routes share: the engine, the metrics, the pictures that are kept, and how requests are answered."""
 
+import asyncio
 import dataclasses
 import hashlib
 from dataclasses import dataclass, field
@@ -7,12 +8,14 @@ from typing import Any
 
 from starlette.requests import Request
 
+from dalle.editing.edit import Edited
+from dalle.editing.regions import Region
 from dalle.pipeline import Pipeline
 from dalle.server.api.errors import APIError, not_yet
 from dalle.server.api.requests import Ask, Limits
 from dalle.server.metrics import Metrics
-from dalle.server.pictures import Results
-from dalle.server.queueing.batch import Top, Work
+from dalle.server.pictures import Results, region_of
+from dalle.server.queueing.batch import Work
 from dalle.server.queueing.engine import Engine
 from dalle.server.queueing.jobs import Job, Previews
 from storage.errors import reason_of
@@ -45,6 +48,8 @@ class State:
     metrics: Metrics
     settings: Settings
     results: Results = field(init=False)
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a picture that was sent is decoded: one at a time, each may take some 150 MB."""
     is_draining: bool = False
     """Whether the server ends: it is no longer ready."""
 
@@ -89,7 +94,9 @@ class State:
             max_candidates=settings.max_candidates,
         )
 
-    def job(self, ask: Ask, owner: str, kind: str, *, top: Top | None = None, previews: Previews | None = None) -> Job:
+    def job(
+        self, ask: Ask, owner: str, kind: str, *, region: Region | None = None, previews: Previews | None = None
+    ) -> Job:
         """Return the job of what is asked for.
 
         Raises:
@@ -103,11 +110,17 @@ class State:
                 keep=ask.n,
                 sampling=settings.sampling(ask.seed),
                 rank=settings.rank,
-                top=top,
+                region=region,
             )
         except ValueError as error:
             raise APIError(400, reason_of(error)) from error
         return Job(work, owner=owner, timeout_s=self.settings.timeout_s, previews=previews, kind=kind)
+
+    async def region(self, image: bytes, mask: bytes | None, keep_rows: int | None) -> Region:
+        """Return what is drawn anew of a picture that was sent: see `region_of`."""
+        limits = self.limits()
+        async with self.opening:
+            return await asyncio.to_thread(region_of, image, mask, keep_rows, side=limits.native, grid=limits.grid)
 
     def texts(self, job: Job, place: int) -> dict[str, Any]:
         """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
@@ -122,10 +135,12 @@ class State:
             "log_likelihood": float(result.log_likelihoods[place]),
             "candidate": result.candidates[place],
             **dataclasses.asdict(work.sampling),
-            "keep_rows": work.keep_rows or None,
             "best_of": work.n,
             "hashes": pipe.hashes,
         }
+        if isinstance(result, Edited):
+            about |= {"unknown_tokens": result.n_unknown, "seam": float(result.seams[place])}
+            about["original_seam"] = result.region.original_seam
         return {name: value for name, value in about.items() if value is not None}
 
     def note(self, request: Request, ask: Ask) -> None:

@@ -72,21 +72,6 @@ def test_a_job_outlives_its_connection_and_is_cancelled_when_told_to(pipe):
         assert server.ask("GET", "/api/jobs/0000/events").status_code == 404
 
 
-def test_a_job_keeps_the_top_of_a_picture(server, pipe):
-    picture = Image.fromarray(np.random.default_rng(0).integers(0, 256, (32, 32, 3), np.uint8))
-    file = io.BytesIO()
-    picture.save(file, format="PNG")
-    image = base64.b64encode(file.getvalue()).decode()
-    job = create(server, seed=3, n=1, image=image, keep_rows=2)["id"]
-    done = events(server, job)[-1][1]
-    prefix = pipe.prefix(picture, 2)
-    expected = pipe.best(Request(caption=CUBE, n=4, keep=1), Sampling(seed=3), prefix=prefix)
-    assert done["pictures"][0]["candidate"] == expected.candidates[0]
-    for values in ({"image": "???", "keep_rows": 1}, {"image": image}, {"image": 5, "keep_rows": 1}):
-        answer = server.ask("POST", "/api/jobs", json={"prompt": CUBE, **values})
-        assert (answer.status_code, answer.json()["error"]["param"] in ("image", "keep_rows")) == (400, True)
-
-
 def test_the_page_loads_nothing_from_elsewhere(server):
     for path, kind in (("/", "text/html"), ("/app.css", "text/css"), ("/app.js", "text/javascript")):
         answer = server.ask("GET", path)

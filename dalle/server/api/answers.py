@@ -17,6 +17,8 @@ class Drawn:
     rank: int
     """1 is the best."""
     candidate: int
+    seam: float | None = None
+    """Of an edit: how much pixels differ across the border of what is drawn anew, of 255."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +74,7 @@ def about(ask: Ask, one: Drawn, caption_cut: int, native: int) -> dict[str, Any]
         "best_of": ask.best_of,
         "caption_cut": caption_cut,
         "native_size": f"{native}x{native}",
+        **({} if one.seam is None else {"seam": one.seam}),
     }
 
 
