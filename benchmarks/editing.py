@@ -84,7 +84,7 @@ def by_forcing(pipe: Pipeline, case: Case, n: int) -> Tensor:
     """Return n candidates into which the kept tokens are put, whatever they were drawn after, best first by CLIP."""
     image, mask, told = case
     region = Region.of(image, mask, pipe.dvae.config.image_size)
-    known, _ = known_tokens(pipe, region)
+    known = known_tokens(pipe, region)
     seeds = [candidate_seed(0, told, k) for k in range(n)]
     text = text_of(pipe.tokenizer, [told], pipe.dalle)
     forced = fill(pipe.dalle, text, known, seeds, pipe.defaults.sampling(0), resample_below=0)

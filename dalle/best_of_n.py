@@ -45,12 +45,7 @@ class Request:
 
     def __post_init__(self) -> None:
         check_caption(self.caption)
-        check_n(self.n)
-        check_whole("keep", self.keep)
-        if not 1 <= self.keep <= self.n:
-            raise ValueError(
-                f"keep is {self.keep}, but {self.n} candidates are sampled: keep 1 to {self.n} of them, or sample more"
-            )
+        check_keep(self.keep, self.n)
         n_finished = (self.n + 1) // 2
         if self.early_abandon and self.keep > n_finished:
             raise ValueError(
@@ -88,6 +83,14 @@ def check_n(n: int) -> None:
     check_whole("n", n)
     if not 1 <= n <= MAX_CANDIDATES:
         raise ValueError(f"n is {n}; at least 1 candidate must be sampled, and at most {MAX_CANDIDATES:,}")
+
+
+def check_keep(keep: int, n: int) -> None:
+    """Raise ValueError for a number n of candidates that cannot be sampled, or of which keep cannot be kept."""
+    check_n(n)
+    check_whole("keep", keep)
+    if not 1 <= keep <= n:
+        raise ValueError(f"keep is {keep}, but {n} candidates are sampled: keep 1 to {n} of them, or sample more")
 
 
 def n_given(prefix: Tensor | None) -> int:
@@ -358,6 +361,14 @@ class Warnings:
             self._once(
                 f"guidance is {sampling.guidance:g}, but this transformer never saw an empty caption in training, "
                 "which guidance compares with: expect worse pictures; train with a null_caption_probability above 0"
+            )
+
+    def about_caption(self, caption: str) -> None:
+        """Warn of no caption where the transformer never saw that."""
+        if not caption and not self._knows_null_caption:
+            self._once(
+                "there is no caption, but this transformer never saw an empty one in training: expect worse pictures; "
+                "give a caption that says what the picture shows"
             )
 
     def about_equal_ones(self, result: Result, sampling: Sampling) -> None:

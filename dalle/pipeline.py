@@ -47,6 +47,7 @@ from dalle.data.bundle import Precision, check_sizes, load_bundle, sampling_defa
 from dalle.editing.edit import Edited, edit
 from dalle.editing.likelihood import Likelihood, likelihood
 from dalle.editing.regions import Mask, Region, check_top
+from dalle.editing.variations import Varied, variations
 from dalle.family.tokenizers import TextTokenizer, text_of
 from dalle.family.transformers import Transformer
 from dalle.sampling import Ranking, Samples, Sampling, SamplingDefaults, candidate_seed, sample, undisturbed
@@ -259,6 +260,53 @@ class Pipeline:
         self._warnings.about_guidance(settings.sampling(seed))
         region = Region.of(image, mask, self.dvae.config.image_size)
         return edit(self, region, request, settings, seed=seed, batch_size=batch_size, progress=progress)
+
+    @undisturbed()
+    def variations(
+        self,
+        image: Image.Image,
+        caption: str = "",
+        *,
+        n: int = 64,
+        keep: int = 8,
+        strength: float = 0.5,
+        seed: int = 0,
+        settings: SamplingDefaults | None = None,
+        batch_size: int | None = None,
+        progress: OnProgress | None = None,
+    ) -> Varied:
+        """Draw a share of a picture's tokens anew, from fine to coarse: see `dalle.editing.variations`.
+
+        Args:
+            image: see `edit`, also for the others.
+            caption: what the picture shows; "" for none, and then they are ranked by likelihood.
+            n: particles.
+            keep: how many to return, at most.
+            strength: share of the tokens: 0 is the reconstruction, 1 a new sample of the caption.
+            seed: same seed, same pictures; of the same seed, a larger strength draws the same tokens anew and more.
+            settings: by default the bundle's.
+            batch_size: particles of a population.
+            progress: told how many particles are done.
+
+        Raises:
+            ValueError: as `edit`; or the strength is not from 0 to 1.
+        """
+        check_batch_size(batch_size)
+        settings = settings or self.defaults
+        self._warnings.about_guidance(settings.sampling(seed))
+        self._warnings.about_caption(caption)
+        return variations(
+            self,
+            image,
+            caption,
+            settings,
+            n=n,
+            keep=keep,
+            strength=strength,
+            seed=seed,
+            batch_size=batch_size,
+            progress=progress,
+        )
 
     @undisturbed()
     def sample_tokens(

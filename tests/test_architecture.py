@@ -39,7 +39,9 @@ PIPELINE = {
     "dalle.data.bundle",
     "dalle.editing.edit",
     "dalle.editing.likelihood",
+    "dalle.editing.redraw",
     "dalle.editing.regions",
+    "dalle.editing.variations",
     "dalle.pipeline",
 }
 """The modules of dalle that join the packages."""
@@ -197,6 +199,7 @@ dalle:Pipeline.load(bundle)
 dalle:Pipeline.generate(caption, n, keep, seed, temperature, top_k, top_p, guidance, rank, prefix)
 dalle:Pipeline.best(request, sampling, rank, prefix)
 dalle:Pipeline.edit(image, mask, caption, n, keep, seed, settings)
+dalle:Pipeline.variations(image, caption, n, keep, strength, seed, settings)
 dalle:Pipeline.likelihood(caption, images)
 dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)

@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, edit, rank, score, search, reconstruct, serve and the imports.
+"""The command line `dalle`: generate, edit, variations, rank, score, search, reconstruct, serve and the imports.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -35,6 +35,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.command import parse
     from dalle.cli.editing.edit import Edit
     from dalle.cli.editing.score import Score
+    from dalle.cli.editing.variations import Variations
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
@@ -48,6 +49,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     kinds = FlagCreatePairsOff[
         Annotated[Generate, subcommand("generate")]
         | Annotated[Edit, subcommand("edit")]
+        | Annotated[Variations, subcommand("variations")]
         | Annotated[Rank, subcommand("rank")]
         | Annotated[Score, subcommand("score")]
         | Annotated[Search, subcommand("search")]

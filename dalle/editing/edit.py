@@ -1,51 +1,32 @@
-"""Draws a part of a picture anew: particles for its unknown tokens, drawn by weight, pasted, ranked.
+"""Draws a part of a picture anew, so that it fits a caption and what is kept, and pastes it into the picture.
 
-Source: sequential Monte Carlo, see `dalle.sampler.particles`. Not in the paper, which completes pictures from the top.
-
-Letters: N particles  K kept ones  I image positions
+Letters: K kept candidates  I image positions
 """
 
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor
 
-from dalle.best_of_n import Best, Candidates, Request, Result
-from dalle.budget import BatchProgress, OnProgress, batches, sampling_share
+from dalle.best_of_n import Request
+from dalle.budget import OnProgress
+from dalle.editing.redraw import Redrawn, redraw
 from dalle.editing.regions import Region
-from dalle.family.tokenizers import text_of
-from dalle.sampler.particles import draw_by_weight, effective_number, fill
-from dalle.sampling import SamplingDefaults, candidate_seed
+from dalle.sampling import SamplingDefaults
 
 if TYPE_CHECKING:
     from dalle.pipeline import Pipeline
 
-logger = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Edited(Result):
-    """The best K of the particles that were drawn by weight, pasted into the picture, best first.
-
-    Fewer than were asked for if no more different ones were drawn. `candidates` are the numbers of particles, and
-    `log_likelihoods` count all tokens from the first unknown one on, known ones too.
-    """
+class Edited(Redrawn):
+    """The best K, pasted into the picture."""
 
     region: Region
     """What was drawn anew of what."""
     seams: Tensor
     """float32 (K,): see `Region.seams`."""
-    n_unknown: int
-    """Tokens that were drawn."""
-    effective: float
-    """Of the N particles, how many equally weighted ones they are worth at the end."""
-    n_different: int
-    """Different candidates that were drawn by weight."""
-    n_resamplings: int
-    """How often particles went on from others, in all batches together."""
 
 
 def edit(
@@ -59,58 +40,24 @@ def edit(
     progress: OnProgress | None = None,
     on_tokens: Callable[[Tensor], object] | None = None,
 ) -> Edited:
-    """Do what `Pipeline.edit` does, from objects that are checked already.
-
-    Every batch is a population of its own; they are joined by their weights. `on_tokens` is told the tokens so far of a
-    population, int64 (N, J), after each position from the first unknown one on; what it raises ends the drawing.
-    """
-    caption, sampling = request.caption, settings.sampling(seed)
-    size = batch_size or pipe.default_batch_size(request.n, guided=sampling.is_guided)
-    text_1T = text_of(pipe.tokenizer, [caption], pipe.dalle)
-    known_I, n_unknown = known_tokens(pipe, region)
-    share = 1.0 if settings.rank == "likelihood" else sampling_share(pipe.dalle, pipe.dvae, pipe.clip)
-    seeds = [candidate_seed(seed, caption, k) for k in range(request.n)]
-    populations = []
-    for _, ks in batches(1, request.n, size):
-        done = BatchProgress(progress, before=ks.start, n=len(ks), total=request.n, sampling_share=share)
-
-        def on_step(tokens_NJ: Tensor, done: BatchProgress = done) -> None:
-            if on_tokens is not None:
-                on_tokens(tokens_NJ)
-            done.sampled(tokens_NJ.shape[1], len(known_I))
-
-        here = seeds[ks.start : ks.stop]
-        populations.append(fill(pipe.dalle, text_1T, known_I, here, sampling, on_step=on_step, compile=pipe.compile))
-    log_weights_N = torch.cat([particles.log_weights.cpu() for particles in populations])
-    tokens_NI = torch.cat([particles.tokens.cpu() for particles in populations])
-    log_likelihoods_N = torch.cat([particles.log_likelihoods.cpu() for particles in populations])
-    drawn = _different(tokens_NI, draw_by_weight(log_weights_N, seeds))
-    if len(drawn) < request.keep:
-        logger.info("%d different candidates fit what is kept: fewer than %d to keep", len(drawn), request.keep)
-    judge, best = pipe.judge(caption, region.paste), Best(request.keep, settings.rank)
-    judge.judge(best, Candidates(drawn, tokens_NI[drawn], log_likelihoods_N[drawn]), done.judged)
-    result = judge.result(best)
-    return Edited(
-        **vars(result),
-        region=region,
-        seams=region.seams(result.images),
-        n_unknown=n_unknown,
-        effective=effective_number(log_weights_N),
-        n_different=len(drawn),
-        n_resamplings=sum(particles.n_resamplings for particles in populations),
+    """Do what `Pipeline.edit` does, from objects that are checked already; `on_tokens` as for `redraw`."""
+    redrawn = redraw(
+        pipe,
+        known_tokens(pipe, region),
+        request.caption,
+        settings,
+        n=request.n,
+        keep=request.keep,
+        seed=seed,
+        batch_size=batch_size,
+        progress=progress,
+        on_tokens=on_tokens,
+        finish=region.paste,
     )
+    return Edited(**vars(redrawn), region=region, seams=region.seams(redrawn.images))
 
 
-def known_tokens(pipe: "Pipeline", region: Region) -> tuple[Tensor, int]:
-    """Return the tokens of a picture, -1 where it is drawn anew, int64 (I,), and how many those are."""
+def known_tokens(pipe: "Pipeline", region: Region) -> Tensor:
+    """Return the tokens of a picture, -1 where it is drawn anew, int64 (I,)."""
     tokens_I = pipe.dvae.encode(region.pixels[None].to(pipe.dalle.device)).flatten()
-    is_unknown_I = region.unknown(pipe.dalle.config.grid).to(tokens_I.device)
-    return tokens_I.masked_fill(is_unknown_I, -1), int(is_unknown_I.sum())
-
-
-def _different(tokens_NI: Tensor, drawn: Tensor) -> Tensor:
-    """Return the numbers of those drawn, without later ones of the same tokens."""
-    first: dict[bytes, int] = {}
-    for number in drawn.tolist():
-        first.setdefault(tokens_NI[number].numpy().tobytes(), number)
-    return torch.tensor(list(first.values()))
+    return tokens_I.masked_fill(region.unknown(pipe.dalle.config.grid).to(tokens_I.device), -1)

@@ -21,8 +21,9 @@ from starlette.routing import Route
 
 from dalle.editing.regions import Region
 from dalle.server.api.errors import APIError, wrong
-from dalle.server.api.requests import PICTURES, read_ask
+from dalle.server.api.requests import PICTURES, Endpoint, read_ask
 from dalle.server.pictures import encode, sheet, unfinished
+from dalle.server.queueing.batch import Source
 from dalle.server.queueing.jobs import Ended, Event, Job, Previews, Rows
 from dalle.server.state import State
 from dalle.server.streams import PING, PING_S, events, failure, read_json, sse, stream, submit
@@ -112,20 +113,19 @@ class Page:
         )
 
     async def create(self, request: Request) -> Response:
-        """POST /api/jobs: the Images API's fields, `image` and `mask` being in base64; answers the job's id."""
+        """POST /api/jobs: the Images API's fields, of edits with `image` and `mask` in base64; answers the job's id."""
         values = await read_json(request)
         limits = self._state.limits()
         files = {name: _decoded(name, values.pop(name)) for name in PICTURES if values.get(name) is not None}
         limits = replace(limits, max_n=min(SHOWN, limits.max_candidates))
-        ask = read_ask(values, limits, "edits" if "image" in files else "generations")
-        if "mask" in files and "image" not in files:
-            raise wrong("image", "there is a mask, but no image: send the picture to edit", "missing")
-        region = None
-        if "image" in files:
-            region = await self._state.region(files["image"], files.get("mask"), ask.keep_rows)
+        endpoint: Endpoint = "generations"
+        if files:
+            endpoint = "edits" if "mask" in files or values.get("strength") is None else "variations"
+        ask = read_ask(values, limits, endpoint)
+        source = await self._state.source(ask, files) if files else None
         self._state.note(request, ask)
         previews = Previews(growing=min(SHOWN, ask.best_of))
-        job = self._state.job(ask, request.state.owner, "page", region=region, previews=previews)
+        job = self._state.job(ask, request.state.owner, "page", source=source, previews=previews)
         self._watch(job)
         submit(self._state.engine.queue, job)
         return JSONResponse({"id": job.id, "seed": ask.seed}, status_code=201)
@@ -181,7 +181,7 @@ class Page:
         if job.result is not None:
             await asyncio.to_thread(self._encode, page_job)
         job.result = page_job.rows = None
-        job.work = replace(job.work, region=None)
+        job.work = replace(job.work, source=None)
         page_job.is_complete.set()
 
     def _encode(self, page_job: _PageJob) -> None:
@@ -195,10 +195,10 @@ class Page:
 
     async def _events(self, page_job: _PageJob, after: int) -> AsyncIterator[bytes]:
         job, queue = page_job.job, self._state.engine.queue
-        region = job.work.region  # until the job has ended
+        source = job.work.source  # until the job has ended
         told_at = time.monotonic()
         if page_job.rows is not None and page_job.rows.n_rows > after:
-            yield await asyncio.to_thread(self._rows, page_job.rows, region)
+            yield await asyncio.to_thread(self._rows, page_job.rows, source)
         async for event in events(job, WAIT_S):
             if event is None and job.state == "queued":
                 yield sse("waiting", {"before": queue.before(job)})
@@ -207,7 +207,7 @@ class Page:
             elif event is None:
                 yield PING
             elif isinstance(event, Rows):
-                yield await asyncio.to_thread(self._rows, event, region)
+                yield await asyncio.to_thread(self._rows, event, source)
             elif isinstance(event, Ended):
                 await page_job.is_complete.wait()
                 if job.state == "done":
@@ -217,16 +217,16 @@ class Page:
                     yield sse("failed", {"state": job.state, **failure(job).body()})
             told_at = time.monotonic()
 
-    def _rows(self, event: Rows, region: Region | None) -> bytes:
+    def _rows(self, event: Rows, source: Source | None) -> bytes:
         pipe = self._state.engine.pipe
         assert pipe is not None
         about: dict[str, Any] = {"rows": event.n_rows, "grid": pipe.dalle.config.grid}
         tops = event.tops
         if tops is not None:
-            if region is not None:  # what is kept below is known too
-                side = len(region.is_new)
+            if isinstance(source, Region):  # what is kept below is known too
+                side = len(source.is_new)
                 row = tops.shape[2] // event.n_rows
-                tops = region.paste(torch.stack([unfinished(top, side, row) for top in tops]))
+                tops = source.paste(torch.stack([unfinished(top, side, row) for top in tops]))
             columns = min(COLUMNS, len(tops))
             data = base64.b64encode(sheet(tops, columns)).decode()
             about |= {"sheet": data, "columns": columns, "count": len(tops), "height": tops.shape[2]}

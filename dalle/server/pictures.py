@@ -25,6 +25,7 @@ from torch import Tensor
 from dalle.editing.regions import Region
 from dalle.server.api.errors import wrong
 from dalle.server.api.requests import FORMATS, OutputFormat
+from dalle.server.queueing.batch import Varying
 from dvae.images import FORMATS as READ_FORMATS
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 
@@ -124,6 +125,11 @@ def open_upload(data: bytes, name: str = "image") -> Image.Image:
         return open_image(data, f"the {name}")
     except ValueError as error:
         raise wrong(name, str(error), "invalid_image") from error
+
+
+def varying(data: bytes, strength: float, *, side: int) -> Varying:
+    """Return a picture that was sent, as a bundle sees it, of which variations are drawn."""
+    return Varying(image=resize_and_crop(open_upload(data), side), strength=strength)
 
 
 def region_of(data: bytes, mask: bytes | None, keep_rows: int | None, *, side: int, grid: int) -> Region:

@@ -1,4 +1,4 @@
-"""Edits through the official Python client: any part of a picture is drawn anew, and the rest comes back exactly."""
+"""Edits and variations through the official Python client; of an edit, what is not drawn anew comes back exactly."""
 
 import base64
 import io
@@ -145,3 +145,36 @@ def test_the_pages_job_takes_a_mask_in_base64(server, pipe):
 def test_a_bad_picture_of_the_page_is_named(server, values, param):
     answer = server.ask("POST", "/api/jobs", json={"prompt": CUBE, **values})
     assert (answer.status_code, answer.json()["error"]["param"]) == (400, param)
+
+
+@pytest.mark.parametrize("caption", ["", CUBE])
+def test_variations_are_those_of_the_pipeline(server, pipe, caption):
+    more = {"seed": 5, "best_of": 6, "strength": 0.25, **({"prompt": caption} if caption else {})}
+    answer = server.client().images.create_variation(image=file_of(NOISE), n=3, extra_body=more)
+    expected = pipe.variations(Image.fromarray(NOISE), caption, n=6, keep=3, strength=0.25, seed=5)
+    assert len(answer.data) == len(expected.images) > 1
+    for i, item in enumerate(answer.data):
+        image = opened(item.b64_json)
+        assert np.array_equal(pixels(image), pixels(to_image(expected.images[i])))
+        about = item.model_extra["dalle"]
+        assert (about["candidate"], about["changed_tokens"]) == (expected.candidates[i], expected.n_changed[i])
+        assert (about["score"] is None) == (caption == "")
+        assert image.text["strength"] == "0.25"
+    assert answer.usage.output_tokens == 6 * 4
+
+
+def test_variations_of_no_strength_are_the_reconstruction(server, pipe):
+    answer = server.client().images.create_variation(image=file_of(NOISE), n=2, extra_body={"strength": 0})
+    expected = pipe.variations(Image.fromarray(NOISE), n=1, keep=1, strength=0).reconstruction
+    assert [pixels(opened(item.b64_json)).tolist() for item in answer.data] == [pixels(to_image(expected)).tolist()]
+
+
+def test_the_page_draws_variations(server, pipe):
+    image = base64.b64encode(file_of(NOISE)).decode()
+    body = {"prompt": CUBE, "seed": 5, "best_of": 6, "n": 3, "image": image, "strength": 0.5}
+    made = server.ask("POST", "/api/jobs", json=body)
+    assert made.status_code == 201
+    text = server.ask("GET", f"/api/jobs/{made.json()['id']}/events").text
+    pictures = json.loads(text.strip().rpartition("data: ")[2])["pictures"]
+    expected = pipe.variations(Image.fromarray(NOISE), CUBE, n=6, keep=3, strength=0.5, seed=5)
+    assert tuple(picture["candidate"] for picture in pictures) == expected.candidates

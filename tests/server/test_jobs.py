@@ -16,8 +16,8 @@ from dvae.images import to_image, to_tensor
 CUBE, SPHERE = "a red cube on a blue cube", "a green sphere left of a red cube"
 
 
-def work(caption=CUBE, n=4, keep=2, seed=0, rank="clip", region=None, **settings):
-    return Work(caption=caption, n=n, keep=keep, sampling=Sampling(seed=seed, **settings), rank=rank, region=region)
+def work(caption=CUBE, n=4, keep=2, seed=0, rank="clip", source=None, **settings):
+    return Work(caption=caption, n=n, keep=keep, sampling=Sampling(seed=seed, **settings), rank=rank, source=source)
 
 
 def job(*arguments, owner="a", timeout_s=60.0, previews=None, **options):
@@ -63,7 +63,7 @@ def test_works_drawn_together_are_those_drawn_alone(pipe, settings):
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"temperature": 0.5, "top_k": 8, "rank": "both"}])
 def test_an_edit_is_that_of_the_pipeline(pipe, region, settings):
-    one = work(CUBE, 6, 3, seed=1, region=region, **settings)
+    one = work(CUBE, 6, 3, seed=1, source=region, **settings)
     found = draw(pipe, [one], Blind())[one]
     chosen = pipe.defaults.updated(**settings)
     mask = region.is_new.numpy()
@@ -74,7 +74,7 @@ def test_an_edit_is_that_of_the_pipeline(pipe, region, settings):
 
 def test_an_edit_shows_what_is_kept_while_it_grows(pipe, region):
     engine = engine_of(pipe)
-    edit = job(n=5, region=region)
+    edit = job(n=5, source=region)
     edit.previews = Previews(rows=frozenset({2, 3}), growing=3)
     seen = []
     edit.listen(lambda event: seen.append(event))
@@ -92,7 +92,7 @@ def test_an_edit_shows_what_is_kept_while_it_grows(pipe, region):
 def test_an_edit_ends_within_a_token_when_it_is_cancelled_and_does_not_outlast_its_time(pipe, region):
     slow = SlowDraw(token_s=0.2)
     engine = engine_of(pipe, slow)
-    doomed, late = job(region=region), job(seed=1, region=region)
+    doomed, late = job(source=region), job(seed=1, source=region)
     late.timeout_s = 0.9
     engine.queue.submit(doomed)
     wait_until(lambda: doomed.state == "running")
@@ -117,8 +117,8 @@ def test_a_work_too_large_for_the_memory_is_drawn_in_batches(pipe, monkeypatch):
 def test_only_equal_settings_go_together_and_edits_are_alone(pipe, region):
     assert work(seed=1).goes_with(work(SPHERE, n=9, seed=2, rank="likelihood"))
     assert not work().goes_with(work(temperature=0.5))
-    assert not work().goes_with(work(region=region))
-    assert not work(region=region).goes_with(work(region=region, seed=1))
+    assert not work().goes_with(work(source=region))
+    assert not work(source=region).goes_with(work(source=region, seed=1))
     assert fits(pipe, [work(n=MAX_TOGETHER // 2), work(n=MAX_TOGETHER // 2, seed=1)])
     assert not fits(pipe, [work(n=MAX_TOGETHER // 2), work(n=MAX_TOGETHER // 2 + 1, seed=1)])
 

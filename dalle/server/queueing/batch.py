@@ -8,15 +8,18 @@ Letters: W works  n candidates of one work  B all candidates  T text positions  
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import asdict, dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from dalle.best_of_n import Best, Candidates, Judge, Request, Result
+from dalle.best_of_n import Best, Candidates, Judge, Request, Result, check_caption, check_keep
 from dalle.budget import batches, memory_budget
-from dalle.editing.edit import Edited, edit
+from dalle.editing.edit import edit
+from dalle.editing.redraw import Redrawn
 from dalle.editing.regions import Region
+from dalle.editing.variations import variations
 from dalle.family.transformers import candidate_bytes, caption_bytes
 from dalle.pipeline import Pipeline
 from dalle.sampling import (
@@ -34,29 +37,46 @@ MAX_TOGETHER = 512
 """Candidates of several works in one batch: with more, the first to come would wait long for the last."""
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Varying:
+    """A picture whose variations are drawn; equal to itself only."""
+
+    image: Image.Image
+    """As the bundle sees it."""
+    strength: float
+    """Share of its tokens that is drawn anew."""
+
+
+Source = Region | Varying
+"""A picture of which something is drawn anew."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Work:
     """Everything that the pictures of one request depend on; equal works have equal pictures."""
 
     caption: str
+    """Of variations it may be empty."""
     n: int
     """Candidates to sample."""
     keep: int
     """How many of them to return, best first."""
     sampling: Sampling
     rank: Ranking
-    region: Region | None = None
-    """The part of a picture that is drawn anew; None for whole new pictures."""
+    source: Source | None = None
+    """None for whole new pictures."""
 
     def __post_init__(self) -> None:
-        Request(caption=self.caption, n=self.n, keep=self.keep)  # raises for what cannot be sampled
+        check_keep(self.keep, self.n)
+        if self.caption or not isinstance(self.source, Varying):
+            check_caption(self.caption)
 
     def goes_with(self, other: "Work") -> bool:
-        """Return whether both can be sampled in one batch: neither is an edit, and all settings but the seed are equal.
+        """Return whether both can share a batch: they are of whole new pictures, and all settings but the seed are equal.
 
-        The particles of an edit are a population of their own.
+        The particles that draw a picture's parts anew are a population of their own.
         """
-        if self.region is not None or other.region is not None:
+        if self.source is not None or other.source is not None:
             return False
         return replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
 
@@ -93,14 +113,14 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
 
     Args:
         pipe: the bundle.
-        works: different ones that go with one another, and fit if there are several; an edit is alone.
+        works: different ones that go with one another, and fit if there are several; one with a source is alone.
         watch: is told.
 
     Returns:
         The best of each work that somebody still waited for at the end.
     """
-    if works[0].region is not None:
-        return {works[0]: _edit(pipe, works[0], works[0].region, watch)}
+    if works[0].source is not None:
+        return {works[0]: _redraw(pipe, works[0], works[0].source, watch)}
     text_WT = pipe.dalle.config.text_rows([pipe.tokenizer.encode(work.caption) for work in works])
     judges = {work: pipe.judge(work.caption) for work in works}
     bests = {work: Best(work.keep, work.rank) for work in works}
@@ -122,19 +142,22 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
     return {work: judges[work].result(bests[work]) for work in works if work in left}
 
 
-def _edit(pipe: Pipeline, work: Work, region: Region, watch: Watch) -> Edited:
-    """Draw a part of a picture anew, by particles."""
-    watch.begun(work, pipe.judge(work.caption, region.paste))
+def _redraw(pipe: Pipeline, work: Work, source: Source, watch: Watch) -> Redrawn:
+    """Draw something of a picture anew, by particles."""
     sampling = {name: value for name, value in asdict(work.sampling).items() if name != "seed"}
-    return edit(
-        pipe,
-        region,
-        Request(caption=work.caption, n=work.n, keep=work.keep),
-        SamplingDefaults(rank=work.rank, **sampling),
-        seed=work.sampling.seed,
-        progress=lambda *_: watch.judged(work),
-        on_tokens=lambda tokens_nJ: watch.sampled({work: tokens_nJ}),
-    )
+    settings = SamplingDefaults(rank=work.rank, **sampling)
+    told: dict[str, Any] = {
+        "progress": lambda *_: watch.judged(work),
+        "on_tokens": lambda tokens_nJ: watch.sampled({work: tokens_nJ}),
+    }
+    caption, n, keep, seed = work.caption, work.n, work.keep, work.sampling.seed
+    if isinstance(source, Region):
+        watch.begun(work, pipe.judge(caption, source.paste))
+        request = Request(caption=caption, n=n, keep=keep)
+        return edit(pipe, source, request, settings, seed=seed, **told)
+    watch.begun(work, pipe.judge(caption))
+    options: dict[str, Any] = {"n": n, "keep": keep, "strength": source.strength, "seed": seed, **told}
+    return variations(pipe, source.image, caption, settings, **options)
 
 
 def _sample(pipe: Pipeline, text_WT: Tensor, numbers: dict[Work, range], watch: Watch) -> dict[Work, Samples | None]:

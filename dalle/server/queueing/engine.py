@@ -221,6 +221,6 @@ class _Watch:
 
     def _favourite(self, work: Work, tokens_nJ: Tensor) -> int:
         """Return the candidate whose top fits the caption best so far."""
-        if len(tokens_nJ) == 1:
+        if len(tokens_nJ) == 1 or not work.caption:
             return 0
         return int(self._judges[work].score_tops(tokens_nJ[:FAVOURITES]).argmax())
