@@ -40,7 +40,7 @@ WEB = Path(__file__).parent / "web"
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in ("app", "history", "paint")},
 }
 
 
@@ -83,7 +83,7 @@ class Page:
         ]
 
     async def file(self, request: Request) -> Response:
-        """Answer one of the three files."""
+        """Answer one of the files."""
         data, kind = self._files[request.url.path]
         return Response(data, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
 

@@ -72,7 +72,7 @@ class Work:
             check_caption(self.caption)
 
     def goes_with(self, other: "Work") -> bool:
-        """Return whether both can share a batch: they are of whole new pictures, and all settings but the seed are equal.
+        """Return whether both can share a batch: of whole new pictures, with all settings but the seed equal.
 
         The particles that draw a picture's parts anew are a population of their own.
         """
