@@ -336,7 +336,7 @@ def main() -> None:
     for name, (client, minutes) in parts.items():
         if not minutes:
             continue
-        with served(arguments.bundle, "--max-candidates", "8", "--queue", "4") as server:
+        with served(arguments.bundle, "--best-of", "4", "--max-candidates", "8", "--queue", "4") as server:
             seeds = range(arguments.seed, arguments.seed + arguments.clients)
             record[name] = drive(server, [client(server.url, seed) for seed in seeds], minutes)
         n_lost += len(record[name]["lost"])
