@@ -135,7 +135,7 @@ class Painting {
   }
 
   #show() {
-    const { canvas, image, side, mask } = this, pen = canvas.getContext("2d");
+    const { canvas, image, side, mask } = this, pen = canvas.getContext("2d", { willReadFrequently: true });
     const short = Math.min(image.width, image.height);
     pen.drawImage(image, (image.width - short) / 2, (image.height - short) / 2, short, short, 0, 0, side, side);
     const pixels = pen.getImageData(0, 0, side, side), { data } = pixels;
