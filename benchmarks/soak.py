@@ -18,7 +18,7 @@ import string
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -34,7 +34,28 @@ from dalle.server.api.requests import EDIT_FIELDS, IGNORED, QUALITIES, VARIATION
 EDIT, VARY = "/v1/images/edits", "/v1/images/variations"
 HANG_S = 600.0
 """After which a request counts as lost."""
-ODD = [None, True, -1, 0, 1, 2, 7, 2**63, -(2**63), 1e308, 0.5, "", "auto", "1", "NaN", "16x16", "9x9", [], {}, [[1]]]
+ODD: list[Any] = [
+    None,
+    True,
+    -1,
+    0,
+    1,
+    2,
+    7,
+    2**63,
+    -(2**63),
+    1e308,
+    0.5,
+    "",
+    "auto",
+    "1",
+    "NaN",
+    "16x16",
+    "9x9",
+    [],
+    {},
+    [[1]],
+]
 WORDS = [*QUALITIES, "png", "jpeg", "webp", "url", "b64_json", "true", "opaque", "clip", "likelihood", "dall-e-2"]
 
 
@@ -275,7 +296,7 @@ def _remembered(server: Server, samples: list[tuple[float, float]]) -> Iterator[
         thread.join()
 
 
-def drive(server: Server, clients: list[Load] | list[Fuzz], minutes: float) -> dict[str, Any]:
+def drive(server: Server, clients: Sequence[Load | Fuzz], minutes: float) -> dict[str, Any]:
     """Let clients ask for minutes, each again and again; returns what became of it."""
     outcomes: Counter[str] = Counter()
     lost: list[str] = []
