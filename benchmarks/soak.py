@@ -34,28 +34,8 @@ from dalle.server.api.requests import EDIT_FIELDS, IGNORED, QUALITIES, VARIATION
 EDIT, VARY = "/v1/images/edits", "/v1/images/variations"
 HANG_S = 600.0
 """After which a request counts as lost."""
-ODD: list[Any] = [None, True, -1, 0, 1, 2, 7, 2**63, -(2**63), 1e308, 0.5, "", "auto", "1", "NaN", "16x16", [], {}, [[1]]]
-    None,
-    True,
-    -1,
-    0,
-    1,
-    2,
-    7,
-    2**63,
-    -(2**63),
-    1e308,
-    0.5,
-    "",
-    "auto",
-    "1",
-    "NaN",
-    "16x16",
-    "9x9",
-    [],
-    {},
-    [[1]],
-]
+NUMBERS = [-1, 0, 1, 2, 7, 2**63, -(2**63), 1e308, 0.5]
+ODD: list[Any] = [*NUMBERS, None, True, "", "auto", "1", "NaN", "16x16", "9x9", [], {}, [[1]]]
 WORDS = [*QUALITIES, "png", "jpeg", "webp", "url", "b64_json", "true", "opaque", "clip", "likelihood", "dall-e-2"]
 
 
