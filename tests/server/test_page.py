@@ -14,6 +14,7 @@ from servers.images import LiveServer, SlowDraw, running, wait_until
 
 from dalle.best_of_n import Request
 from dalle.sampling import Sampling
+from dalle.server.page import FILES
 from dvae.images import resize_and_crop, to_image
 
 CUBE = "a red cube on a blue cube"
@@ -74,6 +75,12 @@ def test_a_job_outlives_its_connection_and_is_cancelled_when_told_to(pipe):
         assert (kind, data["state"]) == ("failed", "cancelled")
         wait_until(lambda: server.state.engine.queue.is_idle)
         assert server.ask("GET", "/api/jobs/0000/events").status_code == 404
+
+
+def test_the_page_itself_needs_no_key(pipe):
+    with running(LiveServer(lambda: pipe, rules={"keys": {"sk-right": "alice"}})) as server:
+        assert {server.ask("GET", path).status_code for path in FILES} == {200}
+        assert server.ask("GET", "/api/info").status_code == 401
 
 
 def test_the_page_loads_nothing_from_elsewhere(server):
