@@ -67,9 +67,9 @@ class Server:
 
 
 @contextmanager
-def served(bundle: Path) -> Iterator[Server]:
+def served(bundle: Path, *options: str) -> Iterator[Server]:
     """Start a server, and end it."""
-    command = [sys.executable, "-m", "dalle", "serve", "--bundle", str(bundle), "--port", "0"]
+    command = [sys.executable, "-m", "dalle", "serve", "--bundle", str(bundle), "--port", "0", *options]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     first = process.stderr.readline()

@@ -277,7 +277,7 @@ class Judge:
     def __init__(
         self, caption: str, clip: CLIP, decode: Callable[[Tensor], Tensor], at_once: Callable[[int], int]
     ) -> None:
-        self._caption, self._clip, self._decode, self._at_once = caption, clip, decode, at_once
+        self._caption, self._clip, self.decode, self._at_once = caption, clip, decode, at_once
         self._caption_E = embed_captions(clip, [caption])[0]
 
     def judge(self, best: Best, candidates: Candidates, on_judged: Callable[[int, int], None] | None = None) -> None:
@@ -330,14 +330,14 @@ class Judge:
         """
         scores = []
         for some_NJ in torch.split(tokens_NJ, self._at_once(len(tokens_NJ))):
-            top = self._decode(some_NJ)
+            top = self.decode(some_NJ)
             ground = top.mean((2, 3), keepdim=True).expand(-1, -1, top.shape[3] - top.shape[2], top.shape[3])
             scores.append(self._scores(torch.cat([top, ground], dim=2)))
         return torch.cat(scores)
 
     def _seen(self, candidates: Candidates) -> Candidates:
         """Return candidates with pictures and scores."""
-        images = self._decode(candidates.tokens)
+        images = self.decode(candidates.tokens)
         return candidates._replace(images=images, scores=self._scores(images))
 
     def _scores(self, images: Tensor) -> Tensor:

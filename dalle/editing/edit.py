@@ -3,6 +3,7 @@
 Letters: K kept candidates  I image positions
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -37,8 +38,9 @@ def edit(
     seed: int,
     batch_size: int | None = None,
     progress: OnProgress | None = None,
+    on_tokens: Callable[[Tensor], object] | None = None,
 ) -> Edited:
-    """Do what `Pipeline.edit` does, from objects that are checked already."""
+    """Do what `Pipeline.edit` does, from objects that are checked already; `on_tokens` as for `redraw`."""
     redrawn = redraw(
         pipe,
         known_tokens(pipe, region),
@@ -49,6 +51,7 @@ def edit(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
+        on_tokens=on_tokens,
         finish=region.paste,
     )
     return Edited(**vars(redrawn), region=region, seams=region.seams(redrawn.images))

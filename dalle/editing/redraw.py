@@ -54,6 +54,7 @@ def redraw(
     seed: int,
     batch_size: int | None = None,
     progress: OnProgress | None = None,
+    on_tokens: Callable[[Tensor], object] | None = None,
     finish: Callable[[Tensor], Tensor] = lambda images: images,
 ) -> Redrawn:
     """Draw the unknown tokens of one picture, from arguments that are checked already.
@@ -70,6 +71,8 @@ def redraw(
         seed: same seed, same pictures.
         batch_size: particles of a population.
         progress: told how many particles are done.
+        on_tokens: told the tokens so far of a population, int64 (N, J), after each position from the first unknown one
+            on; what it raises ends the drawing.
         finish: makes the pictures (N, 3, H, W) of the decoded ones.
     """
     sampling = settings.sampling(seed)
@@ -82,6 +85,8 @@ def redraw(
         done = BatchProgress(progress, before=ks.start, n=len(ks), total=n, sampling_share=share)
 
         def on_step(tokens_NJ: Tensor, done: BatchProgress = done) -> None:
+            if on_tokens is not None:
+                on_tokens(tokens_NJ)
             done.sampled(tokens_NJ.shape[1], len(known))
 
         here = seeds[ks.start : ks.stop]

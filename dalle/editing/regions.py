@@ -25,9 +25,9 @@ Mask = Image.Image | Tensor | NDArray[np.bool_]
 """True, white, or, in a picture with something transparent in it, alpha 0: is drawn anew."""
 
 
-@dataclass(frozen=True, kw_only=True, repr=False)
+@dataclass(frozen=True, kw_only=True, repr=False, eq=False)
 class Region:
-    """A picture as the bundle sees it, and what is drawn anew of it."""
+    """A picture as the bundle sees it, and what is drawn anew of it; equal to itself only."""
 
     pixels: Tensor
     """float32 (3, H, W) in [0, 1], 8 bits each."""
@@ -67,8 +67,13 @@ class Region:
         return touched_1YX.flatten() > 0
 
     def paste(self, images: Tensor) -> Tensor:
-        """Return decoded pictures (N, 3, H, W) with the picture's own pixels where it is kept: exactly these."""
-        return torch.where(self.is_new.to(images.device), images, self.pixels.to(images.device))
+        """Return decoded pictures with the picture's own pixels where it is kept: exactly these.
+
+        Args:
+            images: float32 (N, 3, H, W) in [0, 1], or their tops (N, 3, h, W).
+        """
+        h = images.shape[2]
+        return torch.where(self.is_new[:h].to(images.device), images, self.pixels[:, :h].to(images.device))
 
     def seams(self, images: Tensor) -> Tensor:
         """Return how much pixels differ across the border of what is drawn anew, of 255, float32 (N,).

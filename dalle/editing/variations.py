@@ -12,6 +12,7 @@ Letters: K kept candidates  I image positions  H, W pixels
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -63,8 +64,9 @@ def variations(
     seed: int,
     batch_size: int | None = None,
     progress: OnProgress | None = None,
+    on_tokens: Callable[[Tensor], object] | None = None,
 ) -> Varied:
-    """Do what `Pipeline.variations` does."""
+    """Do what `Pipeline.variations` does; `on_tokens` as for `redraw`."""
     if not isinstance(image, Image.Image):
         raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
     if caption != "":
@@ -85,6 +87,7 @@ def variations(
         seed=seed,
         batch_size=batch_size,
         progress=progress,
+        on_tokens=on_tokens,
     )
     return Varied(
         **vars(redrawn),

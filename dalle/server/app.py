@@ -15,16 +15,18 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dalle.editing.redraw import Redrawn
+from dalle.editing.regions import Region
 from dalle.server.api.answers import Drawn, Usage, answer, completed_event, partial_event
 from dalle.server.api.errors import APIError, wrong
-from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, Limits, read_ask, unknown_model
+from dalle.server.api.requests import MEDIA_TYPES, PICTURES, Ask, Endpoint, read_ask, unknown_model
 from dalle.server.metrics import MEDIA_TYPE
 from dalle.server.page import Page
-from dalle.server.pictures import as_top, encode, open_upload, rows_kept, unfinished
-from dalle.server.queueing.batch import Top
+from dalle.server.pictures import encode, unfinished
+from dalle.server.queueing.batch import Source
 from dalle.server.queueing.jobs import Ended, Job, Previews, Rows
 from dalle.server.security import Guard, Rules, error_response
-from dalle.server.state import State
+from dalle.server.state import State, details
 from dalle.server.streams import PING, ClientGoneError, events, failure, read_json, sse, stream, submit, until_ended
 from storage.errors import reason_of
 
@@ -53,24 +55,16 @@ class Routes:
         return await self._draw(request, ask, "generations", None)
 
     async def edit(self, request: Request) -> Response:
-        """POST /v1/images/edits: the rows at the top of a picture are kept, the others are drawn anew."""
-        limits = self._state.limits()
+        """POST /v1/images/edits: any part of a picture is drawn anew."""
         values, files = await _read_form(request)
-        ask = read_ask(values, limits, "edits")
-        if "image" not in files:
-            raise wrong("image", "there is no image: send the picture to edit as a file", "missing")
-        if ask.keep_rows is not None and "mask" in files:
-            raise wrong("keep_rows", "keep_rows and mask both say what is kept: send one of them")
-        if ask.keep_rows is None and "mask" not in files:
-            hint = "send a mask, transparent where it is to be drawn anew, or keep_rows, the rows of tokens to keep"
-            raise wrong("mask", f"there is no mask: {hint}", "missing")
-        top = await asyncio.to_thread(_top, files, ask.keep_rows, limits)
-        return await self._draw(request, ask, "edits", top)
+        ask = read_ask(values, self._state.limits(), "edits")
+        return await self._draw(request, ask, "edits", await self._state.source(ask, files))
 
     async def vary(self, request: Request) -> Response:
-        """POST /v1/images/variations."""
-        hint = "generate with a caption, or edit"
-        raise APIError(400, f"this model cannot draw variations: {hint}", code="unsupported_endpoint")
+        """POST /v1/images/variations: a share of a picture's tokens is drawn anew."""
+        values, files = await _read_form(request, ("image",))
+        ask = read_ask(values, self._state.limits(), "variations")
+        return await self._draw(request, ask, "variations", await self._state.source(ask, files))
 
     async def models(self, request: Request) -> Response:
         """GET /v1/models."""
@@ -106,11 +100,11 @@ class Routes:
         """GET /metrics."""
         return Response(await asyncio.to_thread(self._state.metrics.text), headers={"Content-Type": MEDIA_TYPE})
 
-    async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, top: Top | None) -> Response:
+    async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, source: Source | None) -> Response:
         state = self._state
         state.note(request, ask)
-        wanted = _partial_rows(state.limits().grid, 0 if top is None else top.keep_rows, ask.partial_images)
-        job = state.job(ask, request.state.owner, endpoint, top=top, previews=Previews(rows=wanted))
+        previews = Previews(rows=_partial_rows(_drawn_rows(source, state.limits().grid), ask.partial_images))
+        job = state.job(ask, request.state.owner, endpoint, source=source, previews=previews)
         submit(state.engine.queue, job)
         headers = {"X-Ignored-Parameters": ", ".join(ask.ignored)} if ask.ignored else {}
         if ask.stream:
@@ -125,7 +119,9 @@ class Routes:
 
     def _answer(self, job: Job, ask: Ask, request: Request) -> dict[str, Any]:
         """Return the body of a finished job's answer."""
-        drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in range(ask.n)]
+        assert job.result is not None
+        places = range(len(job.result.images))  # an edit may find fewer different ones than were asked for
+        drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in places]
         created = int(time.time())
         native = self._native()
         return answer(ask, drawn, _usage(job), created=created, caption_cut=job.caption_cut, native=native)
@@ -143,10 +139,11 @@ class Routes:
             found = base64.b64encode(data).decode()
         return Drawn(
             place=found,
-            score=float(result.scores[place]),
+            score=float(result.scores[place]) if ask.prompt else None,
             log_likelihood=float(result.log_likelihoods[place]),
             rank=place + 1,
             candidate=result.candidates[place],
+            details=details(result, place),
         )
 
     async def _events(self, job: Job, ask: Ask, endpoint: Endpoint) -> AsyncIterator[bytes]:
@@ -158,13 +155,14 @@ class Routes:
                 if event is None:
                     yield PING
                 elif isinstance(event, Rows) and event.tops is not None:
-                    b64_json = await asyncio.to_thread(_partial, event, ask, native)
+                    b64_json = await asyncio.to_thread(_partial, event, job.work.source, ask, native)
                     created = int(time.time())
                     partial = partial_event(ask, endpoint, b64_json, index=index, created=created)
                     yield sse(partial["type"], partial)
                     index += 1
                 elif isinstance(event, Ended) and job.state == "done":
-                    for place in range(ask.n):
+                    assert job.result is not None
+                    for place in range(len(job.result.images)):
                         drawn = await asyncio.to_thread(self._drawn, job, ask, place, "")
                         done = completed_event(
                             ask,
@@ -191,37 +189,41 @@ class Routes:
         return (self._state.settings.public_url or str(request.base_url)).rstrip("/")
 
 
-def _partial_rows(grid: int, given: int, n: int) -> frozenset[int]:
+def _drawn_rows(source: Source | None, grid: int) -> range:
+    """Return the rows of tokens from the first to the last in which something is drawn."""
+    if not isinstance(source, Region):
+        return range(grid)
+    rows = source.unknown(grid).reshape(grid, grid).any(1).nonzero()
+    return range(int(rows[0]), int(rows[-1]) + 1)
+
+
+def _partial_rows(drawn: range, n: int) -> frozenset[int]:
     """Return after which rows a picture is shown n times before it is finished, evenly over those that are drawn."""
-    rows = {given + (grid - given) * i // (n + 1) for i in range(1, n + 1)}
-    return frozenset(row for row in rows if given < row < grid)
+    rows = {drawn.start + len(drawn) * i // (n + 1) for i in range(1, n + 1)}
+    return frozenset(row for row in rows if drawn.start < row < drawn.stop)
 
 
-def _partial(event: Rows, ask: Ask, native: int) -> str:
+def _partial(event: Rows, source: Source | None, ask: Ask, native: int) -> str:
     """Return an unfinished picture in base64."""
     assert event.tops is not None
     top = event.tops[0]
     whole = unfinished(top, native, top.shape[1] // event.n_rows)
+    if isinstance(source, Region):
+        whole = source.paste(whole[None])[0]
     options: dict[str, Any] = {"output_format": ask.output_format, "compression": ask.compression, "texts": None}
     return base64.b64encode(encode(whole, side=ask.side, **options)).decode()
 
 
 def _usage(job: Job) -> Usage:
     assert job.result is not None
-    n_image, top = job.result.tokens.shape[1], job.work.top
-    given = 0 if top is None else n_image // round(n_image**0.5) * top.keep_rows
+    n_image = job.result.tokens.shape[1]
+    given = n_image - job.result.n_unknown if isinstance(job.result, Redrawn) else 0
     return Usage(text_tokens=job.n_text_tokens, image_tokens=given, output_tokens=(n_image - given) * job.work.n)
 
 
-def _top(files: dict[str, bytes], keep_rows: int | None, limits: Limits) -> Top | None:
-    """Return what is kept of the picture that was sent."""
-    image, size = open_upload(files["image"])
-    if keep_rows is None:
-        keep_rows = rows_kept(files["mask"], size, limits.native, limits.grid)
-    return as_top(image, limits.native, keep_rows) if keep_rows else None
-
-
-async def _read_form(request: Request) -> tuple[dict[str, object], dict[str, bytes]]:
+async def _read_form(
+    request: Request, pictures: tuple[str, ...] = PICTURES
+) -> tuple[dict[str, object], dict[str, bytes]]:
     """Return the texts and the files of a form.
 
     Raises:
@@ -237,8 +239,10 @@ async def _read_form(request: Request) -> tuple[dict[str, object], dict[str, byt
     async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD) as form:
         for key, value in form.multi_items():
             name = key.removesuffix("[]")
-            if isinstance(value, UploadFile) and name not in PICTURES:
-                raise wrong(name[:60], f"unexpected file {name[:60]!r}: expected image, and mask", "unknown_parameter")
+            if isinstance(value, UploadFile) and name not in pictures:
+                raise wrong(
+                    name[:60], f"unexpected file {name[:60]!r}: expected {' and '.join(pictures)}", "unknown_parameter"
+                )
             if name in values or name in files:
                 raise wrong(name[:60], f"{name[:60]} is given more than once: give one", "duplicate")
             if isinstance(value, UploadFile):
@@ -280,6 +284,7 @@ def make_app(state: State, rules: Rules) -> Guard:
     """Return the application."""
     routes = Routes(state)
     kinds = {"/v1/images/generations": "generations", "/v1/images/edits": "edits", "/api/jobs": "page"}
+    kinds["/v1/images/variations"] = "variations"
 
     async def counted(request: Request, error: Exception) -> Response:
         if request.url.path in kinds:

@@ -6,7 +6,6 @@ them beside each other, at most four times a second.
 
 import asyncio
 import base64
-import binascii
 import time
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -15,13 +14,16 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dalle.editing.regions import Region
 from dalle.server.api.errors import APIError, wrong
-from dalle.server.api.requests import Limits, read_ask
-from dalle.server.pictures import as_top, encode, open_upload, sheet
+from dalle.server.api.requests import PICTURES, Endpoint, read_ask
+from dalle.server.pictures import encode, sheet, unfinished
+from dalle.server.queueing.batch import Source
 from dalle.server.queueing.jobs import Ended, Event, Job, Previews, Rows
 from dalle.server.state import State
 from dalle.server.streams import PING, PING_S, events, failure, read_json, sse, stream, submit
@@ -38,7 +40,7 @@ WEB = Path(__file__).parent / "web"
 FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/app.css": ("app.css", "text/css; charset=utf-8"),
-    "/app.js": ("app.js", "text/javascript; charset=utf-8"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript; charset=utf-8") for name in ("app", "history", "paint")},
 }
 
 
@@ -81,7 +83,7 @@ class Page:
         ]
 
     async def file(self, request: Request) -> Response:
-        """Answer one of the three files."""
+        """Answer one of the files."""
         data, kind = self._files[request.url.path]
         return Response(data, headers={"Content-Type": kind, "Cache-Control": "no-cache"})
 
@@ -111,20 +113,19 @@ class Page:
         )
 
     async def create(self, request: Request) -> Response:
-        """POST /api/jobs: the Images API's fields, and `image` in base64 with `keep_rows`; answers the job's id."""
+        """POST /api/jobs: the Images API's fields, of edits with `image` and `mask` in base64; answers the job's id."""
         values = await read_json(request)
         limits = self._state.limits()
-        encoded = values.pop("image", None)
+        files = {name: _decoded(name, values.pop(name)) for name in PICTURES if values.get(name) is not None}
         limits = replace(limits, max_n=min(SHOWN, limits.max_candidates))
-        ask = read_ask(values, limits, "edits" if encoded is not None else "generations")
-        top = None
-        if encoded is not None:
-            if ask.keep_rows is None:
-                raise wrong("keep_rows", "there is no keep_rows: say how many rows of the image are kept", "missing")
-            top = await asyncio.to_thread(_opened, encoded, ask.keep_rows, limits) if ask.keep_rows else None
+        endpoint: Endpoint = "generations"
+        if files:
+            endpoint = "edits" if "mask" in files or values.get("strength") is None else "variations"
+        ask = read_ask(values, limits, endpoint)
+        source = await self._state.source(ask, files) if files else None
         self._state.note(request, ask)
         previews = Previews(growing=min(SHOWN, ask.best_of))
-        job = self._state.job(ask, request.state.owner, "page", top=top, previews=previews)
+        job = self._state.job(ask, request.state.owner, "page", source=source, previews=previews)
         self._watch(job)
         submit(self._state.engine.queue, job)
         return JSONResponse({"id": job.id, "seed": ask.seed}, status_code=201)
@@ -176,9 +177,11 @@ class Page:
 
     async def _complete(self, page_job: _PageJob) -> None:
         """Encode the pictures of a job, and let go of its tensors."""
-        if page_job.job.result is not None:
+        job = page_job.job
+        if job.result is not None:
             await asyncio.to_thread(self._encode, page_job)
-            page_job.job.result = None
+        job.result = page_job.rows = None
+        job.work = replace(job.work, source=None)
         page_job.is_complete.set()
 
     def _encode(self, page_job: _PageJob) -> None:
@@ -192,9 +195,10 @@ class Page:
 
     async def _events(self, page_job: _PageJob, after: int) -> AsyncIterator[bytes]:
         job, queue = page_job.job, self._state.engine.queue
+        source = job.work.source  # until the job has ended
         told_at = time.monotonic()
         if page_job.rows is not None and page_job.rows.n_rows > after:
-            yield await asyncio.to_thread(self._rows, page_job.rows)
+            yield await asyncio.to_thread(self._rows, page_job.rows, source)
         async for event in events(job, WAIT_S):
             if event is None and job.state == "queued":
                 yield sse("waiting", {"before": queue.before(job)})
@@ -203,7 +207,7 @@ class Page:
             elif event is None:
                 yield PING
             elif isinstance(event, Rows):
-                yield await asyncio.to_thread(self._rows, event)
+                yield await asyncio.to_thread(self._rows, event, source)
             elif isinstance(event, Ended):
                 await page_job.is_complete.wait()
                 if job.state == "done":
@@ -213,21 +217,27 @@ class Page:
                     yield sse("failed", {"state": job.state, **failure(job).body()})
             told_at = time.monotonic()
 
-    def _rows(self, event: Rows) -> bytes:
+    def _rows(self, event: Rows, source: Source | None) -> bytes:
         pipe = self._state.engine.pipe
         assert pipe is not None
         about: dict[str, Any] = {"rows": event.n_rows, "grid": pipe.dalle.config.grid}
-        if event.tops is not None:
-            columns = min(COLUMNS, len(event.tops))
-            data = base64.b64encode(sheet(event.tops, columns)).decode()
-            about |= {"sheet": data, "columns": columns, "count": len(event.tops), "height": event.tops.shape[2]}
+        tops = event.tops
+        if tops is not None:
+            if isinstance(source, Region):  # what is kept below is known too
+                side = len(source.is_new)
+                row = tops.shape[2] // event.n_rows
+                tops = source.paste(torch.stack([unfinished(top, side, row) for top in tops]))
+            columns = min(COLUMNS, len(tops))
+            data = base64.b64encode(sheet(tops, columns)).decode()
+            about |= {"sheet": data, "columns": columns, "count": len(tops), "height": tops.shape[2]}
         return sse("rows", about, event.n_rows)
 
 
-def _opened(encoded: object, keep_rows: int, limits: Limits) -> Any:
-    """Return what is kept of a picture in base64."""
+def _decoded(name: str, encoded: object) -> bytes:
+    """Return the bytes of a file in base64."""
+    if not isinstance(encoded, str):
+        raise wrong(name, f"the {name} is no text: send the picture's file in base64", "invalid_type")
     try:
-        data = base64.b64decode(encoded, validate=True) if isinstance(encoded, str) else b""
-    except binascii.Error as error:
-        raise wrong("image", f"the image is not in base64: {error}", "invalid_image") from error
-    return as_top(open_upload(data)[0], limits.native, keep_rows)
+        return base64.b64decode(encoded, validate=True)
+    except ValueError as error:  # binascii.Error is one
+        raise wrong(name, f"the {name} is not in base64: {error}", "invalid_image") from error

@@ -17,15 +17,17 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from dalle.editing.regions import Region
 from dalle.server.api.errors import wrong
 from dalle.server.api.requests import FORMATS, OutputFormat
-from dalle.server.queueing.batch import Top
+from dalle.server.queueing.batch import Varying
 from dvae.images import FORMATS as READ_FORMATS
-from dvae.images import open_image, resize_and_crop, to_image
+from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 
 MAX_UPLOAD_PIXELS = 16_000_000
 """Of a picture that is sent: decoded, it takes 48 MB."""
@@ -112,68 +114,80 @@ def sheet(tops: Tensor, columns: int) -> bytes:
     return file.getvalue()
 
 
-def open_upload(data: bytes, name: str = "image") -> tuple[Image.Image, tuple[int, int]]:
-    """Open a picture that was sent, whatever it is called.
-
-    Returns:
-        It upright in RGB, and its (width, height) as stored.
+def open_upload(data: bytes, name: str = "image") -> Image.Image:
+    """Open a picture that was sent, whatever it is called: upright, in RGB.
 
     Raises:
         APIError: it is no picture, damaged, or has more than `MAX_UPLOAD_PIXELS`.
     """
-    size = _size(data, name)
+    _check_size(data, name)
     try:
-        return open_image(data, f"the {name}"), size
+        return open_image(data, f"the {name}")
     except ValueError as error:
         raise wrong(name, str(error), "invalid_image") from error
 
 
-def as_top(image: Image.Image, side: int, keep_rows: int) -> Top:
-    """Return what is kept of a picture, cropped and resized as the bundle sees pictures."""
-    return Top(rgb=resize_and_crop(image, side).tobytes(), side=side, keep_rows=keep_rows)
+def varying(data: bytes, strength: float, *, side: int) -> Varying:
+    """Return a picture that was sent, as a bundle sees it, of which variations are drawn."""
+    return Varying(image=resize_and_crop(open_upload(data), side), strength=strength)
 
 
-def rows_kept(data: bytes, size: tuple[int, int], side: int, grid: int) -> int:
-    """Return how many whole rows of tokens a mask keeps: what is not fully transparent in it.
+def region_of(data: bytes, mask: bytes | None, keep_rows: int | None, *, side: int, grid: int) -> Region:
+    """Return what is drawn anew of a picture that was sent.
 
     Args:
-        data: the mask's file.
-        size: (width, height) of the picture, as stored.
+        data: the picture's file.
+        mask: a file of the same proportions, fully transparent where the picture is drawn anew. Without it and
+            `keep_rows`, the picture's own transparency says so.
+        keep_rows: rows of tokens at the top that are kept.
         side: of the bundle's pictures in pixels.
         grid: rows of tokens.
 
     Raises:
-        APIError: it is no picture with transparency, has another size, or keeps anything else than the top.
+        APIError: one is no picture, nothing in the mask is transparent where the bundle sees the picture, or both
+            have other proportions.
     """
-    mask_size = _size(data, "mask")
-    if mask_size != size:
-        theirs, ours = (f"{width}×{height}" for width, height in (size, mask_size))
-        raise wrong("mask", f"the mask has {ours} pixels, the image {theirs}: give it the same size", "invalid_mask")
+    if keep_rows is not None and mask is not None:
+        raise wrong("keep_rows", "keep_rows and mask both say what is kept: send one of them")
+    image = open_upload(data)
+    if keep_rows is not None:
+        is_new = torch.zeros(side, side, dtype=torch.bool)
+        is_new[keep_rows * side // grid :] = True
+        return Region(pixels=to_tensor(resize_and_crop(image, side)), is_new=is_new)
+    if mask is not None:
+        _check_size(mask, "mask")
+    is_new_hw = _transparent(data if mask is None else mask, "image" if mask is None else "mask")
+    if is_new_hw is None and mask is None:
+        hint = "send a mask, transparent where it is to be drawn anew, or make these parts of the image transparent"
+        raise wrong("mask", f"there is no mask: {hint}; or send keep_rows, the rows of tokens to keep", "missing")
+    if is_new_hw is None:
+        hint = "make transparent (alpha 0) what is to be drawn anew"
+        raise wrong("mask", f"the mask has nothing transparent: {hint}", "invalid_mask")
+    try:
+        region = Region.of(image, is_new_hw, side)
+    except ValueError as error:
+        raise wrong("mask", str(error), "invalid_mask") from error
+    if not region.is_new.any():
+        where = "is transparent only outside of the middle square, which is all that the model sees"
+        raise wrong("image" if mask is None else "mask", f"the mask {where}", "invalid_mask")
+    return region
+
+
+def _transparent(data: bytes, name: str) -> NDArray[np.bool_] | None:
+    """Return where an upright picture is fully transparent, (height, width); None if it is nowhere."""
     try:
         with Image.open(io.BytesIO(data), formats=tuple(READ_FORMATS)) as file:
             if not file.has_transparency_data:
-                hint = "make transparent (alpha 0) what is to be drawn anew"
-                raise wrong("mask", f"the mask has no transparency: {hint}", "invalid_mask")
-            alpha = file.convert("RGBA").getchannel("A")
-    except (OSError, SyntaxError) as error:
-        raise wrong("mask", f"the mask is damaged ({error}): expected a whole picture", "invalid_mask") from error
-    seen = np.asarray(resize_and_crop(alpha.point(lambda a: 255 if a else 0).convert("RGB"), side))[:, :, 0] >= 128
-    is_kept, is_open = np.all(seen, axis=1), ~np.any(seen, axis=1)
-    n_kept = int(is_kept.argmin()) if not is_kept.all() else side
-    if n_kept == side:
-        raise wrong(
-            "mask", "the mask has nothing transparent: make transparent what is to be drawn anew", "invalid_mask"
-        )
-    # the row in which both meet may hold some of each, from resizing
-    if not is_open[n_kept + 1 :].all():
-        hint = "make everything below some height transparent, over the whole width, or give keep_rows"
-        raise wrong(
-            "mask", f"only whole rows at the top can be kept, and this mask keeps others: {hint}", "invalid_mask"
-        )
-    return min(grid - 1, n_kept * grid // side)
+                return None
+            alpha = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
+    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
+        raise wrong(name, f"the {name} is damaged ({error}): expected a whole picture", "invalid_image") from error
+    is_clear: NDArray[np.bool_] = np.asarray(alpha) == 0
+    return is_clear if is_clear.any() else None
 
 
-def _size(data: bytes, name: str) -> tuple[int, int]:
+def _check_size(data: bytes, name: str) -> None:
+    """Raise APIError for no picture, and for one of too many pixels."""
     if not data:
         raise wrong(name, f"the {name} is empty (0 bytes): send a picture", "invalid_image")
     try:
@@ -189,7 +203,6 @@ def _size(data: bytes, name: str) -> tuple[int, int]:
         limit = f"{MAX_UPLOAD_PIXELS // 1_000_000} megapixels"
         message = f"the {name} has {width}×{height} pixels; expected at most {limit}: make it smaller first"
         raise wrong(name, message, "invalid_image")
-    return width, height
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from dalle.server.api.errors import APIError
 
 logger = logging.getLogger(__name__)
 
-OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/app.css", "/app.js"})
+OPEN_PATHS = frozenset({"/healthz", "/readyz", "/", "/app.css", "/app.js", "/history.js", "/paint.js"})
 """They need no key; neither do pictures, whose names are secrets."""
 QUIET_PATHS = frozenset({"/healthz", "/readyz", "/metrics"})
 """Asked for every few seconds, and not logged when all is well."""

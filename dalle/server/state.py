@@ -1,18 +1,24 @@
 """What the routes share: the engine, the metrics, the pictures that are kept, and how requests are answered."""
 
+import asyncio
 import dataclasses
 import hashlib
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from starlette.requests import Request
 
+from dalle.best_of_n import Result
+from dalle.editing.edit import Edited
+from dalle.editing.redraw import Redrawn
+from dalle.editing.variations import Varied
 from dalle.pipeline import Pipeline
-from dalle.server.api.errors import APIError, not_yet
+from dalle.server.api.errors import APIError, not_yet, wrong
 from dalle.server.api.requests import Ask, Limits
 from dalle.server.metrics import Metrics
-from dalle.server.pictures import Results
-from dalle.server.queueing.batch import Top, Work
+from dalle.server.pictures import Results, region_of, varying
+from dalle.server.queueing.batch import Source, Varying, Work
 from dalle.server.queueing.engine import Engine
 from dalle.server.queueing.jobs import Job, Previews
 from storage.errors import reason_of
@@ -45,6 +51,8 @@ class State:
     metrics: Metrics
     settings: Settings
     results: Results = field(init=False)
+    opening: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a picture that was sent is decoded: one at a time, each may take some 150 MB."""
     is_draining: bool = False
     """Whether the server ends: it is no longer ready."""
 
@@ -89,7 +97,9 @@ class State:
             max_candidates=settings.max_candidates,
         )
 
-    def job(self, ask: Ask, owner: str, kind: str, *, top: Top | None = None, previews: Previews | None = None) -> Job:
+    def job(
+        self, ask: Ask, owner: str, kind: str, *, source: Source | None = None, previews: Previews | None = None
+    ) -> Job:
         """Return the job of what is asked for.
 
         Raises:
@@ -103,11 +113,26 @@ class State:
                 keep=ask.n,
                 sampling=settings.sampling(ask.seed),
                 rank=settings.rank,
-                top=top,
+                source=source,
             )
         except ValueError as error:
             raise APIError(400, reason_of(error)) from error
         return Job(work, owner=owner, timeout_s=self.settings.timeout_s, previews=previews, kind=kind)
+
+    async def source(self, ask: Ask, files: Mapping[str, bytes]) -> Source:
+        """Return what is drawn anew of a picture that was sent.
+
+        Raises:
+            APIError: there is none, or something is wrong with it.
+        """
+        if "image" not in files:
+            raise wrong("image", "there is no image: send the picture to start from", "missing")
+        limits, image = self.limits(), files["image"]
+        async with self.opening:
+            if ask.strength is not None:
+                return await asyncio.to_thread(varying, image, ask.strength, side=limits.native)
+            rows, mask = ask.keep_rows, files.get("mask")
+            return await asyncio.to_thread(region_of, image, mask, rows, side=limits.native, grid=limits.grid)
 
     def texts(self, job: Job, place: int) -> dict[str, Any]:
         """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
@@ -122,10 +147,16 @@ class State:
             "log_likelihood": float(result.log_likelihoods[place]),
             "candidate": result.candidates[place],
             **dataclasses.asdict(work.sampling),
-            "keep_rows": work.keep_rows or None,
             "best_of": work.n,
             "hashes": pipe.hashes,
         }
+        if isinstance(result, Redrawn):
+            about["unknown_tokens"] = result.n_unknown
+        if isinstance(result, Edited):
+            about["original_seam"] = result.region.original_seam
+        if isinstance(work.source, Varying):
+            about["strength"] = work.source.strength
+        about |= details(result, place)
         return {name: value for name, value in about.items() if value is not None}
 
     def note(self, request: Request, ask: Ask) -> None:
@@ -133,3 +164,12 @@ class State:
         digest = hashlib.sha256(ask.prompt.encode()).hexdigest()[:8]
         words = f" {ask.prompt!r}" if self.settings.log_prompts else f" of {len(ask.prompt)} characters ({digest})"
         request.state.note = f"the best {ask.n} of {ask.best_of}, caption{words}"
+
+
+def details(result: Result, place: int) -> dict[str, float]:
+    """Return what is told of one picture that starts from another."""
+    if isinstance(result, Edited):
+        return {"seam": float(result.seams[place])}
+    if isinstance(result, Varied):
+        return {"changed_tokens": result.n_changed[place]}
+    return {}

@@ -7,13 +7,14 @@ import time
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 
 from dalle.sampling import SamplingDefaults
 from dalle.server.api.errors import APIError
 from dalle.server.api.requests import FIELDS, IGNORED, Limits, read_ask
-from dalle.server.pictures import MAX_UPLOAD_PIXELS, Results, encode, open_upload, rows_kept, unfinished
+from dalle.server.pictures import MAX_UPLOAD_PIXELS, Results, encode, open_upload, region_of, unfinished
 from dalle.server.security import Rules, read_keys
+from dvae.images import resize_and_crop
 
 LIMITS = Limits(
     models=("tiny", "dall-e-2"),
@@ -130,37 +131,78 @@ def png(array):
     return file.getvalue()
 
 
-def mask(height, width, kept):
-    array = np.zeros((height, width, 4), np.uint8)
-    array[:kept, :, 3] = 255
+def with_alpha(is_kept):
+    """A picture of noise, transparent where it is not kept."""
+    array = np.random.default_rng(0).integers(0, 256, (*is_kept.shape, 4), np.uint8)
+    array[..., 3] = 255 * is_kept
     return array
 
 
-@pytest.mark.parametrize(("kept", "rows"), [(0, 0), (4, 1), (24, 6), (27, 6), (44, 11), (47, 11)])
-def test_a_mask_keeps_whole_rows_of_tokens(kept, rows):
-    assert rows_kept(png(mask(48, 48, kept)), (48, 48), 48, 12) == rows
-    large = mask(192, 192, 4 * kept)
-    assert rows_kept(png(large), (192, 192), 48, 12) == rows
+def region(picture, mask=None, keep_rows=None):
+    return region_of(png(picture), None if mask is None else png(mask), keep_rows, side=48, grid=12)
+
+
+RING = np.ones((48, 48), bool)
+RING[10:30, 20:40] = False
+RING[15:25, 25:35] = True
+
+
+@pytest.mark.parametrize("scale", [1, 2, 5])
+def test_what_is_transparent_in_a_mask_is_drawn_anew_and_all_else_is_kept(scale):
+    picture = with_alpha(np.ones((48 * scale, 48 * scale), bool))[..., :3]
+    found = region(picture, with_alpha(RING.repeat(scale, 0).repeat(scale, 1)))
+    assert np.array_equal(found.is_new.numpy(), ~RING)
+    expected = resize_and_crop(Image.fromarray(picture), 48)
+    assert np.array_equal(np.asarray(found.original()), np.asarray(expected))
+    assert found.is_new.equal(region(picture, with_alpha(RING)).is_new)  # a mask of the same proportions
+
+
+def test_without_a_mask_the_pictures_own_transparency_counts():
+    assert np.array_equal(region(with_alpha(RING)).is_new.numpy(), ~RING)
+    half = with_alpha(RING)
+    half[..., 3] = np.where(RING, 128, 0)  # only what is fully transparent
+    assert np.array_equal(region(half).is_new.numpy(), ~RING)
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_a_picture_that_is_stored_turned_is_masked_as_it_is_seen(orientation):
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    stored = io.BytesIO()
+    Image.fromarray(with_alpha(RING)).save(stored, format="PNG", exif=exif)
+    upright = np.asarray(ImageOps.exif_transpose(Image.open(stored)))
+    found = region_of(stored.getvalue(), None, None, side=48, grid=12)
+    assert np.array_equal(found.is_new.numpy(), upright[..., 3] == 0)
+    by_mask = region_of(stored.getvalue(), png(upright), None, side=48, grid=12)
+    assert by_mask.is_new.equal(found.is_new)
+    assert by_mask.pixels.equal(found.pixels)
+
+
+def test_keep_rows_keeps_the_top():
+    found = region(with_alpha(RING)[..., :3], keep_rows=5).is_new
+    assert not found[:20].any()
+    assert found[20:].all()
 
 
 @pytest.mark.parametrize(
-    ("array", "words"),
+    ("picture", "mask", "words"),
     [
-        (mask(48, 40, 12), "same size"),
-        (mask(48, 48, 48), "nothing transparent"),
-        (mask(48, 48, 12)[::-1].copy(), "only whole rows at the top"),
-        (mask(48, 48, 12).transpose(1, 0, 2).copy(), "only whole rows at the top"),
-        (mask(48, 48, 12)[:, :, :3].copy(), "no transparency"),
+        (with_alpha(RING)[..., :3], None, "there is no mask"),
+        (with_alpha(RING | True), None, "there is no mask"),
+        (with_alpha(RING), with_alpha(RING | True), "the mask has nothing transparent"),
+        (with_alpha(RING), with_alpha(RING)[..., :3], "the mask has nothing transparent"),
+        (with_alpha(RING), with_alpha(RING[:, :40]), "same size"),
+        (with_alpha(np.ones((48, 96), bool)), with_alpha(np.arange(96)[None].repeat(48, 0) > 20), "middle square"),
     ],
 )
-def test_a_mask_that_keeps_anything_else_is_refused(array, words):
-    with pytest.raises(APIError, match=words):
-        rows_kept(png(array), (48, 48), 48, 12)
+def test_a_mask_that_says_nothing_is_refused(picture, mask, words):
+    with pytest.raises(APIError, match=words) as refused:
+        region(picture, mask)
+    assert refused.value.param == "mask"
 
 
 def test_uploads_are_told_by_their_bytes_and_bounded_in_pixels():
-    image, size = open_upload(png(np.zeros((20, 30, 3), np.uint8)))
-    assert (image.size, size) == ((30, 20), (30, 20))
+    assert open_upload(png(np.zeros((20, 30, 3), np.uint8))).size == (30, 20)
     huge = png(np.zeros((8, 8), np.uint8))
     side = int(MAX_UPLOAD_PIXELS**0.5) + 1
     forged = huge[:16] + side.to_bytes(4, "big") * 2 + huge[24:]

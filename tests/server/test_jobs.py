@@ -7,16 +7,17 @@ import torch
 from servers.images import SlowDraw, engine_of, wait_until
 
 from dalle.best_of_n import Request
+from dalle.editing.regions import Region
 from dalle.sampling import Sampling
-from dalle.server.queueing.batch import MAX_TOGETHER, Top, Work, draw, fits
+from dalle.server.queueing.batch import MAX_TOGETHER, Work, draw, fits
 from dalle.server.queueing.jobs import ClosedError, Job, LateError, Previews, Queue, QueueFullError, Rows
-from dvae.images import to_image
+from dvae.images import to_image, to_tensor
 
 CUBE, SPHERE = "a red cube on a blue cube", "a green sphere left of a red cube"
 
 
-def work(caption=CUBE, n=4, keep=2, seed=0, rank="clip", top=None, **settings):
-    return Work(caption=caption, n=n, keep=keep, sampling=Sampling(seed=seed, **settings), rank=rank, top=top)
+def work(caption=CUBE, n=4, keep=2, seed=0, rank="clip", source=None, **settings):
+    return Work(caption=caption, n=n, keep=keep, sampling=Sampling(seed=seed, **settings), rank=rank, source=source)
 
 
 def job(*arguments, owner="a", timeout_s=60.0, previews=None, **options):
@@ -44,23 +45,63 @@ def assert_same(found, expected):
 
 
 @pytest.fixture(scope="module")
-def top(pipe):
-    tokens = torch.arange(16)[None]
-    picture = to_image(pipe.decode(tokens)[0])
-    return Top(rgb=picture.tobytes(), side=picture.width, keep_rows=1)
+def region(pipe):
+    is_new = torch.zeros(16, 16, dtype=torch.bool)
+    is_new[5:11, 6:14] = True
+    return Region(pixels=to_tensor(to_image(pipe.decode(torch.arange(16)[None])[0])), is_new=is_new)
 
 
 @pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"temperature": 0.5, "top_k": 8}])
-@pytest.mark.parametrize("keeps", [False, True])
-def test_works_drawn_together_are_those_drawn_alone(pipe, top, settings, keeps):
-    given = top if keeps else None
-    works = [work(CUBE, 5, 2, seed=1, top=given, **settings), work(SPHERE, 1, 1, seed=2, top=given, **settings)]
-    works += [work(CUBE, 3, 3, seed=7, rank="likelihood", top=given, **settings)]
+def test_works_drawn_together_are_those_drawn_alone(pipe, settings):
+    works = [work(CUBE, 5, 2, seed=1, **settings), work(SPHERE, 1, 1, seed=2, **settings)]
+    works += [work(CUBE, 3, 3, seed=7, rank="likelihood", **settings)]
     together = draw(pipe, works, Blind())
     for one in works:
-        prefix = None if given is None else pipe.prefix(given.image(), 1)
         request = Request(caption=one.caption, n=one.n, keep=one.keep)
-        assert_same(together[one], pipe.best(request, one.sampling, rank=one.rank, prefix=prefix))
+        assert_same(together[one], pipe.best(request, one.sampling, rank=one.rank))
+
+
+@pytest.mark.parametrize("settings", [{}, {"guidance": 2.0}, {"temperature": 0.5, "top_k": 8, "rank": "both"}])
+def test_an_edit_is_that_of_the_pipeline(pipe, region, settings):
+    one = work(CUBE, 6, 3, seed=1, source=region, **settings)
+    found = draw(pipe, [one], Blind())[one]
+    chosen = pipe.defaults.updated(**settings)
+    mask = region.is_new.numpy()
+    expected = pipe.edit(region.original(), mask, CUBE, n=6, keep=3, seed=1, settings=chosen)
+    assert_same(found, expected)
+    assert (found.n_unknown, found.rank) == (6, chosen.rank)
+
+
+def test_an_edit_shows_what_is_kept_while_it_grows(pipe, region):
+    engine = engine_of(pipe)
+    edit = job(n=5, source=region)
+    edit.previews = Previews(rows=frozenset({2, 3}), growing=3)
+    seen = []
+    edit.listen(lambda event: seen.append(event))
+    engine.queue.submit(edit)
+    wait_until(lambda: edit.has_ended)
+    tops = [(event.n_rows, event.tops) for event in seen if isinstance(event, Rows) and event.tops is not None]
+    assert {(n_rows, len(top)) for n_rows, top in tops} >= {(2, 1), (3, 1)}
+    for n_rows, top in tops:
+        assert top.shape[2] == 4 * n_rows
+        kept = ~region.is_new[: top.shape[2]]
+        assert torch.equal(top[:, :, kept], region.pixels[:, : top.shape[2]][:, kept].expand(len(top), -1, -1))
+    engine.queue.close()
+
+
+def test_an_edit_ends_within_a_token_when_it_is_cancelled_and_does_not_outlast_its_time(pipe, region):
+    slow = SlowDraw(token_s=0.2)
+    engine = engine_of(pipe, slow)
+    doomed, late = job(source=region), job(seed=1, source=region)
+    late.timeout_s = 0.9
+    engine.queue.submit(doomed)
+    wait_until(lambda: doomed.state == "running")
+    engine.queue.cancel(doomed)
+    engine.queue.submit(late)
+    wait_until(lambda: late.has_ended and engine.queue.is_idle)
+    assert (doomed.state, late.state, type(late.error).__name__) == ("cancelled", "failed", "LateError")
+    assert slow.ended == 2
+    engine.queue.close()
 
 
 def test_a_work_too_large_for_the_memory_is_drawn_in_batches(pipe, monkeypatch):
@@ -73,10 +114,11 @@ def test_a_work_too_large_for_the_memory_is_drawn_in_batches(pipe, monkeypatch):
     assert_same(found, pipe.best(Request(caption=CUBE, n=7, keep=2), Sampling()))
 
 
-def test_only_equal_settings_go_together(pipe, top):
+def test_only_equal_settings_go_together_and_edits_are_alone(pipe, region):
     assert work(seed=1).goes_with(work(SPHERE, n=9, seed=2, rank="likelihood"))
     assert not work().goes_with(work(temperature=0.5))
-    assert not work().goes_with(work(top=top))
+    assert not work().goes_with(work(source=region))
+    assert not work(source=region).goes_with(work(source=region, seed=1))
     assert fits(pipe, [work(n=MAX_TOGETHER // 2), work(n=MAX_TOGETHER // 2, seed=1)])
     assert not fits(pipe, [work(n=MAX_TOGETHER // 2), work(n=MAX_TOGETHER // 2 + 1, seed=1)])
 

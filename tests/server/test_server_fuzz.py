@@ -1,16 +1,18 @@
 """Requests that nobody would write: none fails the server, stops it, or is answered in another shape."""
 
+import io
 import json
 import string
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from PIL import Image
 from servers.images import LiveServer, running
 
-from dalle.server.api.requests import EDIT_FIELDS, IGNORED, QUALITIES
+from dalle.server.api.requests import EDIT_FIELDS, IGNORED, QUALITIES, VARIATION_FIELDS
 
-NAMES = sorted({*EDIT_FIELDS, *IGNORED, "image", "mask", "sead", "N", ""})
+NAMES = sorted({*EDIT_FIELDS, *VARIATION_FIELDS, *IGNORED, "image", "mask", "sead", "N", ""})
 WORDS = [
     "",
     "auto",
@@ -41,7 +43,22 @@ VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3)
 )
 BODIES = st.dictionaries(st.sampled_from(NAMES) | st.text(max_size=12), VALUES, max_size=6)
-PICTURES = st.binary(max_size=200) | st.binary(max_size=80).map(lambda data: b"\x89PNG\r\n\x1a\n" + data)
+
+
+def png(side: int, alpha: int, cut: int) -> bytes:
+    """The first bytes of a picture whose left half may be transparent."""
+    image = Image.new("RGBA", (side, side), "red")
+    image.paste((0, 0, 255, alpha), (0, 0, side // 2, side))
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()[:cut]
+
+
+PICTURES = st.one_of(
+    st.binary(max_size=200),
+    st.binary(max_size=80).map(lambda data: b"\x89PNG\r\n\x1a\n" + data),
+    st.builds(png, st.integers(1, 40), st.sampled_from([0, 1, 255]), st.integers(20, 90) | st.just(10_000)),
+)
 PATHS = [
     "/v1/images/generations",
     "/v1/images/edits",
@@ -82,11 +99,12 @@ def test_any_json_is_answered(small, body, has_prompt):
 @MANY
 @given(
     fields=st.dictionaries(st.sampled_from(NAMES), st.sampled_from(WORDS) | st.text(max_size=9), max_size=5),
-    data=PICTURES,
+    path=st.sampled_from(PATHS[1:3]),
+    files=st.dictionaries(st.sampled_from(["image", "mask", "other"]), PICTURES, min_size=1),
 )
-def test_any_form_is_answered(small, fields, data):
+def test_any_form_is_answered(small, fields, path, files):
     fields = {name: value.encode("utf-8", "replace").decode() for name, value in fields.items() if name}
-    check(small, small.ask("POST", PATHS[1], data={"prompt": "a red cube", **fields}, files={"image": data}))
+    check(small, small.ask("POST", path, data={"prompt": "a red cube", **fields}, files=files))
 
 
 @pytest.mark.slow

@@ -18,10 +18,10 @@ from servers.images import LiveServer, SlowDraw, running, wait_until
 
 from dalle.best_of_n import Request
 from dalle.sampling import Sampling
-from dvae.images import resize_and_crop, to_image
+from dvae.images import to_image
 
 CUBE, SPHERE = "a red cube on a blue cube", "a green sphere left of a red cube"
-GENERATE, EDIT = "/v1/images/generations", "/v1/images/edits"
+GENERATE, EDIT, VARY = (f"/v1/images/{name}" for name in ("generations", "edits", "variations"))
 
 
 def opened(b64_json):
@@ -116,29 +116,6 @@ def test_a_stream_of_several_pictures_completes_each(server):
     events = list(server.client().images.generate(prompt=SPHERE, stream=True, n=3, partial_images=1))
     assert [event.type.rpartition(".")[2] for event in events] == ["partial_image", *["completed"] * 3]
     assert [event.model_extra["dalle"]["rank"] for event in events[1:]] == [1, 2, 3]
-
-
-@pytest.mark.parametrize("by_mask", [False, True])
-def test_an_edit_keeps_the_top_and_draws_the_rest(server, pipe, by_mask):
-    data = png(32, 32)
-    kept = {"mask": png(32, 32, "RGBA", kept=16)} if by_mask else {"extra_body": {"keep_rows": 2, "seed": 5}}
-    if by_mask:
-        kept["extra_body"] = {"seed": 5}
-    answer = server.client().images.edit(image=[data], prompt=CUBE, n=2, **kept)
-    prefix = pipe.prefix(Image.open(io.BytesIO(data)).convert("RGB"), 2)
-    expected = pipe.best(Request(caption=CUBE, n=4, keep=2), Sampling(seed=5), prefix=prefix)
-    for i, item in enumerate(answer.data):
-        assert np.array_equal(pixels(opened(item.b64_json)), pixels(to_image(expected.images[i])))
-    assert answer.usage.input_tokens_details.image_tokens == 8
-    assert answer.usage.output_tokens == 4 * 8
-    assert resize_and_crop(Image.open(io.BytesIO(data)).convert("RGB"), 16).size == (16, 16)
-
-
-def test_an_edit_streams_too(server):
-    stream = server.client().images.edit(
-        image=png(), prompt=CUBE, stream=True, partial_images=1, extra_body={"keep_rows": 2}
-    )
-    assert [event.type for event in stream] == ["image_edit.partial_image", "image_edit.completed"]
 
 
 def test_models_are_the_bundle_and_its_other_names(server):
@@ -246,7 +223,17 @@ BAD_REQUESTS = [
     ("POST", "/v1/chat/completions", {"json": {}}, 404, None),
     ("GET", "/pictures/..%2f..%2fetc%2fpasswd", {}, 404, None),
     ("GET", "/v1/models/nothing", {}, 404, "model"),
-    ("POST", "/v1/images/variations", form(image=png()), 400, None),
+    ("POST", VARY, {"json": {"prompt": CUBE}}, 415, None),
+    ("POST", VARY, form(mask=png()), 400, "mask"),
+    ("POST", VARY, {"data": {}, "files": {"image": ("", b"")}}, 400, "image"),
+    ("POST", VARY, form(image=b"not a picture"), 400, "image"),
+    ("POST", VARY, form({"strength": "1.5"}, image=png()), 400, "strength"),
+    ("POST", VARY, form({"strength": "strong"}, image=png()), 400, "strength"),
+    ("POST", VARY, form({"keep_rows": "1"}, image=png()), 400, "keep_rows"),
+    ("POST", VARY, form({"prompt": " "}, image=png()), 400, "prompt"),
+    ("POST", VARY, {"data": {"rank": "clip"}, "files": {"image": png()}}, 400, "rank"),
+    ("POST", VARY, {"data": {"guidance": "3"}, "files": {"image": png()}}, 400, "guidance"),
+    ("POST", EDIT, form({"strength": "0.5"}, image=png()), 400, "strength"),
     ("POST", EDIT, {"json": {"prompt": CUBE}}, 415, None),
     ("POST", EDIT, form({"keep_rows": "1"}, mask=png()), 400, "image"),
     ("POST", EDIT, form(image=png()), 400, "mask"),
@@ -257,8 +244,13 @@ BAD_REQUESTS = [
     ("POST", EDIT, form({"keep_rows": "1"}, image=png(4, 4)), 400, "image"),
     ("POST", EDIT, form({"keep_rows": "4"}, image=png()), 400, "keep_rows"),
     ("POST", EDIT, form({"keep_rows": "1"}, image=png(), mask=png(24, 24, "RGBA", 12)), 400, "keep_rows"),
-    ("POST", EDIT, form(image=png(), mask=png(20, 20, "RGBA", 10)), 400, "mask"),
+    ("POST", EDIT, form(image=png(), mask=png(20, 24, "RGBA", 10)), 400, "mask"),
     ("POST", EDIT, form(image=png(), mask=png(24, 24, "RGB")), 400, "mask"),
+    ("POST", EDIT, form(image=png(), mask=b""), 400, "mask"),
+    ("POST", EDIT, form(image=png(), mask=b"not a picture"), 400, "mask"),
+    ("POST", EDIT, form(image=png(), mask=png(24, 24, "RGBA", 12)[:90]), 400, "mask"),
+    ("POST", EDIT, form(image=png(), mask=forged_png(30_000, 30_000)), 400, "mask"),
+    ("POST", EDIT, form({"mask": "white"}, image=png()), 400, "mask"),
     ("POST", EDIT, form(image=png(), mask=png(24, 24, "RGBA")), 400, "mask"),
     ("POST", EDIT, form({"image": "http://127.0.0.1/cube.png"}), 415, None),
     ("POST", EDIT, form({"sead": "3"}, image=png()), 400, "sead"),
@@ -294,9 +286,6 @@ def test_the_official_client_shows_what_was_wrong(server):
     assert "did you mean seed?" in str(refused.value)
     assert (refused.value.param, refused.value.code) == ("sead", "unknown_parameter")
     assert refused.value.request_id.startswith("req_")
-    with pytest.raises(openai.BadRequestError, match="cannot draw variations") as refused:
-        server.client().images.create_variation(image=png())  # type: ignore[deprecated]
-    assert refused.value.code == "unsupported_endpoint"
 
 
 # ------------------------------------------------------------------------------------------------ who may ask

@@ -1,9 +1,17 @@
 """The bodies of answers, and the events of streams, as the official clients read them."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 from dalle.server.api.requests import Ask, Endpoint
+
+KINDS: dict[Endpoint, str] = {
+    "generations": "image_generation",
+    "edits": "image_edit",
+    "variations": "image_variation",
+}
+"""Of events; the clients know no stream of variations."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -12,11 +20,14 @@ class Drawn:
 
     place: str
     """Its bytes in base64, or its URL."""
-    score: float
+    score: float | None
+    """CLIP's; None without a caption."""
     log_likelihood: float
     rank: int
     """1 is the best."""
     candidate: int
+    details: Mapping[str, float] = field(default_factory=dict)
+    """Of an edit its seam, of a variation how many tokens are new."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,6 +83,7 @@ def about(ask: Ask, one: Drawn, caption_cut: int, native: int) -> dict[str, Any]
         "best_of": ask.best_of,
         "caption_cut": caption_cut,
         "native_size": f"{native}x{native}",
+        **one.details,
     }
 
 
@@ -82,8 +94,7 @@ def _common(ask: Ask) -> dict[str, Any]:
 
 def partial_event(ask: Ask, endpoint: Endpoint, b64_json: str, *, index: int, created: int) -> dict[str, Any]:
     """Return the event of an unfinished picture."""
-    kind = "image_edit" if endpoint == "edits" else "image_generation"
-    event = {"type": f"{kind}.partial_image", "b64_json": b64_json, "partial_image_index": index}
+    event = {"type": f"{KINDS[endpoint]}.partial_image", "b64_json": b64_json, "partial_image_index": index}
     return {**event, "created_at": created, **_common(ask)}
 
 
@@ -91,6 +102,5 @@ def completed_event(
     ask: Ask, endpoint: Endpoint, one: Drawn, usage: Usage, *, created: int, caption_cut: int, native: int
 ) -> dict[str, Any]:
     """Return the event of a finished picture."""
-    kind = "image_edit" if endpoint == "edits" else "image_generation"
-    event = {"type": f"{kind}.completed", "b64_json": one.place, "created_at": created, **_common(ask)}
+    event = {"type": f"{KINDS[endpoint]}.completed", "b64_json": one.place, "created_at": created, **_common(ask)}
     return {**event, "usage": usage.json(), "dalle": about(ask, one, caption_cut, native)}

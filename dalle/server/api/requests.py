@@ -15,6 +15,7 @@ from reprlib import repr as short_repr
 from typing import Any, Literal
 
 from dalle.best_of_n import check_caption
+from dalle.editing.variations import check_strength
 from dalle.sampling import SamplingDefaults
 from dalle.server.api.errors import APIError, wrong
 from dalle.server.api.fields import number, one_of, switch, text, whole, within
@@ -44,7 +45,7 @@ IGNORED = ("moderation", "style", "input_fidelity", "complexity")
 """They ask for what does not exist here, and clients send them by default."""
 REFUSED = ("frame_count", "frame_duration_ms", "svg", "markup")
 
-Endpoint = Literal["generations", "edits"]
+Endpoint = Literal["generations", "edits", "variations"]
 OutputFormat = Literal["png", "jpeg", "webp"]
 
 
@@ -71,6 +72,7 @@ class Ask:
     """What a request asks for, checked."""
 
     prompt: str
+    """Of variations it may be empty."""
     model: str
     n: int = 1
     """Pictures to answer."""
@@ -88,6 +90,8 @@ class Ask:
     stream: bool = False
     partial_images: int = 0
     keep_rows: int | None = None
+    strength: float | None = None
+    """Share of the tokens that is drawn anew; of variations only."""
     metadata: bool = True
     """Whether pictures say how they were made."""
     safety_identifier: str | None = None
@@ -117,10 +121,18 @@ FIELDS: dict[str, Callable[[str, object], Any]] = {
     "rank": one_of("clip", "likelihood", "both"),
     "metadata": switch,
 }
-"""Fields of both endpoints."""
+"""Fields of all endpoints."""
 EDIT_FIELDS = {**FIELDS, "keep_rows": whole}
+VARIATION_FIELDS = {**FIELDS, "strength": number}
 PICTURES = ("image", "mask")
-"""Further fields of edits, which are files."""
+"""Further fields of edits, which are files; variations have the first."""
+DEFAULT_STRENGTH = 0.5
+
+_KNOWN: dict[Endpoint, tuple[dict[str, Callable[[str, object], Any]], tuple[str, ...]]] = {
+    "generations": (FIELDS, ()),
+    "edits": (EDIT_FIELDS, PICTURES),
+    "variations": (VARIATION_FIELDS, PICTURES[:1]),
+}
 
 
 def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = "generations") -> Ask:
@@ -129,17 +141,17 @@ def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = 
     Args:
         values: the fields; of a form all are texts. None is the same as leaving a field out.
         limits: of this server.
-        endpoint: an edit may also say `keep_rows`, and sends its pictures beside these fields.
+        endpoint: an edit may also say `keep_rows`, variations `strength`; both send pictures beside these fields.
 
     Raises:
         APIError: a field is unknown, of a wrong type or out of range; its name is the error's `param`.
     """
-    known = EDIT_FIELDS if endpoint == "edits" else FIELDS
+    known, pictures = _KNOWN[endpoint]
     given = {name: value for name, value in values.items() if value is not None}
     ignored = tuple(name for name in given if name in IGNORED)
     for name in given:
         if name not in known and name not in ignored:
-            raise _unknown(name, (*known, *(PICTURES if endpoint == "edits" else ())), endpoint)
+            raise _unknown(name, (*known, *pictures), endpoint)
     found = {name: known[name](name, value) for name, value in given.items() if name not in ignored}
     n, best_of, quality = _numbers(found, limits)
     output_format = found.get("output_format", "png")
@@ -153,20 +165,21 @@ def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = 
     if stream and found.get("response_format") == "url":
         raise wrong("response_format", "a stream sends pictures as b64_json: leave out response_format, or stream")
     return Ask(
-        prompt=_prompt(found),
+        prompt=_prompt(found, may_be_empty=endpoint == "variations"),
         model=_model(found, limits),
         n=n,
         best_of=best_of,
         side=_side(found.get("size"), limits.native),
         quality=quality,
         seed=found["seed"] if "seed" in found else secrets.randbits(SEED_BITS),
-        settings=_settings(found, limits),
+        settings=_settings(found, limits, endpoint),
         as_url=found.get("response_format") == "url",
         output_format=output_format,
         compression=found.get("output_compression", DEFAULT_COMPRESSION),
         stream=stream,
         partial_images=found.get("partial_images", 0),
         keep_rows=_keep_rows(found, limits),
+        strength=_strength(found) if endpoint == "variations" else None,
         metadata=found.get("metadata", True),
         safety_identifier=found.get("safety_identifier"),
         ignored=ignored,
@@ -178,15 +191,19 @@ def _unknown(name: str, known: tuple[str, ...], endpoint: Endpoint) -> APIError:
     shown = short_repr(name)
     if name in REFUSED:
         return wrong(name, f"{name} is not supported: leave it out", "unsupported_parameter")
-    if name in ("keep_rows", *PICTURES):
-        return wrong(name, f"{name} is a field of /v1/images/edits, not of /v1/images/{endpoint}", "unknown_parameter")
+    others = [other for other, (fields, pictures) in _KNOWN.items() if name in (*fields, *pictures)]
+    if others:
+        where = " and ".join(f"/v1/images/{other}" for other in others)
+        return wrong(name, f"{name} is a field of {where}, not of /v1/images/{endpoint}", "unknown_parameter")
     near = difflib.get_close_matches(name[:60], known, n=1)
     hint = f"did you mean {near[0]}?" if near else f"expected {', '.join(known)}"
     return wrong(name[:60], f"unknown field {shown}: {hint}", "unknown_parameter")
 
 
-def _prompt(found: Mapping[str, Any]) -> str:
+def _prompt(found: Mapping[str, Any], *, may_be_empty: bool) -> str:
     prompt: str = found.get("prompt", "")
+    if may_be_empty and not prompt:
+        return ""
     if len(prompt) > MAX_PROMPT:
         raise wrong("prompt", f"the prompt has {len(prompt):,} characters; expected at most {MAX_PROMPT:,}")
     try:
@@ -239,9 +256,14 @@ def _side(size: str | None, native: int) -> int:
     return width
 
 
-def _settings(found: Mapping[str, Any], limits: Limits) -> SamplingDefaults:
+def _settings(found: Mapping[str, Any], limits: Limits, endpoint: Endpoint) -> SamplingDefaults:
     """Return how candidates are sampled and ranked."""
     settings = limits.defaults
+    if endpoint == "variations" and not found.get("prompt"):
+        settings = settings.updated(rank="likelihood", guidance=1.0)
+        for name, only in (("rank", "likelihood"), ("guidance", 1)):
+            if found.get(name, only) != only:
+                raise wrong(name, f"{name} {found[name]} needs a caption: send a prompt, or leave out {name}")
     for name in ("temperature", "top_k", "top_p", "guidance", "rank"):
         if name in found:
             try:
@@ -262,3 +284,12 @@ def _keep_rows(found: Mapping[str, Any], limits: Limits) -> int | None:
         message = f"keep_rows is {short_repr(keep_rows)}; expected 0 to {limits.grid - 1} of {limits.grid} rows"
         raise wrong("keep_rows", message, "out_of_range")
     return keep_rows
+
+
+def _strength(found: Mapping[str, Any]) -> float:
+    strength: float = found.get("strength", DEFAULT_STRENGTH)
+    try:
+        check_strength(strength)
+    except ValueError as error:
+        raise wrong("strength", str(error), "out_of_range") from error
+    return strength

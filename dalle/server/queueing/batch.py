@@ -7,37 +7,48 @@ Letters: W works  n candidates of one work  B all candidates  T text positions  
 """
 
 from collections.abc import Callable, Collection, Sequence
-from dataclasses import dataclass, replace
-from typing import Protocol
+from dataclasses import asdict, dataclass, replace
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.best_of_n import Best, Candidates, Judge, Request, Result
+from dalle.best_of_n import Best, Candidates, Judge, Request, Result, check_caption, check_keep
 from dalle.budget import batches, memory_budget
+from dalle.editing.edit import edit
+from dalle.editing.redraw import Redrawn
+from dalle.editing.regions import Region
+from dalle.editing.variations import variations
 from dalle.family.transformers import candidate_bytes, caption_bytes
 from dalle.pipeline import Pipeline
-from dalle.sampling import DRAWING_BYTES, Ranking, Samples, Sampling, candidate_seed, sample_each, undisturbed
+from dalle.sampling import (
+    DRAWING_BYTES,
+    Ranking,
+    Samples,
+    Sampling,
+    SamplingDefaults,
+    candidate_seed,
+    sample_each,
+    undisturbed,
+)
 
 MAX_TOGETHER = 512
 """Candidates of several works in one batch: with more, the first to come would wait long for the last."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Top:
-    """A picture whose top rows are kept."""
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Varying:
+    """A picture whose variations are drawn; equal to itself only."""
 
-    rgb: bytes
-    """Its pixels, 8-bit RGB, rows from the top, as large as the bundle's pictures."""
-    side: int
-    """Width and height in pixels."""
-    keep_rows: int
-    """Rows of tokens that are kept."""
+    image: Image.Image
+    """As the bundle sees it."""
+    strength: float
+    """Share of its tokens that is drawn anew."""
 
-    def image(self) -> Image.Image:
-        """Return the picture."""
-        return Image.frombytes("RGB", (self.side, self.side), self.rgb)
+
+Source = Region | Varying
+"""A picture of which something is drawn anew."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,26 +56,29 @@ class Work:
     """Everything that the pictures of one request depend on; equal works have equal pictures."""
 
     caption: str
+    """Of variations it may be empty."""
     n: int
     """Candidates to sample."""
     keep: int
     """How many of them to return, best first."""
     sampling: Sampling
     rank: Ranking
-    top: Top | None = None
+    source: Source | None = None
     """None for whole new pictures."""
 
     def __post_init__(self) -> None:
-        Request(caption=self.caption, n=self.n, keep=self.keep)  # raises for what cannot be sampled
-
-    @property
-    def keep_rows(self) -> int:
-        """Rows of tokens that are given."""
-        return 0 if self.top is None else self.top.keep_rows
+        check_keep(self.keep, self.n)
+        if self.caption or not isinstance(self.source, Varying):
+            check_caption(self.caption)
 
     def goes_with(self, other: "Work") -> bool:
-        """Return whether both can be sampled in one batch: all settings but the seed are equal."""
-        return self.keep_rows == other.keep_rows and replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
+        """Return whether both can share a batch: of whole new pictures, with all settings but the seed equal.
+
+        The particles that draw a picture's parts anew are a population of their own.
+        """
+        if self.source is not None or other.source is not None:
+            return False
+        return replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
 
 
 class Watch(Protocol):
@@ -78,7 +92,7 @@ class Watch(Protocol):
         ...
 
     def judged(self, work: Work) -> None:
-        """Take note that some candidates of a work were decoded and scored."""
+        """Take note that a work goes on: some candidates of it were decoded and scored."""
 
 
 def fits(pipe: Pipeline, works: Sequence[Work]) -> bool:
@@ -99,19 +113,15 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
 
     Args:
         pipe: the bundle.
-        works: different ones that go with one another, and fit if there are several.
+        works: different ones that go with one another, and fit if there are several; one with a source is alone.
         watch: is told.
 
     Returns:
         The best of each work that somebody still waited for at the end.
     """
-    grid = pipe.dalle.config.grid
+    if works[0].source is not None:
+        return {works[0]: _redraw(pipe, works[0], works[0].source, watch)}
     text_WT = pipe.dalle.config.text_rows([pipe.tokenizer.encode(work.caption) for work in works])
-    prefix_Wm = None
-    if works[0].keep_rows:
-        tops = [work.top for work in works if work.top is not None]
-        prefix_Wm = torch.cat([pipe.prefix(top.image(), top.keep_rows) for top in tops])
-        assert prefix_Wm.shape == (len(works), works[0].keep_rows * grid)
     judges = {work: pipe.judge(work.caption) for work in works}
     bests = {work: Best(work.keep, work.rank) for work in works}
     for work, judge in judges.items():
@@ -121,7 +131,7 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
     left = set(works)
     for _, ks in batches(1, n, size):
         numbers = {work: ks if len(works) == 1 else range(work.n) for work in works}
-        for work, samples in _sample(pipe, text_WT, numbers, prefix_Wm, watch).items():
+        for work, samples in _sample(pipe, text_WT, numbers, watch).items():
             if samples is None:
                 left.discard(work)
                 continue
@@ -132,9 +142,25 @@ def draw(pipe: Pipeline, works: Sequence[Work], watch: Watch) -> dict[Work, Resu
     return {work: judges[work].result(bests[work]) for work in works if work in left}
 
 
-def _sample(
-    pipe: Pipeline, text_WT: Tensor, numbers: dict[Work, range], prefix_Wm: Tensor | None, watch: Watch
-) -> dict[Work, Samples | None]:
+def _redraw(pipe: Pipeline, work: Work, source: Source, watch: Watch) -> Redrawn:
+    """Draw something of a picture anew, by particles."""
+    sampling = {name: value for name, value in asdict(work.sampling).items() if name != "seed"}
+    settings = SamplingDefaults(rank=work.rank, **sampling)
+    told: dict[str, Any] = {
+        "progress": lambda *_: watch.judged(work),
+        "on_tokens": lambda tokens_nJ: watch.sampled({work: tokens_nJ}),
+    }
+    caption, n, keep, seed = work.caption, work.n, work.keep, work.sampling.seed
+    if isinstance(source, Region):
+        watch.begun(work, pipe.judge(caption, source.paste))
+        request = Request(caption=caption, n=n, keep=keep)
+        return edit(pipe, source, request, settings, seed=seed, **told)
+    watch.begun(work, pipe.judge(caption))
+    options: dict[str, Any] = {"n": n, "keep": keep, "strength": source.strength, "seed": seed, **told}
+    return variations(pipe, source.image, caption, settings, **options)
+
+
+def _sample(pipe: Pipeline, text_WT: Tensor, numbers: dict[Work, range], watch: Watch) -> dict[Work, Samples | None]:
     """Sample the numbered candidates of each work as one batch; None for works that nobody waits for any more."""
     works = list(numbers)
     seeds = [[candidate_seed(work.sampling.seed, work.caption, k) for k in ks] for work, ks in numbers.items()]
@@ -157,7 +183,6 @@ def _sample(
         text_WT,
         seeds,
         works[0].sampling,
-        prefix=prefix_Wm,
         on_step=on_step,
         compile=pipe.compile,
     )

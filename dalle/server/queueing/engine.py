@@ -126,7 +126,7 @@ class Engine:
             n_text = len(pipe.tokenizer.encode(job.work.caption))
             job.n_text_tokens = min(n_text, pipe.dalle.config.max_caption)
             job.caption_cut = n_text - job.n_text_tokens
-        watch = _Watch(pipe, self.queue, jobs)
+        watch = _Watch(pipe.dalle.config.grid, self.queue, jobs)
         started_at = time.monotonic()
         results = self._draw(pipe, works, watch)
         elapsed_s = time.monotonic() - started_at
@@ -149,9 +149,8 @@ class Engine:
 class _Watch:
     """Passes on what is drawn to the jobs, and drops works whose jobs have all ended."""
 
-    def __init__(self, pipe: Pipeline, queue: Queue, jobs: Sequence[Job]) -> None:
-        self._pipe, self._queue, self._jobs = pipe, queue, jobs
-        self._grid = pipe.dalle.config.grid
+    def __init__(self, grid: int, queue: Queue, jobs: Sequence[Job]) -> None:
+        self._grid, self._queue, self._jobs = grid, queue, jobs
         self._judges: dict[Work, Judge] = {}
         self._drawn_before: dict[Work, int] = {}
         self._shown_at: dict[str, float] = {}
@@ -215,13 +214,13 @@ class _Watch:
             started_at = time.monotonic()
             with torch.inference_mode():
                 some_kJ = torch.split(tokens_nJ[list(shown)], FAVOURITES)
-                tops = torch.cat([self._pipe.decode(tokens_kJ) for tokens_kJ in some_kJ]).cpu()
+                tops = torch.cat([self._judges[job.work].decode(tokens_kJ) for tokens_kJ in some_kJ]).cpu()
             self._shown_at[job.id] = time.monotonic()
             self._preview_s = self._shown_at[job.id] - started_at
         job.tell(Rows(n_rows, list(shown), tops))
 
     def _favourite(self, work: Work, tokens_nJ: Tensor) -> int:
         """Return the candidate whose top fits the caption best so far."""
-        if len(tokens_nJ) == 1:
+        if len(tokens_nJ) == 1 or not work.caption:
             return 0
         return int(self._judges[work].score_tops(tokens_nJ[:FAVOURITES]).argmax())

@@ -9,7 +9,7 @@ let info = null; // what the server says of the bundle
 let job = null; // {id, caption, ask, abort} of the job that is drawn now
 let shown = null; // {caption, ask, pictures: [{url, score, …}]} of the pictures on the stage
 let opened = 0; // which of them the dialog shows
-let source = null; // {blob, image} of the picture whose top is kept
+let painting = null; // of the picture of which a part is drawn anew, if it has one
 
 // ---------------------------------------------------------------- the server
 
@@ -69,7 +69,6 @@ async function learn() {
   $("about").textContent = `${info.model} · ${info.size}×${info.size} pixels`;
   $("best").max = Math.floor(Math.log2(info.max_candidates));
   $("best").value = Math.round(Math.log2(info.best_of));
-  $("keep").max = info.grid - 1;
   for (const name of SETTINGS) if (info.defaults[name] !== null && $(name).value === "") $(name).value = info.defaults[name];
   $("rank").value = info.defaults.rank;
   tellCost();
@@ -112,13 +111,19 @@ async function base64(blob) {
   return btoa(text);
 }
 
-async function draw() {
+// `start` says what it starts from, if it is not the picture that is painted.
+async function draw(start = null) {
   if (job || !$("caption").value.trim()) return;
   if (!info && !(await learn())) return;
   const asked = wanted();
-  const body = { ...asked };
-  if (source) Object.assign(body, { image: await base64(source.blob), keep_rows: Number($("keep").value) });
-  if (source) asked.keep_rows = body.keep_rows;
+  if (!start && painting.mask) {
+    if (!painting.share) return say("Paint over what is to be drawn anew.", true);
+    start = { image: await base64(painting.blob), mask: await base64(await painting.file()) };
+    asked.painted = painting.share;
+  }
+  if (start?.strength !== undefined) asked.strength = start.strength;
+  const { painted: _, ...fields } = asked;
+  const body = { ...fields, ...start };
   busy(true);
   say("Asking …");
   try {
@@ -239,7 +244,8 @@ async function finished(data) {
     data.pictures.map(async (about, k) => ({ ...about, blob: await (await ask(`api/jobs/${id}/pictures/${k}`)).blob() })),
   );
   const cut = data.cut ? ` The caption was too long: its last ${data.cut} tokens were not read.` : "";
-  const which = pictures.length < asked.best_of ? `The best ${pictures.length} of ${asked.best_of}` : `${pictures.length} candidates, best first`;
+  const isStarted = asked.painted || asked.strength !== undefined; // equal candidates of these are one picture
+  const which = isStarted ? `${pictures.length} different picture${pictures.length === 1 ? "" : "s"}` : pictures.length < asked.best_of ? `The best ${pictures.length} of ${asked.best_of}` : `${pictures.length} candidates, best first`;
   say(`${which}, in ${data.seconds.toFixed(1)} s.${cut}`);
   if (!$("lock").checked) $("seed").value = "";
   show(asked, pictures);
@@ -301,7 +307,8 @@ function open(k) {
     "Log-likelihood": `${picture.log_likelihood.toFixed(1)} nats`,
     Seed: asked.seed,
     Candidate: picture.candidate,
-    ...(asked.keep_rows ? { "Rows kept": asked.keep_rows } : {}),
+    ...(asked.painted ? { "Drawn anew": `${Math.round(100 * asked.painted)}% of a picture` } : {}),
+    ...(asked.strength === undefined ? {} : { "Variation of strength": asked.strength }),
     ...(info ? { Model: `${info.model} (${info.hashes.dalle.slice(0, 8)})` } : {}),
   };
   $("detail-facts").replaceChildren(
@@ -314,7 +321,7 @@ function open(k) {
   );
   $("save").href = picture.url;
   $("save").download = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60) || "picture"}-${asked.seed}-${picture.candidate}.png`;
-  $("copy").hidden = Boolean(asked.keep_rows);
+  $("copy").hidden = Boolean(asked.painted) || asked.strength !== undefined;
   $("copy").textContent = "Copy command";
   if (!$("detail").open) $("detail").showModal();
 }
@@ -325,153 +332,31 @@ function command(asked) {
   return `dalle generate ${quoted} --seed ${asked.seed} -n ${asked.best_of} --keep ${asked.n} ${options.join(" ")}`;
 }
 
-// ---------------------------------------------------------------- keeping the top of a picture
+// ---------------------------------------------------------------- starting from a picture
 
 async function edit(blob) {
-  const image = new Image();
-  image.src = URL.createObjectURL(blob);
-  await image.decode();
-  source = { blob, image };
+  await painting.open(blob, info.size);
   $("edit").hidden = false;
-  $("keep").value = Math.floor(info.grid / 2);
-  shade();
-  $("keep").focus();
+  $("edit-picture").focus();
 }
 
-function shade() {
-  if (!source || !info) return;
-  const canvas = $("edit-picture"), side = info.size;
-  canvas.width = canvas.height = side;
-  const pen = canvas.getContext("2d"), { image } = source;
-  const short = Math.min(image.width, image.height);
-  pen.drawImage(image, (image.width - short) / 2, (image.height - short) / 2, short, short, 0, 0, side, side);
-  const top = (side * Number($("keep").value)) / info.grid;
-  pen.fillStyle = "#000000b0";
-  pen.fillRect(0, top, side, side - top);
-  $("keep-count").textContent = `${$("keep").value} of ${info.grid}`;
+function painted() {
+  const share = 100 * painting.share;
+  $("painted").textContent = share ? `${share < 1 ? "under 1" : Math.round(share)}% is drawn anew` : "nothing is painted yet";
+  $("undo").disabled = !painting.past.length;
 }
 
 function editOff() {
-  if (source) URL.revokeObjectURL(source.image.src);
-  source = null;
+  painting.close();
   $("edit").hidden = true;
 }
 
-// ---------------------------------------------------------------- history, in this browser
-
-let database = null;
-
-function store(mode) {
-  return database.transaction("drawn", mode).objectStore("drawn");
-}
-
-function done(request) {
-  return new Promise((resolve, reject) => {
-    request.onsuccess = () => resolve(request.result);
-    request.onerror = () => reject(request.error);
-  });
-}
-
-async function openHistory() {
-  try {
-    const request = indexedDB.open("dalle", 1);
-    request.onupgradeneeded = () => request.result.createObjectStore("drawn", { keyPath: "at" });
-    database = await done(request);
-  } catch {
-    $("past").hidden = true; // private windows of some browsers have none
-  }
-}
-
-async function remember(entry) {
-  if (!database) return;
-  await done(store("readwrite").put(entry));
-  const keys = await done(store("readonly").getAllKeys());
-  for (const key of keys.slice(0, Math.max(0, keys.length - 60))) await done(store("readwrite").delete(key));
-}
-
-async function listHistory() {
-  if (!database) return;
-  const entries = (await done(store("readonly").getAll())).reverse();
-  for (const image of $("history").querySelectorAll("img")) URL.revokeObjectURL(image.src);
-  $("history").replaceChildren(
-    ...entries.map((entry) => {
-      const item = document.createElement("li"), button = document.createElement("button");
-      const image = document.createElement("img"), caption = document.createElement("span");
-      image.src = URL.createObjectURL(entry.pictures[0].blob);
-      image.alt = "";
-      caption.textContent = entry.asked.prompt;
-      caption.dir = "auto";
-      button.type = "button";
-      button.append(image, caption);
-      button.addEventListener("click", () => {
-        if (job) return;
-        restore(entry.asked);
-        show(entry.asked, entry.pictures);
-        say(`From the history: ${new Date(entry.at).toLocaleString()}`);
-      });
-      item.append(button);
-      return item;
-    }),
-  );
-  $("export").disabled = $("forget").disabled = !entries.length;
-}
-
-function restore(asked) {
-  $("caption").value = asked.prompt ?? "";
-  $("seed").value = asked.seed ?? "";
-  $("lock").checked = asked.seed !== undefined;
-  if (asked.best_of) $("best").value = Math.round(Math.log2(asked.best_of));
-  for (const name of SETTINGS) if (asked[name] !== undefined) $(name).value = asked[name];
-  tellCost();
-}
-
-async function exportHistory() {
-  const entries = await done(store("readonly").getAll());
-  const plain = await Promise.all(
-    entries.map(async (entry) => ({
-      ...entry,
-      pictures: await Promise.all(entry.pictures.map(async ({ blob, ...about }) => ({ ...about, png: await base64(blob) }))),
-    })),
-  );
-  const link = document.createElement("a");
-  link.href = URL.createObjectURL(new Blob([JSON.stringify(plain)], { type: "application/json" }));
-  link.download = "dalle-history.json";
-  link.click();
-  setTimeout(() => URL.revokeObjectURL(link.href), 1000);
-}
-
-// The texts of a PNG: tEXt is Latin-1, iTXt is UTF-8.
-function textsOf(bytes) {
-  const view = new DataView(bytes.buffer), texts = {};
-  const name = (from, to) => String.fromCharCode(...bytes.subarray(from, to));
-  for (let at = 8; at + 12 <= bytes.length; ) {
-    const length = view.getUint32(at), kind = name(at + 4, at + 8), from = at + 8, to = from + length;
-    if (to > bytes.length) break;
-    const zero = bytes.indexOf(0, from);
-    if (kind === "tEXt" && zero < to) texts[name(from, zero)] = new TextDecoder("latin1").decode(bytes.subarray(zero + 1, to));
-    if (kind === "iTXt" && zero < to) {
-      const language = bytes.indexOf(0, zero + 3), translated = bytes.indexOf(0, language + 1);
-      texts[name(from, zero)] = new TextDecoder().decode(bytes.subarray(translated + 1, to));
-    }
-    at = to + 4;
-  }
-  return texts;
-}
-
-async function dropped(file) {
-  const texts = textsOf(new Uint8Array(await file.arrayBuffer()));
-  if (!texts.caption) {
-    if (file.type.startsWith("image/") && info) {
-      await edit(file);
-      say("This picture has no settings: its top can be kept.");
-    }
-    return;
-  }
-  const asked = { prompt: texts.caption };
-  for (const field of ["seed", "best_of", ...SETTINGS]) if (texts[field] !== undefined) asked[field] = field === "rank" ? undefined : Number(texts[field]);
-  if (["clip", "likelihood", "both"].includes(texts.ranked_by)) asked.rank = texts.ranked_by;
-  restore(asked);
-  say("The settings of the picture are back.");
+async function vary() {
+  const { asked, pictures } = shown, { blob } = pictures[opened];
+  $("detail").close();
+  editOff();
+  restore({ ...asked, seed: undefined });
+  await draw({ image: await base64(blob), strength: Number($("strength").value) });
 }
 
 // ---------------------------------------------------------------- events
@@ -511,13 +396,21 @@ addEventListener("DOMContentLoaded", async () => {
     const { blob } = shown.pictures[opened];
     $("caption").value = shown.asked.prompt;
     $("detail").close();
-    edit(blob);
+    edit(blob).then(() => say("Say what the whole picture should show, and paint over what is to be drawn anew."));
   });
   $("copy").addEventListener("click", async () => {
     await navigator.clipboard.writeText(command(shown.asked)).catch(() => {});
     $("copy").textContent = "Copied";
   });
-  $("keep").addEventListener("input", shade);
+  $("vary").addEventListener("click", vary);
+  painting = new Painting($("edit-picture"), $("brush"), painted);
+  $("size").addEventListener("input", () => (painting.size = Number($("size").value)));
+  for (const name of ["paint", "erase"]) $(name).addEventListener("change", () => (painting.erases = $("erase").checked));
+  for (const name of ["undo", "clear", "invert"]) $(name).addEventListener("click", () => painting[name]());
+  $("upload").addEventListener("change", () => {
+    if ($("upload").files.length && info) edit($("upload").files[0]).catch(() => say("This picture cannot be read.", true));
+    $("upload").value = "";
+  });
   $("edit-off").addEventListener("click", editOff);
   $("export").addEventListener("click", exportHistory);
   $("forget").addEventListener("click", async () => {
