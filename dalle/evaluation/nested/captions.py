@@ -6,6 +6,7 @@ So a caption that a list has eight times has eight different pictures, and a lis
 import hashlib
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,9 +56,9 @@ def read_rows(file: Path) -> list[Row]:
     ]
     if not rows:
         raise ValueError(f"no captions in {file}: expected one on each line")
-    numbers = [row.number for row in rows]
-    if twice := {number for number in numbers if numbers.count(number) > 1} if len(set(numbers)) < len(rows) else ():
-        raise ValueError(f'{file}: two captions have "row" {min(twice)}: give each its own, or leave "row" out')
+    number, n_rows = Counter(row.number for row in rows).most_common(1)[0]
+    if n_rows > 1:
+        raise ValueError(f'{file}: {n_rows} captions have "row" {number}: give each its own, or leave "row" out')
     return rows
 
 
