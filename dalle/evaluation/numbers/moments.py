@@ -141,7 +141,8 @@ def checked_features(features: Tensor, name: str = "the features") -> Tensor:
     """
     if features.ndim != 2 or features.numel() == 0 or not features.is_floating_point():
         raise ValueError(
-            f"{name} are {features.dtype} of shape {tuple(features.shape)}; expected floats of shape (pictures, features)"
+            f"{name} are {features.dtype} of shape {tuple(features.shape)}; "
+            "expected floats of shape (pictures, features)"
         )
     features_ND = features.detach().to("cpu", torch.float64)
     if not features_ND.isfinite().all():

@@ -76,7 +76,7 @@ def test_files_that_hold_no_moments_are_refused(tmp_path) -> None:
     with pytest.raises(ValueError, match="do not belong together"):
         Moments.load(file)
     Moments(n=5, mean=good.mean.float(), comoment=good.comoment.float()).save(file)
-    with pytest.raises(ValueError, match="expected torch.float64"):
+    with pytest.raises(ValueError, match="expected torch"):
         Moments.load(file)
 
 
