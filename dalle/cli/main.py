@@ -1,4 +1,4 @@
-"""The command line `dalle`: generate, edit, rank, score, search, reconstruct, serve and the imports.
+"""The command line `dalle`: generate, edit, rank, score, search, reconstruct, evaluate, serve and the imports.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -35,6 +35,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.command import parse
     from dalle.cli.editing.edit import Edit
     from dalle.cli.editing.score import Score
+    from dalle.cli.evaluation.evaluate import Evaluate
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
@@ -52,6 +53,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[Score, subcommand("score")]
         | Annotated[Search, subcommand("search")]
         | Annotated[Reconstruct, subcommand("reconstruct")]
+        | Annotated[Evaluate, subcommand("evaluate")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
@@ -59,8 +61,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions, and edits them; ranks, searches and reconstructs pictures; serves an API. "
-        "Add --debug to see the traceback of an error."
+        "Generates pictures from captions, and edits them; ranks, searches, reconstructs and evaluates pictures; serves an "
+        "API. Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)
     return command

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 
 from dalle.budget import scoring_products
-from dalle.data.bundle import DTYPES
+from dalle.data.bundle import DTYPES, Precision
 from dalle.evaluation.nested.sample import token_type
 from dalle.evaluation.nested.settings import NestedSettings
 from dalle.family.transformers import Transformer, n_step_weights
@@ -102,9 +102,9 @@ def cost_of(
     )
 
 
-def matrix_speed(device: torch.device, settings: NestedSettings) -> float:
+def matrix_speed(device: torch.device, precision: Precision) -> float:
     """Return how many FLOP a second a device does in matrix products, by a trial that takes a moment."""
-    matrix = torch.ones(SIDE, SIDE, dtype=DTYPES[settings.precision], device=device)
+    matrix = torch.ones(SIDE, SIDE, dtype=DTYPES[precision], device=device)
 
     def timed(n: int) -> float:
         begun = time.perf_counter()

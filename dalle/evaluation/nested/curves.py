@@ -22,6 +22,8 @@ from dalle.sampling import Ranking
 RANKINGS: tuple[Ranking, ...] = get_args(Ranking)
 ORACLE = "oracle"
 """A ranking that never errs: one right candidate is enough."""
+GIVEN = "given"
+"""No ranking: pictures that are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,6 +96,11 @@ def rate(right_R: Tensor, subsets: float | None = None) -> Estimate:
     return Estimate(mean=n_right / len(right_R), low=low, high=high, subsets=subsets)
 
 
+def cosines(captions_RE: Tensor, images_RE: Tensor) -> Estimate:
+    """Return the mean cosine of captions and their pictures, by their unit features."""
+    return _plain((captions_RE * images_RE).sum(dim=1))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Recalled:
     """How often the right one of all n is among the k nearest, by the CLIP that judges."""
@@ -110,23 +117,26 @@ class Recalled:
 
 def recalled(nested: Nested) -> list[Recalled]:
     """Return the retrieval of the kept picks, for every N."""
-    features_RJE = nested.read("clip_features")
-    found = []
-    for n, features_RE in zip(nested.settings.best_of, features_RJE.unbind(dim=1), strict=True):
-        of_captions, of_images = retrieval(nested.caption_features, features_RE)
-        found.append(
-            Recalled(
-                n=n,
-                pictures={k: _hits(of_captions.hits[k]) for k in of_captions.rates},
-                captions={k: _hits(of_images.hits[k]) for k in of_images.rates},
-                chance={k: of_captions.chance(k) for k in of_captions.rates},
-            )
-        )
-    return found
+    of_picks = nested.read("clip_features").unbind(dim=1)
+    return [
+        recall(nested.caption_features, images_RE, n)
+        for n, images_RE in zip(nested.settings.best_of, of_picks, strict=True)
+    ]
 
 
-def _hits(hits_R: Tensor) -> Estimate:
-    found = mean_interval(hits_R)
+def recall(captions_RE: Tensor, images_RE: Tensor, n: int) -> Recalled:
+    """Return the retrieval of captions and their pictures by unit features; `n` is only named."""
+    of_captions, of_images = retrieval(captions_RE, images_RE)
+    return Recalled(
+        n=n,
+        pictures={k: _plain(of_captions.hits[k]) for k in of_captions.rates},
+        captions={k: _plain(of_images.hits[k]) for k in of_images.rates},
+        chance={k: of_captions.chance(k) for k in of_captions.rates},
+    )
+
+
+def _plain(values_R: Tensor) -> Estimate:
+    found = mean_interval(values_R)
     return Estimate(mean=found.mean, low=found.low, high=found.high)
 
 

@@ -6,7 +6,7 @@ Letters: R captions  M candidates of each  J values of N  K kept candidates  I i
 import time
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,10 +47,19 @@ class Nested:
     """float32 (R,E): of the CLIP that judges."""
     seconds: dict[str, float] = field(default_factory=dict)
     """Of each stage, of all processes together."""
+    places: Tensor | None = None
+    """int64 (R,): of these captions among those of the shards; None for all."""
 
     def read(self, name: str) -> Tensor:
         """Return a tensor of all captions, such as "features", from the shards."""
-        return torch.cat([self.folder.read(number, [name])[0][name] for number in range(self.folder.n_shards)])
+        read = torch.cat([self.folder.read(number, [name])[0][name] for number in range(self.folder.n_shards)])
+        return read if self.places is None else read[self.places]
+
+    def only(self, keep: Tensor) -> "Nested":
+        """Return the measurements of the captions where bool (R,) `keep` is True."""
+        found = {name: None if (value := getattr(self, name)) is None else value[keep] for name in SMALL[1:]}
+        places = keep.nonzero()[:, 0]
+        return replace(self, rows=[self.rows[place] for place in places.tolist()], places=places, **found)
 
 
 def run_nested(

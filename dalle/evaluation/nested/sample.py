@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Protocol
+from itertools import compress
 
 import torch
 from PIL import Image
@@ -19,6 +19,7 @@ from dalle.budget import OnProgress, decoded_at_once, memory_budget
 from dalle.data.pictures import in_batches
 from dalle.evaluation.nested.captions import Row
 from dalle.evaluation.nested.settings import NestedSettings
+from dalle.evaluation.networks import PictureNetwork
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking
 from dvae.images import to_image
@@ -29,13 +30,6 @@ Checker = Callable[[Image.Image, str], bool]
 """Says whether a picture shows exactly what a caption says."""
 
 
-class Network(Protocol):
-    """Turns pictures into features."""
-
-    def __call__(self, images: Sequence[Image.Image], radius: float) -> Tensor:
-        """Return features float32 (B,D) of pictures of one size, blurred with this radius first; 0 for not at all."""
-
-
 @dataclass(frozen=True, kw_only=True)
 class Looks:
     """What looks at candidates beside the CLIP that ranks them."""
@@ -44,7 +38,7 @@ class Looks:
     """Another CLIP, which chooses nothing."""
     checker: Checker | None = None
     """Knows the truth of every caption."""
-    network: Network | None = None
+    network: PictureNetwork | None = None
     """Features for distances to real pictures."""
     radii: tuple[float, ...] = (0,)
     """Of the blur, 0 among them: the best of M has features at each, the other picks at 0."""
@@ -108,10 +102,11 @@ def sample_rows(
         "log_likelihoods", "judged" float32 and "right" bool, all (R,M). "kept" int32 (R,K): the picks of each N, and of
         each group if there is more than one; "tokens" (R,K,I): theirs, of `token_type`. "clip_features" float32 (R,J,E)
         of the picks and "caption_features" (R,E): of the judge, or of the CLIP that ranks. "features" float32 (R,J,D)
-        of the picks, "features_2" (R,D) of the best of M at the radius 2, and so on. What was not asked for is not
-        there.
+        of the picks, "features_2" (R,D) of the best of M at the radius 2, and so on; "logits" likewise. What was not
+        asked for is not there.
     """
     watch = Stopwatch()
+    pictures: list[list[Image.Image]] = []
     total, m = len(rows) * settings.m, settings.m
     found: list[dict[str, Tensor]] = []
     for group in in_batches(rows, max(1, batch_size // m)):
@@ -131,9 +126,39 @@ def sample_rows(
                 progress=told,
             )
         for row, tokens_MI, log_likelihoods_M in zip(group, samples.tokens, samples.log_likelihoods, strict=True):
-            found.append(_look(pipe, row, tokens_MI, log_likelihoods_M, settings, looks, watch))
+            kept, picked = _look(pipe, row, tokens_MI, log_likelihoods_M, settings, looks, watch)
+            found.append(kept)
+            pictures.append(picked if looks.network is not None else [])
     joined = {name: torch.stack([one[name] for one in found]) for name in found[0]}
+    if looks.network is not None:
+        with watch.timing("features"):
+            joined |= _features(looks.network, looks.radii, pictures, joined["kept"][:, : len(settings.best_of)])
     return joined, watch.seconds
+
+
+def _features(
+    network: PictureNetwork, radii: Sequence[float], pictures: Sequence[Sequence[Image.Image]], picked_RJ: Tensor
+) -> dict[str, Tensor]:
+    """Return the features and logits of the picks (R,J,D), and at each radius of the best of M, (R,D).
+
+    Args:
+        network: makes them.
+        radii: of the blur.
+        pictures: of each caption, for each N; those of the same candidate are computed once.
+        picked_RJ: their candidates' numbers.
+    """
+    n_captions, n_picks = picked_RJ.shape
+    is_new_RJ = torch.ones_like(picked_RJ, dtype=torch.bool)
+    is_new_RJ[:, 1:] = picked_RJ[:, 1:] != picked_RJ[:, :-1]  # as N grows, one pick stays for long
+    place_RJ = is_new_RJ.flatten().cumsum(0).reshape(n_captions, n_picks) - 1
+    new = [
+        picture for row, is_new in zip(pictures, is_new_RJ.tolist(), strict=True) for picture in compress(row, is_new)
+    ]
+    found = {name: rows[place_RJ] for name, rows in network(new).items()}
+    for radius in filter(None, radii):
+        at_radius = network([row[-1] for row in pictures], radius)
+        found |= {at(name, radius): rows for name, rows in at_radius.items()}
+    return found
 
 
 def _look(
@@ -144,8 +169,8 @@ def _look(
     settings: NestedSettings,
     looks: Looks,
     watch: Stopwatch,
-) -> dict[str, Tensor]:
-    """Return what is kept of one caption."""
+) -> tuple[dict[str, Tensor], list[Image.Image]]:
+    """Return what is kept of one caption, and the picks' pictures, one for each N."""
     clips = [pipe.clip] if looks.judge is None else [pipe.clip, looks.judge]
     at_once = decoded_at_once(pipe.dvae, memory_budget(pipe.dalle.device, pipe.memory), len(tokens_MI))
     pictures: list[Image.Image] = []
@@ -178,14 +203,7 @@ def _look(
     if looks.checker is not None:
         with watch.timing("checking"):
             found["right"] = torch.tensor([looks.checker(picture, row.caption) for picture in pictures])
-    if looks.network is not None:
-        with watch.timing("features"):
-            different, place_J = picked_J.unique(return_inverse=True)
-            found["features"] = looks.network([pictures[k] for k in different.tolist()], 0)[place_J].cpu()
-            best = pictures[int(picked_J[-1])]
-            for radius in filter(None, looks.radii):
-                found[features_name(radius)] = looks.network([best], radius)[0].cpu()
-    return found
+    return found, [pictures[k] for k in picked_J.tolist()]
 
 
 def token_type(vocab: int) -> torch.dtype:
@@ -193,6 +211,6 @@ def token_type(vocab: int) -> torch.dtype:
     return torch.int16 if vocab <= torch.iinfo(torch.int16).max + 1 else torch.int32
 
 
-def features_name(radius: float) -> str:
-    """Return the name of the features at a radius in a shard."""
-    return f"features_{radius:g}" if radius else "features"
+def at(name: str, radius: float) -> str:
+    """Return the name in a shard of what a network made at a radius: "features", "features_2"."""
+    return f"{name}_{radius:g}" if radius else name

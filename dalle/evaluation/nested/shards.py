@@ -50,7 +50,7 @@ class ShardFolder:
     def __init__(
         self, folder: Path, identity: Mapping[str, Any], n_shards: int, *, batch_size: int, fresh: bool = False
     ) -> None:
-        self.folder, self.key, self.n_shards = folder, key_of(identity), n_shards
+        self.folder, self.key, self.n_shards, self.identity = folder, key_of(identity), n_shards, dict(identity)
         if fresh and n_processes() > 1:
             raise ValueError(f"--fresh is for a run of one process: delete {folder}, and start all of them without it")
         with locked(folder, wait_s=LONGEST_WAIT_S):
