@@ -61,8 +61,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions, and edits them; ranks, searches, reconstructs and evaluates pictures; serves an "
-        "API. Add --debug to see the traceback of an error."
+        "Generates pictures from captions, and edits them; ranks, searches, reconstructs and evaluates pictures; serves "
+        "an API. Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)
     return command

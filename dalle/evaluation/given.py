@@ -44,7 +44,8 @@ class GivenPictures:
         else:
             raise ValueError(
                 f"{folder} holds {len(files):,} pictures for {len(rows):,} captions, and none is called "
-                f"{missing[0]:05}: name each by the number of its caption, from 0, such as 00012.png, or give as many as captions"
+                f"{missing[0]:05}: name each by the number of its caption, from 0, such as 00012.png, or give as many as "
+                "captions"
             )
 
     def __len__(self) -> int:
