@@ -79,17 +79,20 @@ class Moments:
             comoment=self.comoment + other.comoment + torch.outer(step_D, step_D) * (self.n * other.n / n),
         )
 
-    def save(self, path: Path | str, about: Mapping[str, str] | None = None) -> None:
+    def save(
+        self, path: Path | str, about: Mapping[str, str] | None = None, *, also: Mapping[str, Tensor] | None = None
+    ) -> None:
         """Write a safetensors file, whole or not at all.
 
         Args:
             path: the file.
             about: texts that `load` gives back, such as what the moments are of.
+            also: further tensors for the file, of other names.
 
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {"n": torch.tensor(self.n), "mean": self.mean, "comoment": self.comoment}
+        tensors = {"n": torch.tensor(self.n), "mean": self.mean, "comoment": self.comoment, **(also or {})}
         replace_file(path, lambda partial: save_file(tensors, partial, metadata=dict(about or {})))
 
     @classmethod
