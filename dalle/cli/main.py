@@ -36,6 +36,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.editing.edit import Edit
     from dalle.cli.editing.score import Score
     from dalle.cli.evaluation.evaluate import Evaluate
+    from dalle.cli.evaluation.study import Study
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
@@ -54,6 +55,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[Search, subcommand("search")]
         | Annotated[Reconstruct, subcommand("reconstruct")]
         | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Study, subcommand("study")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
@@ -61,8 +63,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions, and edits them; ranks, searches, reconstructs and evaluates pictures; serves "
-        "an API. Add --debug to see the traceback of an error."
+        "Generates pictures from captions, and edits them; ranks, searches, reconstructs and evaluates pictures; "
+        "serves an API. Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)
     return command

@@ -30,6 +30,8 @@ class GivenPictures:
     def __init__(self, folder: Path, rows: Sequence[Row]) -> None:
         found = picture_files(folder)
         files = found.without_sheets(found.files)
+        self.files: list[Path]
+        """Of the rows, in their order."""
         numbered: dict[int, Path] = {}
         for file in files:
             match = re.match(r"\D*(\d{1,12})\D*$", file.relative_to(folder).parts[0].split(".")[0])
@@ -38,18 +40,15 @@ class GivenPictures:
         numbers = [row.number for row in rows]
         missing = [number for number in numbers if number not in numbered]
         if not missing:
-            self._files = [numbered[number] for number in numbers]
+            self.files = [numbered[number] for number in numbers]
         elif len(files) == len(rows):
-            self._files = files
+            self.files = files
         else:
             raise ValueError(
                 f"{folder} holds {len(files):,} pictures for {len(rows):,} captions, and none is called "
-                f"{missing[0]:05}: name each by the number of its caption, from 0, such as 00012.png, or give as many as "
-                "captions"
+                f"{missing[0]:05}: name each by the number of its caption, from 0, such as 00012.png, or give as many "
+                "as captions"
             )
-
-    def __len__(self) -> int:
-        return len(self._files)
 
     def __iter__(self) -> Iterator[Image.Image]:
         """Open them one after the other.
@@ -57,4 +56,4 @@ class GivenPictures:
         Raises:
             ValueError: one cannot be read.
         """
-        return map(open_image, self._files)
+        return map(open_image, self.files)

@@ -1,8 +1,4 @@
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -24,7 +20,9 @@ ROWS = [Row(number=number, caption=CAPTIONS[number % 3]) for number in range(7)]
 SETTINGS = NestedSettings(best_of=(1, 2, 4, 8), shard_rows=3, batch_size=16)
 
 
-def run(pipe: Pipeline, out: Path, rows: list[Row] = ROWS, settings: NestedSettings = SETTINGS, **more: object) -> Nested:
+def run(
+    pipe: Pipeline, out: Path, rows: list[Row] = ROWS, settings: NestedSettings = SETTINGS, **more: object
+) -> Nested:
     nested = run_nested(pipe, rows, settings, Looks(), out, lambda line: None, **more)  # type: ignore[arg-type]
     assert nested is not None
     return nested
@@ -88,7 +86,10 @@ def test_a_list_in_another_order_has_the_same_rows(tmp_path: Path) -> None:
 
 def test_the_numbers_of_a_text_are_those_of_its_lines(tmp_path: Path) -> None:
     (tmp_path / "a.txt").write_text("a red cube\n\n  a blue cube \n")
-    assert [(row.number, row.caption) for row in read_rows(tmp_path / "a.txt")] == [(0, "a red cube"), (2, "a blue cube")]
+    assert [(row.number, row.caption) for row in read_rows(tmp_path / "a.txt")] == [
+        (0, "a red cube"),
+        (2, "a blue cube"),
+    ]
 
 
 @pytest.mark.parametrize(
