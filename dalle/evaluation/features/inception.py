@@ -124,8 +124,8 @@ class Convolution(nn.Module):
 
     def __init__(self, inputs: int, outputs: int, kernel: Kernel, stride: int = 1, *, same: bool = True) -> None:
         super().__init__()
-        sides = (kernel, kernel) if isinstance(kernel, int) else kernel
-        padding = tuple(side // 2 for side in sides) if same else 0
+        height, width = (kernel, kernel) if isinstance(kernel, int) else kernel
+        padding = (height // 2, width // 2) if same else (0, 0)
         self.conv = nn.Conv2d(inputs, outputs, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(outputs, eps=0.001)
 
@@ -201,7 +201,8 @@ class Inception(nn.Module):
         x = F.max_pool2d(x, 3, stride=2)
         for name, _, _ in _BLOCKS:
             x = self.get_submodule(name)(x)
-        return x.mean(dim=(2, 3))
+        features: Tensor = x.mean(dim=(2, 3))
+        return features
 
     def logits(self, features: Tensor, *, bias: bool) -> Tensor:
         """Return the logits (B,K) of features (B,2048), with or without the bias of the last layer."""

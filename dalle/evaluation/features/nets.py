@@ -83,6 +83,8 @@ class InceptionFeatures:
         Args:
             images: of any size.
             bias: whether the logits have the last layer's bias; the usual Inception Score is of those without.
+
+        For both of many pictures in one pass, give `in_equal_batches` a function that joins them, torch.cat(…, 1).
         """
         check_bytes(images)
         device = self.net.fc.weight.device

@@ -36,8 +36,8 @@ class Profile:
 
     name: ProfileName
     crop: Crop
-    """"centre": the shorter side is resized with Lanczos, and the centre cropped. "squash": both sides are resized,
-    bilinear, whatever becomes of the shape."""
+    """How pictures become squares. "centre": the shorter side is resized with Lanczos, and the centre cropped.
+    "squash": both sides are resized, bilinear, whatever becomes of the shape."""
     reference: str
     """Which pictures the published numbers were measured against."""
     scale: str = ""

@@ -113,7 +113,7 @@ def frechet_spreads(
     rows = {model: len(each) for model, each in checked.items()}
     if len(set(rows.values())) != 1 or draws < 2:
         raise ValueError(f"rows of features {rows} and {draws} draws; expected equal rows, one a caption, and 2 draws")
-    projected = {model: each @ reference.root_DD for model, each in checked.items()}
+    projected = {model: reference.project(each) for model, each in checked.items()}
     distances: dict[str, list[float]] = {model: [] for model in checked}
     for done, rows_N in enumerate(resamples(next(iter(rows.values())), draws, seed), 1):
         for model, each in checked.items():

@@ -40,10 +40,23 @@ class FrechetReference:
             ValueError: the features are no (N,D) of finite numbers.
         """
         features_ND = checked_features(features)
-        return self.distance_of_projected(features_ND, features_ND @ self.root_DD)
+        return self.distance_of_projected(features_ND, self.project(features_ND))
+
+    def project(self, features_ND: Tensor) -> Tensor:
+        """Return the product of float64 features with the root of the covariance, (N,D).
+
+        Raises:
+            ValueError: they have another number of features.
+        """
+        _require_equal(features_ND.shape[1], self.moments.dimension)
+        return features_ND @ self.root_DD
 
     def distance_of_projected(self, features_ND: Tensor, projected_ND: Tensor) -> float:
-        """Return the distance of float64 features, given their product with the root, which may be used many times."""
+        """Return the distance of float64 features and what `project` returns of them: rows of both, in draws of many.
+
+        Raises:
+            ValueError: there is one picture.
+        """
         n = len(features_ND)
         if n < 2:
             raise ValueError("a Fréchet distance needs at least 2 pictures, got 1: give more pictures")
@@ -69,13 +82,12 @@ def frechet_distance(first: Moments, second: Moments, *, form: Form = "eigh") ->
     Raises:
         ValueError: the moments have different numbers of features, or are of one picture.
     """
-    if first.dimension != second.dimension:
-        raise ValueError(
-            f"the sets have {first.dimension} and {second.dimension} features: compute both with the same network"
-        )
-    note = singular_note(min(first.n, second.n), first.dimension)
-    if note is not None:
-        logger.warning("%s", note)
+    _require_equal(first.dimension, second.dimension)
+    _warn(min(first.n, second.n), first.dimension)
+    return _of_moments(first, second, form)
+
+
+def _of_moments(first: Moments, second: Moments, form: Form = "eigh") -> float:
     if form == "product":
         root_trace = float(torch.linalg.eigvals(first.covariance @ second.covariance).sqrt().real.sum())
     else:
@@ -88,13 +100,21 @@ def frechet_distance(first: Moments, second: Moments, *, form: Form = "eigh") ->
 def frechet_distance_of_features(first: Tensor, second: Tensor) -> float:
     """Return the Fréchet distance of features (N,D) and (M,D), by the nuclear norm where a side has N below D.
 
+    With no more pictures than features a warning says so.
+
     Raises:
         ValueError: the features do not fit, are not finite, or a side has one picture.
     """
     first_ND, second_MD = checked_features(first), checked_features(second)
+    _warn(min(len(first_ND), len(second_MD)), first_ND.shape[1])
+    return _of_features(first_ND, second_MD)
+
+
+def _of_features(first_ND: Tensor, second_MD: Tensor) -> float:
+    _require_equal(first_ND.shape[1], second_MD.shape[1])
     if min(len(first_ND), len(second_MD)) < first_ND.shape[1]:
         return nuclear_distance(first_ND, second_MD)
-    return frechet_distance(Moments.of(first_ND), Moments.of(second_MD))
+    return _of_moments(Moments.of(first_ND), Moments.of(second_MD))
 
 
 def nuclear_distance(first: Tensor, second: Tensor) -> float:
@@ -106,16 +126,14 @@ def nuclear_distance(first: Tensor, second: Tensor) -> float:
         ValueError: as `frechet_distance_of_features`.
     """
     first_ND, second_MD = checked_features(first), checked_features(second)
-    if first_ND.shape[1] != second_MD.shape[1] or min(len(first_ND), len(second_MD)) < 2:
-        raise ValueError(
-            f"features of shapes {tuple(first_ND.shape)} and {tuple(second_MD.shape)}; "
-            "expected at least 2 pictures on both sides and equal numbers of features"
-        )
+    _require_equal(first_ND.shape[1], second_MD.shape[1])
+    if min(len(first_ND), len(second_MD)) < 2:
+        raise ValueError(f"{len(first_ND)} and {len(second_MD)} pictures; expected at least 2 on both sides")
     means = first_ND.mean(dim=0), second_MD.mean(dim=0)
     first_ND = (first_ND - means[0]) / math.sqrt(len(first_ND) - 1)
     second_MD = (second_MD - means[1]) / math.sqrt(len(second_MD) - 1)
-    root_trace = float(torch.linalg.svdvals(first_ND @ second_MD.T).sum())
     trace = float(first_ND.square().sum() + second_MD.square().sum())
+    root_trace = float(torch.linalg.svdvals(_reduced(first_ND) @ _reduced(second_MD).T).sum())
     return _distance(means[0] - means[1], trace, root_trace)
 
 
@@ -153,7 +171,7 @@ def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
         raise ValueError(f"a floor needs two parts of at least 2 pictures, got {len(reference_MD)} pictures, n {n}")
     order_M = torch.from_numpy(np.random.default_rng(seed).permutation(len(reference_MD)))
     parts = reference_MD[order_M[:n]], reference_MD[order_M[n : 2 * n]]
-    return Floor(frechet_distance_of_features(*parts), n)
+    return Floor(_of_features(*parts), n)
 
 
 def extrapolated(
@@ -189,17 +207,35 @@ def extrapolated(
         reference_MD = reference_MD[torch.from_numpy(rng.permutation(len(reference_MD)))]
         others = [max(2, round(part * len(reference_MD))) for part in parts]
         distances = [
-            frechet_distance_of_features(samples_ND[:size], reference_MD[:other])
-            for size, other in zip(sizes, others, strict=True)
+            _of_features(samples_ND[:size], reference_MD[:other]) for size, other in zip(sizes, others, strict=True)
         ]
     _, intercept = np.polyfit(1 / np.array(sizes), distances, 1)
     return float(intercept)
 
 
+def _require_equal(dimension: int, other: int) -> None:
+    if dimension != other:
+        raise ValueError(f"the sets have {dimension} and {other} features: compute both with the same network")
+
+
+def _warn(n: int, dimension: int) -> None:
+    note = singular_note(n, dimension)
+    if note is not None:
+        logger.warning("%s", note)
+
+
+def _reduced(matrix_ND: Tensor) -> Tensor:
+    """Return a matrix with the same MᵀM and no more than D rows."""
+    n, dimension = matrix_ND.shape
+    reduced: Tensor = torch.linalg.qr(matrix_ND, mode="r").R if n > dimension else matrix_ND
+    return reduced
+
+
 def _root(matrix_DD: Tensor) -> Tensor:
     """Return the symmetric root of a positive semidefinite matrix."""
     values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
-    return (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+    root_DD: Tensor = (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+    return root_DD
 
 
 def _root_trace(matrix: Tensor) -> float:

@@ -3,6 +3,7 @@
 Letters: N, M pictures  D features  R rows of a block
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
@@ -68,7 +69,7 @@ def squared_mmd(first: Tensor, second: Tensor, kernel: Kernel, estimator: Estima
             "expected at least 2 pictures on both sides and equal numbers of features"
         )
     within = [_mean_within(each, kernel, estimator) for each in (first_ND, second_MD)]
-    between = sum(float(kernel(block, second_MD).sum()) for block in first_ND.split(BLOCK))
+    between = math.fsum(float(kernel(block, second_MD).sum()) for block in torch.split(first_ND, BLOCK))
     return within[0] + within[1] - 2 * between / (len(first_ND) * len(second_MD))
 
 
@@ -120,7 +121,7 @@ def gaussian_mmd(
 def _mean_within(features_ND: Tensor, kernel: Kernel, estimator: Estimator) -> float:
     """Return the mean kernel of pairs of one set."""
     n, total, own = len(features_ND), 0.0, 0.0
-    for first, block_RD in zip(range(0, n, BLOCK), features_ND.split(BLOCK), strict=True):
+    for first, block_RD in zip(range(0, n, BLOCK), torch.split(features_ND, BLOCK), strict=True):
         values_RN = kernel(block_RD, features_ND)
         total += float(values_RN.sum())
         own += float(values_RN.diagonal(first).sum())

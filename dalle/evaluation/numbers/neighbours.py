@@ -97,7 +97,7 @@ def _radii(features_ND: Tensor, ks: tuple[int, ...]) -> list[Tensor]:
 def _blocks(first_ND: Tensor, second_MD: Tensor) -> Iterator[Tensor]:
     """Yield the squared distances of R rows of the first at a time, float64 (R,M)."""
     lengths_M = second_MD.square().sum(dim=1)
-    for block_RD in first_ND.split(BLOCK):
+    for block_RD in torch.split(first_ND, BLOCK):
         lengths_RM = block_RD.square().sum(dim=1, keepdim=True) + lengths_M
         squares_RM = lengths_RM - 2 * (block_RD @ second_MD.T)
         yield torch.where(squares_RM < SAME * lengths_RM, 0.0, squares_RM)

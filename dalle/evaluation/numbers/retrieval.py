@@ -54,7 +54,7 @@ def retrieval(captions: Tensor, images: Tensor) -> tuple[Retrieval, Retrieval]:
 def _one_direction(queries_NE: Tensor, candidates_NE: Tensor) -> Retrieval:
     queries_NE, candidates_NE = (each.detach().double().cpu() for each in (queries_NE, candidates_NE))
     better, ties = [], []
-    for first, block_RE in zip(range(0, len(queries_NE), BLOCK), queries_NE.split(BLOCK), strict=True):
+    for first, block_RE in zip(range(0, len(queries_NE), BLOCK), torch.split(queries_NE, BLOCK), strict=True):
         similarities_RN = block_RE @ candidates_NE.T
         own_R1 = similarities_RN.diagonal(first).clone()[:, None]
         better.append((similarities_RN > own_R1 + TIE).sum(dim=1))

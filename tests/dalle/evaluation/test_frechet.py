@@ -98,6 +98,12 @@ def test_moments_of_different_networks_are_refused() -> None:
     for use in (lambda: merge([first, second]), lambda: frechet_distance(first, second)):
         with pytest.raises(ValueError, match="same network"):
             use()
+    three, four = normals(9, 3, 0), normals(9, 4, 0)
+    for use in (lambda: nuclear_distance(three, four), lambda: FrechetReference(first).distance(four)):
+        with pytest.raises(ValueError, match="same network"):
+            use()
+    with pytest.raises(ValueError, match="at least 2 on both sides"):
+        nuclear_distance(three, three[:1])
     with pytest.raises(ValueError, match="at least one shard"):
         merge([])
     with pytest.raises(ValueError, match="at least 2 pictures"):
@@ -141,8 +147,14 @@ def test_fewer_pictures_than_features_agree_too_and_are_told(caplog) -> None:
     with caplog.at_level(logging.WARNING):
         by_moments = frechet_distance(a, b)
     assert "singular (n=30, 50 features)" in caplog.text
+    caplog.clear()
     assert nuclear_distance(first, second) == pytest.approx(by_moments, rel=1e-6)
+    assert caplog.text == ""
+    many = normals(400, 50, 3)  # one side has more pictures than features
+    assert nuclear_distance(first, many) == pytest.approx(frechet_distance(a, Moments.of(many)), rel=1e-6)
+    caplog.clear()
     assert frechet_distance_of_features(first, second) == pytest.approx(by_moments, rel=1e-6)
+    assert "singular (n=30, 50 features)" in caplog.text
     assert FrechetReference(b).distance(first) == pytest.approx(by_moments, rel=1e-6)
 
 
