@@ -127,7 +127,7 @@ def evaluate_bundle_best_of(
         lines=lines,
         rank=settings.rank,
         has_judge=judge is not None,
-        network=_network_name(network),
+        net=None if network is None else network.net,
         found=found,
         without=without,
         seconds={**nested.seconds, **watch.seconds},
@@ -226,7 +226,7 @@ def evaluate_pictures(
         lines=[*lines, *_reference_lines(real)],
         rank=GIVEN,
         has_judge=True,
-        network=_network_name(None if real is None else real.network),
+        net=None if real is None else real.network.net,
         found=found,
         without=without,
         seconds=watch.seconds,
@@ -236,10 +236,6 @@ def evaluate_pictures(
 def _embedded(clip: CLIP, pictures: Sequence[Image.Image]) -> Tensor:
     """Return unit features of pictures of any sizes, float32 (B,E) on the CPU."""
     return torch.cat([embed_images(clip, to_tensor(picture)[None]) for picture in pictures]).cpu()
-
-
-def _network_name(network: PictureNetwork | None) -> str:
-    return "" if network is None else f"{network.net.name}, weights {network.net.hash[:8]}"
 
 
 def _reference_of(real: Real | None) -> dict[str, Any] | None:

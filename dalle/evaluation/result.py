@@ -5,6 +5,8 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from dalle.evaluation.distances import Distances
+from dalle.evaluation.features.names import distance_name
+from dalle.evaluation.features.nets import FeatureNet
 from dalle.evaluation.nested.curves import GIVEN, ORACLE, Point, Recalled
 from dalle.output.text import aligned
 
@@ -46,8 +48,8 @@ class Result:
     rank: str
     """Whose picks have distances and retrieval."""
     has_judge: bool
-    network: str
-    """Name of the network of the distances, with its weights: "own-clip, weights 3f2a91bc"; "" without."""
+    net: FeatureNet | None
+    """Of the distances; None without."""
     found: BestOfN
     without: BestOfN | None = None
     """The same without the samples of a list."""
@@ -59,11 +61,18 @@ class Result:
             "protocol": self.protocol,
             "ranked_by": self.rank,
             "same_clip_picks_and_judges": not self.has_judge,
-            "network": self.network,
-            **asdict(self.found),
-            "without_overlap": None if self.without is None else asdict(self.without),
+            **self._numbers(self.found),
+            "without_overlap": None if self.without is None else self._numbers(self.without),
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
         }
+
+    def _numbers(self, found: BestOfN) -> dict[str, Any]:
+        numbers = asdict(found)
+        for of_sets in (numbers["distances"], numbers["blurred"]):
+            for each in of_sets.values():
+                assert self.net is not None
+                each["name"] = distance_name(self.net, each["n"])
+        return numbers
 
     def text(self) -> str:
         """Return the protocol and the tables."""
@@ -84,8 +93,8 @@ class Result:
         of_picks = {f"best of {n}": each for n, each in found.distances.items()}
         blurred = {f"blur radius {radius:g}": each for radius, each in found.blurred.items()}
         for rows in (of_picks, blurred):
-            if rows:
-                parts.append(distance_table(rows, self.network))
+            if rows and self.net is not None:
+                parts.append(distance_table(rows, self.net))
         return parts
 
 
@@ -135,16 +144,15 @@ def recalled_table(recalled: Sequence[Recalled], rank: str, *, starred: bool = F
     return aligned(rows, "<>")
 
 
-def distance_table(rows: Mapping[str, Distances], network: str) -> str:
+def distance_table(rows: Mapping[str, Distances], net: FeatureNet) -> str:
     """Return a line for each set of pictures, which says of how many pictures and which weights it is."""
-    name, _, weights = network.partition(", ")
     lines = [["distance", "of", "", "±", "floor", "FD∞", "KID", "MMD", "IS", "precision", "recall"]]
     for label, each in rows.items():
         floor = "–" if each.floor is None else f"{each.floor.distance:.4g} (n={each.floor.n:,})"
         near, score = each.neighbours, each.inception_score
         lines.append(
             [
-                f"FD-{name} (n={each.n:,}, {weights})",
+                distance_name(net, each.n),
                 label,
                 f"{each.fd:.4g}",
                 f"{each.spread:.2g}",

@@ -18,7 +18,7 @@ from dalle.data.bundle import bundle_part
 from dalle.data.reader import ShardData
 from dalle.evaluation.best_of import Judge, Real, evaluate_bundle_best_of, evaluate_pictures
 from dalle.evaluation.bundle import Measurement, check_n_captions, distinct_captions, measure_bundle, sample_sheet
-from dalle.evaluation.features.profiles import ProfileName
+from dalle.evaluation.features.profiles import BLURS, ProfileName
 from dalle.evaluation.given import GivenPictures
 from dalle.evaluation.nested.captions import Row, chosen_rows, list_hash, read_rows, rows_of
 from dalle.evaluation.nested.cost import cost_of, matrix_speed
@@ -55,7 +55,7 @@ class CompareOptions:
         tyro.conf.arg(metavar="{own,tf,clean,dalle2021}", help_behavior_hint="(default: own, or tf for files)"),
     ] = None
     """Network, resize and crop as one: dalle2021 is the scale of the paper's figure, tf that of most later tables."""
-    blur: str = "0,1,2,4,8"
+    blur: str = ",".join(map(str, BLURS))
     """Radii in pixels at 256 × 256 by which both sides are blurred; the first must be 0."""
     reference: tuple[str, ...] = ()
     """Shards of real pictures, or a file with their moments (.safetensors); by default those of --data."""
