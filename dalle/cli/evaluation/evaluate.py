@@ -26,9 +26,9 @@ from dalle.evaluation.nested.sample import Checker
 from dalle.evaluation.nested.settings import GENEVAL_PICTURES, NestedSettings
 from dalle.evaluation.nested.shards import is_first_process, n_processes
 from dalle.evaluation.networks import OWN, PictureNetwork, load_network
-from dalle.evaluation.written import Layout, best_and_worst, write_lines, write_pictures
 from dalle.evaluation.references import RealPictures, kept_of, stored_reference
 from dalle.evaluation.result import Result
+from dalle.evaluation.written import Layout, best_and_worst, write_lines, write_pictures
 from dalle.family.transformers import sized_transformer
 from dalle.output.sheets import save_png
 from dalle.output.text import counted, printable, to_stderr
