@@ -21,6 +21,7 @@ from training.demo.samples import (
     CAPTIONS_PER_SPLIT,
     FIGURE_CANDIDATES,
     FIGURE_CAPTIONS,
+    FIGURE_SPLIT,
     SPLITS,
     check_samples,
     different_captions,
@@ -186,8 +187,8 @@ def _finish(out: Path, validation: Path, say: Say) -> None:
         checked, shown = check_samples(pipe, split, captions, say)
         samples.append(checked)
         sections += shown
-    captions = different_captions("trained", FIGURE_CAPTIONS, share_of_three=SHARE_OF_THREE)
-    figure, _ = check_samples(pipe, "trained", captions, say, n=FIGURE_CANDIDATES)
+    captions = different_captions(FIGURE_SPLIT, FIGURE_CAPTIONS, share_of_three=SHARE_OF_THREE)
+    figure, _ = check_samples(pipe, FIGURE_SPLIT, captions, say, n=FIGURE_CANDIDATES)
     save_png(samples_sheet(sections, pipe), out / "sheet.png")
     draw_curves([*samples, figure], out / "curves.png")
     exchanged = exchanged_captions_table(pipe.clip)
