@@ -31,8 +31,8 @@ CAPTIONS_PER_SPLIT = 64
 CAPTIONS_AT_ONCE = 8
 FIGURE_SPLIT: Split = "pair"
 FIGURE_CANDIDATES, FIGURE_CAPTIONS = 64, 32
-"""Of the curve along N (figure 9c of the paper), for the captions that are hardest: where nearly every candidate is right,
-there is nothing to choose. Sampling them takes a minute."""
+"""Of the curve along N (figure 9c of the paper), for the captions that are hardest: where nearly every candidate is
+right, there is nothing to choose. Sampling them takes a minute."""
 SHEET_CAPTIONS, SHEET_PICTURES = 2, 4
 """Captions of each kind on the sheet, and pictures of each."""
 RIGHT, WRONG = "#1a8a3a", "#d02020"

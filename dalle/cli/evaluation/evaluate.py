@@ -1,6 +1,7 @@
 """`dalle evaluate`: a bundle, or the pictures of any other system, measured as the paper measures."""
 
 import json
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -38,6 +39,8 @@ from rerank import CLIP
 from storage.atomic import replace_text
 from storage.model_directory import directory_hash
 
+SHARD_ROWS, LEAST_SHARDS = 64, 8
+"""Captions of a shard by default, and the shards that few captions are cut into."""
 SHARDS = "evaluation"
 """Folder of the run's shards and of the kept references, in OUT."""
 AS_THE_BUNDLE, AS_ANYWHERE = SamplingOptions(), ComputeOptions()
@@ -75,7 +78,9 @@ class BestOfOptions:
     """N of best of N, ascending: all of them come from one sampling of the last."""
     seed: int = 0
     """Candidates are functions of seed, row, caption and their number."""
-    shard_captions: int = 64
+    shard_captions: Annotated[
+        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 64, or an eighth of few)")
+    ] = None
     """Captions that are measured and written at a time: what is done anew at most when a run was killed."""
 
 
@@ -140,6 +145,8 @@ class Evaluate:
         if data is None and self.captions_file is None:
             raise ValueError("nothing to measure on: give --data SHARDS, or a file of captions after the bundle")
         rows, keep_rows, keep_pictures = self._rows(data)
+        if self.best_of.shard_captions is None:
+            settings = replace(settings, shard_rows=min(SHARD_ROWS, math.ceil(len(rows) / LEAST_SHARDS)))
         if self.plan:
             print(
                 self._plan(settings, len(rows), radii, has_reference=data is not None or bool(self.compare.reference))
@@ -204,7 +211,7 @@ class Evaluate:
             best_of=best_of,
             precision=self.compute.precision,
             pictures=GENEVAL_PICTURES if self.layout == "geneval" else 1,
-            shard_rows=self.best_of.shard_captions,
+            shard_rows=SHARD_ROWS if self.best_of.shard_captions is None else self.best_of.shard_captions,
             batch_size=self.compute.batch_size,
         )
 
