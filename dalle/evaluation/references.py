@@ -4,6 +4,7 @@ Letters: M pictures  D features
 """
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -32,8 +33,13 @@ class RealPictures:
 
     def __init__(self, data: ShardData, network: PictureNetwork, cache: Path | None) -> None:
         self._data, self._network, self._cache = data, network, cache
-        self.hash = picture_list_hash((data.name(i), data.read(i).image_bytes) for i in range(len(data)))
-        """Of the list of pictures."""
+        self._notes: dict[float, str] = {}
+
+    @cached_property
+    def hash(self) -> str:
+        """Hash of the list of pictures; all are read once."""
+        data = self._data
+        return picture_list_hash((data.name(i), data.read(i).image_bytes) for i in range(len(data)))
 
     def at(self, radius: float, keep: Tensor | None = None) -> Reference:
         """Return the reference at a radius of the blur; of the pictures where bool (M,) `keep` is True.
@@ -52,10 +58,11 @@ class RealPictures:
             batch_size=BATCH_SIZE,
         )
         found = reference(key, lambda: self._network(self._images(), radius)["features"], self._cache)
+        note = self._notes.setdefault(radius, found.note)  # what is computed now is in the cache a moment later
         if keep is None:
-            return Reference(moments=found.moments, features=found.features, note=found.note)
+            return Reference(moments=found.moments, features=found.features, note=note)
         kept = found.features[keep]
-        return Reference(moments=Moments.of(kept), features=kept, note=f"{found.note}, {len(kept):,} of them kept")
+        return Reference(moments=Moments.of(kept), features=kept, note=f"{note}, {len(kept):,} of them kept")
 
     def _images(self) -> Iterator[Image.Image]:
         for i in range(len(self._data)):

@@ -163,6 +163,7 @@ class Evaluate:
             judge = None
         network = self._network(pipe.clip, pipe.hashes["clip"], pipe.dalle.device, data)
         real = self._real(network, data, radii, keep_pictures, out / SHARDS)
+        checker = self.checker([row.caption for row in rows])
         n_features, n_radii = (0, 1) if network is None else (network.n_numbers, len(radii))
         if is_first_process():
             cost = cost_of(
@@ -172,6 +173,7 @@ class Evaluate:
                 settings,
                 len(rows),
                 judge=None if judge is None else judge.clip,
+                is_checked=checker is not None,
                 n_features=n_features,
                 n_radii=n_radii,
             )
@@ -183,7 +185,7 @@ class Evaluate:
             out / SHARDS,
             to_stderr,
             judge=judge,
-            checker=self.checker([row.caption for row in rows]),
+            checker=checker,
             real=real,
             keep_rows=keep_rows,
             fresh=self.fresh,
