@@ -23,12 +23,14 @@ def empty(layout: str) -> Inception:
 
 
 def small_state(layout: str) -> dict[str, Tensor]:
-    """One number for each tensor, seen in its shape: a file of all names that is a thousandth as large."""
+    """All tensors as views of the same numbers: a file of all names and shapes that is a tenth as large."""
+    state = empty(layout).state_dict()
+    numbers = torch.full((max(like.numel() for like in state.values()),), 0.5)
     return {
         name: torch.zeros((), dtype=torch.int64)
         if name.endswith("tracked")
-        else torch.full((1,), 0.5).expand(like.shape)
-        for name, like in empty(layout).state_dict().items()
+        else numbers[: like.numel()].view(like.shape)
+        for name, like in state.items()
     }
 
 
@@ -43,7 +45,7 @@ def imagenet_file(tmp_path: Path) -> Path:
     # as torchvision's: the head for training is in it, and an older file has no counters
     state = {name: each for name, each in small_state("imagenet").items() if not name.endswith("tracked")}
     head = {
-        "AuxLogits.conv0.conv.weight": torch.zeros(1).expand(128, 768, 1, 1),
+        "AuxLogits.conv0.conv.weight": torch.zeros(128, 768, 1, 1),
         "AuxLogits.fc.bias": torch.zeros(1000),
     }
     torch.save(state | head, tmp_path / "imagenet.pth")

@@ -151,7 +151,7 @@ class AsModule(nn.Module):
 
 
 def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetrics() -> None:
-    real, fake = pictures(32, 128, 160, 1), pictures(32, 128, 128, 2)
+    real, fake = pictures(12, 128, 160, 1), pictures(12, 128, 128, 2)
     found = {}
     for name in ("dalle2021", "tf", "clean"):
         net, profile = net_of(name), PROFILES[name]
@@ -165,7 +165,7 @@ def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetr
 
 
 def test_blurring_the_reference_alone_gives_another_number_than_blurring_both() -> None:
-    real, fake = pictures(24, 64, 64, 1), pictures(24, 64, 64, 2)
+    real, fake = pictures(12, 64, 64, 1), pictures(12, 64, 64, 2)
     net, profile = net_of("tf"), PROFILES["tf"]
 
     def features(side: list[Image.Image], radius: float) -> Tensor:
