@@ -201,12 +201,13 @@ def evaluate_pictures(
             features = {radius: real.network(pictures, radius) for radius in real.radii if real.at(radius) is not None}
 
     def of(keep_R: Tensor, *, kept: bool) -> BestOfN:
-        judged = None if clip_features is None else cosines(*(each[keep_R] for each in clip_features))
+        kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
+        judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
         right = None if right_R is None else rate(right_R[keep_R])
         found = BestOfN(
             captions=int(keep_R.sum()),
             curve=[] if judged is None and right is None else [Point(rank=GIVEN, n=1, judge=judged, right=right)],
-            recalled=[] if clip_features is None else [recall(*(each[keep_R] for each in clip_features), 1)],
+            recalled=[] if kept_features is None else [recall(kept_features[0], kept_features[1], 1)],
         )
         measured: dict[float, Distances] = {}
         for radius, each in features.items():

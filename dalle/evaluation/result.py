@@ -135,13 +135,18 @@ def recalled_table(recalled: Sequence[Recalled], rank: str, *, starred: bool = F
     """Return how often the right one of all is found, a line for each N."""
     ks = list(recalled[0].chance)
     star = "*" if starred else ""
-    heads = [f"{what} {k}" for what in ("caption → picture R@", "picture → caption R@") for k in ks]
-    rows = [[f"retrieval{star} of the best by {NAMES[rank]}", *(head.replace("@ ", "@") for head in heads)]]
+    recall_at = f"R@{', '.join(map(str, ks))}"
+    rows = [[f"retrieval{star}, best by {NAMES[rank]}", f"picture of a caption, {recall_at}", "caption of a picture"]]
     for one in recalled:
-        cells = [*(one.pictures[k] for k in ks), *(one.captions[k] for k in ks)]
-        rows.append([f"  best of {one.n}", *(f"{each.mean:.1%}" for each in cells)])
-    rows.append(["  chance", *(f"{recalled[0].chance[k]:.1%}" for k in [*ks, *ks])])
-    return aligned(rows, "<>")
+        rows.append(
+            [f"  best of {one.n}", *(_shares([found[k].mean for k in ks]) for found in (one.pictures, one.captions))]
+        )
+    chance = _shares([recalled[0].chance[k] for k in ks])
+    return aligned([*rows, ["  chance", chance, chance]], "<>")
+
+
+def _shares(values: Sequence[float]) -> str:
+    return "  ".join(f"{value:6.1%}" for value in values)
 
 
 def distance_table(rows: Mapping[str, Distances], net: FeatureNet) -> str:

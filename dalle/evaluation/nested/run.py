@@ -57,7 +57,9 @@ class Nested:
 
     def only(self, keep: Tensor) -> "Nested":
         """Return the measurements of the captions where bool (R,) `keep` is True."""
-        found = {name: None if (value := getattr(self, name)) is None else value[keep] for name in SMALL[1:]}
+        found: dict[str, Any] = {
+            name: None if (value := getattr(self, name)) is None else value[keep] for name in SMALL[1:]
+        }
         places = keep.nonzero()[:, 0]
         return replace(self, rows=[self.rows[place] for place in places.tolist()], places=places, **found)
 
@@ -160,6 +162,5 @@ def _joined(
         for stage, took_s in about["seconds"].items():
             seconds[stage] = seconds.get(stage, 0.0) + took_s
     joined = {name: torch.cat([part[name] for part in parts]) for name in parts[0] if name != "rows"}
-    found = {name: joined.get(name) for name in ("judged", "right")}
-    known = {name: joined[name] for name in ("scores", "log_likelihoods", "kept", "caption_features")}
-    return Nested(rows=list(rows), settings=settings, folder=folder, seconds=seconds, **known, **found)
+    found: dict[str, Any] = {name: joined.get(name) for name in SMALL[1:]}
+    return Nested(rows=list(rows), settings=settings, folder=folder, seconds=seconds, **found)

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ from dalle.evaluation.nested.settings import NestedSettings
 from dalle.evaluation.nested.shards import ShardFolder
 from dalle.family.tokenizers import text_of
 from dalle.pipeline import Pipeline
-from dalle.sampling import Sampling, candidate_seed, sample
+from dalle.sampling import Ranking, Sampling, candidate_seed, sample
 from rerank import score
 
 CAPTIONS = ["a red cube", "a blue cube on a red cube", "a green sphere"]
@@ -58,7 +59,7 @@ def test_what_is_kept_is_the_best_of_the_first_n(pipe: Pipeline, nested: Nested)
 
 
 @pytest.mark.parametrize("rank", ["clip", "likelihood", "both"])
-def test_one_run_picks_what_separate_runs_pick(pipe: Pipeline, tmp_path: Path, rank: str) -> None:
+def test_one_run_picks_what_separate_runs_pick(pipe: Pipeline, tmp_path: Path, rank: Ranking) -> None:
     several = run(pipe, tmp_path / "all", settings=NestedSettings(best_of=(1, 4, 8), rank=rank, shard_rows=7))
     for at, n in enumerate((1, 4, 8)):
         alone = run(pipe, tmp_path / f"{n}", settings=NestedSettings(best_of=(n,), rank=rank, shard_rows=2))
@@ -141,7 +142,9 @@ def test_a_run_goes_on_from_the_shards_that_are_there(pipe: Pipeline, nested: Ne
         ({"batch_size": 8}, "--batch-size is 8"),
     ],
 )
-def test_another_run_in_the_folder_is_refused(nested: Nested, pipe: Pipeline, changed: dict, words: str) -> None:
+def test_another_run_in_the_folder_is_refused(
+    nested: Nested, pipe: Pipeline, changed: dict[str, Any], words: str
+) -> None:
     settings = NestedSettings(**{**vars(SETTINGS), **changed})
     with pytest.raises(ValueError, match=words):
         run(pipe, nested.folder.folder, settings=settings)
