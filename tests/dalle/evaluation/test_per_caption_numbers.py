@@ -46,6 +46,7 @@ def test_neighbours_are_those_of_all_distances(monkeypatch: pytest.MonkeyPatch) 
         np.mean([any(distance(s, r) <= ball for s in samples) for r, ball in zip(reference, wide, strict=True)]),
     )
     assert 0 < expected[3] < 1
+    assert (neighbours(samples, reference).n, neighbours(samples, reference).n_reference) == (37, 41)
     for block in (512, 10):
         monkeypatch.setattr(neighbours_module, "BLOCK", block)
         found = neighbours(samples, reference)

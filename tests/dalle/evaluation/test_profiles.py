@@ -165,7 +165,7 @@ def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetr
 
 
 def test_blurring_the_reference_alone_gives_another_number_than_blurring_both() -> None:
-    real, fake = pictures(12, 64, 64, 1), pictures(12, 64, 64, 2)
+    real, fake = pictures(16, 64, 64, 1), pictures(16, 64, 64, 2)
     net, profile = net_of("tf"), PROFILES["tf"]
 
     def features(side: list[Image.Image], radius: float) -> Tensor:
@@ -174,8 +174,8 @@ def test_blurring_the_reference_alone_gives_another_number_than_blurring_both() 
     both = frechet_distance_of_features(features(fake, 4), features(real, 4))
     alone = frechet_distance_of_features(features(fake, 0), features(real, 4))
     sharp = frechet_distance_of_features(features(fake, 0), features(real, 0))
-    assert alone > 1.2 * sharp
-    assert alone > 1.2 * both
+    assert alone > 1.1 * sharp
+    assert alone > 2 * both
 
 
 def test_logits_with_and_without_the_bias() -> None:
