@@ -11,7 +11,7 @@ from typing import Any, Literal
 import torch
 from PIL import Image
 
-from dalle.evaluation.nested.curves import RANKINGS
+from dalle.evaluation.nested.curves import RANKINGS, best_picks
 from dalle.evaluation.nested.run import Nested
 from dalle.evaluation.nested.sample import picks
 from dalle.output.sheets import Section, contact_sheet, save_png
@@ -99,8 +99,7 @@ def best_and_worst(pipe: Pipeline, nested: Nested) -> Image.Image:
     """Return a sheet of the picks of M that the judge, or else the CLIP that ranks, finds best and worst."""
     n_picks = len(nested.settings.best_of)
     values = nested.scores if nested.judged is None else nested.judged
-    best = nested.kept[:, n_picks - 1].long()
-    values_R = values.gather(1, best[:, None])[:, 0]
+    values_R = values.gather(1, best_picks(nested)[:, None])[:, 0]
     order = values_R.argsort(descending=True, stable=True).tolist()
     tokens = nested.read("tokens").long()[:, n_picks - 1]
     sections = []
