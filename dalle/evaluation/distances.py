@@ -6,11 +6,12 @@ Letters: R captions  D features  K classes
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dalle.evaluation.numbers.bootstrap import FRECHET_DRAWS, frechet_spreads
-from dalle.evaluation.numbers.frechet import Floor, extrapolated, floor
+from dalle.evaluation.numbers.frechet import Floor, extrapolated, floor, frechet_distance_of_features
 from dalle.evaluation.numbers.inception_score import InceptionScore, inception_score
 from dalle.evaluation.numbers.kernels import KID, gaussian_mmd, kid
 from dalle.evaluation.numbers.moments import Moments
@@ -50,7 +51,7 @@ class Distances:
     spread: float
     """Its standard deviation over other captions, by bootstrap; an estimate plus or minus, not an interval."""
     floor: Floor | None
-    """What real pictures score against real ones."""
+    """What as many real pictures score against the rest; against as many others where the reference has too few."""
     limit: float | None
     """FD∞: for endless samples."""
     kid: KID | None
@@ -80,7 +81,7 @@ def distances(
     real = reference.features
     draws = FEW_DRAWS if reference.moments.dimension >= MANY_FEATURES else FRECHET_DRAWS
     spreads = frechet_spreads(features, reference.moments, draws=draws)
-    ground = None if real is None or len(real) < 4 else floor(real, n)
+    ground = None if real is None or len(real) < 4 else _floor(real, n)
     found = {}
     for name, each in features.items():
         limit = None if n < LEAST_FOR_LIMIT else extrapolated(each, reference.moments if real is None else real)
@@ -98,6 +99,14 @@ def distances(
             inception_score=score,
         )
     return found
+
+
+def _floor(real: Tensor, n: int) -> Floor:
+    """Return what n real pictures score against the rest, where that is larger: the distances have that bias, too."""
+    if len(real) < 2 * n:
+        return floor(real, n)
+    order = torch.from_numpy(np.random.default_rng(0).permutation(len(real)))
+    return Floor(frechet_distance_of_features(real[order[:n]], real[order[n:]]), n)
 
 
 def _neighbours(features: Tensor, real: Tensor) -> Neighbours | None:
