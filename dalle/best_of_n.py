@@ -150,12 +150,12 @@ def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) ->
     Deviation: the paper ranks by CLIP alone (§2.6).
 
     Args:
-        scores: float (N,), CLIP's; may be None when ranked by likelihood.
-        log_likelihoods: float (N,).
+        scores: float (N,), CLIP's, or (…, N) for many captions; may be None when ranked by likelihood.
+        log_likelihoods: float (N,) or (…, N).
         rank: what is best.
 
     Returns:
-        int64 (N,).
+        int64 (N,) or (…, N).
 
     Raises:
         ValueError: an unknown ranking.
@@ -170,8 +170,8 @@ def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) ->
 
 
 def _places(values_N: Tensor) -> Tensor:
-    """Return how many values are higher than each, int64 (N,)."""
-    return torch.searchsorted((-values_N).sort().values, -values_N)
+    """Return how many values are higher than each, int64 (…, N)."""
+    return torch.searchsorted((-values_N).sort().values, (-values_N).contiguous())
 
 
 class Candidates(NamedTuple):

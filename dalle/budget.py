@@ -109,9 +109,13 @@ def sampling_share(dalle: Transformer, dvae: Codec, clip: CLIP) -> float:
     """
     grid = dalle.config.grid
     sampling = grid**2 * n_step_weights(dalle)
-    scoring = (clip.config.n_patches + 1) * n_weights(clip.vision.blocks)
-    share: float = sampling / (sampling + dvae.decoding_products(grid) + scoring)
+    share: float = sampling / (sampling + dvae.decoding_products(grid) + scoring_products(clip))
     return share
+
+
+def scoring_products(clip: CLIP) -> int:
+    """Return the multiplications, about, of scoring a picture."""
+    return (clip.config.n_patches + 1) * n_weights(clip.vision.blocks)
 
 
 class BatchProgress:

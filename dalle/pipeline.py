@@ -225,21 +225,35 @@ class Pipeline(LoadedBundle):
         n: int,
         sampling: Sampling | None = None,
         *,
+        rows: Sequence[int] | None = None,
         prefix: Tensor | None = None,
         batch_size: int | None = None,
         progress: OnProgress | None = None,
     ) -> Samples:
-        """Sample n candidates for each of P captions; captions share batches. Arguments as for `best`.
+        """Sample n candidates for each of P captions; captions share batches. Other arguments as for `best`.
+
+        Args:
+            captions: P of them.
+            n: candidates of each.
+            sampling: by default the bundle's settings, seed 0.
+            rows: numbers of the captions in a list, so that equal captions have different candidates: see
+                `candidate_seed`.
+            prefix: see `best`, also for the others.
+            batch_size: candidates sampled at the same time.
+            progress: told how many are done.
 
         Returns:
             Their tokens and log-likelihoods, on the CPU.
 
         Raises:
-            ValueError: no captions, an empty one, or a number outside its range.
+            ValueError: no captions, an empty one, a number outside its range, or not as many rows as captions.
         """
         check_batch_size(batch_size)
         check_captions(captions)
         check_n(n)
+        numbered: Sequence[int | None] = [None] * len(captions) if rows is None else rows
+        if len(numbered) != len(captions):
+            raise ValueError(f"{len(numbered)} rows for {len(captions)} captions: give one for each")
         sampling = sampling or self.defaults.sampling()
         self._warnings.about_guidance(sampling)
         total = len(captions) * n
@@ -251,7 +265,8 @@ class Pipeline(LoadedBundle):
         for rows, ks in batches(len(captions), n, size):
             done = BatchProgress(progress, before=before, n=len(rows) * len(ks), total=total)
             here = slice(rows.start, rows.stop)
-            seeds = [candidate_seed(sampling.seed, caption, k) for caption in captions[here] for k in ks]
+            named = zip(captions[here], numbered[here], strict=True)
+            seeds = [candidate_seed(sampling.seed, caption, k, row) for caption, row in named for k in ks]
             samples = self._sample(text_PT[here], seeds, sampling, prefix, done)
             tokens_PNI[here, ks.start : ks.stop] = samples.tokens
             log_likelihoods_PN[here, ks.start : ks.stop] = samples.log_likelihoods

@@ -192,9 +192,18 @@ class Samples:
         return f"Samples(n={self.tokens.shape[1]} of {len(self.tokens)} captions, {self.tokens.shape[2]} tokens each)"
 
 
-def candidate_seed(seed: int, caption: str, k: int) -> int:
-    """Return the seed of candidate `k` of a caption in a run with `seed`: 63 bits, equal on every machine."""
-    digest = blake2b(f"{seed}\0{k}\0{caption}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
+def candidate_seed(seed: int, caption: str, k: int, row: int | None = None) -> int:
+    """Return the seed of candidate `k` of a caption in a run with `seed`: 63 bits, equal on every machine.
+
+    Args:
+        seed: of the run.
+        caption: as it is given.
+        k: the candidate's number.
+        row: the caption's number in a list of captions, of which some may be equal and yet are to have candidates of
+            their own; None where equal captions mean the same.
+    """
+    run = f"{seed}" if row is None else f"{seed}\0row {row}"
+    digest = blake2b(f"{run}\0{k}\0{caption}".encode("utf-8", "surrogatepass"), digest_size=8).digest()
     return int.from_bytes(digest, "big") >> 1
 
 

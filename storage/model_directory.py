@@ -191,6 +191,15 @@ def load_directory(
     return config, state, description["metadata"]
 
 
+def read_config(path: Path | str, kind: str, config_type: type[Config]) -> Config:
+    """Read the configuration of a directory alone, however large its weights are.
+
+    Raises:
+        FileNotFoundError, ValueError: as `load_directory`.
+    """
+    return _config(Path(path) / CONFIG_FILE, _read_description(Path(path), kind)["config"], config_type)
+
+
 def as_written_before(config: Any) -> dict[str, Any]:
     """Return a configuration's values as older versions wrote them: what was added later is left out at its default."""
     fields = {field.name: field for field in dataclasses.fields(config)}

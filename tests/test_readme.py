@@ -20,7 +20,7 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("sample", "serve", "train", "cluster", "data", "faults", "results", "weights")
+    for name in ("sample", "serve", "train", "cluster", "data", "evaluation", "faults", "results", "weights")
 }
 PROGRAMS = ("dalle", "dalle-train")
 LAUNCHERS = ("deepspeed", "torchrun")
@@ -74,7 +74,10 @@ def test_a_command_that_does_not_exist_would_be_noticed() -> None:
 
 def test_the_pages_show_every_command() -> None:
     shown = {(words[0], words[1]) for words in our_commands()}
-    verbs = {("dalle", verb) for verb in ("generate", "edit", "rank", "score", "search", "reconstruct", "serve")}
+    verbs = {
+        ("dalle", verb)
+        for verb in ("generate", "edit", "rank", "score", "search", "reconstruct", "evaluate", "study", "serve")
+    }
     verbs |= {("dalle", f"import-{kind}") for kind in ("dvae", "clip", "vqgan")}
     stages = ("shards", "plan", "all", "tokenizer", "dvae", "clip", "encode", "transformer", "evaluate", "status")
     assert verbs | {("dalle-train", stage) for stage in stages} <= shown

@@ -1,4 +1,4 @@
-"""The command line `dalle`: pictures from captions, from pictures, captions, ranking, a server, imports.
+"""The command line `dalle`: pictures from captions and pictures, captions, ranking, evaluation, a server, imports.
 
 Results go to files and stdout, messages to stderr. An error that the user caused ends in one line and exit code 1.
 """
@@ -38,6 +38,8 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.editing.edit import Edit
     from dalle.cli.editing.score import Score
     from dalle.cli.editing.variations import Variations
+    from dalle.cli.evaluation.evaluate import Evaluate
+    from dalle.cli.evaluation.study import Study
     from dalle.cli.generate import Generate
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
@@ -58,6 +60,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[Score, subcommand("score")]
         | Annotated[Search, subcommand("search")]
         | Annotated[Reconstruct, subcommand("reconstruct")]
+        | Annotated[Evaluate, subcommand("evaluate")]
+        | Annotated[Study, subcommand("study")]
         | Annotated[Serve, subcommand("serve")]
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
@@ -65,9 +69,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions; edits and varies pictures; ranks and completes captions; ranks, searches "
-        "and reconstructs pictures; serves an API. "
-        "Add --debug to see the traceback of an error."
+        "Generates pictures from captions; edits and varies pictures; ranks and completes captions; ranks, searches, "
+        "reconstructs and evaluates pictures; serves an API. Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)
     return command

@@ -237,7 +237,7 @@ def evaluate_bundle(
     n_captions: int = 5,
     device: str = "cpu",
     also: Measurement | None = None,
-) -> Evaluation:
+) -> None:
     """Measure a bundle and write evaluation.json and samples.png into it.
 
     Args:
@@ -252,13 +252,22 @@ def evaluate_bundle(
         FileNotFoundError: a part of the bundle is missing.
         ValueError: the parts do not fit one another, no picture could be read, or n_captions is below 1.
     """
-    if n_captions < 1:
-        raise ValueError(f"--captions must be at least 1, got {n_captions}")
+    check_n_captions(n_captions)
     pipe = Pipeline.load(bundle, device=device)
-    evaluation = evaluate(pipe, data)
-    say(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
-    measured = {**dataclasses.asdict(evaluation), **(also(pipe, data, say) if also is not None else {})}
+    measured = measure_bundle(pipe, data, say, also=also)
     replace_text(bundle / "evaluation.json", json.dumps(measured, indent=2))
     sample_sheet(pipe, distinct_captions(data, n_captions), bundle / "samples.png", say)
     say(f"wrote {bundle / 'evaluation.json'} and {bundle / 'samples.png'}")
-    return evaluation
+
+
+def check_n_captions(n: int) -> None:
+    """Raise ValueError for a sheet without captions."""
+    if n < 1:
+        raise ValueError(f"--captions must be at least 1, got {n}")
+
+
+def measure_bundle(pipe: Pipeline, data: ShardData, say: Say, *, also: Measurement | None = None) -> dict[str, object]:
+    """Measure a bundle on captioned pictures; returns what evaluation.json says of it."""
+    evaluation = evaluate(pipe, data)
+    say(f"measured on {evaluation.samples} pictures:\n{evaluation.table()}")
+    return {**dataclasses.asdict(evaluation), **(also(pipe, data, say) if also is not None else {})}

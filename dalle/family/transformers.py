@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from dalle.cache import Decoder, bytes_per_candidate, bytes_per_caption
@@ -17,7 +18,7 @@ from dalle.family.stored import n_weights
 from dalle.family.variants.model import KIND as VARIANT_KIND
 from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.model import DALLE, KIND, DALLEConfig
-from storage.model_directory import directory_kind
+from storage.model_directory import directory_kind, read_config
 
 Transformer = DALLE | DALLEMini | VariantDALLE | DALLEPytorch
 """Any of them."""
@@ -43,12 +44,23 @@ def kind_of(config: TrainedConfig) -> str:
 
 def load_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory, on the CPU; raises as `DALLE.load`."""
+    return _class_of(path).load(path)
+
+
+def sized_transformer(path: Path) -> Transformer:
+    """Return the transformer of a directory without its weights, on the meta device; raises as `load_transformer`."""
+    kind = _class_of(path)
+    with torch.device("meta"):
+        return kind(read_config(path, kind.kind, kind.config_type))
+
+
+def _class_of(path: Path) -> type[Transformer]:
     kinds: dict[str, type[DALLEMini | VariantDALLE | DALLEPytorch]] = {
         MINI_KIND: DALLEMini,
         VARIANT_KIND: VariantDALLE,
         PYTORCH_KIND: DALLEPytorch,
     }
-    return kinds.get(directory_kind(path, expected=KIND), DALLE).load(path)
+    return kinds.get(directory_kind(path, expected=KIND), DALLE)
 
 
 def decoding(

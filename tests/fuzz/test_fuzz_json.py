@@ -20,9 +20,9 @@ from dalle.data.reader import ShardData
 from dalle.output.results import ResultWriter
 from dalle.tokenizer import Tokenizer
 from rerank import CLIPTokenizer
+from storage.exclusions import Excluded
 from training.data.check_data import check_data
 from training.data.check_report import report as check_report
-from training.data.exclusions import Excluded
 from training.data.manifest import Manifest, open_with_manifest
 from training.data.record import ShardRecord, located, state_if_there
 from training.engine.checkpoints import latest_tag, read_manifest, write_manifest

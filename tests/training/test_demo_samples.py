@@ -18,6 +18,7 @@ from training.demo.samples import (
     check_samples,
     different_captions,
     draw_curves,
+    figure_of,
     samples_sheet,
     summary,
     table_of,
@@ -66,6 +67,8 @@ def test_a_curve_begins_at_the_share_of_all_candidates_for_every_ranking(checked
 def test_the_table_and_the_summary_say_what_was_found(checked: CheckedSamples, tmp_path: Path) -> None:
     row = next(line for line in table_of([checked]).splitlines() if line.startswith(SPLITS["trained"]))
     assert [word for word in row.split() if "%" in word] == ["16.7%", "0.0%", "33.3%", "33.3%", "66.7%"]
+    oracle = figure_of(checked).splitlines()[-1]
+    assert [word for word in oracle.split() if "%" in word] == ["16.7%", "33.3%", "66.7%"]
     assert summary([checked])[0]["right"]["oracle"][4] == pytest.approx(2 / 3)
     draw_curves([checked], tmp_path / "curves.png")
     assert Image.open(tmp_path / "curves.png").width > 300

@@ -28,13 +28,13 @@ from dalle.data.index import ShardIndex
 from dalle.data.reader import Sample, ShardData
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
+from storage.exclusions import Excluded
 from storage.stores import errors, files
 from storage.stores.errors import Patience
 from training.data.batches import Share, batches, validation_batches
 from training.data.check_data import _record_name, check_data
 from training.data.check_report import Summary, report
 from training.data.check_shard import check_shard
-from training.data.exclusions import Excluded
 from training.data.manifest import Entry, Manifest, open_with_manifest
 from training.data.record import ShardRecord
 from training.ranks.ranks import join

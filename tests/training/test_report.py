@@ -5,15 +5,21 @@ import re
 from collections.abc import Callable
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from support import tiny
 from support.runs import Run as FitRun
 from support.status import NOW, RunFolder
 
 import training.cli.main
+from dalle.evaluation.distances import Reference, distances
+from dalle.evaluation.nested.curves import Estimate, Point
+from dalle.evaluation.numbers.moments import Moments
+from dalle.evaluation.result import BestOfN, Result
 from training.ranks.ranks import join
 from training.report.curves import MAX_COLUMNS, MAX_POINTS, Curve, chart, heat_map, label
 from training.report.report import MAX_SHEETS, page, write_report
@@ -331,3 +337,38 @@ def test_a_heat_map_of_a_long_run_stays_small() -> None:
     svg = heat_map([(step, [float(row + 1) for row in range(32)]) for step in range(1, 20_000)])
     assert pixels_of(svg).size == (MAX_COLUMNS, 32)
     assert len(svg) < 30_000
+
+
+# ------------------------------------------------------------------------------------------------ evaluations
+
+
+def test_an_evaluation_is_shown_without_any_run(tmp_path: Path) -> None:
+    generator = torch.Generator().manual_seed(0)
+    real = torch.randn(40, 4, generator=generator)
+    reference = Reference(moments=Moments.of(real), features=real, note="reference: 40 pictures")
+    by_n = distances({f"{n}": torch.randn(20, 4, generator=generator) + 1 / n for n in (1, 2)}, reference)
+    right = Estimate(mean=0.25, low=0.2, high=0.3, subsets=0.26)
+    points = [Point(rank=rank, n=n, right=right, clip=right) for rank in ("clip", "oracle") for n in (1, 2)]
+    found = BestOfN(
+        captions=20, curve=points, distances={1: by_n["1"], 2: by_n["2"]}, blurred={0: by_n["1"], 2.0: by_n["2"]}
+    )
+    net = SimpleNamespace(name="own-clip", hash="0123456789abcdef")
+    result = Result(protocol={"seed": 7}, lines=[], rank="clip", has_judge=False, net=net, found=found)
+    (tmp_path / "evaluation.json").write_text(json.dumps({"psnr": 30.0, "best_of": result.as_json()}))
+    html = write_report(tmp_path).read_text()
+    assert html.count("data:image/png;base64,") == 4  # right, cosine, distance over N and over blur
+    assert html.count("FD-own-clip (n=20, weights 01234567)") >= 4
+    assert "The same CLIP picks and judges" in html
+    assert "&#34;seed&#34;: 7" in html
+    assert "<script" not in html
+
+
+def test_an_evaluation_that_is_none_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for text in ("{", '{"best_of": 3}', '{"best_of": {"curve": []}}'):
+        (tmp_path / "evaluation.json").write_text(text)
+        with pytest.raises(FileNotFoundError, match="there is no run"):
+            write_report(tmp_path)
+        assert "left out of the report" in caplog.text
+    (tmp_path / "evaluation.json").write_text('{"psnr": 30.0}')
+    with pytest.raises(FileNotFoundError, match="there is no run"):
+        write_report(tmp_path)

@@ -1,4 +1,4 @@
-"""The commands of `dalle-train` that look at something: evaluate, status, report, plan, presets.
+"""The commands of `dalle-train` that look at something: status, report, plan, presets.
 
 What needs torch is imported by the command that needs it: status and report answer without.
 """
@@ -10,8 +10,7 @@ from typing import Annotated
 
 import tyro
 
-from dalle.cli.command import parse, resolve_device
-from dalle.cli.options import Device
+from dalle.cli.command import parse
 from training.plan.options import PlanOptions
 from training.report.report import write_report
 from training.report.status import show_status
@@ -53,31 +52,6 @@ class ReportCommand:
 
 
 @dataclass(frozen=True, kw_only=True)
-class EvaluateCommand:
-    """Measure a bundle on captioned pictures it was not trained on, and sample a sheet."""
-
-    bundle: Annotated[Path, tyro.conf.Positional, tyro.conf.arg(metavar="BUNDLE")]
-    """Directory of the bundle."""
-    data: tuple[str, ...]
-    """Shards to measure on."""
-    captions: int = 5
-    """Captions of these shards to sample for the sheet."""
-    device: Device = "auto"
-
-    def run(self) -> None:
-        """Measure it."""
-        from dalle.data.reader import ShardData
-        from dalle.evaluation.bundle import evaluate_bundle
-        from dalle.output.text import to_stderr
-        from training.stages.exchanged_captions import measure_exchanged
-
-        data = ShardData.open(self.data, captions=True)
-        device = str(resolve_device(self.device))
-        n = self.captions
-        evaluate_bundle(self.bundle, data, to_stderr, n_captions=n, device=device, also=measure_exchanged)
-
-
-@dataclass(frozen=True, kw_only=True)
 class PlanCommand:
     """Show what a recipe needs: parameters, arithmetic, bytes per GPU in every mode, time, and what to train with."""
 
@@ -114,9 +88,8 @@ class PresetsCommand:
         print(preset_list() if self.name is None else preset_path(self.name).read_text().rstrip())
 
 
-Command = EvaluateCommand | StatusCommand | ReportCommand | PlanCommand | PresetsCommand
+Command = StatusCommand | ReportCommand | PlanCommand | PresetsCommand
 COMMANDS: dict[str, type[Command]] = {
-    "evaluate": EvaluateCommand,
     "status": StatusCommand,
     "report": ReportCommand,
     "plan": PlanCommand,

@@ -1,6 +1,6 @@
 """`dalle-train`: every step from pictures to a bundle. This file knows the commands; the one that is named is imported.
 
-Look-ups are in look.py, data in data.py, training in train.py, whose options are in options.py.
+Look-ups are in look.py and evaluate.py, data in data.py, training in train.py, whose options are in options.py.
 """
 
 import sys
@@ -85,6 +85,10 @@ def read(arguments: "Sequence[str]") -> "Command":
         from training.cli import data
 
         return data.read(verb, rest)
+    if verb == "evaluate":
+        from training.cli import evaluate
+
+        return evaluate.read(rest)
     if verb in COMMANDS["results"] | COMMANDS["choices"]:
         from training.cli import look
 

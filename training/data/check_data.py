@@ -24,10 +24,10 @@ from dalle.data.index import IMAGE, NO_PICTURE, checksum
 from dalle.data.names import expand_shards
 from dalle.output.sheets import slug
 from dalle.tokenizer import Tokenizer
+from storage.exclusions import Excluded, listed_names, sample_line, short_names, write_lines
 from storage.stores.files import lasting_name
 from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Summary
 from training.data.check_shard import SUBJECTS, UNREADABLE, check_shard
-from training.data.exclusions import Excluded, listed_names, sample_line, short_names, write_lines
 from training.data.manifest import EXCLUDED, RECORDS, Entry, Manifest, write_summary
 from training.data.record import Counts, ShardRecord, state_if_there
 from training.data.workers import interrupts_held_back, obey_the_parent_alone

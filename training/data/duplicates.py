@@ -31,8 +31,8 @@ from rerank import CLIP
 from rerank.pixels import clip_view
 from rerank.score import embed_images
 from storage.atomic import replace_text
+from storage.exclusions import listed_names, sample_line, write_lines
 from training.data.batches import BadSamples, parts_in_order
-from training.data.exclusions import listed_names, sample_line, write_lines
 
 logger = logging.getLogger(__name__)
 

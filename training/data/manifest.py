@@ -48,9 +48,9 @@ from dalle.data.usable import (
     usable_part,
 )
 from storage.atomic import replace_text
+from storage.exclusions import Excluded
 from storage.stores.files import lasting_name, local_folder, warn_if_more_than_cache
 from training.data.check_report import DUPLICATES, UNUSABLE
-from training.data.exclusions import Excluded
 from training.data.record import FORMAT_VERSION, ShardRecord, located, require_readable, state_if_there
 
 logger = logging.getLogger(__name__)

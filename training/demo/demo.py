@@ -19,10 +19,14 @@ from storage.atomic import replace_text
 from training.data.shards import write_shards
 from training.demo.samples import (
     CAPTIONS_PER_SPLIT,
+    FIGURE_CANDIDATES,
+    FIGURE_CAPTIONS,
+    FIGURE_SPLIT,
     SPLITS,
     check_samples,
     different_captions,
     draw_curves,
+    figure_of,
     samples_sheet,
     summary,
     table_of,
@@ -44,7 +48,7 @@ from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
 N_TRAIN, N_VALIDATION = 16_000, 256
-WORLD_S, SAMPLES_S = 18.0, 60.0
+WORLD_S, SAMPLES_S = 18.0, 100.0
 """Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
 SHARE_OF_THREE = 0.0
 """Share of the pictures with three things in a row: none, because a tenth is too few to learn in these minutes."""
@@ -183,15 +187,18 @@ def _finish(out: Path, validation: Path, say: Say) -> None:
         checked, shown = check_samples(pipe, split, captions, say)
         samples.append(checked)
         sections += shown
+    captions = different_captions(FIGURE_SPLIT, FIGURE_CAPTIONS, share_of_three=SHARE_OF_THREE)
+    figure, _ = check_samples(pipe, FIGURE_SPLIT, captions, say, n=FIGURE_CANDIDATES)
     save_png(samples_sheet(sections, pipe), out / "sheet.png")
-    draw_curves(samples, out / "curves.png")
+    draw_curves([*samples, figure], out / "curves.png")
     exchanged = exchanged_captions_table(pipe.clip)
-    table = f"{table_of(samples)}\n\n{exchanged.table()}\n\nmeasured on {evaluation.samples} pictures not trained on:\n"
-    table += evaluation.table()
+    table = f"{table_of(samples)}\n\n{figure_of(figure)}\n\n{exchanged.table()}\n\n"
+    table += f"measured on {evaluation.samples} pictures not trained on:\n{evaluation.table()}"
     replace_text(out / "table.txt", table + "\n")
     numbers = {
         "sampling": str(pipe.defaults),
         "samples": summary(samples),
+        "figure_9c": summary([figure]),
         "exchanged_captions": dataclasses.asdict(exchanged),
         "evaluation": dataclasses.asdict(evaluation),
     }

@@ -29,6 +29,10 @@ from training.report.curves import save_panels
 CANDIDATES = 16
 CAPTIONS_PER_SPLIT = 64
 CAPTIONS_AT_ONCE = 8
+FIGURE_SPLIT: Split = "pair"
+FIGURE_CANDIDATES, FIGURE_CAPTIONS = 64, 32
+"""Of the curve along N (figure 9c of the paper), for the captions that are hardest: where nearly every candidate is
+right, there is nothing to choose. Sampling them takes a minute."""
 SHEET_CAPTIONS, SHEET_PICTURES = 2, 4
 """Captions of each kind on the sheet, and pictures of each."""
 RIGHT, WRONG = "#1a8a3a", "#d02020"
@@ -154,11 +158,19 @@ def table_of(samples: Sequence[CheckedSamples]) -> str:
     for checked in samples:
         shares = [f"{checked.share_right(ranking, n):.1%}" for ranking in RANKINGS]
         rows.append([SPLITS[checked.split], str(len(checked.captions)), f"{checked.right.mean():.1%}", "", *shares])
-    curves: list[list[str]] = []
-    for checked in samples:
-        curves += [[], [SPLITS[checked.split], *(f"best of {k}" for k in checked.curve(ORACLE))]]
-        curves += [[f"  {HEADS[r]}", *(f"{share:.1%}" for share in checked.curve(r).values())] for r in RANKINGS]
+    curves = [line for checked in samples for line in [[], *_curve_rows(checked, SPLITS[checked.split])]]
     return f"{aligned(rows, '<>')}\n{aligned(curves, '<>')}"
+
+
+def figure_of(checked: CheckedSamples) -> str:
+    """Return the fractions right along best of 1, 2, 4 … N as aligned lines: the paper's figure 9c for this world."""
+    title = f"best of N, as in figure 9c of the paper: {len(checked.captions)} captions, {SPLITS[checked.split]}"
+    return f"{title}\n{aligned(_curve_rows(checked, ''), '<>')}"
+
+
+def _curve_rows(checked: CheckedSamples, title: str) -> list[list[str]]:
+    heads = [title, *(f"best of {k}" for k in checked.curve(ORACLE))]
+    return [heads, *([f"  {HEADS[r]}", *(f"{share:.1%}" for share in checked.curve(r).values())] for r in RANKINGS)]
 
 
 def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
@@ -168,7 +180,7 @@ def draw_curves(samples: Sequence[CheckedSamples], path: Path) -> None:
         OSError: it cannot be written.
     """
     panels = {
-        SPLITS[checked.split]: {
+        f"{SPLITS[checked.split]}\nbest of up to {checked.right.shape[1]}": {
             HEADS[ranking]: [(k, 100 * share) for k, share in checked.curve(ranking).items()] for ranking in RANKINGS
         }
         for checked in samples

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, BinaryIO, Literal, get_args
 
 from training.report.runs import Points
 
@@ -213,16 +213,23 @@ def label(value: float) -> str:
 
 
 def save_panels(
-    panels: Mapping[str, Mapping[str, Points]], path: Path, *, x_label: str, y_label: str, legend: str
+    panels: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]],
+    file: Path | BinaryIO,
+    *,
+    x_label: str,
+    y_label: str,
+    legend: str,
+    limits: tuple[float, float] | None = (-3, 103),
 ) -> None:
-    """Draw fractions in percent as a PNG: a panel for each title, in it a line for each name.
+    """Draw curves over best of N as a PNG: a panel for each title, in it a line for each name.
 
     Args:
-        panels: x, drawn to base 2, and percent, by title and name.
-        path: the file.
+        panels: x, drawn to base 2, and y, by title and name.
+        file: the file, or where it is written.
         x_label: of all panels.
         y_label: of all panels.
         legend: title of the list of names.
+        limits: of y, which suit percent; None for those of the curves.
 
     Raises:
         OSError: it cannot be written.
@@ -237,9 +244,9 @@ def save_panels(
             axes.plot([x for x, _ in points], [y for _, y in points], marker="o", label=name)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_major_formatter(ScalarFormatter())
-        axes.set(xlabel=x_label, ylim=(-3, 103))
+        axes.set(xlabel=x_label, ylim=limits)
         axes.set_title(title, fontsize=9)
         axes.grid(alpha=0.3)
     row[0].set_ylabel(y_label)
     row[-1].legend(title=legend, fontsize=8, title_fontsize=8)
-    figure.savefig(path, dpi=110)
+    figure.savefig(file, format="png", dpi=110)

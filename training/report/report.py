@@ -17,7 +17,8 @@ from PIL import Image
 
 from storage.atomic import replace_text
 from training.report.curves import SPLITS, Curve, chart, has_log_values, heat_map
-from training.report.runs import Run, find_runs, read_run
+from training.report.evaluation import evaluation_section
+from training.report.runs import Run, find_runs, has_runs, read_run
 from training.report.status import ago, quality, size, state_line, summary_rows
 
 logger = logging.getLogger(__name__)
@@ -67,31 +68,33 @@ MAX_SHEET_BYTES = 400_000
 
 
 def write_report(path: Path, out: Path | None = None) -> Path:
-    """Write the page of the runs in a directory; returns the file.
+    """Write the page of the runs in a directory, and of its evaluation; returns the file.
 
     Args:
-        path: a run's directory, a bundle's, or a folder of those.
+        path: a run's directory, a bundle's, a folder of those, or one that `dalle evaluate` has written to.
         out: the file; report.html in that directory if not given.
 
     Raises:
         FileNotFoundError: there is no run.
         OSError: the page cannot be written.
     """
-    runs = [read_run(run) for run in find_runs(path)]
+    evaluation = evaluation_section(path)
+    runs = [] if evaluation is not None and not has_runs(path) else [read_run(run) for run in find_runs(path)]
     target = out if out is not None else path / "report.html"
-    html = page(runs, path.name or str(path.absolute()), time.time())
+    html = page(runs, path.name or str(path.absolute()), time.time(), evaluation)
     target.parent.mkdir(parents=True, exist_ok=True)
     replace_text(target, html)
     return target
 
 
-def page(runs: Sequence[Run], name: str, now: float) -> str:
+def page(runs: Sequence[Run], name: str, now: float, evaluation: dict[str, Any] | None = None) -> str:
     """Return the page of some runs.
 
     Args:
         runs: in the order in which they are shown.
         name: the page's title.
         now: seconds since 1970.
+        evaluation: of `evaluation_section`; None for none.
     """
     from jinja2 import Environment, FileSystemLoader, StrictUndefined  # only here
 
@@ -104,7 +107,7 @@ def page(runs: Sequence[Run], name: str, now: float) -> str:
     )
     written = time.strftime("%Y-%m-%d %H:%M:%S %Z", time.localtime(now))
     shown = [_shown(run, now) for run in runs]
-    return environment.get_template("report.html").render(name=name, written=written, runs=shown)
+    return environment.get_template("report.html").render(name=name, written=written, runs=shown, evaluation=evaluation)
 
 
 def _shown(run: Run, now: float) -> dict[str, Any]:

@@ -186,16 +186,27 @@ def find_runs(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         raise FileNotFoundError(f"there is no directory {path}: give a run's, a bundle's, or a folder of those")
+    if found := _runs_in(path):
+        return found
+    raise FileNotFoundError(
+        f"there is no run in {path}: expected a run's directory, with config.json and metrics.jsonl in it, a bundle's, "
+        "or a folder of those"
+    )
+
+
+def has_runs(path: Path) -> bool:
+    """Return whether `find_runs` finds any."""
+    return bool(_runs_in(path))
+
+
+def _runs_in(path: Path) -> list[Path]:
     if is_run(path):
         return [path]
     for pattern in ("training/*", "*", "*/training/*"):
         found = [folder for folder in path.glob(pattern) if is_run(folder)]
         if found:
             return sorted(found, key=lambda folder: (folder.parent, started_at(folder), folder.name))
-    raise FileNotFoundError(
-        f"there is no run in {path}: expected a run's directory, with config.json and metrics.jsonl in it, a bundle's, "
-        "or a folder of those"
-    )
+    return []
 
 
 def read_run(directory: Path) -> Run:

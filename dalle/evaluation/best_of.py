@@ -1,0 +1,263 @@
+"""From captions to the table of best of N: of a bundle, which samples, and of pictures that another system has made.
+
+Letters: R captions  M candidates of each  J values of N  D features  E features of CLIP
+"""
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle.data.pictures import in_batches
+from dalle.evaluation.distances import Distances, Reference, distances
+from dalle.evaluation.nested.captions import Row
+from dalle.evaluation.nested.curves import GIVEN, Point, cosines, curve, rate, recall, recalled
+from dalle.evaluation.nested.run import Nested, run_nested
+from dalle.evaluation.nested.sample import Checker, Looks, Stopwatch, at
+from dalle.evaluation.nested.settings import NestedSettings
+from dalle.evaluation.networks import PictureNetwork
+from dalle.evaluation.references import RealPictures
+from dalle.evaluation.result import BestOfN, Result
+from dalle.output.text import Say
+from dalle.pipeline import Pipeline
+from dvae.images import to_tensor
+from rerank import CLIP
+from rerank.score import embed_captions, embed_images
+
+EMBEDDED_AT_ONCE = 32
+
+
+@dataclass(frozen=True, kw_only=True)
+class Judge:
+    """A CLIP that judges and chooses nothing."""
+
+    clip: CLIP
+    hash: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Real:
+    """Real pictures to compare with, and what both sides leave out for a second time."""
+
+    network: PictureNetwork
+    pictures: RealPictures | Reference
+    """Those of shards, or moments of others."""
+    radii: tuple[float, ...] = (0,)
+    keep_pictures: Tensor | None = None
+    """bool (M,): the pictures that --without leaves; None without it, or where there are moments alone."""
+
+    def at(self, radius: float, *, kept: bool = False) -> Reference | None:
+        """Return the reference at a radius; None where there are moments alone, which are of radius 0."""
+        if isinstance(self.pictures, RealPictures):
+            return self.pictures.at(radius, self.keep_pictures if kept else None)
+        return self.pictures if radius == 0 else None
+
+
+def evaluate_bundle_best_of(
+    pipe: Pipeline,
+    rows: Sequence[Row],
+    settings: NestedSettings,
+    out: Path,
+    say: Say,
+    *,
+    judge: Judge | None = None,
+    checker: Checker | None = None,
+    real: Real | None = None,
+    keep_rows: Tensor | None = None,
+    fresh: bool = False,
+) -> tuple[Nested, Result] | None:
+    """Sample a bundle, or go on where an earlier start has ended, and measure best of N.
+
+    Args:
+        pipe: the bundle.
+        rows: the captions.
+        settings: what to sample.
+        out: the folder of the shards.
+        say: told how far it is.
+        judge: another CLIP.
+        checker: knows the truth of every caption.
+        real: pictures to compare with.
+        keep_rows: bool (R,): the captions that --without leaves.
+        fresh: forget what is there.
+
+    Returns:
+        None in all processes of a launcher but the first.
+
+    Raises:
+        ValueError, OSError: as `run_nested`.
+    """
+    network = None if real is None else real.network
+    radii = (0.0,) if real is None or isinstance(real.pictures, Reference) else real.radii
+    looks = Looks(judge=None if judge is None else judge.clip, checker=checker, network=network, radii=radii)
+    measured: dict[str, Any] = {
+        "judge": None if judge is None else judge.hash,
+        "checked": checker is not None,
+        "network": None if network is None else network.identity(),
+        "radii": list(radii),
+    }
+    nested = run_nested(pipe, rows, settings, looks, out, say, measured=measured, fresh=fresh)
+    if nested is None:
+        return None
+    watch = Stopwatch()
+    with watch.timing("numbers"):
+        found = _of_nested(nested, real, radii)
+        without = None
+        if keep_rows is not None:
+            without = _of_nested(nested.only(keep_rows), real, radii, kept=True)
+    chosen = settings.sampling
+    protocol = {
+        **settings.identity(nested.folder.identity["captions"], pipe.hashes, measured),
+        "key": nested.folder.key,
+        "n_captions": len(rows),
+        "batch_size": nested.folder.batch_size,
+        "reference": _reference_of(real),
+        "n_without": None if keep_rows is None else int((~keep_rows).sum()),
+    }
+    lines = [
+        f"{len(rows):,} captions × {settings.m} candidates, seed {chosen.seed}, temperature {chosen.temperature:g}, "
+        f"picks by {settings.rank}; run {nested.folder.key[:8]}",
+        *_reference_lines(real),
+    ]
+    result = Result(
+        protocol=protocol,
+        lines=lines,
+        rank=settings.rank,
+        has_judge=judge is not None,
+        net=None if network is None else network.net,
+        found=found,
+        without=without,
+        seconds={**nested.seconds, **watch.seconds},
+    )
+    return nested, result
+
+
+def _of_nested(nested: Nested, real: Real | None, radii: Sequence[float], *, kept: bool = False) -> BestOfN:
+    best_of = nested.settings.best_of
+    found = BestOfN(captions=len(nested.rows), curve=curve(nested), recalled=recalled(nested))
+    if real is None or len(nested.rows) < 2:
+        return found
+
+    def picked(name: str) -> dict[str, Tensor]:
+        return {f"{n}": rows for n, rows in zip(best_of, nested.read(name).unbind(dim=1), strict=True)}
+
+    has_classes = real.network.classes is not None
+    reference = real.at(0, kept=kept)
+    assert reference is not None
+    by_n = distances(picked("features"), reference, picked("logits") if has_classes else None)
+    blurred: dict[float, Distances] = {}
+    if len(radii) > 1:
+        blurred[0] = by_n[f"{best_of[-1]}"]
+    for radius in filter(None, radii):
+        features = {"": nested.read(at("features", radius))}
+        logits = {"": nested.read(at("logits", radius))} if has_classes else None
+        reference = real.at(radius, kept=kept)
+        assert reference is not None
+        blurred[radius] = distances(features, reference, logits)[""]
+    return replace(found, distances={n: by_n[f"{n}"] for n in best_of}, blurred=blurred)
+
+
+def evaluate_pictures(
+    pictures: Iterable[Image.Image],
+    rows: Sequence[Row],
+    *,
+    judge: Judge | None = None,
+    checker: Checker | None = None,
+    real: Real | None = None,
+    keep_rows: Tensor | None = None,
+    protocol: Mapping[str, Any],
+    lines: Sequence[str],
+) -> Result:
+    """Measure pictures that are there, one of each caption.
+
+    Args:
+        pictures: R of any size; gone through several times.
+        rows: their captions.
+        judge: measures how well they fit.
+        checker: knows the truth of every caption.
+        real: pictures to compare with.
+        keep_rows: bool (R,): the captions that --without leaves.
+        protocol: where pictures and captions come from.
+        lines: the same for people.
+    """
+    watch = Stopwatch()
+    captions = [row.caption for row in rows]
+    all_rows = torch.ones(len(rows), dtype=torch.bool)
+    clip_features: tuple[Tensor, Tensor] | None = None
+    right_R: Tensor | None = None
+    features: dict[float, dict[str, Tensor]] = {}
+    if judge is not None:
+        with watch.timing("judging"):
+            images = [_embedded(judge.clip, some) for some in in_batches(pictures, EMBEDDED_AT_ONCE)]
+            clip_features = (embed_captions(judge.clip, captions).cpu(), torch.cat(images))
+    if checker is not None:
+        with watch.timing("checking"):
+            right_R = torch.tensor([checker(picture, told) for picture, told in zip(pictures, captions, strict=True)])
+    if real is not None:
+        with watch.timing("features"):
+            features = {radius: real.network(pictures, radius) for radius in real.radii if real.at(radius) is not None}
+
+    def of(keep_R: Tensor, *, kept: bool) -> BestOfN:
+        kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
+        judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
+        right = None if right_R is None else rate(right_R[keep_R])
+        found = BestOfN(
+            captions=int(keep_R.sum()),
+            curve=[] if judged is None and right is None else [Point(rank=GIVEN, n=1, judge=judged, right=right)],
+            recalled=[] if kept_features is None else [recall(kept_features[0], kept_features[1], 1)],
+        )
+        measured: dict[float, Distances] = {}
+        for radius, each in features.items():
+            assert real is not None
+            reference = real.at(radius, kept=kept)
+            assert reference is not None
+            logits = {"": each["logits"][keep_R]} if "logits" in each else None
+            measured[radius] = distances({"": each["features"][keep_R]}, reference, logits)[""]
+        by_n = {1: measured[0]} if 0 in measured else {}
+        return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
+
+    with watch.timing("numbers"):
+        found = of(all_rows, kept=False)
+        without = None if keep_rows is None else of(keep_rows, kept=True)
+    return Result(
+        protocol={**protocol, "judge": None if judge is None else judge.hash, "reference": _reference_of(real)},
+        lines=[*lines, *_reference_lines(real)],
+        rank=GIVEN,
+        has_judge=True,
+        net=None if real is None else real.network.net,
+        found=found,
+        without=without,
+        seconds=watch.seconds,
+    )
+
+
+def _embedded(clip: CLIP, pictures: Sequence[Image.Image]) -> Tensor:
+    """Return unit features of pictures of any sizes, float32 (B,E) on the CPU."""
+    return torch.cat([embed_images(clip, to_tensor(picture)[None]) for picture in pictures]).cpu()
+
+
+def _reference_of(real: Real | None) -> dict[str, Any] | None:
+    """Return where the reference comes from, as JSON values that are the same whether it was in the cache or not."""
+    if real is None:
+        return None
+    profile = real.network.profile
+    own = {**real.network.identity(), "crop": profile.crop, "published_against": profile.reference}
+    pictures = real.pictures.hash if isinstance(real.pictures, RealPictures) else real.pictures.note
+    return {**own, "pictures": pictures}
+
+
+def _reference_lines(real: Real | None) -> list[str]:
+    if real is None:
+        return ["no real pictures to compare with: no distances"]
+    reference = real.at(0)
+    assert reference is not None
+    profile = real.network.profile
+    radii = ", ".join(f"{radius:g}" for radius in real.radii)
+    return [
+        f"profile {profile.name}: {real.network.net.name}, weights {real.network.net.hash[:8]}, crop {profile.crop}, "
+        f"blur {radii}",
+        reference.note,
+    ]
