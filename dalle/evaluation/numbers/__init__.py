@@ -1,0 +1,1 @@
+"""Numbers of features: how near two sets of pictures are, and how far each number can be trusted."""

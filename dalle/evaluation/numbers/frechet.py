@@ -1,0 +1,211 @@
+"""The Fréchet distance of two sets of features: |μ − μ′|² + tr(Σ + Σ′ − 2 (ΣΣ′)^½) (Heusel et al. 2017).
+
+Three ways to the trace of the square root agree: eigenvalues of the product, a symmetric form, and, for fewer pictures
+than features, a nuclear norm. The distance of finite samples is too large by about a constant over n: compare equal n
+alone, beside the floor, or use `extrapolated`.
+
+Letters: N, M pictures  D features
+"""
+
+import logging
+import math
+from dataclasses import dataclass
+from typing import Literal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dalle.evaluation.numbers.moments import Moments, checked_features
+
+logger = logging.getLogger(__name__)
+
+Form = Literal["eigh", "product"]
+EXTRAPOLATION_POINTS = 15
+"""Sample sizes through which `extrapolated` draws its line (Chong and Forsyth 2020)."""
+
+
+class FrechetReference:
+    """A reference, prepared: distances of many sets to it cost one root of its covariance."""
+
+    def __init__(self, moments: Moments) -> None:
+        self.moments = moments
+        self.root_DD = _root(moments.covariance)
+        self._trace = float(moments.covariance.trace())
+
+    def distance(self, features: Tensor) -> float:
+        """Return the distance of features (N,D), N at least 2; exact also for N below D.
+
+        Raises:
+            ValueError: the features are no (N,D) of finite numbers.
+        """
+        features_ND = checked_features(features)
+        return self.distance_of_projected(features_ND, features_ND @ self.root_DD)
+
+    def distance_of_projected(self, features_ND: Tensor, projected_ND: Tensor) -> float:
+        """Return the distance of float64 features, given their product with the root, which may be used many times."""
+        n = len(features_ND)
+        if n < 2:
+            raise ValueError("a Fréchet distance needs at least 2 pictures, got 1: give more pictures")
+        mean_D = features_ND.mean(dim=0)
+        trace = float((features_ND - mean_D).square().sum()) / (n - 1)
+        # (Σ′^½ Σ Σ′^½) is the covariance of the projected features, and their Gram matrix has the same eigenvalues
+        centred_ND = projected_ND - projected_ND.mean(dim=0)
+        square = centred_ND @ centred_ND.T if n < centred_ND.shape[1] else centred_ND.T @ centred_ND
+        root_trace = _root_trace(square / (n - 1))
+        return _distance(mean_D - self.moments.mean, trace + self._trace, root_trace)
+
+
+def frechet_distance(first: Moments, second: Moments, *, form: Form = "eigh") -> float:
+    """Return the Fréchet distance of two sets by their moments; symmetric, at least 0 but for rounding.
+
+    Below as many pictures as features the covariances are singular: a warning says so.
+
+    Args:
+        first: of one set.
+        second: of the other.
+        form: "eigh" takes the eigenvalues of Σ^½ Σ′ Σ^½, "product" those of ΣΣ′, as torchmetrics does.
+
+    Raises:
+        ValueError: the moments have different numbers of features, or are of one picture.
+    """
+    if first.dimension != second.dimension:
+        raise ValueError(
+            f"the sets have {first.dimension} and {second.dimension} features: compute both with the same network"
+        )
+    note = singular_note(min(first.n, second.n), first.dimension)
+    if note is not None:
+        logger.warning("%s", note)
+    if form == "product":
+        root_trace = float(torch.linalg.eigvals(first.covariance @ second.covariance).sqrt().real.sum())
+    else:
+        root_DD = _root(first.covariance)
+        root_trace = _root_trace(root_DD @ second.covariance @ root_DD)
+    trace = float(first.covariance.trace() + second.covariance.trace())
+    return _distance(first.mean - second.mean, trace, root_trace)
+
+
+def frechet_distance_of_features(first: Tensor, second: Tensor) -> float:
+    """Return the Fréchet distance of features (N,D) and (M,D), by the nuclear norm where a side has N below D.
+
+    Raises:
+        ValueError: the features do not fit, are not finite, or a side has one picture.
+    """
+    first_ND, second_MD = checked_features(first), checked_features(second)
+    if min(len(first_ND), len(second_MD)) < first_ND.shape[1]:
+        return nuclear_distance(first_ND, second_MD)
+    return frechet_distance(Moments.of(first_ND), Moments.of(second_MD))
+
+
+def nuclear_distance(first: Tensor, second: Tensor) -> float:
+    """Return the Fréchet distance of features (N,D) and (M,D), with tr (ΣΣ′)^½ as the nuclear norm of X X′ᵀ.
+
+    X and X′ are centred and divided by √(n − 1), so that Σ = XᵀX. Cheap and exact for few pictures.
+
+    Raises:
+        ValueError: as `frechet_distance_of_features`.
+    """
+    first_ND, second_MD = checked_features(first), checked_features(second)
+    if first_ND.shape[1] != second_MD.shape[1] or min(len(first_ND), len(second_MD)) < 2:
+        raise ValueError(
+            f"features of shapes {tuple(first_ND.shape)} and {tuple(second_MD.shape)}; "
+            "expected at least 2 pictures on both sides and equal numbers of features"
+        )
+    means = first_ND.mean(dim=0), second_MD.mean(dim=0)
+    first_ND = (first_ND - means[0]) / math.sqrt(len(first_ND) - 1)
+    second_MD = (second_MD - means[1]) / math.sqrt(len(second_MD) - 1)
+    root_trace = float(torch.linalg.svdvals(first_ND @ second_MD.T).sum())
+    trace = float(first_ND.square().sum() + second_MD.square().sum())
+    return _distance(means[0] - means[1], trace, root_trace)
+
+
+def singular_note(n: int, dimension: int) -> str | None:
+    """Return what must be said of n pictures that are no more than the features; None of enough."""
+    if n > dimension:
+        return None
+    return f"covariance is singular (n={n}, {dimension} features): compare only equal n"
+
+
+@dataclass(frozen=True)
+class Floor:
+    """What real pictures score against real pictures."""
+
+    distance: float
+    n: int
+    """Pictures on each side."""
+
+
+def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
+    """Return the distance of two disjoint random parts of a reference (M,D): what a perfect model would score.
+
+    Args:
+        reference: features of the reference.
+        n: pictures of each part; half of the reference if it is None or more than that.
+        seed: of the draw.
+
+    Raises:
+        ValueError: there are fewer than 4 pictures, n is below 2, or the features are no (M,D) of finite numbers.
+    """
+    reference_MD = checked_features(reference)
+    half = len(reference_MD) // 2
+    n = half if n is None else min(n, half)
+    if n < 2:
+        raise ValueError(f"a floor needs two parts of at least 2 pictures, got {len(reference_MD)} pictures, n {n}")
+    order_M = torch.from_numpy(np.random.default_rng(seed).permutation(len(reference_MD)))
+    parts = reference_MD[order_M[:n]], reference_MD[order_M[n : 2 * n]]
+    return Floor(frechet_distance_of_features(*parts), n)
+
+
+def extrapolated(
+    samples: Tensor, reference: Tensor | Moments, *, points: int = EXTRAPOLATION_POINTS, seed: int = 0
+) -> float:
+    """Return FD∞, the distance for endless samples: a line through distances over 1/n (Chong and Forsyth 2020).
+
+    Given features of the reference, both sides are cut to the same part of them, which removes the bias of both. Given
+    moments, as in the source, the samples alone are: the bias of the finite reference stays.
+
+    Args:
+        samples: features (N,D).
+        reference: features (M,D), or their moments.
+        points: sizes, evenly spread from a quarter to all; the line is by least squares.
+        seed: of the order in which pictures are taken: each size has the pictures of the smaller ones.
+
+    Raises:
+        ValueError: there are fewer than 16 samples or 2 points, or the features do not fit.
+    """
+    samples_ND = checked_features(samples)
+    n = len(samples_ND)
+    if n < 16 or points < 2:
+        raise ValueError(f"FD∞ needs at least 16 samples and 2 points, got {n} samples and {points} points")
+    rng = np.random.default_rng(seed)
+    samples_ND = samples_ND[torch.from_numpy(rng.permutation(n))]
+    parts = np.linspace(0.25, 1, points)
+    sizes = [round(part * n) for part in parts]
+    if isinstance(reference, Moments):
+        prepared = FrechetReference(reference)
+        distances = [prepared.distance(samples_ND[:size]) for size in sizes]
+    else:
+        reference_MD = checked_features(reference, "the reference's features")
+        reference_MD = reference_MD[torch.from_numpy(rng.permutation(len(reference_MD)))]
+        others = [max(2, round(part * len(reference_MD))) for part in parts]
+        distances = [
+            frechet_distance_of_features(samples_ND[:size], reference_MD[:other])
+            for size, other in zip(sizes, others, strict=True)
+        ]
+    _, intercept = np.polyfit(1 / np.array(sizes), distances, 1)
+    return float(intercept)
+
+
+def _root(matrix_DD: Tensor) -> Tensor:
+    """Return the symmetric root of a positive semidefinite matrix."""
+    values_D, vectors_DD = torch.linalg.eigh(matrix_DD)
+    return (vectors_DD * values_D.clamp(min=0).sqrt()) @ vectors_DD.T
+
+
+def _root_trace(matrix: Tensor) -> float:
+    """Return the trace of the root of a positive semidefinite matrix."""
+    return float(torch.linalg.eigvalsh((matrix + matrix.T) / 2).clamp(min=0).sqrt().sum())
+
+
+def _distance(step_D: Tensor, trace: float, root_trace: float) -> float:
+    return float(step_D.square().sum()) + trace - 2 * root_trace
