@@ -288,7 +288,9 @@ def _changed_dvae(of: DVAERecipe, kl_weight: Cosine, options: Mapping[str, Any])
     if options.get("warmup") is False:
         changes["warmup"] = None
     elif options.get("warmup") and of.warmup is None:
-        raise ValueError("--warmup: this recipe has no warm-up; those of small models have: demo, icons-cpu, photos-cpu")
+        raise ValueError(
+            "--warmup: this recipe has no warm-up; those of small models have: demo, icons-cpu, photos-cpu"
+        )
     return changes
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from dalle.data.bundle import PARTS, bundle_part, check_sizes, matching_transformer
+from dalle.data.bundle import check_sizes, matching_transformer
 from dalle.family.tokenizers import TextTokenizer, load_tokenizer
 from dalle.family.transformers import Transformer
 from dvae.codec import Codec, load_codec
@@ -70,9 +70,14 @@ def load_contenders(paths: Sequence[Path], *, device: torch.device, size: int | 
     return [_load(path, name, device, size) for path, name in zip(paths, names, strict=True)]
 
 
+def model_directory(path: Path, part: str) -> Path:
+    """Return the directory of a model: the path itself, or the part of the bundle that is there."""
+    is_bundle = (path / part).is_dir() and not (path / CONFIG_FILE).exists()
+    return path / part if is_bundle else path
+
+
 def _load(path: Path, name: str, device: torch.device, size: int | None) -> Contender:
-    is_bundle = (path / "dvae").is_dir() and not (path / CONFIG_FILE).exists()
-    directory = bundle_part(path, "dvae") if is_bundle else path
+    directory = model_directory(path, "dvae")
     codec = load_codec(directory, device)
     config = codec.config
     if isinstance(codec, VQGAN) and not config.has_encoder:
@@ -85,7 +90,11 @@ def _load(path: Path, name: str, device: torch.device, size: int | None) -> Cont
         )
     model_hash = directory_hash(directory)
     prior = None
-    if is_bundle and chosen == config.image_size and all((path / part).exists() for part in PARTS if part != "clip"):
+    if (
+        directory != path
+        and chosen == config.image_size
+        and all((path / part).exists() for part in PARTS if part != "clip")
+    ):
         tokenizer = load_tokenizer(path / "tokenizer.json")
         transformer = matching_transformer(path, tokenizer, model_hash)
         check_sizes(tokenizer, transformer, codec)
