@@ -90,11 +90,8 @@ def _load(path: Path, name: str, device: torch.device, size: int | None) -> Cont
         )
     model_hash = directory_hash(directory)
     prior = None
-    if (
-        directory != path
-        and chosen == config.image_size
-        and all((path / part).exists() for part in PARTS if part != "clip")
-    ):
+    has_prior = directory != path and all((path / part).exists() for part in ("tokenizer.json", "dalle"))
+    if has_prior and chosen == config.image_size:
         tokenizer = load_tokenizer(path / "tokenizer.json")
         transformer = matching_transformer(path, tokenizer, model_hash)
         check_sizes(tokenizer, transformer, codec)
