@@ -1,8 +1,6 @@
 """`dalle reconstruct` with several tokenizers: measures them on the same pictures, and writes sheets and plots."""
 
 import dataclasses
-import heapq
-import itertools
 import json
 import logging
 import math
@@ -31,8 +29,6 @@ from storage.model_directory import directory_hash
 logger = logging.getLogger(__name__)
 
 HEADS = ("PSNR dB", "SSIM", "MS-SSIM", "codes", "of", "perplexity", "bits raw", "entropy", "transformer", "bits/pixel")
-WORST = 4
-"""Pictures on the sheet of the worst."""
 TOLD_EVERY_S = 10.0
 """Seconds between two notes of how far it is."""
 
@@ -66,7 +62,7 @@ def compare(pictures: Pictures, choices: Choices) -> None:
         clip, clip_name = CLIP.load(directory).to(device), f"FD-own-clip {directory_hash(directory)[:8]}"
     comparison = Comparison(contenders, clip=clip)
     _tell_sizes(comparison)
-    shown, worst = _go_through(comparison, pictures, choices.sheet_limit)
+    shown = _go_through(comparison, pictures, choices.sheet_limit)
     tell_left_out(pictures.left_out)
     warn_of_skipped(pictures.skipped, pictures.problems)
     REMARKS.log_totals()
@@ -75,7 +71,7 @@ def compare(pictures: Pictures, choices: Choices) -> None:
     names = [contender.name for contender in contenders]
     out = choices.out
     save_png(comparison_sheet(shown, names), out / "reconstructions.png")
-    save_png(worst_sheet(worst, names), out / "worst.png")
+    save_png(worst_sheet(comparison.worst, names), out / "worst.png")
     plots = [out / f"rate-distortion.{ending}" for ending in ("svg", "png")]
     save_rate_distortion(standings, plots, distance_name=clip_name)
     written = ["comparison.json", "reconstructions.png", "worst.png", "rate-distortion.svg and .png"]
@@ -91,23 +87,17 @@ def compare(pictures: Pictures, choices: Choices) -> None:
     print(f"{n}, {counted(len(standings), 'tokenizer')}: see {', '.join(written)} in {printable(str(out))}")
 
 
-def _go_through(comparison: Comparison, pictures: Pictures, limit: int) -> tuple[list[Compared], list[Compared]]:
-    """Compare on all pictures; returns the first `limit`, and the `WORST`, the worst one first."""
+def _go_through(comparison: Comparison, pictures: Pictures, limit: int) -> list[Compared]:
+    """Compare on all pictures; returns the first `limit`."""
     shown: list[Compared] = []
-    worst: list[tuple[float, int, Compared]] = []
-    numbers = itertools.count(0, -1)  # settle ties, which pictures cannot; the first of equal ones counts
     told = time.monotonic()
     for batch in in_batches(pictures, BATCH_SIZE):
-        for one in comparison.add(batch, pictures.captions):
-            if len(shown) < limit:
-                shown.append(one)
-            heapq.heappush(worst, (-one.psnr, next(numbers), one))
-            if len(worst) > WORST:
-                heapq.heappop(worst)
+        found = comparison.add(batch, pictures.captions)
+        shown += found[: limit - len(shown)]
         if time.monotonic() - told > TOLD_EVERY_S:
             told = time.monotonic()
             logger.info("%s compared", counted(len(comparison.names), "picture"))
-    return shown, [one for _, _, one in sorted(worst, reverse=True)]
+    return shown
 
 
 def _tell_sizes(comparison: Comparison) -> None:

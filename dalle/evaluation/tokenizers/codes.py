@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
@@ -72,7 +73,7 @@ def mosaic(tiles: Sequence[Image.Image], *, n_used: int, tile: int = 30, gap: in
     return sheet
 
 
-def entropy_by_place(tokens: Tensor, vocab_size: int) -> np.ndarray[tuple[int, int], np.dtype[np.float64]]:
+def entropy_by_place(tokens: Tensor, vocab_size: int) -> NDArray[np.float64]:
     """Return how many bits the codes at each place of the grid vary over pictures, float64 (Y,X): 0 … log2 N.
 
     Args:
@@ -86,4 +87,5 @@ def entropy_by_place(tokens: Tensor, vocab_size: int) -> np.ndarray[tuple[int, i
         counts = torch.bincount((tokens[:, y].long() + first_X).flatten(), minlength=n_columns * vocab_size)
         shares_XV = counts.view(n_columns, vocab_size).double() / n_pictures
         bits_YX[y] = torch.special.entr(shares_XV).sum(1) / math.log(2)
-    return bits_YX.numpy()
+    found: NDArray[np.float64] = bits_YX.numpy()
+    return found

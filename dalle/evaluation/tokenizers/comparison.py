@@ -8,6 +8,8 @@ are decoded from argmax tokens, and rounded to 8 bits before they are measured. 
 Letters: B batch  N pictures  C,H,W channels, height, width  Y,X grid of tokens  E features
 """
 
+import heapq
+import itertools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -24,6 +26,8 @@ from dvae.metrics import bits_per_pixel
 from rerank import CLIP
 from rerank.score import embed_images
 
+WORST = 4
+"""Pictures that are kept as the worst."""
 LEAST_FOR_DISTANCE, LEAST_FOR_FLOOR = 2, 4
 """Pictures that a Fréchet distance and its floor need."""
 
@@ -97,6 +101,8 @@ class Comparison:
         """Of the pictures so far."""
         self.n_captions = 0
         """Pictures with a caption so far."""
+        self._worst: list[tuple[float, int, Compared]] = []
+        self._numbers = itertools.count(0, -1)  # settle ties, which pictures cannot; the first of equal ones is kept
         self._clip = clip
         self._features: list[Tensor] = []
         self._kept = [_Kept() for _ in contenders]
@@ -121,7 +127,7 @@ class Comparison:
         if self._clip is not None:
             self._features.append(embed_images(self._clip, originals_BCHW).cpu())
         measures = [kept.measures[-len(batch) :] for kept in self._kept]
-        return [
+        compared = [
             Compared(
                 name=name,
                 original=originals[i],
@@ -130,6 +136,16 @@ class Comparison:
             )
             for i, (name, _) in enumerate(batch)
         ]
+        for one in compared:
+            heapq.heappush(self._worst, (-one.psnr, next(self._numbers), one))
+            if len(self._worst) > WORST:
+                heapq.heappop(self._worst)
+        return compared
+
+    @property
+    def worst(self) -> list[Compared]:
+        """The pictures with the lowest mean PSNR so far, the worst one first, `WORST` at most."""
+        return [one for _, _, one in sorted(self._worst, reverse=True)]
 
     def _reconstructed(
         self,

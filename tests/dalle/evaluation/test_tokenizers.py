@@ -1,7 +1,9 @@
 """Several tokenizers side by side: `dalle reconstruct PICTURES --dvae A B`."""
 
+import io
 import json
 import math
+import tarfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import torch
 from PIL import Image
 
 from dalle.cli.main import main
+from dalle.data.pictures import Pictures
 from dalle.evaluation.numbers.frechet import frechet_distance_of_features
 from dalle.evaluation.reconstruction import reconstructions
 from dalle.evaluation.tokenizers.codes import by_frequency, drawn, entropy_by_place, mosaic
@@ -35,6 +38,12 @@ CAPTION = "a red cube on a blue cube"
 
 def noise(seed: int, size: tuple[int, int] = (40, 56)) -> Image.Image:
     return to_image(torch.rand(3, *size, generator=torch.Generator().manual_seed(seed)))
+
+
+def png(seed: int) -> bytes:
+    data = io.BytesIO()
+    noise(seed).save(data, format="PNG")
+    return data.getvalue()
 
 
 @pytest.fixture
@@ -319,9 +328,31 @@ def test_errors_and_where_they_are_largest() -> None:
     assert (crop_side(16), crop_side(48), crop_side(256), crop_side(1)) == (16, 32, 64, 1)
 
 
-def test_the_worst_pictures_come_first(bundle: Path) -> None:
-    comparison = Comparison([contender(bundle / "dvae")])
-    found = comparison.add([("noise", noise(0, (16, 16))), ("flat", Image.new("RGB", (16, 16), "grey"))], {})
-    assert [one.name for one in sorted(found, key=lambda one: one.psnr)] == ["noise", "flat"]
+def test_the_worst_pictures_are_kept_the_worst_first(bundle: Path, large: Path) -> None:
+    comparison = Comparison(load_contenders([bundle / "dvae", large], device=CPU, size=16))
+    pictures = [(str(seed), noise(seed, (16, 16))) for seed in range(7)]
+    found = comparison.add(pictures[:3], {}) + comparison.add(pictures[3:], {})
+    assert [one.name for one in comparison.worst] == [one.name for one in sorted(found, key=lambda one: one.psnr)[:4]]
+    first = found[0]
+    assert first.psnr == pytest.approx((first.measures[0].psnr + first.measures[1].psnr) / 2)
+
+
+def test_nothing_compared_is_said() -> None:
+    codec = DVAE(DVAEConfig(n_hid=8, n_init=8, n_groups=2, n_blocks=1, vocab_size=4, image_size=16))
     with pytest.raises(ValueError, match="no pictures were compared"):
-        Comparison([contender(bundle / "dvae")]).standings()
+        Comparison([Contender(name="x", codec=codec, hash="", size=16)]).standings()
+    with pytest.raises(ValueError, match="no tokenizers: give at least one"):
+        load_contenders([], device=CPU)
+
+
+def test_captions_of_shards_are_found_too(tmp_path: Path) -> None:
+    members = {"a.png": png(0), "a.txt": CAPTION.encode(), "b.png": png(1), "c.png": png(2), "c.json": b'{"text": "x"}'}
+    with tarfile.open(tmp_path / "s.tar", "w") as tar:
+        for name, data in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(data)
+            tar.addfile(info, io.BytesIO(data))
+    for captions in (True, False):
+        pictures = Pictures([tmp_path / "s.tar"], captions=captions)
+        assert [name for name, _ in pictures] == ["s.tar/a.png", "s.tar/b.png", "s.tar/c.png"]
+        assert pictures.captions == ({"s.tar/a.png": CAPTION, "s.tar/c.png": "x"} if captions else {})
