@@ -96,7 +96,8 @@ def measured(originals: Tensor, decoded: Tensor, tokens: Tensor, bits: float) ->
         tokens: integers (B,Y,X).
         bits: per pixel.
     """
-    psnr_B, ssim_B, ms_ssim_B = (of(originals, decoded) for of in (psnr, ssim, ms_ssim))
+    psnr_B, ssim_B = psnr(originals, decoded), ssim(originals, decoded)
+    ms_ssim_B = ms_ssim(originals, decoded)
     return [
         Measures(
             psnr=float(psnr_B[i]),

@@ -270,15 +270,15 @@ def _changed_dvae(of: DVAERecipe, kl_weight: Cosine, options: Mapping[str, Any])
     Raises:
         ValueError: one is impossible.
     """
-    sizes = {"vocab_size": options.get("codes"), "image_size": options.get("image_size")}
+    asked: dict[str, int | None] = {"vocab_size": options.get("codes"), "image_size": options.get("image_size")}
     f = options.get("downsampling")
     if options.get("init") is not None and {"codes", "downsampling", "image_size"} & options.keys():
         raise ValueError("--codes, --downsampling and --image-size do not go with --init: sizes are those of its dVAE")
     if f is not None:
         if f < 1 or f & (f - 1):
             raise ValueError(f"--downsampling is {f}; expected a power of two, such as 4 or 8")
-        sizes["n_groups"] = f.bit_length()
-    sizes = {name: value for name, value in sizes.items() if value is not None}
+        asked["n_groups"] = f.bit_length()
+    sizes = {name: value for name, value in asked.items() if value is not None}
     changes: dict[str, Any] = {"model": dataclasses.replace(of.model, **sizes)} if sizes else {}
     weight = options.get("kl_weight")
     if weight is not None:

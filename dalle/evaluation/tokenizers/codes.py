@@ -44,7 +44,7 @@ def drawn(codec: Codec, codes: Tensor, *, side: int) -> list[Image.Image]:
     """
     device = next(codec.parameters()).device
     pictures: list[Image.Image] = []
-    for some_K in codes.split(CODES_AT_ONCE):
+    for some_K in torch.split(codes, CODES_AT_ONCE):
         grids_KYX = some_K[:, None, None].expand(-1, side, side).contiguous().to(device)
         pictures += [to_image(image) for image in codec.decode(grids_KYX)]
     return pictures

@@ -80,7 +80,7 @@ def _load(path: Path, name: str, device: torch.device, size: int | None) -> Cont
     directory = model_directory(path, "dvae")
     codec = load_codec(directory, device)
     config = codec.config
-    if isinstance(codec, VQGAN) and not config.has_encoder:
+    if isinstance(codec, VQGAN) and not codec.config.has_encoder:
         raise ValueError(f"{path} is a decoder alone, it cannot read pictures: import one with both halves")
     chosen = config.image_size if size is None else size
     if chosen < 1 or chosen % config.downsampling:

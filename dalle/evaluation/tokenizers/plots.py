@@ -66,7 +66,9 @@ def _panels(distance_name: str) -> list[_Axis]:
     return [
         _Axis("PSNR, dB", lambda one: one.mean.psnr),
         _Axis("MS-SSIM", lambda one: one.mean.ms_ssim),
-        _Axis(f"{distance_name} (lower is closer)", lambda one: one.distance and one.distance.distance),
+        _Axis(
+            f"{distance_name} (lower is closer)", lambda one: None if one.distance is None else one.distance.distance
+        ),
     ]
 
 
