@@ -116,7 +116,8 @@ def _print(standings: list[Standing], comparison: Comparison, clip_name: str) ->
     print_table(heads, [_row(one, has_distance=bool(clip_name)) for one in standings])
     n = len(comparison.names)
     if any(one.rates.transformer is not None for one in standings):
-        print(f"bits under the transformer: given the caption for {comparison.n_captions:,} of {n:,} pictures")
+        cut = "".join(f"; {one.contender.name} cut {one.n_cut:,} of them" for one in standings if one.n_cut)
+        print(f"bits under the transformer: given the caption for {comparison.n_captions:,} of {n:,} pictures{cut}")
     found = [one.distance for one in standings if one.distance is not None]
     if found:
         floor = "none, of fewer than 4 pictures" if found[0].floor is None else f"{found[0].floor:.4g} (n={n // 2})"
@@ -172,6 +173,7 @@ def _tokenizer_report(one: Standing, comparison: Comparison) -> dict[str, Any]:
         "codes_used": rates.usage.used,
         "perplexity": rates.usage.perplexity,
         "tokens": rates.tokens,
+        "captions_cut": one.n_cut,
         "bits": {"raw": rates.raw, "entropy": rates.entropy, "transformer": rates.transformer},
         "bits_per_pixel": rates.per_pixel(comparison.size**2),
         "distance": None if one.distance is None else dataclasses.asdict(one.distance),

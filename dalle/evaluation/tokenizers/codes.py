@@ -50,7 +50,7 @@ def drawn(codec: Codec, codes: Tensor, *, side: int) -> list[Image.Image]:
     return pictures
 
 
-def mosaic(tiles: Sequence[Image.Image], *, n_used: int, tile: int = 30, gap: int = 2) -> Image.Image:
+def mosaic(tiles: Sequence[Image.Image], *, n_used: int, tile: int = 32, gap: int = 2) -> Image.Image:
     """Return square tiles in rows, as wide as high, each enlarged by whole pixels as far as it fits, or reduced.
 
     Args:

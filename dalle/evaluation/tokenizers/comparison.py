@@ -71,6 +71,8 @@ class Standing:
     rates: Rates
     tokens: Tensor
     """int32 (N,Y,X) of all pictures."""
+    n_cut: int
+    """Captions that were longer than the transformer reads."""
     distance: OwnDistance | None
     """None without a CLIP, or for a single picture."""
 
@@ -82,6 +84,7 @@ class _Kept:
     measures: list[Measures] = field(default_factory=list)
     tokens: list[Tensor] = field(default_factory=list)
     nats: list[float] = field(default_factory=list)
+    n_cut: int = 0
     features: list[Tensor] = field(default_factory=list)
 
 
@@ -168,7 +171,9 @@ class Comparison:
         kept.measures += measured(originals_BCHW, decoded_BCHW, tokens_BYX, bits)
         kept.tokens.append(tokens_BYX.to("cpu", torch.int32))
         if contender.prior is not None:
-            kept.nats += nats_of(contender.prior, tokens_BYX, captions)
+            nats, n_cut = nats_of(contender.prior, tokens_BYX, captions)
+            kept.nats += nats
+            kept.n_cut += n_cut
         if self._clip is not None:
             kept.features.append(embed_images(self._clip, decoded_BCHW).cpu())
         return images
@@ -191,6 +196,7 @@ class Comparison:
                     mean=mean(kept.measures),
                     rates=rates(tokens, contender.codec.config.vocab_size, kept.nats),
                     tokens=tokens,
+                    n_cut=kept.n_cut,
                     distance=_distance(self._features, kept.features),
                 )
             )

@@ -39,8 +39,7 @@ def worst_sheet(worst: Sequence[Compared], names: Sequence[str]) -> Image.Image:
         ValueError: no pictures.
     """
     sections = [_section(one, names) for one in worst]
-    title = f"worst pictures; below, crops pixel by pixel and errors (white: {WHITE_ERROR} of 255 or more)"
-    return contact_sheet(sections, title=title, columns=1 + len(names), largest_cell=MAX_PAIR_CELL)
+    return contact_sheet(sections, title="worst pictures", columns=1 + len(names), largest_cell=MAX_PAIR_CELL)
 
 
 def _section(one: Compared, names: Sequence[str]) -> Section:
@@ -51,11 +50,11 @@ def _section(one: Compared, names: Sequence[str]) -> Section:
     left, top = worst_place(errors, side)
     box = (left, top, left + side, top + side)
     crops = [image.crop(box).resize((cell, cell), Image.Resampling.NEAREST) for image in (one.original, *one.images)]
-    place = f"{side}×{side} pixels at {left}, {top}"
+    place = f"{side}x{side} pixels at {left}, {top}"
     blank = Image.new("RGB", (size, size), "white")
     images = [one.original, *one.images, *crops, blank, *errors]
     labels = ["original", *(f"{name}\n{m.psnr:.2f} dB" for name, m in zip(names, one.measures, strict=True))]
-    labels += [place, *[""] * len(names), "", *(f"error of {name}" for name in names)]
+    labels += [place, *["the same"] * len(names), "", *(f"error of {name}" for name in names)]
     return Section(f"{one.name}: {one.psnr:.2f} dB in the mean", images, labels)
 
 
@@ -90,13 +89,13 @@ def codes_sheet(standing: Standing) -> Image.Image:
     of_all = f"the {len(shown):,} most used of {len(order_V):,} codes" if len(shown) < len(order_V) else "all codes"
     labels = [
         f"{of_all}, each decoded alone: one token",
-        f"the same, in a flat grid of {FLAT}×{FLAT} such tokens",
+        f"the same, in a flat grid of {FLAT}x{FLAT} such tokens",
     ]
     heading = f"{standing.contender.name}: {usage_line(standing.rates.usage, len(order_V))}; the most used first, "
     heading += f"in rows: the first stands for {float(counts_V[0] / counts_V.sum()):.1%} of the tokens"
     if n_used < len(shown):
         heading += "; those on red are not used"
-    return contact_sheet([Section(heading, panels, labels)], columns=2, largest_cell=MAX_PAIR_CELL)
+    return contact_sheet([Section(heading, panels, labels)], columns=2, largest_cell=panels[0].width)
 
 
 def usage_line(usage: CodeUsage, vocab_size: int) -> str:

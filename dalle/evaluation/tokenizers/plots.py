@@ -17,6 +17,8 @@ PANEL = 4.0, 3.4
 MARKERS = {"raw": "s", "entropy": "o", "transformer": "^"}
 """Marker of each way to count bits."""
 LEGENDS = {"raw": "tokens × log2 V", "entropy": "entropy of the codes", "transformer": "under the transformer"}
+LOG_RATIO = 4
+"""Bits are on a logarithmic axis where the most are so many times the fewest."""
 DPI = 110
 
 
@@ -45,11 +47,13 @@ def save_rate_distortion(standings: Sequence[Standing], paths: Sequence[Path], *
     panels = [panel for panel in _panels(distance_name) if any(panel.of(one) is not None for one in standings)]
     figure = Figure(figsize=(PANEL[0] * len(panels), PANEL[1] + 0.9), layout="constrained")
     row = figure.subplots(1, len(panels), squeeze=False)[0]
+    found = [bits for one in standings for bits in _bits(one).values() if bits]
     for axes, panel in zip(row, panels, strict=True):
         for number, one in enumerate(standings):
             _draw(axes, one, panel.of(one), f"C{number % 10}")
-        axes.set_xscale("log", base=2)
-        axes.xaxis.set_major_formatter(_plain)
+        if max(found) >= LOG_RATIO * min(found):
+            axes.set_xscale("log", base=2)
+            axes.xaxis.set_major_formatter(_plain)
         axes.set(xlabel="bits a picture", ylabel=panel.label)
         axes.grid(alpha=0.3)
     names = [one.contender.name for one in standings]

@@ -15,7 +15,6 @@ from torch import Tensor
 
 from dalle.evaluation.tokenizers.contenders import Prior
 from dalle.family.losses import training_loss
-from dalle.family.tokenizers import text_of
 from dalle.family.variants.model import VariantDALLE
 from dalle.sampler.likelihood import log_likelihoods
 from dvae.metrics import CodeUsage, code_usage
@@ -68,8 +67,8 @@ def rates(tokens: Tensor, vocab_size: int, nats: list[float]) -> Rates:
 
 
 @torch.no_grad()
-def nats_of(prior: Prior, tokens: Tensor, captions: list[str | None]) -> list[float]:
-    """Return −ln p(tokens | caption) of pictures, in nats, under the unmodified transformer.
+def nats_of(prior: Prior, tokens: Tensor, captions: list[str | None]) -> tuple[list[float], int]:
+    """Return −ln p(tokens | caption) of pictures, in nats, under the unmodified transformer, and the captions cut.
 
     A picture is one pass of the losses' forward; transformers that are not trained here are asked token by token.
 
@@ -78,13 +77,15 @@ def nats_of(prior: Prior, tokens: Tensor, captions: list[str | None]) -> list[fl
         tokens: int64 (N,Y,X).
         captions: one for each picture; None for the empty caption.
     """
-    model, found = prior.transformer, []
+    model, found, n_cut = prior.transformer, [], 0
     for tokens_YX, caption in zip(tokens.to(model.device), captions, strict=True):
-        text_1T = model.config.null_caption()[None] if caption is None else text_of(prior.tokenizer, [caption], model)
+        ids = None if caption is None else prior.tokenizer.encode(caption)
+        n_cut += ids is not None and len(ids) > model.config.max_caption
+        text_1T = model.config.null_caption()[None] if ids is None else model.config.text_rows([ids])
         tokens_1I = tokens_YX.flatten()[None]
         if isinstance(model, VariantDALLE):
             found.append(-float(log_likelihoods(model, text_1T, tokens_1I).sum()))
         else:
             loss = training_loss(model, text_1T.to(model.device), tokens_1I)
             found.append(float(loss.image) * tokens_1I.numel())
-    return found
+    return found, n_cut
