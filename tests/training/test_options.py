@@ -174,8 +174,10 @@ def test_a_dvae_takes_another_codebook_than_the_recipes() -> None:
 
 def test_help_shows_the_recipes_codebook(capsys: pytest.CaptureFixture[str]) -> None:
     options = options_of(help_of(capsys, "dvae", "12b"))
-    values = {"codes": 8192, "downsampling": 8, "image-size": 256, "kl-weight": 6.6, "warmup": False}
-    assert all(f"(default: {value})" in options[f"--{name}"] for name, value in values.items())
+    values = {"codes": 8192, "downsampling": 8, "image-size": 256, "kl-weight": 6.6}
+    assert [f"(default: {value})" in options[f"--{name}"] for name, value in values.items()] == [True] * 4
+    assert "default: True" not in options["--warmup"]
+    assert "(default: True)" in options_of(help_of(capsys, "dvae", "demo"))["--warmup"]
 
 
 @pytest.mark.parametrize(

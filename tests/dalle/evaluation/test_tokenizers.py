@@ -46,11 +46,10 @@ def png(seed: int) -> bytes:
     return data.getvalue()
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """Five pictures, two of them with captions."""
-    path = tmp_path / "pictures"
-    path.mkdir()
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Five pictures, two of them with captions; not to be changed."""
+    path = tmp_path_factory.mktemp("pictures")
     for seed in range(5):
         noise(seed).save(path / f"{seed}.png")
     (path / "1.txt").write_text(f"\n{CAPTION}\nanother")
@@ -77,10 +76,12 @@ def vqgan(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-@pytest.fixture
-def compared(bundle: Path, large: Path, vqgan: Path, folder: Path, tmp_path: Path) -> tuple[Path, dict]:
+@pytest.fixture(scope="module")
+def compared(
+    bundle: Path, large: Path, vqgan: Path, folder: Path, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Path, dict]:
     """What the command writes for a bundle, a dVAE of other sizes and a VQGAN."""
-    out = tmp_path / "out"
+    out = tmp_path_factory.mktemp("compared")
     models = ["--dvae", str(bundle), str(large), str(vqgan), "--clip", str(bundle)]
     assert main(["reconstruct", str(folder), *models, "--codes", "--out", str(out)]) == 0
     return out, json.loads((out / "comparison.json").read_text())
