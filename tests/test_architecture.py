@@ -132,7 +132,7 @@ LIBRARY_HOMES = {
     "fsspec": {"storage/stores/remote.py"},
     "aiohttp": {"storage/stores/remote.py"},
     "jinja2": {"training/report/report.py"},
-    "matplotlib": {"training/report/curves.py"},
+    "matplotlib": {"training/report/curves.py", "dalle/evaluation/tokenizers/plots.py"},
     "starlette": {f"dalle/server/{name}.py" for name in ("app", "page", "security", "state", "streams")},
     "uvicorn": {"dalle/server/serving.py"},
     "python_multipart": {"dalle/server/serving.py"},

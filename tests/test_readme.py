@@ -20,7 +20,18 @@ ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 PAGES = {"README.md": README} | {
     f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
-    for name in ("sample", "serve", "train", "cluster", "data", "evaluation", "faults", "results", "weights")
+    for name in (
+        "sample",
+        "serve",
+        "tokenizers",
+        "train",
+        "cluster",
+        "data",
+        "evaluation",
+        "faults",
+        "results",
+        "weights",
+    )
 }
 PROGRAMS = ("dalle", "dalle-train")
 LAUNCHERS = ("deepspeed", "torchrun")

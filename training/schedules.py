@@ -34,8 +34,7 @@ class Cosine:
 
     def with_peak(self, peak: float) -> Self:
         """Return the schedule with another value at its highest point, and all others in proportion."""
-        factor = peak / self.peak
-        return replace(self, start=self.start * factor, end=self.end * factor)
+        return replace(self, start=peak * (self.start / self.peak), end=peak * (self.end / self.peak))
 
     def at(self, step: int) -> float:
         """Return the value before optimizer step number `step` (from 0)."""

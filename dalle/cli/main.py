@@ -46,7 +46,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.importing.import_dvae import ImportDVAE
     from dalle.cli.importing.import_vqgan import ImportVQGAN
     from dalle.cli.rank import Rank
-    from dalle.cli.reconstruct import Reconstruct
+    from dalle.cli.reconstructing.reconstruct import Reconstruct
     from dalle.cli.search import Search
     from dalle.cli.serve import Serve
 

@@ -23,9 +23,13 @@ OwnCLIP = Annotated[
     Path | None,
     tyro.conf.arg(metavar="DIR", help="Directory of a CLIP.", help_behavior_hint="(default: the bundle's)"),
 ]
-OwnDVAE = Annotated[
-    Path | None,
-    tyro.conf.arg(metavar="DIR", help="Directory of a dVAE or a VQGAN.", help_behavior_hint="(default: the bundle's)"),
+OwnDVAEs = Annotated[
+    tuple[Path, ...],
+    tyro.conf.arg(
+        metavar="DIR...",
+        help="Directories of dVAEs or VQGANs, or of bundles with them; put the pictures before them.",
+        help_behavior_hint="(default: the bundle's)",
+    ),
 ]
 JSONLines = Annotated[
     bool,

@@ -58,15 +58,7 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
     parts = {part: bundle_part(path, part) for part in PARTS}
     tokenizer = load_tokenizer(parts["tokenizer.json"])
     hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
-    dalle = load_transformer(parts["dalle"])
-    for part, held in (("tokenizer", tokenizer.hash), ("dvae", hashes["dvae"])):
-        trained_with = dalle.metadata.get(f"{part}_hash")
-        if trained_with != held:
-            raise ValueError(
-                f"the transformer was trained with the {part} {trained_with or 'of an unknown hash'}, "
-                f"{path} holds {held}: its tokens would mean something else; put the {part} it "
-                "was trained with into the bundle, or train it again with `dalle-train transformer`"
-            )
+    dalle = matching_transformer(path, tokenizer, hashes["dvae"])
     return Bundle(
         tokenizer=tokenizer,
         dalle=dalle.to(device, DTYPES[precision]),
@@ -74,6 +66,25 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
         clip=CLIP.load(parts["clip"]).to(device),
         hashes={"tokenizer": tokenizer.hash, **hashes},
     )
+
+
+def matching_transformer(bundle: Path, tokenizer: TextTokenizer, dvae_hash: str) -> Transformer:
+    """Read a bundle's transformer, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: it is damaged, or was trained with another tokenizer or dVAE.
+    """
+    dalle = load_transformer(bundle_part(bundle, "dalle"))
+    for part, held in (("tokenizer", tokenizer.hash), ("dvae", dvae_hash)):
+        trained_with = dalle.metadata.get(f"{part}_hash")
+        if trained_with != held:
+            raise ValueError(
+                f"the transformer was trained with the {part} {trained_with or 'of an unknown hash'}, "
+                f"{bundle} holds {held}: its tokens would mean something else; put the {part} it "
+                "was trained with into the bundle, or train it again with `dalle-train transformer`"
+            )
+    return dalle
 
 
 def usable_device(device: str | torch.device) -> torch.device:

@@ -6,14 +6,16 @@ A single picture that cannot be read is an error; in a folder or shard it is ski
 
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple, TypeVar
 
 from PIL import Image
 
-from dalle.data.endings import is_picture, not_read
+from dalle.data.captions import MAX_TEXT_BYTES, CaptionError, captions_of
+from dalle.data.endings import CAPTION_ENDINGS, is_picture, not_read
 from dalle.data.index import ShardIndex, index_shard
 from dalle.data.reader import ShardData
 from dalle.data.shard import Shard
@@ -131,13 +133,14 @@ class Pictures:
     Args:
         sources: picture files, folders, and tar files with pictures in them.
         follow_links: read links in folders too; a link that is a source itself is always read.
+        captions: read the captions beside the pictures, too.
 
     Raises:
         FileNotFoundError: a source does not exist.
         ValueError: no sources, or a folder without pictures.
     """
 
-    def __init__(self, sources: Sequence[str | Path], *, follow_links: bool = False) -> None:
+    def __init__(self, sources: Sequence[str | Path], *, follow_links: bool = False, captions: bool = False) -> None:
         if not sources:
             raise ValueError("no pictures: give picture files, folders or shards (.tar)")
         self.skipped: list[str] = []
@@ -146,6 +149,9 @@ class Pictures:
         """Their numbers, by problem."""
         self.left_out: Counter[str] = Counter()
         """Numbers of other files in folders that are not read, by reason."""
+        self.captions: dict[str, str] = {}
+        """The first caption of each picture that has one which can be read, by the picture's name, if asked for."""
+        self._reads_captions = captions
         self._files: list[tuple[Path, bool]] = []
         for source in map(Path, sources):
             if source.is_dir():
@@ -178,7 +184,10 @@ class Pictures:
         for path, is_named in self._files:
             if path.name.lower().endswith(_SHARD_ENDINGS):
                 yield from self._in_shard(path)
-            elif is_named:
+                continue
+            if self._reads_captions:
+                self._keep_caption(str(path), _caption_files(path))
+            if is_named:
                 yield str(path), open_image(path)
             else:
                 try:
@@ -204,6 +213,8 @@ class Pictures:
         data = ShardData([Shard.held(part)], report, captions=False)
         for i in range(len(data)):
             name = f"{shard.name}/{data.name(i)}"
+            if self._reads_captions:
+                self._keep_caption(name, data.caption_members(i))
             try:
                 image = open_image(data.read(i).image_bytes, name)
             except ValueError as error:
@@ -211,9 +222,27 @@ class Pictures:
             else:
                 yield name, image
 
+    def _keep_caption(self, name: str, files: Mapping[str, bytes]) -> None:
+        """Keep the first caption in files, which are named by their ending without its dot; none will do."""
+        for ending, data in files.items():
+            with suppress(CaptionError):
+                if found := captions_of(data, is_json=ending == "json"):
+                    self.captions[name] = found[0]
+                    return
+
     def _skip(self, message: str, problem: str, n: int = 1) -> None:
         self.skipped.append(message)
         self.problems[problem] += n
+
+
+def _caption_files(picture: Path) -> dict[str, bytes]:
+    """Return the bytes of the files of captions beside a picture, by their endings without the dot."""
+    found = {}
+    for file in map(picture.with_suffix, CAPTION_ENDINGS):
+        with suppress(OSError):
+            if file.is_file() and file.stat().st_size <= MAX_TEXT_BYTES:
+                found[file.suffix[1:]] = file.read_bytes()
+    return found
 
 
 def in_batches(items: Iterable[Item], size: int) -> Iterator[list[Item]]:

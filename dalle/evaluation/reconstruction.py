@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 import torch
 from PIL import Image
+from torch import Tensor
 
 from dalle.data.pictures import in_batches
 from dvae.codec import Codec
@@ -28,7 +29,7 @@ class Measures:
     ms_ssim: float | None
     """The same at several scales; None for pictures too small for it."""
     bits_per_pixel: float
-    """Bits of the tokens, log2 of the vocabulary each, per pixel."""
+    """Bits of the tokens, log2 of the vocabulary each, per pixel of the pictures that are measured."""
     codes_used: float
     """Different tokens in the picture."""
 
@@ -81,14 +82,29 @@ def _reconstruct(dvae: Codec, batch: list[tuple[str, Image.Image]]) -> Iterator[
     tokens_BYX = dvae.encode(images_BCHW)
     decoded_BCHW = dvae.decode(tokens_BYX)
     bits = bits_per_pixel(tokens_BYX[0].numel(), dvae.config.vocab_size, images_BCHW[0, 0].numel())
-    psnr_B, ssim_B = psnr(images_BCHW, decoded_BCHW), ssim(images_BCHW, decoded_BCHW)
-    ms_ssim_B = ms_ssim(images_BCHW, decoded_BCHW)
-    for i, (name, original) in enumerate(batch):
-        measures = Measures(
+    each = measured(images_BCHW, decoded_BCHW, tokens_BYX, bits)
+    for (name, original), decoded_CHW, measures in zip(batch, decoded_BCHW, each, strict=True):
+        yield Reconstruction(name=name, original=original, image=to_image(decoded_CHW), measures=measures)
+
+
+def measured(originals: Tensor, decoded: Tensor, tokens: Tensor, bits: float) -> list[Measures]:
+    """Measure a batch.
+
+    Args:
+        originals: (B,3,H,W) float32 in [0, 1].
+        decoded: the same shape and range.
+        tokens: integers (B,Y,X).
+        bits: per pixel.
+    """
+    psnr_B, ssim_B = psnr(originals, decoded), ssim(originals, decoded)
+    ms_ssim_B = ms_ssim(originals, decoded)
+    return [
+        Measures(
             psnr=float(psnr_B[i]),
             ssim=float(ssim_B[i]),
             ms_ssim=None if ms_ssim_B is None else float(ms_ssim_B[i]),
             bits_per_pixel=bits,
-            codes_used=torch.unique(tokens_BYX[i]).numel(),
+            codes_used=torch.unique(tokens_YX).numel(),
         )
-        yield Reconstruction(name=name, original=original, image=to_image(decoded_BCHW[i]), measures=measures)
+        for i, tokens_YX in enumerate(tokens)
+    ]

@@ -57,6 +57,7 @@ def contact_sheet(
     *,
     title: str = "",
     columns: int = 8,
+    largest_cell: int = MAX_CELL,
 ) -> Image.Image:
     """Draw pictures in rows with a label under each; all get places of the same size.
 
@@ -64,11 +65,12 @@ def contact_sheet(
         sections: `Section`s, or plain tuples of their first three fields; each has its own heading and grid.
         title: drawn at the top; may be empty.
         columns: pictures per row, at most.
+        largest_cell: side in pixels of a place at most; `MAX_PAIR_CELL` where details count.
 
     Raises:
         ValueError: no pictures at all, another number of labels than pictures, or columns below 1.
     """
-    return _sheet(sections, title=title, columns=columns, max_cell=MAX_CELL)
+    return _sheet(sections, title=title, columns=columns, max_cell=largest_cell)
 
 
 def side_by_side(

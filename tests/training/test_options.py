@@ -14,6 +14,7 @@ from training.cli.main import COMMANDS, main, read
 from training.cli.options import arguments_of, changed_recipe
 from training.config import TrainConfig
 from training.recipes import RECIPES, Recipe, recipe
+from training.schedules import Cosine
 
 VERBS = [verb for group in COMMANDS.values() for verb in group]
 REQUIRED = ["--data", "shards", "--out", "out"]
@@ -154,6 +155,47 @@ def test_a_switch_can_be_given_both_ways() -> None:
         "--seed",
         "3",
     ]
+
+
+def test_a_dvae_takes_another_codebook_than_the_recipes() -> None:
+    words = ["--codes", "256", "--downsampling", "8", "--image-size", "32", "--kl-weight", "6.6", "--no-warmup"]
+    options = given("dvae", "photos-cpu", *REQUIRED, *words, "--steps", "100")
+    changed = changed_recipe(recipe("photos-cpu"), "dvae", options).dvae
+    assert (changed.model.vocab_size, changed.model.downsampling, changed.model.image_size) == (256, 8, 32)
+    assert changed.model.n_hid == recipe("photos-cpu").dvae.model.n_hid
+    assert changed.kl_weight == Cosine(start=0.0, end=6.6, steps=100)
+    assert changed.warmup is None
+    assert (
+        changed_recipe(recipe("demo"), "dvae", given("dvae", "demo", *REQUIRED, "--kl-weight", "0")).dvae.kl_weight.peak
+        == 0
+    )
+    assert changed_recipe(recipe("demo"), "dvae", given("dvae", "demo", *REQUIRED, "--warmup")) == recipe("demo")
+
+
+def test_help_shows_the_recipes_codebook(capsys: pytest.CaptureFixture[str]) -> None:
+    options = options_of(help_of(capsys, "dvae", "12b"))
+    values = {"codes": 8192, "downsampling": 8, "image-size": 256, "kl-weight": 6.6}
+    assert [f"(default: {value})" in options[f"--{name}"] for name, value in values.items()] == [True] * 4
+    assert "default: True" not in options["--warmup"]
+    assert "(default: True)" in options_of(help_of(capsys, "dvae", "demo"))["--warmup"]
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["demo", "--downsampling", "6"], "--downsampling is 6; expected a power of two"),
+        (["demo", "--downsampling", "0"], "--downsampling is 0; expected a power of two"),
+        (["demo", "--downsampling", "32"], "image_size .48. must be a multiple of 32"),
+        (["demo", "--codes", "1"], "vocab_size .1. must be a whole number of at least 2"),
+        (["demo", "--kl-weight", "-1"], "--kl-weight is -1.0; expected a number of at least 0"),
+        (["demo", "--kl-weight", "nan"], "--kl-weight is nan"),
+        (["12b", "--warmup"], "this recipe has no warm-up"),
+        (["demo", "--init", "runs/x/dvae", "--codes", "256"], "do not go with --init"),
+    ],
+)
+def test_an_impossible_codebook_is_refused_before_any_data_is_read(words: list[str], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        changed_recipe(recipe(words[0]), "dvae", given("dvae", *words, *REQUIRED))
 
 
 def test_nothing_given_changes_nothing() -> None:

@@ -21,7 +21,8 @@ import tyro
 
 from training.config import MAX_STEPS, LayerOptions, OptimizerConfig, OptimizerKind, SizeOptions, TrainConfig
 from training.engine.deepspeed_config import with_files
-from training.recipes import RECIPES, CLIPOptions, Recipe, TransformerOptions
+from training.recipes import RECIPES, CLIPOptions, DVAERecipe, Recipe, TransformerOptions
+from training.schedules import Cosine
 
 Stage = Literal["dvae", "clip", "transformer"]
 STAGES: tuple[Stage, ...] = ("dvae", "clip", "transformer")
@@ -78,8 +79,18 @@ class VocabularyOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class DVAEOwnOptions:
-    """The dVAE's."""
+    """The dVAE's: what a study of tokenizers changes of a recipe."""
 
+    codes: int
+    """Size of the codebook: different image tokens."""
+    downsampling: int
+    """Pixels per token along a side: a power of two. Each doubling adds a group of blocks to encoder and decoder."""
+    image_size: int
+    """Side in pixels of the pictures that it is trained on, a multiple of the downsampling."""
+    kl_weight: float
+    """Highest weight β of the KL term; the recipe's schedule is scaled to it. 0 for none."""
+    warmup: bool
+    """Train as an autoencoder first, and make the codebook from that. A recipe that has no such run cannot."""
     init: Path | None = None
     """Directory of a dVAE to start from, for example imported weights; by default random weights."""
 
@@ -137,7 +148,12 @@ def values_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     of = getattr(recipe, stage)
     owners = (of, of.train, of.train.optimizer)
     values = {field.name: getattr(owner, field.name) for owner in owners for field in fields(owner)}
-    return values | {"learning_rate": of.train.learning_rate.peak, "optimizer": of.train.optimizer.kind}
+    values |= {"learning_rate": of.train.learning_rate.peak, "optimizer": of.train.optimizer.kind}
+    if stage == "dvae":
+        values |= {"kl_weight": of.kl_weight.peak, "warmup": of.warmup is not None}
+        values |= {"codes": of.model.vocab_size, "downsampling": of.model.downsampling}
+        values |= {"image_size": of.model.image_size}
+    return values
 
 
 def values_of_all(recipe: Recipe) -> dict[str, Any]:
@@ -227,7 +243,8 @@ def changed_recipe(recipe: Recipe, stage: Stage, options: Mapping[str, Any]) -> 
         FileNotFoundError: there is no such JSON.
     """
     of = getattr(recipe, stage)
-    changes = {name: options[name] for name in options.keys() & {field.name for field in fields(of)}}
+    objects = {"kl_weight", "warmup"}  # there; as options a number and a word
+    changes = {name: options[name] for name in options.keys() & {field.name for field in fields(of)} - objects}
     changes["train"] = train = changed_run(of.train, options)
     factor = train.steps / of.train.steps
     if getattr(of, "warmup", None) is not None:
@@ -238,7 +255,43 @@ def changed_recipe(recipe: Recipe, stage: Stage, options: Mapping[str, Any]) -> 
     if stage == "dvae":
         schedules = ("kl_weight", "temperature", "warmup_noise")
         changes |= {name: getattr(of, name).stretched(factor) for name in schedules}
+        changes |= _changed_dvae(of, changes["kl_weight"], options)
     return dataclasses.replace(recipe, **{stage: dataclasses.replace(of, **changes)})
+
+
+def _changed_dvae(of: DVAERecipe, kl_weight: Cosine, options: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of a dVAE's recipe that its own options change.
+
+    Args:
+        of: the recipe.
+        kl_weight: its schedule, stretched.
+        options: those that were given, by name.
+
+    Raises:
+        ValueError: one is impossible.
+    """
+    asked: dict[str, int | None] = {"vocab_size": options.get("codes"), "image_size": options.get("image_size")}
+    f = options.get("downsampling")
+    if options.get("init") is not None and {"codes", "downsampling", "image_size"} & options.keys():
+        raise ValueError("--codes, --downsampling and --image-size do not go with --init: sizes are those of its dVAE")
+    if f is not None:
+        if f < 1 or f & (f - 1):
+            raise ValueError(f"--downsampling is {f}; expected a power of two, such as 4 or 8")
+        asked["n_groups"] = f.bit_length()
+    sizes = {name: value for name, value in asked.items() if value is not None}
+    changes: dict[str, Any] = {"model": dataclasses.replace(of.model, **sizes)} if sizes else {}
+    weight = options.get("kl_weight")
+    if weight is not None:
+        if not 0 <= weight < math.inf:
+            raise ValueError(f"--kl-weight is {weight}; expected a number of at least 0, such as 6.6")
+        changes["kl_weight"] = kl_weight.with_peak(weight)
+    if options.get("warmup") is False:
+        changes["warmup"] = None
+    elif options.get("warmup") and of.warmup is None:
+        raise ValueError(
+            "--warmup: this recipe has no warm-up; those of small models have: demo, icons-cpu, photos-cpu"
+        )
+    return changes
 
 
 def changed_run(run: TrainConfig, options: Mapping[str, Any]) -> TrainConfig:

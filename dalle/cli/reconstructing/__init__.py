@@ -1,0 +1,1 @@
+"""`dalle reconstruct`: one tokenizer, or several side by side."""
