@@ -1,7 +1,8 @@
 """What sampling needs of a transformer, whichever of the family it is."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -50,8 +51,9 @@ def load_transformer(path: Path) -> Transformer:
 def sized_transformer(path: Path) -> Transformer:
     """Return the transformer of a directory without its weights, on the meta device; raises as `load_transformer`."""
     kind = _class_of(path)
+    build: Callable[[Any], Transformer] = kind
     with torch.device("meta"):
-        return kind(read_config(path, kind.kind, kind.config_type))
+        return build(read_config(path, kind.kind, kind.config_type))
 
 
 def _class_of(path: Path) -> type[Transformer]:
