@@ -26,7 +26,7 @@ from training.stages.encode import EncodeConfig
 from training.stages.inputs import Inputs
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
+PACKAGES = ("storage", "dvae", "rerank", "unclip", "dalle", "training")
 LONGEST_FUNCTION = 150
 MODULES_IN_A_FOLDER = 12
 
@@ -45,7 +45,7 @@ PIPELINE = {
 """The modules of dalle that join the packages."""
 
 _CORE = {"storage", "leaf", "dalle"}
-_MODELS = {"dvae", "rerank"}
+_MODELS = {"dvae", "rerank", "unclip"}
 _TRAINING = {
     "training.patches",
     "training.schedules",
@@ -59,6 +59,7 @@ ROOMS: dict[str, set[str]] = {
     "leaf": {"storage"},
     "dvae": {"storage", "leaf"},
     "rerank": {"storage", "leaf"},
+    "unclip": {"storage", "leaf"},
     "dalle": {"storage", "leaf"},
     "dalle.data": {"storage", "leaf"},
     "dalle.output": {*_CORE, "dalle.pipeline"},
@@ -311,7 +312,7 @@ def room_of(module: str) -> str:
     if inner == ["__main__"]:
         return f"{package}.cli"
     is_core = len(inner) < 2 or inner[0] in ("family", "sampler")
-    if package in ("storage", "dvae", "rerank") or (package == "dalle" and is_core and module not in ROOMS):
+    if package in ("storage", "dvae", "rerank", "unclip") or (package == "dalle" and is_core and module not in ROOMS):
         return package
     return ".".join([package, *inner[:1]])
 
@@ -564,7 +565,7 @@ def test_the_public_interface_is_there(entry: str) -> None:
     assert not missing, f"{path} has no parameter {', '.join(sorted(missing))}"
 
 
-@pytest.mark.parametrize("package", ["dalle", "dvae", "rerank"])
+@pytest.mark.parametrize("package", ["dalle", "dvae", "rerank", "unclip"])
 def test_a_package_exports_two_to_five_names(package: str) -> None:
     exported = importlib.import_module(package).__all__
     assert 2 <= len(exported) <= 5
