@@ -13,23 +13,13 @@ from unclip.conditions import Text, drawn_mask
 from unclip.decoder import Conditions, Decoder, Known
 from unclip.loss import denoising_loss
 from unclip.noise import Noise
-from unclip.sampling import Network, Predictor, Sampler, guided, invert_ddim, sample
+from unclip.sampling import Network, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
 
 NO_IMAGE, NO_TEXT = 0.1, 0.5
 """Shares of embeddings and of captions that are left out in training, each on its own."""
 NOTHING_KNOWN = 0.25
 """Share of pictures of which nothing is known, where inpainting is trained, so that drawing whole ones stays."""
 GUIDANCE = 3.0
-
-
-def signed(images: Tensor) -> Tensor:
-    """Return pixels of [0, 1] in [-1, 1], as they are noised."""
-    return images * 2 - 1
-
-
-def unsigned(pixels: Tensor) -> Tensor:
-    """Return pixels of [-1, 1] in [0, 1]; what is outside is clamped."""
-    return ((pixels + 1) / 2).clamp(0, 1)
 
 
 def decoder_loss(

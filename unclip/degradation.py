@@ -41,7 +41,7 @@ def small_picture(picture: Image.Image, size: int, degradation: str, rng: np.ran
     """
     if degradation == "bsr":
         picture = _bsr(picture, size, rng)
-    # each pixel is the mean of those that it stands for, as are those of the decoder's training pictures
+    # each pixel is the mean of those that it stands for
     small = picture.resize((size, size), Image.Resampling.BOX)
     return KINDS[degradation](small, rng)
 

@@ -153,3 +153,13 @@ def invert_ddim(predictor: Predictor, x0: Tensor, corrections: int = 1) -> Tenso
             told_at = step
         x = told
     return x
+
+
+def signed(images: Tensor) -> Tensor:
+    """Return pixels of [0, 1] in [-1, 1], as they are noised."""
+    return images * 2 - 1
+
+
+def unsigned(pixels: Tensor) -> Tensor:
+    """Return pixels of [-1, 1] in [0, 1]; what is outside is clamped."""
+    return ((pixels + 1) / 2).clamp(0, 1)

@@ -17,12 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from storage.model_directory import load_directory, load_weights, save_directory
-from unclip.decoding import signed, unsigned
 from unclip.degradation import KINDS
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.loss import denoising_loss
 from unclip.noise import Noise
-from unclip.sampling import Predictor, Sampler, sample
+from unclip.sampling import Predictor, Sampler, sample, signed, unsigned
 from unclip.unet import UNet, UNetConfig
 
 KIND = "upsampler"
