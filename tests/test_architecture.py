@@ -87,6 +87,7 @@ ROOMS: dict[str, set[str]] = {
     "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
     "training.engine": {"storage", "dalle", "dalle.output", *_TRAINING},
     "training.loop": {"storage", "dalle.data", "dalle.output", "training.data", "training.engine", *_TRAINING},
+    "training.unclip_recipes": {"unclip", "training.config", "training.schedules"},
     "training.recipes": {
         "dalle",
         *_MODELS,
@@ -94,6 +95,7 @@ ROOMS: dict[str, set[str]] = {
         "training.data",
         "training.drawings",
         "training.schedules",
+        "training.unclip_recipes",
     },
     "training.plan": {"storage", "dalle", "dalle.output", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
 }

@@ -90,9 +90,9 @@ def test_what_is_computed_in_another_way_is_refused(
 def test_a_clip_of_other_sizes_and_missing_files_are_named(folder: Path, tmp_path: Path) -> None:
     other = changed(folder, tmp_path / "other", "prior/config.json")
     (other / "text_proj" / "diffusion_pytorch_model.safetensors").unlink()
-    with pytest.raises(FileNotFoundError, match="no weights in .*text_proj"):
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*text_proj"):
         import_unclip(other, small_clip())
-    with pytest.raises(FileNotFoundError, match="no weights in .*nothing"):
+    with pytest.raises(FileNotFoundError, match=r"no weights in .*nothing"):
         import_unclip(tmp_path / "nothing", small_clip())
     longer = changed(folder, tmp_path / "longer", "prior/config.json", num_embeddings=10)
     with pytest.raises(ValueError, match="import the CLIP that it was trained with"):

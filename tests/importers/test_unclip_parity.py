@@ -195,7 +195,7 @@ def test_karlos_sampling_of_the_prior_takes_the_same_steps() -> None:
     torch.testing.assert_close(sample_ddpm(predictor, start, lambda step: noises[step]), x, atol=1e-3, rtol=1e-3)
 
 
-class _Fixed(torch.Generator):
+class _Fixed:
     """Stands for a generator in whose place noise is given: see `given_noise`."""
 
     def __init__(self, noise: Tensor) -> None:
