@@ -137,7 +137,7 @@ def test_a_saved_upsampler_is_the_same(tmp_path: Path) -> None:
     loaded = Upsampler.load(tmp_path / "upsampler-16")
     assert loaded.config == upsampler.config
     noise = Noise.of(0, "", [0])
-    assert torch.equal(
+    torch.testing.assert_close(
         upsample(loaded, images(1, 8), noise, steps=2, sampler="ddpm"),
         upsample(upsampler, images(1, 8), noise, steps=2, sampler="ddpm"),
     )
