@@ -46,8 +46,8 @@ def test_every_weight_arrives_where_it_came_from(tmp_path: Path, capsys: pytest.
     assert clip.tokenizer is not None
     empty = clip.text_states(clip.tokenizer.tokenize([""], 9), normalise=False)
     for model in (prior, decoder):
-        assert torch.equal(model.null_text.features, empty.features[0])
-        assert torch.equal(model.null_text.states, empty.states[0, :2])
+        torch.testing.assert_close(model.null_text.features.data, empty.features[0])
+        torch.testing.assert_close(model.null_text.states.data, empty.states[0, :2])
     metadata = json.loads((out / "prior" / "config.json").read_text(encoding="utf-8"))["metadata"]
     assert "prior/diffusion_pytorch_model.safetensors" in metadata["source_sha256"]
 

@@ -163,7 +163,7 @@ def test_states_of_all_positions_come_with_the_features_of_the_captions():
     ids = ids_of(clip, CAPTIONS)
     told = clip.text_states(ids)
     assert torch.equal(told.features, clip.encode_text(ids))
-    assert told.mask.sum(dim=1).tolist() == [len(clip.tokenizer.encode(caption)) + 2 for caption in CAPTIONS]
+    assert told.mask.sum(dim=1).tolist() == [min(10, len(clip.tokenizer.encode(caption)) + 2) for caption in CAPTIONS]
     ends = told.states[torch.arange(len(ids)), told.mask.sum(dim=1) - 1]
     plain = clip.text_states(ids, normalise=False)
     torch.testing.assert_close(clip.text.projection(ends), plain.features)
