@@ -24,6 +24,7 @@ from training.data.filters import ShardFilter
 from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.stages.encode import EncodeConfig
 from training.stages.inputs import Inputs
+from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("storage", "dvae", "rerank", "unclip", "dalle", "training")
@@ -217,10 +218,22 @@ rerank:CLIPConfig()
 rerank:CLIP(config, tokenizer)
 rerank:CLIP.load(path)
 rerank:CLIP.save(path, metadata)
-rerank:CLIP.encode_image(images)
+rerank:CLIP.encode_image(images, normalise)
 rerank:CLIP.encode_text(ids)
+rerank:CLIP.text_states(ids, normalise)
 rerank:CLIPTokenizer.train(captions, vocab_size)
 rerank:score(clip, captions, images)
+unclip:Diffusion(schedule, n_steps, timesteps)
+unclip:Prior.load(path)
+unclip:Decoder.load(path)
+unclip:Upsampler.load(path)
+unclip.embeddings:sample_embeddings(prior, text, noise, steps, guidance, candidates)
+unclip.decoding:decode(decoder, embeddings, text, noise, start, steps, sampler, eta, guidance, known)
+unclip.decoding:invert(decoder, images, embeddings, text, steps, corrections)
+unclip.upsampler:upsample(upsampler, small, noise, steps, sampler, eta)
+unclip.latents:slerp(start, end, theta)
+unclip.latents:text_difference(before, after)
+dalle.importers.unclip.importing:import_unclip(folder, clip)
 dalle.data.reader:ShardData.open(shards, captions, encoded)
 dalle.data.reader:ShardData.order(seed, epoch)
 training.data.batches:Share(seed, micro_batch, accumulation, rank, world_size, start_step)
@@ -360,6 +373,10 @@ def test_imports_point_one_way() -> None:
         ("training.stages.clip", "training.demo.demo"),
         ("rerank.model", "dvae.model"),
         ("rerank.score", "dvae"),
+        ("unclip.prior", "rerank.model"),
+        ("unclip.decoder", "dvae.model"),
+        ("rerank.model", "unclip.conditions"),
+        ("dalle.model", "unclip"),
         ("dalle.model", "dvae"),
         ("dalle.sampling", "rerank"),
         ("dalle.model", "dalle.pipeline"),
@@ -607,6 +624,9 @@ CONFIGURATIONS = {
     "dvae": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe),
     "clip": (Inputs, TrainConfig, OptimizerConfig, CLIPRecipe),
     "transformer": (Inputs, TrainConfig, OptimizerConfig, TransformerRecipe),
+    "decoder": (Inputs, TrainConfig, OptimizerConfig, DecoderRecipe),
+    "prior": (Inputs, TrainConfig, OptimizerConfig, PriorRecipe),
+    "upsampler": (Inputs, TrainConfig, OptimizerConfig, UpsamplerRecipe),
     "all": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
     "demo": (TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
     "encode": (EncodeConfig,),

@@ -12,6 +12,9 @@ import training.cli.main
 from rerank import CLIP, CLIPTokenizer
 from storage.model_directory import directory_hash
 from training.cli.train import COMMANDS, read
+from training.plan.options import PlanOptions
+from training.plan.plan import make_plan
+from training.plan.text import text as plan_text
 from training.ranks.ranks import join
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
@@ -118,6 +121,20 @@ def test_the_papers_recipes_have_the_papers_sizes() -> None:
     millions = [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in models]
     assert millions[:4] == [2253, 1226, 730, 282]  # "3.5B" counts a text transformer, "700M", "300M"
     assert 900 < millions[4] < 1100
+
+
+def test_a_plan_tells_what_the_stages_need() -> None:
+    plan = make_plan(recipe("unclip-paper"), PlanOptions(gpus=64))
+    assert {name: round(stage.parameters["total"] / 1e6) for name, stage in plan.unclip.items()} == {
+        "prior": 1226,
+        "decoder": 2253,
+        "upsampler": 730,
+    }
+    # a forward pass of the paper's decoder is 1.6 TFLOP, a training step three times that
+    assert plan.unclip["decoder"].flops_per_sample == pytest.approx(3 * 1.6e12, rel=0.05)
+    told = plan_text(plan)
+    assert "DALL·E 2's decoder: 2,253" in told
+    assert not make_plan(recipe("12b"), PlanOptions(gpus=64)).unclip
 
 
 @pytest.mark.parametrize("verb", ["decoder", "prior", "upsampler"])
