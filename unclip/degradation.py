@@ -94,7 +94,14 @@ def _bsr(picture: Image.Image, size: int, rng: np.random.Generator) -> Image.Ima
         side = int(rng.integers(size, max(size, picture.width), endpoint=True))
         return image.resize((side, side), _RESIZING[int(rng.integers(len(_RESIZING)))])
 
-    steps = [blurred, blurred, resized, resized, lambda image: _noisy(image, rng), lambda image: _jpeg(image, rng)]
+    steps: list[Callable[[Image.Image], Image.Image]] = [
+        blurred,
+        blurred,
+        resized,
+        resized,
+        lambda image: _noisy(image, rng),
+        lambda image: _jpeg(image, rng),
+    ]
     for step in rng.permutation(len(steps)):
         picture = steps[int(step)](picture)
     return picture

@@ -97,7 +97,7 @@ def sample_embeddings(
     predictor = Predictor(network=network, prediction="x0", process=process, clamp=prior.config.clamp or None)
     variances = process.analytic_variances(prior.errors[process.timesteps])
     drawn = sample_ddpm(predictor, draw("start"), lambda step: draw(f"step {step}"), variances)
-    embeddings_BKE = prior.unscaled(drawn).unflatten(0, (-1, candidates))
+    embeddings_BKE = prior.unscaled(drawn).view(len(own), candidates, -1)
     best_B = torch.einsum("bke,be->bk", embeddings_BKE, own).argmax(dim=1)
     return embeddings_BKE[torch.arange(len(best_B), device=device), best_B]
 

@@ -138,10 +138,10 @@ class TimestepMLP(nn.Sequential):
 
     def forward(self, timesteps: Tensor) -> Tensor:
         """Return (B, M) for timesteps (B,)."""
-        first = self[0]
-        assert isinstance(first, nn.Linear)
-        output: Tensor = super().forward(timestep_embedding(timesteps, self.width).to(first.weight.dtype))
-        return output
+        h = timestep_embedding(timesteps, self.width).to(next(self.parameters()).dtype)
+        for layer in self:
+            h = layer(h)
+        return h
 
 
 class ResBlock(nn.Module):
@@ -218,10 +218,11 @@ class Attention(nn.Module):
             if context_mask is not None:
                 mask = F.pad(context_mask, (0, h_BPC.shape[1]), value=True)[:, None, None]
         out_BPC = F.scaled_dot_product_attention(q, k, v, attn_mask=mask).transpose(1, 2).flatten(2)
-        return x + self.out(out_BPC).transpose(1, 2).unflatten(2, x.shape[2:])
+        output: Tensor = x + self.out(out_BPC).transpose(1, 2).reshape(x.shape)
+        return output
 
     def _heads(self, x_BPC: Tensor) -> Tensor:
-        return x_BPC.unflatten(2, (-1, self.head_width)).transpose(1, 2)
+        return x_BPC.view(*x_BPC.shape[:2], -1, self.head_width).transpose(1, 2)
 
 
 class Layer(nn.Module):

@@ -18,7 +18,7 @@ from training.plan.text import text as plan_text
 from training.ranks.ranks import join
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
-from training.stages.inputs import Inputs
+from training.stages.inputs import RUNS, Inputs
 from training.stages.unclip.decoder import train_decoder
 from training.stages.unclip.prior import train_prior
 from training.stages.unclip.upsampler import train_upsampler
@@ -64,8 +64,9 @@ def quiet(line: str) -> None:
     return None
 
 
-def losses(out: Path, stage: str) -> dict[int, float]:
-    return {line["step"]: line["loss"] for line in read_metrics(out / "runs" / stage) if "loss" in line}
+def losses(out: Path) -> dict[int, float]:
+    lines = read_metrics(out / RUNS / "decoder")
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train" and "loss" in line}
 
 
 def test_a_decoder_trains_resumes_exactly_and_shows_what_it_draws(
@@ -75,7 +76,8 @@ def test_a_decoder_trains_resumes_exactly_and_shows_what_it_draws(
     train_decoder(chosen(), inputs(with_clip, shards, whole), join(), quiet)
     train_decoder(chosen(steps=2), inputs(with_clip, shards, parts), join(), quiet)
     train_decoder(chosen(), inputs(with_clip, shards, parts), join(), quiet)
-    assert losses(whole, "decoder") == losses(parts, "decoder")
+    assert losses(whole) == losses(parts)
+    assert len(losses(whole)) == 4
     trained, resumed = Decoder.load(whole / "decoder"), Decoder.load(parts / "decoder")
     for name, weight in trained.state_dict().items():
         assert torch.equal(weight, resumed.state_dict()[name]), name
@@ -83,9 +85,9 @@ def test_a_decoder_trains_resumes_exactly_and_shows_what_it_draws(
     assert (config.embed_dim, config.text_width, config.text_len) == (8, 16, 24)
     assert config.scale == pytest.approx(embedding_scale(8))
     assert (whole / "decoder" / "config.json").read_text().count(directory_hash(with_clip / "clip")) == 1
-    measured = list(read_metrics(whole / "runs" / "decoder"))
+    measured = list(read_metrics(whole / RUNS / "decoder"))
     assert any({"mse", "vb", "mse_by_quarter"} <= line.keys() for line in measured)
-    assert list((whole / "runs" / "decoder").rglob("*.png"))
+    assert list((whole / RUNS / "decoder").rglob("*.png"))
 
 
 def test_a_prior_trains_and_measures_its_errors(with_clip: Path, shards: Path, tmp_path: Path) -> None:
@@ -94,14 +96,14 @@ def test_a_prior_trains_and_measures_its_errors(with_clip: Path, shards: Path, t
     assert (prior.config.embed_dim, prior.config.text_width, prior.config.text_len) == (8, 16, 24)
     assert prior.errors.shape == (1000,)
     assert (prior.errors > 0).all()
-    assert any("cosine" in line for line in read_metrics(tmp_path / "runs" / "prior"))
+    assert any("cosine" in line for line in read_metrics(tmp_path / RUNS / "prior"))
 
 
 def test_an_upsampler_trains_and_shows_itself_beside_bilinear_enlargement(shards: Path, tmp_path: Path) -> None:
     given = Inputs(data=[shards], validation=[shards], out=tmp_path)
     assert train_upsampler(chosen(), given, join(), quiet) == tmp_path / "upsampler-16"
     assert Upsampler.load(tmp_path / "upsampler-16").config.factor == 2
-    assert list((tmp_path / "runs" / "upsampler-16").rglob("*.png"))
+    assert list((tmp_path / RUNS / "upsampler-16").rglob("*.png"))
 
 
 def test_the_papers_recipes_have_the_papers_sizes() -> None:
@@ -159,3 +161,22 @@ def test_a_bundle_without_a_clip_is_refused(shards: Path, tmp_path: Path) -> Non
 def test_recipes_without_the_stages_have_none_of_them() -> None:
     having = {name for name in RECIPES if recipe(name).decoder is not None}
     assert having == {"unclip-cpu", "unclip-paper", "unclip-paper-1024"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("zero_stage", [2, 3])
+def test_the_stages_train_where_ranks_share_their_state(
+    with_clip: Path, shards: Path, tmp_path: Path, zero_stage: int
+) -> None:
+    shared = chosen(zero_stage=zero_stage, precision="bf16", steps=2)
+    given = inputs(with_clip, shards, tmp_path)
+    decoder = Decoder.load(train_decoder(shared, given, join(), quiet))
+    prior = Prior.load(train_prior(shared, given, join(), quiet))
+    upsampler = Upsampler.load(train_upsampler(shared, given, join(), quiet))
+    torch.manual_seed(shared.decoder.train.seed)  # type: ignore[union-attr]
+    first = Decoder(decoder.config)
+    assert not torch.equal(decoder.null_image, first.null_image)
+    for model in (decoder, prior, upsampler):
+        assert all(weight.isfinite().all() for weight in model.parameters())
+    for stage in ("decoder", "prior", "upsampler-16"):
+        assert [line["loss"] for line in read_metrics(tmp_path / RUNS / stage) if line["split"] == "train"]

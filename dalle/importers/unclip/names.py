@@ -72,6 +72,10 @@ class Found(Mapping[str, Tensor]):
         return len(self._sources) + len(self._given)
 
 
+def _below(parts: Sequence[Tensor]) -> Tensor:
+    return torch.cat(list(parts))
+
+
 def _plain(ours: str, theirs: str) -> Sources:
     """Return the sources of a layer's weight and bias."""
     return {f"{ours}.{kind}": Source((f"{theirs}.{kind}",)) for kind in ("weight", "bias")}
@@ -80,7 +84,7 @@ def _plain(ours: str, theirs: str) -> Sources:
 def _stacked(ours: str, theirs: Sequence[str]) -> Sources:
     """Return the sources of a layer that is several of theirs, one below the other."""
     kinds = ("weight", "bias")
-    return {f"{ours}.{kind}": Source(tuple(f"{name}.{kind}" for name in theirs), torch.cat) for kind in kinds}
+    return {f"{ours}.{kind}": Source(tuple(f"{name}.{kind}" for name in theirs), _below) for kind in kinds}
 
 
 def _row(parts: Sequence[Tensor]) -> Tensor:
@@ -133,7 +137,8 @@ def condition_sources(n_tokens: int) -> Sources:
 
     def by_token(parts: Sequence[Tensor]) -> Tensor:
         # theirs: all tokens' first channels, then all tokens' second ones; ours: token by token
-        return parts[0].unflatten(0, (-1, n_tokens)).transpose(0, 1).flatten(0, 1)
+        given = parts[0]
+        return given.view(-1, n_tokens, *given.shape[1:]).transpose(0, 1).flatten(0, 1)
 
     for kind in ("weight", "bias"):
         sources[f"tokens.{kind}"] = Source((f"text_proj/clip_extra_context_tokens_proj.{kind}",), by_token)

@@ -3,7 +3,7 @@
 Letters: B batch  E embedding  L text positions  D text width
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -130,8 +130,13 @@ def stacked(samples: Sequence[Tensors]) -> Tensors:
     return {name: torch.stack([sample[name] for sample in samples]) for name in (samples[0] if samples else {})}
 
 
-def with_weights(model: Model, weights: Mapping[str, Tensor]) -> Model:
-    """Return a new model with averaged weights, on the CPU, for use; what it holds beside weights stays."""
+def with_weights(make: Callable[[], Model], weights: Mapping[str, Tensor]) -> Model:
+    """Return a new model with averaged weights, on the CPU, for use; what it holds beside weights stays as it is made.
+
+    The first weights, which are replaced, are drawn without moving the generator, from which dropout draws.
+    """
+    with torch.random.fork_rng(devices=[]):
+        model = make()
     state = {**model.state_dict(), **{name: weight.detach().cpu() for name, weight in weights.items()}}
     model.load_state_dict(state, strict=True)
     return model.eval().requires_grad_(False)

@@ -87,7 +87,7 @@ class DecoderStage(ConditionedStage):
         samples, captions = self.first_samples(PREVIEWS)
         if not captions:
             return None
-        decoder = with_weights(Decoder(self._config), weights).to(next(self.model.parameters()).device)
+        decoder = with_weights(lambda: Decoder(self._config), weights).to(next(self.model.parameters()).device)
         device = decoder.null_image.device
         embeddings, text = self._frozen.told(samples["seen"].to(device), samples["text"].to(device))
         drawn = decode(
@@ -103,7 +103,7 @@ class DecoderStage(ConditionedStage):
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the decoder's directory."""
-        with_weights(Decoder(self._config), weights).save(self.directory, {**self.metadata, "step": step})
+        with_weights(lambda: Decoder(self._config), weights).save(self.directory, {**self.metadata, "step": step})
 
 
 @alone_in("decoder")

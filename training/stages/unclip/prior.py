@@ -72,7 +72,7 @@ class PriorStage(ConditionedStage):
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the prior's directory, with the errors from which the variances in sampling are made."""
-        prior = with_weights(Prior(self._config), weights)
+        prior = with_weights(lambda: Prior(self._config), weights)
         samples, captions = self.first_samples(MEASURED)
         if captions:
             device = next(self.model.parameters()).device

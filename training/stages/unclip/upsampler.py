@@ -88,7 +88,7 @@ class UpsamplerStage:
         found = self._first_pictures()
         if not found:
             return None
-        upsampler = with_weights(Upsampler(self._config), weights).to(next(self.model.parameters()).device)
+        upsampler = with_weights(lambda: Upsampler(self._config), weights).to(next(self.model.parameters()).device)
         device = next(upsampler.parameters()).device
         rng = np.random.default_rng(0)
         small = torch.stack([to_tensor(small_picture(each, self._config.input_size, "none", rng)) for each in found])
@@ -115,7 +115,7 @@ class UpsamplerStage:
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the upsampler's directory."""
-        with_weights(Upsampler(self._config), weights).save(self.directory, {**self.metadata, "step": step})
+        with_weights(lambda: Upsampler(self._config), weights).save(self.directory, {**self.metadata, "step": step})
 
 
 @alone_in("upsampler")
