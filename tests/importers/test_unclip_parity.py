@@ -1,6 +1,7 @@
 """An imported unCLIP, and the steps of sampling, beside diffusers; `make references` installs that."""
 
 import contextlib
+import importlib
 import io
 from pathlib import Path
 from typing import Any
@@ -31,12 +32,10 @@ from unclip.sampling import Predictor, sample_ddpm
 
 def diffusers(name: str) -> Any:
     """A class of diffusers; the test is skipped where it is missing."""
-    module = pytest.importorskip("diffusers", reason="diffusers is not installed: `make references` does it")
-    if name == "UnCLIPTextProjModel":
-        from diffusers.pipelines.deprecated.unclip.text_proj import UnCLIPTextProjModel
-
-        return UnCLIPTextProjModel
+    pytest.importorskip("diffusers", reason="diffusers is not installed: `make references` does it")
+    text_proj = "diffusers.pipelines.deprecated.unclip.text_proj"
     with contextlib.redirect_stderr(io.StringIO()):
+        module = importlib.import_module(text_proj if name == "UnCLIPTextProjModel" else "diffusers")
         return getattr(module, name)
 
 
@@ -220,10 +219,8 @@ class _Fixed:
 @pytest.fixture(autouse=True)
 def given_noise(monkeypatch: pytest.MonkeyPatch) -> None:
     """Let their scheduler use the noise that a `_Fixed` holds."""
-    try:
-        from diffusers.schedulers import scheduling_unclip
-    except ImportError:
-        return
+    pytest.importorskip("diffusers", reason="diffusers is not installed: `make references` does it")
+    scheduling_unclip = importlib.import_module("diffusers.schedulers.scheduling_unclip")
     plain = scheduling_unclip.randn_tensor
 
     def drawn(shape: Any, generator: Any = None, **settings: Any) -> Tensor:
