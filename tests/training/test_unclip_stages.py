@@ -12,8 +12,10 @@ import training.cli.main
 from rerank import CLIP, CLIPTokenizer
 from storage.model_directory import directory_hash
 from training.cli.train import COMMANDS, read
+from training.plan.flops import upsampler_flops
 from training.plan.options import PlanOptions
 from training.plan.plan import make_plan
+from training.plan.state import shapes_only
 from training.plan.text import text as plan_text
 from training.ranks.ranks import join
 from training.recipes import RECIPES, Recipe, recipe
@@ -135,8 +137,13 @@ def test_a_plan_tells_what_the_stages_need() -> None:
     # a forward pass of the paper's decoder is 1.6 TFLOP, a training step three times that
     assert plan.unclip["decoder"].flops_per_sample == pytest.approx(3 * 1.6e12, rel=0.05)
     told = plan_text(plan)
-    assert "DALL·E 2's decoder: 2,253" in told
+    assert "DALL·E 2's decoder: 2,252,866,054 parameters" in told
     assert not make_plan(recipe("12b"), PlanOptions(gpus=64)).unclip
+    second = recipe("unclip-paper-1024").upsampler
+    assert second is not None
+    with shapes_only():
+        whole = Upsampler(dataclasses.replace(second.model, crop=1024))
+    assert upsampler_flops(whole) == pytest.approx(19.8e12, rel=0.01)
 
 
 @pytest.mark.parametrize("verb", ["decoder", "prior", "upsampler"])
