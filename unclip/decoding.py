@@ -12,8 +12,7 @@ from torch import Tensor
 from unclip.conditions import Text, drawn_mask
 from unclip.decoder import Conditions, Decoder, Known
 from unclip.loss import denoising_loss
-from unclip.noise import Noise
-from unclip.sampling import Network, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
+from unclip.sampling import Network, Noise, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
 
 NO_IMAGE, NO_TEXT = 0.1, 0.5
 """Shares of embeddings and of captions that are left out in training, each on its own."""

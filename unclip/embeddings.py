@@ -15,9 +15,8 @@ from torch.nn import functional as F
 from unclip.conditions import Text, drawn_mask
 from unclip.diffusion import Diffusion
 from unclip.loss import denoising_loss
-from unclip.noise import Noise
 from unclip.prior import Prior
-from unclip.sampling import Predictor, guided, sample_ddpm
+from unclip.sampling import Noise, Predictor, guided, sample_ddpm
 
 DROPPED = 0.1
 """Share of captions that are left out in training."""

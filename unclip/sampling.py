@@ -1,4 +1,6 @@
-"""From noise to a sample and back: the loops over a process's steps, for any network.
+"""From noise to a sample and back: noise, and the loops over a process's steps, for any network.
+
+Noise is a pure function of (seed, caption, candidate, purpose), so no candidate depends on the others of its batch.
 
 DDPM with a learned, fixed or analytic variance (Ho et al. 2020), DDIM with any eta and its inversion (Song et al. 2020;
 Ramesh et al. 2022, 3). What a network predicts may be guided: Ho & Salimans 2021, arXiv 2207.12598.
@@ -6,9 +8,10 @@ Ramesh et al. 2022, 3). What a network predicts may be guided: Ho & Salimans 202
 Letters: B batch  C channels  … the other dimensions of a sample
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, get_args
+from hashlib import blake2b
+from typing import Literal, NamedTuple, Self, get_args
 
 import torch
 from torch import Tensor
@@ -20,6 +23,41 @@ Network = Callable[[Tensor, Tensor], Tensor]
 DrawNoise = Callable[[int], Tensor]
 """Returns the noise (B, C, …) of a step, by its timestep."""
 Sampler = Literal["ddpm", "ddim"]
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Sources of noise, one for each row of a batch."""
+
+    rows: tuple[str, ...]
+    """What each row's noise is a function of, beside the purpose."""
+
+    @classmethod
+    def of(cls, seed: int, caption: str, candidates: Sequence[int]) -> Self:
+        """Return the sources of a caption's candidates, by their numbers, in a run with `seed`."""
+        return cls(tuple(f"{seed}\0{candidate}\0{caption}" for candidate in candidates))
+
+    def __add__(self, other: Self) -> Self:
+        return type(self)(self.rows + other.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def normal(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Return standard normal noise, float32 (B, *shape), drawn on the CPU and so equal on all devices.
+
+        Args:
+            purpose: what it is for, such as "decoder, step 17": noise of different purposes is independent.
+            shape: of one row.
+            device: of the result.
+        """
+        drawn = [torch.randn(*shape, generator=_generator(f"{row}\0{purpose}")) for row in self.rows]
+        return torch.stack(drawn).to(device)
+
+
+def _generator(text: str) -> torch.Generator:
+    digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest, "big") >> 1)
 
 
 class Estimate(NamedTuple):

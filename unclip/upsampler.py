@@ -20,8 +20,7 @@ from storage.model_directory import load_directory, load_weights, save_directory
 from unclip.degradation import KINDS
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.loss import denoising_loss
-from unclip.noise import Noise
-from unclip.sampling import Predictor, Sampler, sample, signed, unsigned
+from unclip.sampling import Noise, Predictor, Sampler, sample, signed, unsigned
 from unclip.unet import UNet, UNetConfig
 
 KIND = "upsampler"

@@ -10,8 +10,7 @@ from torch.nn import functional as F
 from unclip.conditions import Text
 from unclip.decoder import Decoder, DecoderConfig, Known
 from unclip.decoding import NOTHING_KNOWN, decode, decoder_loss, invert, known_regions, loss_by_quarter
-from unclip.noise import Noise
-from unclip.sampling import signed, unsigned
+from unclip.sampling import Noise, signed, unsigned
 
 TINY = DecoderConfig(
     image_size=8,

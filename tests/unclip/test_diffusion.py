@@ -6,8 +6,7 @@ from torch import Tensor
 
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.loss import denoising_loss, gaussian_divergence, pixel_nll, variational_bits
-from unclip.noise import Noise
-from unclip.sampling import Predictor, guided, invert_ddim, sample, sample_ddim, sample_ddpm
+from unclip.sampling import Noise, Predictor, guided, invert_ddim, sample, sample_ddim, sample_ddpm
 
 SCHEDULES: tuple[Schedule, ...] = ("linear", "cosine")
 PREDICTIONS: tuple[Prediction, ...] = ("noise", "x0", "v")

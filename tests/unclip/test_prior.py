@@ -9,8 +9,8 @@ from torch.nn import functional as F
 
 from unclip.conditions import Text
 from unclip.embeddings import measured_errors, prior_loss, sample_embeddings
-from unclip.noise import Noise
 from unclip.prior import Prior, PriorConfig, embedding_scale
+from unclip.sampling import Noise
 
 TINY = PriorConfig(
     embed_dim=8, text_width=12, text_len=6, width=32, n_layers=2, n_heads=4, n_steps=50, scale=embedding_scale(8)

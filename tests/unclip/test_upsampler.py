@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dvae.images import to_image, to_tensor
 from unclip.degradation import crop_pair, small_picture
-from unclip.noise import Noise
+from unclip.sampling import Noise
 from unclip.upsampler import Upsampler, UpsamplerConfig, upsample, upsampler_loss
 
 TINY = UpsamplerConfig(

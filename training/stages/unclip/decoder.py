@@ -24,8 +24,8 @@ from training.stages.unclip.conditioned import ConditionedStage, FrozenCLIP, wit
 from training.unclip_recipes import DecoderRecipe
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
-from unclip.noise import Noise
 from unclip.prior import embedding_scale
+from unclip.sampling import Noise
 
 PREVIEWS = 8
 """Pictures on a sample sheet."""

@@ -20,8 +20,8 @@ from training.stages.unclip.conditioned import ConditionedStage, FrozenCLIP, wit
 from training.unclip_recipes import PriorRecipe
 from unclip.decoding import loss_by_quarter
 from unclip.embeddings import measured_errors, prior_loss
-from unclip.noise import Noise
 from unclip.prior import Prior, embedding_scale
+from unclip.sampling import Noise
 
 MEASURED = 256
 """Samples on which the errors are measured that set the variances in sampling."""

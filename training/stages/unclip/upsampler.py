@@ -26,7 +26,7 @@ from training.stages.unclip.conditioned import with_weights
 from training.unclip_recipes import UpsamplerRecipe
 from unclip.decoding import loss_by_quarter
 from unclip.degradation import crop_pair, small_picture
-from unclip.noise import Noise
+from unclip.sampling import Noise
 from unclip.upsampler import Upsampler, upsample, upsampler_loss
 
 PREVIEWS = 8
