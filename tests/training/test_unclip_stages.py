@@ -171,18 +171,19 @@ def test_recipes_without_the_stages_have_none_of_them() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("zero_stage", [2, 3])
-def test_the_stages_train_where_ranks_share_their_state(
-    with_clip: Path, shards: Path, tmp_path: Path, zero_stage: int
+@pytest.mark.parametrize(("precision", "zero_stage"), [("autocast", 0), ("bf16", 2), ("bf16", 3)])
+def test_the_stages_train_in_lower_precision_and_where_ranks_share_their_state(
+    with_clip: Path, shards: Path, tmp_path: Path, precision: str, zero_stage: int
 ) -> None:
-    shared = chosen(zero_stage=zero_stage, precision="bf16", steps=2)
+    shared = chosen(zero_stage=zero_stage, precision=precision, steps=2)
     given = inputs(with_clip, shards, tmp_path)
     decoder = Decoder.load(train_decoder(shared, given, join(), quiet))
     prior = Prior.load(train_prior(shared, given, join(), quiet))
     upsampler = Upsampler.load(train_upsampler(shared, given, join(), quiet))
-    torch.manual_seed(shared.decoder.train.seed)  # type: ignore[union-attr]
-    first = Decoder(decoder.config)
-    assert not torch.equal(decoder.null_image, first.null_image)
+    # which begin at zero
+    assert decoder.unet.conv_out.weight.any()
+    assert upsampler.unet.conv_out.weight.any()
+    assert (prior.errors > 0).all()
     for model in (decoder, prior, upsampler):
         assert all(weight.isfinite().all() for weight in model.parameters())
     for stage in ("decoder", "prior", "upsampler-16"):
