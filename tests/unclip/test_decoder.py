@@ -10,7 +10,7 @@ from torch.nn import functional as F
 from unclip.conditions import Text
 from unclip.decoder import Decoder, DecoderConfig, Known
 from unclip.decoding import NOTHING_KNOWN, decode, decoder_loss, invert, known_regions, loss_by_quarter
-from unclip.sampling import Noise, signed, unsigned
+from unclip.sampling import Noise, Predictor, sample, signed, unsigned
 
 TINY = DecoderConfig(
     image_size=8,
@@ -127,7 +127,20 @@ def test_guidance_1_is_no_guidance_bit_for_bit_and_0_is_no_condition(sampler: st
     def drawn(guidance: float, given: Tensor = given, text: Text = text) -> Tensor:
         return decode(decoder, given, text, noise, steps=3, sampler=sampler, guidance=guidance)  # type: ignore[arg-type]
 
-    assert torch.equal(drawn(1.0), drawn(1.0))
+    plain = Predictor(
+        network=lambda x, timesteps: decoder(x, timesteps, given, text),
+        prediction="v",
+        process=decoder.process.respaced(3),
+        clamp=1.0,
+    )
+    start = noise.normal("decoder, start", [3, 8, 8])
+    expected = sample(
+        plain,
+        start,
+        lambda step: noise.normal(f"decoder, step {step}", [3, 8, 8]),
+        sampler=sampler,  # type: ignore[arg-type]
+    )
+    assert torch.equal(drawn(1.0), unsigned(expected))
     if sampler == "ddim":  # the conditional variance stays
         other = drawn(0.0, embeddings(seed=8), some_text(seed=20))
         torch.testing.assert_close(drawn(0.0), other, atol=1e-5, rtol=0)
