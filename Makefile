@@ -70,7 +70,7 @@ bench-family: $(REFERENCES_STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
-	$(BIN)/mypy dalle dvae rerank storage training benchmarks
+	$(BIN)/mypy dalle dvae rerank storage training unclip benchmarks
 	$(BIN)/vulture
 	$(BIN)/codespell
 

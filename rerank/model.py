@@ -17,7 +17,7 @@ Letters: B batch  C channels  P patches  S positions (P+1 image, L text)  L text
 import hashlib
 import math
 from pathlib import Path
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,14 +81,33 @@ class TextTower(nn.Module):
 
     def forward(self, ids_BL: Tensor) -> Tensor:
         """Return features (B, E), not yet of unit length, of text ids (B, L)."""
-        h_BSD = self.token_embedding(ids_BL) + self.position_embedding[: ids_BL.shape[1]]
+        return self.features(self.hidden(ids_BL), ids_BL)
+
+    def hidden(self, ids_BL: Tensor) -> Tensor:
+        """Return what the blocks make of text ids, (B, L, D), before the last LayerNorm."""
+        h_BSD: Tensor = self.token_embedding(ids_BL) + self.position_embedding[: ids_BL.shape[1]]
         for block in self.blocks:
             h_BSD = block(h_BSD)
+        return h_BSD
+
+    def features(self, h_BSD: Tensor, ids_BL: Tensor) -> Tensor:
+        """Return features (B, E), not yet of unit length, of what `hidden` returns."""
         # argmax gives the first of equals, and end-of-text is the highest id
         end_B = ids_BL.argmax(dim=1)
         h_BD = h_BSD[torch.arange(len(ids_BL), device=ids_BL.device), end_B]
         output: Tensor = self.projection(self.norm_final(h_BD))
         return output
+
+
+class TextStates(NamedTuple):
+    """What the text tower makes of captions, at every position."""
+
+    features: Tensor
+    """float32 (B, E)."""
+    states: Tensor
+    """float32 (B, L, D), after the last LayerNorm."""
+    mask: Tensor
+    """bool (B, L), True up to the end-of-text."""
 
 
 class CLIP(nn.Module):
@@ -176,21 +195,22 @@ class CLIP(nn.Module):
         """The device of the weights."""
         return self.logit_scale.device
 
-    def encode_image(self, images: Tensor) -> Tensor:
+    def encode_image(self, images: Tensor, *, normalise: bool = True) -> Tensor:
         """Return unit features of images.
 
         Args:
             images: float (B, 3, H, W) in [0, 1], RGB, any size: `normalised_pixels` resizes and crops.
+            normalise: False for features as the tower gives them, which some models of others read.
 
         Returns:
-            float32 (B, E), each row of length 1.
+            float32 (B, E), each row of length 1 if normalised.
 
         Raises:
             ValueError: images of another rank, number of channels or dtype; on the CPU also of another range.
         """
         check_images(images)
-        features_BE = self.vision(normalised_pixels(images, self.config.view))
-        return F.normalize(features_BE.float(), dim=-1)
+        features_BE: Tensor = self.vision(normalised_pixels(images, self.config.view)).float()
+        return F.normalize(features_BE, dim=-1) if normalise else features_BE
 
     def encode_text(self, ids: Tensor) -> Tensor:
         """Return unit features of captions.
@@ -206,6 +226,23 @@ class CLIP(nn.Module):
         """
         _check_ids(ids, self.config)
         return F.normalize(self.text(ids).float(), dim=-1)
+
+    def text_states(self, ids: Tensor, *, normalise: bool = True) -> TextStates:
+        """Return the features of captions, as `encode_text` does, and the text tower's states at every position.
+
+        Args:
+            ids: as for `encode_text`.
+            normalise: False for features as the tower gives them.
+
+        Raises:
+            ValueError: see `encode_text`.
+        """
+        _check_ids(ids, self.config)
+        h_BLD = self.text.hidden(ids)
+        features_BE = self.text.features(h_BLD, ids).float()
+        mask_BL = torch.arange(ids.shape[1], device=ids.device) <= ids.argmax(dim=1, keepdim=True)
+        states_BLD = self.text.norm_final(h_BLD).float()
+        return TextStates(F.normalize(features_BE, dim=-1) if normalise else features_BE, states_BLD, mask_BL)
 
     def forward(self, images: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Return unit features of images and captions, and the factor of their cosines, for `contrastive_loss`.

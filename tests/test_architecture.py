@@ -24,9 +24,10 @@ from training.data.filters import ShardFilter
 from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.stages.encode import EncodeConfig
 from training.stages.inputs import Inputs
+from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("storage", "dvae", "rerank", "dalle", "training")
+PACKAGES = ("storage", "dvae", "rerank", "unclip", "dalle", "training")
 LONGEST_FUNCTION = 150
 MODULES_IN_A_FOLDER = 12
 
@@ -48,7 +49,7 @@ PIPELINE = {
 """The modules of dalle that join the packages."""
 
 _CORE = {"storage", "leaf", "dalle"}
-_MODELS = {"dvae", "rerank"}
+_MODELS = {"dvae", "rerank", "unclip"}
 _TRAINING = {
     "training.patches",
     "training.schedules",
@@ -62,6 +63,7 @@ ROOMS: dict[str, set[str]] = {
     "leaf": {"storage"},
     "dvae": {"storage", "leaf"},
     "rerank": {"storage", "leaf"},
+    "unclip": {"storage", "leaf"},
     "dalle": {"storage", "leaf"},
     "dalle.data": {"storage", "leaf"},
     "dalle.output": {*_CORE, "dalle.pipeline"},
@@ -89,6 +91,7 @@ ROOMS: dict[str, set[str]] = {
     "training.data": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "training.drawings"},
     "training.engine": {"storage", "dalle", "dalle.output", *_TRAINING},
     "training.loop": {"storage", "dalle.data", "dalle.output", "training.data", "training.engine", *_TRAINING},
+    "training.unclip_recipes": {"unclip", "training.config", "training.schedules"},
     "training.recipes": {
         "dalle",
         *_MODELS,
@@ -96,6 +99,7 @@ ROOMS: dict[str, set[str]] = {
         "training.data",
         "training.drawings",
         "training.schedules",
+        "training.unclip_recipes",
     },
     "training.plan": {"storage", "dalle", "dalle.output", *_MODELS, "training.engine", "training.recipes", *_TRAINING},
 }
@@ -220,10 +224,22 @@ rerank:CLIPConfig()
 rerank:CLIP(config, tokenizer)
 rerank:CLIP.load(path)
 rerank:CLIP.save(path, metadata)
-rerank:CLIP.encode_image(images)
+rerank:CLIP.encode_image(images, normalise)
 rerank:CLIP.encode_text(ids)
+rerank:CLIP.text_states(ids, normalise)
 rerank:CLIPTokenizer.train(captions, vocab_size)
 rerank:score(clip, captions, images)
+unclip:Diffusion(schedule, n_steps, timesteps)
+unclip:Prior.load(path)
+unclip:Decoder.load(path)
+unclip:Upsampler.load(path)
+unclip.embeddings:sample_embeddings(prior, text, noise, steps, guidance, candidates)
+unclip.decoding:decode(decoder, embeddings, text, noise, start, steps, sampler, eta, guidance, known)
+unclip.decoding:invert(decoder, images, embeddings, text, steps, corrections)
+unclip.upsampler:upsample(upsampler, small, noise, steps, sampler, eta)
+unclip.latents:slerp(start, end, theta)
+unclip.latents:text_difference(before, after)
+dalle.importers.unclip.importing:import_unclip(folder, clip)
 dalle.data.reader:ShardData.open(shards, captions, encoded)
 dalle.data.reader:ShardData.order(seed, epoch)
 training.data.batches:Share(seed, micro_batch, accumulation, rank, world_size, start_step)
@@ -317,7 +333,7 @@ def room_of(module: str) -> str:
     if inner == ["__main__"]:
         return f"{package}.cli"
     is_core = len(inner) < 2 or inner[0] in ("family", "sampler")
-    if package in ("storage", "dvae", "rerank") or (package == "dalle" and is_core and module not in ROOMS):
+    if package in ("storage", "dvae", "rerank", "unclip") or (package == "dalle" and is_core and module not in ROOMS):
         return package
     return ".".join([package, *inner[:1]])
 
@@ -363,6 +379,10 @@ def test_imports_point_one_way() -> None:
         ("training.stages.clip", "training.demo.demo"),
         ("rerank.model", "dvae.model"),
         ("rerank.score", "dvae"),
+        ("unclip.prior", "rerank.model"),
+        ("unclip.decoder", "dvae.model"),
+        ("rerank.model", "unclip.conditions"),
+        ("dalle.model", "unclip"),
         ("dalle.model", "dvae"),
         ("dalle.sampling", "rerank"),
         ("dalle.model", "dalle.pipeline"),
@@ -570,7 +590,7 @@ def test_the_public_interface_is_there(entry: str) -> None:
     assert not missing, f"{path} has no parameter {', '.join(sorted(missing))}"
 
 
-@pytest.mark.parametrize("package", ["dalle", "dvae", "rerank"])
+@pytest.mark.parametrize("package", ["dalle", "dvae", "rerank", "unclip"])
 def test_a_package_exports_two_to_five_names(package: str) -> None:
     exported = importlib.import_module(package).__all__
     assert 2 <= len(exported) <= 5
@@ -610,6 +630,9 @@ CONFIGURATIONS = {
     "dvae": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe),
     "clip": (Inputs, TrainConfig, OptimizerConfig, CLIPRecipe),
     "transformer": (Inputs, TrainConfig, OptimizerConfig, TransformerRecipe),
+    "decoder": (Inputs, TrainConfig, OptimizerConfig, DecoderRecipe),
+    "prior": (Inputs, TrainConfig, OptimizerConfig, PriorRecipe),
+    "upsampler": (Inputs, TrainConfig, OptimizerConfig, UpsamplerRecipe),
     "all": (Inputs, TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
     "demo": (TrainConfig, OptimizerConfig, DVAERecipe, CLIPRecipe, TransformerRecipe),
     "encode": (EncodeConfig,),

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-PACKAGES = ("storage", "dalle", "dvae", "rerank", "training")
+PACKAGES = ("storage", "dalle", "dvae", "rerank", "training", "unclip")
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
 MODULE_OF = {
     "pillow": "PIL",
@@ -109,7 +109,7 @@ def test_all_tests_can_be_collected_without_data_network_or_home(tmp_path: Path)
 
 # ------------------------------------------------------------------------------------------------ docs/paper.md
 
-REFERENCE = re.compile(r"`((?:storage|dalle|dvae|rerank|training)/[\w/]+\.py)(?::([\w.]+))?`")
+REFERENCE = re.compile(r"`((?:storage|dalle|dvae|rerank|training|unclip)/[\w/]+\.py)(?::([\w.]+))?`")
 
 
 def definitions(path: Path) -> dict[str, tuple[int, int]]:

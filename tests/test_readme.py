@@ -31,6 +31,7 @@ PAGES = {"README.md": README} | {
         "faults",
         "results",
         "weights",
+        "dalle2",
     )
 }
 PROGRAMS = ("dalle", "dalle-train")
@@ -139,7 +140,7 @@ def test_the_file_tree_of_the_design_is_the_repository() -> None:
     assert not gone, f"docs/design.md lists what is not there: {', '.join(gone)}"
     modules = {
         path.relative_to(ROOT).as_posix()
-        for package in ("storage", "dvae", "rerank", "dalle", "training")
+        for package in ("storage", "dvae", "rerank", "unclip", "dalle", "training")
         for path in (ROOT / package).rglob("*.py")
         if not path.stem.startswith("__")
     }
@@ -149,7 +150,7 @@ def test_the_file_tree_of_the_design_is_the_repository() -> None:
 @pytest.mark.parametrize("page", PAGES)
 def test_files_that_a_page_links_or_names_exist(page: str) -> None:
     links = [link for link in re.findall(r"\[[^\]]*\]\(([^)]+)\)", PAGES[page]) if "://" not in link]
-    named = re.findall(r"`((?:storage|dalle|dvae|rerank|training|docs|tests)/[\w/.]+\.(?:py|md))`", PAGES[page])
+    named = re.findall(r"`((?:storage|dalle|dvae|rerank|training|unclip|docs|tests)/[\w/.]+\.(?:py|md))`", PAGES[page])
     missing = [link for link in links if not (ROOT / page).parent.joinpath(link.partition("#")[0]).exists()]
     missing += [name for name in named if not (ROOT / name).exists()]
     assert not missing, f"{page} names what is not there: {', '.join(missing)}"

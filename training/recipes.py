@@ -22,6 +22,18 @@ from training.config import OptimizerConfig, TrainConfig, check_bounds
 from training.drawings.shapes import FROM_ONE_END
 from training.drawings.wrong_captions import SOURCES, Source
 from training.schedules import Cosine, WarmupCosine, WarmupPlateau
+from training.unclip_recipes import (
+    DecoderRecipe,
+    PriorRecipe,
+    UpsamplerRecipe,
+    cpu_decoder,
+    cpu_prior,
+    cpu_upsampler,
+    paper_decoder,
+    paper_prior,
+    paper_upsampler,
+    paper_upsampler2,
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,6 +155,10 @@ class Recipe:
     dvae: DVAERecipe
     transformer: TransformerRecipe
     clip: CLIPRecipe
+    decoder: DecoderRecipe | None = None
+    """DALL·E 2's, as the next two; None in recipes that have none of it."""
+    prior: PriorRecipe | None = None
+    upsampler: UpsamplerRecipe | None = None
 
 
 CLIP_OPTIMIZER = OptimizerConfig(betas=(0.9, 0.98), eps=1e-6, weight_decay=0.2, gradient_clipping=0.0)
@@ -330,6 +346,18 @@ def mini_cpu() -> Recipe:
     )
 
 
+def unclip_cpu() -> Recipe:
+    """Return the demonstration with DALL·E 2's stages beside it, which read its CLIP."""
+    return dataclasses.replace(
+        demo(),
+        name="unclip-cpu",
+        purpose="DALL·E 2 on the built-in world, on two CPU cores",
+        decoder=cpu_decoder(),
+        prior=cpu_prior(),
+        upsampler=cpu_upsampler(),
+    )
+
+
 def one_million() -> Recipe:
     """Return a transformer of about a million parameters on 12×12 tokens: for trying things out."""
     base = demo()
@@ -471,6 +499,44 @@ def paper_12b() -> Recipe:
     return _scaled("12b", "the paper's model, width 3968", DALLEConfig(), zero_stage=3, micro_batch=8)
 
 
+def unclip_paper() -> Recipe:
+    """Return DALL·E 2's sizes (Ramesh et al. 2022, table 3), and its CLIP's (C): ViT-H/16, a text tower of width 1024.
+
+    Tokenizer, dVAE and transformer are those of the first DALL·E, which its stages do not need.
+    """
+    clip = CLIPConfig(
+        image_size=256,
+        patch_size=16,
+        vision_width=1280,
+        vision_layers=32,
+        vision_heads=16,
+        context_length=256,
+        text_width=1024,
+        text_layers=24,
+        text_heads=16,
+        embed_dim=1024,
+    )
+    return dataclasses.replace(
+        paper_12b(),
+        name="unclip-paper",
+        purpose="DALL·E 2: prior, decoder and upsampler of the paper",
+        clip=dataclasses.replace(paper_clip(), model=clip),
+        decoder=paper_decoder(),
+        prior=paper_prior(),
+        upsampler=paper_upsampler(),
+    )
+
+
+def unclip_paper_1024() -> Recipe:
+    """Return the same with the second upsampler in place of the first."""
+    return dataclasses.replace(
+        unclip_paper(),
+        name="unclip-paper-1024",
+        purpose="DALL·E 2, with the second upsampler",
+        upsampler=paper_upsampler2(),
+    )
+
+
 # ---- all of them ------------------------------------------------------------------------------------------
 
 RECIPES: dict[str, Callable[[], Recipe]] = {
@@ -484,6 +550,9 @@ RECIPES: dict[str, Callable[[], Recipe]] = {
     "2.8b": paper_2_8b,
     "5.6b": paper_5_6b,
     "12b": paper_12b,
+    "unclip-cpu": unclip_cpu,
+    "unclip-paper": unclip_paper,
+    "unclip-paper-1024": unclip_paper_1024,
 }
 
 

@@ -44,6 +44,7 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.importing.import_bundle import ImportBundle
     from dalle.cli.importing.import_clip import ImportCLIP
     from dalle.cli.importing.import_dvae import ImportDVAE
+    from dalle.cli.importing.import_unclip import ImportUnCLIP
     from dalle.cli.importing.import_vqgan import ImportVQGAN
     from dalle.cli.rank import Rank
     from dalle.cli.reconstructing.reconstruct import Reconstruct
@@ -66,6 +67,7 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportDVAE, subcommand("import-dvae")]
         | Annotated[ImportCLIP, subcommand("import-clip")]
         | Annotated[ImportVQGAN, subcommand("import-vqgan")]
+        | Annotated[ImportUnCLIP, subcommand("import-unclip")]
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (

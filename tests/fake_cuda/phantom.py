@@ -199,7 +199,7 @@ def _place() -> str:
         path = Path(frame.f_code.co_filename)
         if path.is_relative_to(ROOT) and not path.is_relative_to(ROOT / "tests"):
             parts = path.relative_to(ROOT)
-            if parts.parts[0] in ("dalle", "dvae", "rerank", "storage", "training"):
+            if parts.parts[0] in ("dalle", "dvae", "rerank", "storage", "training", "unclip"):
                 return f"{parts.with_suffix('').as_posix()}:{frame.f_code.co_name}"
         if "deepspeed" in path.parts:
             return f"deepspeed {path.stem}:{frame.f_code.co_name}"

@@ -158,6 +158,23 @@ def test_shorter_rows_of_ids_give_the_same_features():
     torch.testing.assert_close(clip.encode_text(ids_BL[:, : end + 1]), clip.encode_text(ids_BL))
 
 
+def test_states_of_all_positions_come_with_the_features_of_the_captions():
+    clip = with_distinct_norms(tiny_clip()).eval()
+    ids = ids_of(clip, CAPTIONS)
+    told = clip.text_states(ids)
+    assert torch.equal(told.features, clip.encode_text(ids))
+    assert told.mask.sum(dim=1).tolist() == [min(10, len(clip.tokenizer.encode(caption)) + 2) for caption in CAPTIONS]
+    ends = told.states[torch.arange(len(ids)), told.mask.sum(dim=1) - 1]
+    plain = clip.text_states(ids, normalise=False)
+    torch.testing.assert_close(clip.text.projection(ends), plain.features)
+    assert torch.equal(plain.features, clip.text(ids))
+    assert torch.equal(plain.states, told.states)
+    images = rand(2, 3, 16, 16)
+    raw = clip.encode_image(images, normalise=False)
+    assert torch.equal(torch.nn.functional.normalize(raw, dim=-1), clip.encode_image(images))
+    assert not torch.allclose(raw.norm(dim=1), torch.ones(2))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_features_are_float32_of_unit_length(dtype):
     clip = tiny_clip().to(dtype)

@@ -119,7 +119,7 @@ def test_presets_are_package_data() -> None:
 @pytest.mark.slow
 def test_an_installed_wheel_has_the_presets(tmp_path: Path) -> None:
     source = tmp_path / "source"
-    for package in ("dalle", "dvae", "rerank", "storage", "training"):
+    for package in ("dalle", "dvae", "rerank", "storage", "training", "unclip"):
         shutil.copytree(ROOT / package, source / package, ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md"):
         shutil.copy(ROOT / name, source)

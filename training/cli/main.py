@@ -29,6 +29,9 @@ COMMANDS = {
         "clip": "train CLIP, the reranker",
         "encode": "turn pictures into image tokens, once",
         "transformer": "train the transformer on captions and image tokens",
+        "decoder": "train DALL·E 2's decoder, from CLIP's embeddings to pictures",
+        "prior": "train DALL·E 2's prior, from captions to CLIP's embeddings",
+        "upsampler": "train DALL·E 2's upsampler, from small pictures to large ones",
     },
     "results": {
         "status": "show how a run is going",

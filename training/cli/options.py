@@ -24,8 +24,9 @@ from training.engine.deepspeed_config import with_files
 from training.recipes import RECIPES, CLIPOptions, DVAERecipe, Recipe, TransformerOptions
 from training.schedules import Cosine
 
-Stage = Literal["dvae", "clip", "transformer"]
+Stage = Literal["dvae", "clip", "transformer", "decoder", "prior", "upsampler"]
 STAGES: tuple[Stage, ...] = ("dvae", "clip", "transformer")
+"""Those that are trained together; those of DALL·E 2 have commands of their own."""
 T = TypeVar("T")
 
 # Where a group stands in --help; its options have no prefix. Only in a stage's own group do switches have a --no-… too:
@@ -143,9 +144,22 @@ def recipe_name(arguments: Sequence[str]) -> str | None:
     return next((word for word in arguments if word in RECIPES), None)
 
 
+def stage_of(recipe: Recipe, stage: Stage) -> Any:
+    """Return what a recipe says about a stage.
+
+    Raises:
+        ValueError: it does not have the stage.
+    """
+    of = getattr(recipe, stage)
+    if of is None:
+        having = ", ".join(name for name in RECIPES if getattr(RECIPES[name](), stage) is not None)
+        raise ValueError(f"the recipe {recipe.name} has no {stage}: use one of {having}")
+    return of
+
+
 def values_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:
     """Return what a recipe says about a stage, by the names of the options."""
-    of = getattr(recipe, stage)
+    of = stage_of(recipe, stage)
     owners = (of, of.train, of.train.optimizer)
     values = {field.name: getattr(owner, field.name) for owner in owners for field in fields(owner)}
     values |= {"learning_rate": of.train.learning_rate.peak, "optimizer": of.train.optimizer.kind}
@@ -242,7 +256,7 @@ def changed_recipe(recipe: Recipe, stage: Stage, options: Mapping[str, Any]) -> 
         ValueError: an option is impossible, or contradicts a preset or a DeepSpeed JSON.
         FileNotFoundError: there is no such JSON.
     """
-    of = getattr(recipe, stage)
+    of = stage_of(recipe, stage)
     objects = {"kl_weight", "warmup"}  # there; as options a number and a word
     changes = {name: options[name] for name in options.keys() & {field.name for field in fields(of)} - objects}
     changes["train"] = train = changed_run(of.train, options)

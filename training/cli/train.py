@@ -65,6 +65,10 @@ from training.stages.encoded import encode_data
 from training.stages.inputs import BundleOptions, Inputs, ResumeOptions, ShardOptions, ValidationShardOptions
 from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
+from training.stages.unclip.decoder import train_decoder
+from training.stages.unclip.prior import train_prior
+from training.stages.unclip.upsampler import train_upsampler
+from training.unclip_recipes import DecoderOptions, PriorOptions, UpsamplerOptions
 
 logger = logging.getLogger(__name__)
 
@@ -184,6 +188,48 @@ class TransformerCommand(StageCommand):
         chosen, inputs = self.changed(), self.inputs()
         with joined(self.job, self.arguments) as (ranks, say):
             train_transformer(chosen, inputs, ranks, say, tokenizer=self.own.tokenizer, dvae=self.own.dvae)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderCommand(StageCommand):
+    """Train DALL·E 2's decoder on captioned pictures, with the bundle's CLIP, which stays as it is."""
+
+    own: Annotated[InStage[DecoderOptions], tyro.conf.arg(name="decoder")]
+    stage = "decoder"
+
+    def run(self) -> None:
+        """Train it."""
+        chosen, inputs = self.changed(), self.inputs()
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_decoder(chosen, inputs, ranks, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorCommand(StageCommand):
+    """Train DALL·E 2's prior on captioned pictures, with the bundle's CLIP, which stays as it is."""
+
+    own: Annotated[InStage[PriorOptions], tyro.conf.arg(name="prior")]
+    stage = "prior"
+
+    def run(self) -> None:
+        """Train it."""
+        chosen, inputs = self.changed(), self.inputs()
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_prior(chosen, inputs, ranks, say)
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerCommand(StageCommand):
+    """Train DALL·E 2's upsampler on pictures: crops of them, and the same in small."""
+
+    own: Annotated[InStage[UpsamplerOptions], tyro.conf.arg(name="upsampler")]
+    stage = "upsampler"
+
+    def run(self) -> None:
+        """Train it."""
+        chosen, inputs = self.changed(), self.inputs()
+        with joined(self.job, self.arguments) as (ranks, say):
+            train_upsampler(chosen, inputs, ranks, say)
 
 
 # ------------------------------------------------------------------------------------------------ several stages
@@ -333,7 +379,18 @@ class EncodeCommand(TrainCommand):
 
 # ------------------------------------------------------------------------------------------------ reading a command
 
-Command = TokenizerCommand | DVAECommand | CLIPCommand | TransformerCommand | EncodeCommand | AllCommand | DemoCommand
+Command = (
+    TokenizerCommand
+    | DVAECommand
+    | CLIPCommand
+    | TransformerCommand
+    | DecoderCommand
+    | PriorCommand
+    | UpsamplerCommand
+    | EncodeCommand
+    | AllCommand
+    | DemoCommand
+)
 COMMANDS: dict[str, type[Command]] = {
     "demo": DemoCommand,
     "all": AllCommand,
@@ -342,6 +399,9 @@ COMMANDS: dict[str, type[Command]] = {
     "clip": CLIPCommand,
     "encode": EncodeCommand,
     "transformer": TransformerCommand,
+    "decoder": DecoderCommand,
+    "prior": PriorCommand,
+    "upsampler": UpsamplerCommand,
 }
 
 
@@ -363,13 +423,19 @@ def read(verb: str, arguments: Sequence[str]) -> Command:
     return dataclasses.replace(command, arguments=(verb, *arguments))
 
 
+def _first_recipe(kind: type[Command]) -> str:
+    """Return the first recipe that has what a command trains."""
+    stage = kind.stage if issubclass(kind, StageCommand) else "dvae"
+    return next(name for name in RECIPES if getattr(recipe(name), stage) is not None)
+
+
 def _parsed(kind: type[Command], verb: str, arguments: Sequence[str], named: str | None) -> Command:
     description = kind.__doc__ or ""
     if issubclass(kind, EncodeCommand):
         default = None
     else:
         has_recipe = not issubclass(kind, DemoCommand)
-        chosen = recipe(named if has_recipe and named is not None else next(iter(RECIPES)))
+        chosen = recipe(named if has_recipe and named is not None else _first_recipe(kind))
         default = defaults(kind, kind.values(chosen))
         if has_recipe:
             description += f" Defaults are those of the recipe {chosen.name}"

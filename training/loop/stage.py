@@ -18,7 +18,7 @@ class Stage(Protocol):
 
     @property
     def name(self) -> str:
-        """The stage: dvae-warmup, dvae, transformer, clip-warmup or clip."""
+        """The stage: dvae-warmup, dvae, transformer, clip-warmup, clip, decoder, prior or upsampler."""
 
     @property
     def model(self) -> nn.Module:

@@ -8,12 +8,18 @@ norms, activations and the optimizer count as nothing.
 
 from collections import Counter
 
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
 from dalle.attention import mask
 from dalle.family.mini.config import MiniConfig
 from dalle.family.transformers import TrainedConfig
 from dalle.model import DALLEConfig
 from dvae.model import DVAEConfig
 from rerank.config import CLIPConfig
+from unclip import Decoder, Prior, Upsampler
+from unclip.conditions import Text
 
 
 def attended(config: DALLEConfig) -> int:
@@ -121,3 +127,37 @@ def clip_flops(config: CLIPConfig, captions: int = 1) -> int:
     layers = sum(n * (12 * length * width**2 + 2 * length**2 * width) for n, length, width in towers)
     projections = (config.vision_width + config.text_width) * config.embed_dim
     return 2 * (pixels + layers + projections)
+
+
+def decoder_flops(decoder: Decoder) -> int:
+    """Return the operations of a picture's pass through DALL·E 2's decoder, on the meta device, conditions included."""
+    config = decoder.config
+    text = _any_text(config.embed_dim, config.text_len, config.text_width)
+    x = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+    return _counted(decoder, x, torch.zeros(1, device="meta"), text.features, text)
+
+
+def prior_flops(prior: Prior) -> int:
+    """Return the operations of an embedding's pass through DALL·E 2's prior, on the meta device."""
+    config = prior.config
+    text = _any_text(config.embed_dim, config.text_len, config.text_width)
+    return _counted(prior, text.features, torch.zeros(1, device="meta"), text)
+
+
+def upsampler_flops(upsampler: Upsampler) -> int:
+    """Return the operations of a crop's pass through one of DALL·E 2's upsamplers, on the meta device."""
+    x = torch.empty(1, 3, upsampler.config.crop, upsampler.config.crop, device="meta")
+    return _counted(upsampler, x, torch.zeros(1, device="meta"), x)
+
+
+def _any_text(embed_dim: int, text_len: int, text_width: int) -> Text:
+    seen = torch.ones(1, text_len, dtype=torch.bool, device="meta")
+    states = torch.empty(1, text_len, text_width, device="meta")
+    return Text(torch.empty(1, embed_dim, device="meta"), states, seen)
+
+
+def _counted(model: nn.Module, *inputs: object) -> int:
+    """Return the operations of a forward pass on the meta device, as torch counts those of products."""
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(*inputs)
+    return int(counter.get_total_flops())

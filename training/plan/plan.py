@@ -24,13 +24,22 @@ from training.engine.parts.buffers import live
 from training.plan.advice import advice, divisors, recommended
 from training.plan.costs.checkpoints import GB, Saved, Speeds, checkpoint_of, measured_speeds
 from training.plan.costs.communication import Communication, Counts, Network, Step, communications, papers_rank
-from training.plan.flops import clip_flops, dvae_flops, flops_per_sample, training_flops
+from training.plan.flops import (
+    clip_flops,
+    decoder_flops,
+    dvae_flops,
+    flops_per_sample,
+    prior_flops,
+    training_flops,
+    upsampler_flops,
+)
 from training.plan.memory_model import Run, host_peak, moments, peak_bytes, training_peak
 from training.plan.options import PlanOptions
 from training.plan.pauses import pauses
 from training.plan.state import Mode, Sizes, modes_of, preset_name, shapes_only, state_bytes
 from training.plan.types import RESERVED_FRACTION, ModePlan, OtherStage, Plan
 from training.recipes import Recipe
+from unclip import Decoder, Prior, Upsampler
 
 MAX_SAMPLES = 32
 """Largest micro-batch that the plan shows beside its own."""
@@ -105,6 +114,7 @@ def make_plan(recipe: Recipe, options: PlanOptions) -> Plan:
             gpus,
             speeds,
         ),
+        unclip=_unclip_stages(recipe, gpus, speeds),
         checkpoint_every=train.checkpoint_every,
         keep_last=train.keep_last,
         keep_every=train.keep_every,
@@ -223,6 +233,28 @@ def _mode_plan(run: Run, mode: Mode, train: TrainConfig, gpu_memory_gib: float, 
         largest_micro_batch=max((n for n, total in totals.items() if total <= usable), default=0),
         checkpoint=checkpoint_of(saved, mode, run.gpus, train, speeds),
     )
+
+
+def _unclip_stages(recipe: Recipe, gpus: int, speeds: Speeds) -> dict[str, OtherStage]:
+    """Return the needs of DALL·E 2's stages, as far as a recipe has them."""
+    stages = {}
+    with shapes_only():
+        if recipe.prior is not None:
+            prior = Prior(recipe.prior.model)
+            stages["prior"] = _other_stage(
+                {"blocks": prior.blocks}, prior, prior_flops(prior), recipe.prior.train, gpus, speeds
+            )
+        if recipe.decoder is not None:
+            decoder = Decoder(recipe.decoder.model)
+            stages["decoder"] = _other_stage(
+                {"U-Net": decoder.unet}, decoder, decoder_flops(decoder), recipe.decoder.train, gpus, speeds
+            )
+        if recipe.upsampler is not None:
+            upsampler = Upsampler(recipe.upsampler.model)
+            stages["upsampler"] = _other_stage(
+                {"U-Net": upsampler.unet}, upsampler, upsampler_flops(upsampler), recipe.upsampler.train, gpus, speeds
+            )
+    return stages
 
 
 def _other_stage(

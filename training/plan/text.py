@@ -43,6 +43,7 @@ def text(plan: Plan) -> str:
         "",
         *_stage_lines("dVAE", plan.dvae, "picture"),
         *_stage_lines("CLIP", plan.clip, "pair"),
+        *(line for name, stage in plan.unclip.items() for line in _stage_lines(f"DALL·E 2's {name}", stage, "picture")),
     ]
     return "\n".join(lines)
 

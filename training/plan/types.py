@@ -115,6 +115,8 @@ class Plan:
     """Settings that would fit, a line each, if nothing does."""
     dvae: OtherStage
     clip: OtherStage
+    unclip: dict[str, OtherStage]
+    """DALL·E 2's stages, by their commands; empty of a recipe without."""
     checkpoint_every: int
     """Steps between two checkpoints."""
     keep_last: int

@@ -16,8 +16,9 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.run_files import CHECKPOINTS
 from training.stages.inputs import Inputs, note_data
+from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
 
-StageRecipe = DVAERecipe | CLIPRecipe | TransformerRecipe
+StageRecipe = DVAERecipe | CLIPRecipe | TransformerRecipe | DecoderRecipe | PriorRecipe | UpsamplerRecipe
 _AT_THE_START = {"model", "train", "warmup", "init_scale", "init_from_codebook", "embedding_scale"}
 """Fields of a recipe that say nothing to a resumed run, or that are written down elsewhere."""
 

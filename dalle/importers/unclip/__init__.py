@@ -1,0 +1,1 @@
+"""Karlo, the published unCLIP, as diffusers has it."""

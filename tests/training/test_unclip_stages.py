@@ -1,0 +1,190 @@
+"""DALL·E 2's stages, trained a few steps on the built-in world with a CLIP that stays as it is."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from support import tiny
+
+import training.cli.main
+from rerank import CLIP, CLIPTokenizer
+from storage.model_directory import directory_hash
+from training.cli.train import COMMANDS, read
+from training.plan.flops import upsampler_flops
+from training.plan.options import PlanOptions
+from training.plan.plan import make_plan
+from training.plan.state import shapes_only
+from training.plan.text import text as plan_text
+from training.ranks.ranks import join
+from training.recipes import RECIPES, Recipe, recipe
+from training.run_files import read_metrics
+from training.stages.inputs import RUNS, Inputs
+from training.stages.unclip.decoder import train_decoder
+from training.stages.unclip.prior import train_prior
+from training.stages.unclip.upsampler import train_upsampler
+from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
+from unclip import Decoder, Prior, Upsampler
+from unclip.decoder import DecoderConfig
+from unclip.prior import PriorConfig, embedding_scale
+from unclip.unet import UNet
+from unclip.upsampler import UpsamplerConfig
+
+
+def chosen(**changes: object) -> Recipe:
+    train = tiny.train_config(**changes)
+    decoder = DecoderConfig(
+        image_size=8, width=32, multiples=(1, 2), n_blocks=1, attention=(1,), head_width=16, context_width=16
+    )
+    upsampler = UpsamplerConfig(image_size=16, input_size=8, crop=8, width=32, multiples=(1, 2), n_blocks=1)
+    return dataclasses.replace(
+        tiny.recipe(),
+        decoder=DecoderRecipe(model=decoder, train=train, sample_steps=2),
+        prior=PriorRecipe(model=PriorConfig(width=32, n_layers=1, n_heads=2), train=train),
+        upsampler=UpsamplerRecipe(model=upsampler, train=train, sample_steps=2),
+    )
+
+
+@pytest.fixture(scope="module")
+def with_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A bundle of a CLIP alone; not to be changed."""
+    out = tmp_path_factory.mktemp("clip") / "bundle"
+    tokenizer = CLIPTokenizer.train(["a small red circle left of a blue square"], 300)
+    torch.manual_seed(0)
+    config = dataclasses.replace(tiny.recipe().clip.model, vocab_size=tokenizer.vocab_size)
+    CLIP(config, tokenizer).save(out / "clip")
+    return out
+
+
+def inputs(with_clip: Path, shards: Path, out: Path) -> Inputs:
+    shutil.copytree(with_clip, out, dirs_exist_ok=True)
+    return Inputs(data=[shards], validation=[shards], out=out)
+
+
+def quiet(line: str) -> None:
+    return None
+
+
+def losses(out: Path) -> dict[int, float]:
+    lines = read_metrics(out / RUNS / "decoder")
+    return {line["step"]: line["loss"] for line in lines if line["split"] == "train" and "loss" in line}
+
+
+def test_a_decoder_trains_resumes_exactly_and_shows_what_it_draws(
+    with_clip: Path, shards: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_decoder(chosen(), inputs(with_clip, shards, whole), join(), quiet)
+    train_decoder(chosen(steps=2), inputs(with_clip, shards, parts), join(), quiet)
+    train_decoder(chosen(), inputs(with_clip, shards, parts), join(), quiet)
+    assert losses(whole) == losses(parts)
+    assert len(losses(whole)) == 4
+    trained, resumed = Decoder.load(whole / "decoder"), Decoder.load(parts / "decoder")
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    config = trained.config
+    assert (config.embed_dim, config.text_width, config.text_len) == (8, 16, 24)
+    assert config.scale == pytest.approx(embedding_scale(8))
+    assert (whole / "decoder" / "config.json").read_text().count(directory_hash(with_clip / "clip")) == 1
+    measured = list(read_metrics(whole / RUNS / "decoder"))
+    assert any({"mse", "vb", "mse_by_quarter"} <= line.keys() for line in measured)
+    assert list((whole / RUNS / "decoder").rglob("*.png"))
+
+
+def test_a_prior_trains_and_measures_its_errors(with_clip: Path, shards: Path, tmp_path: Path) -> None:
+    train_prior(chosen(), inputs(with_clip, shards, tmp_path), join(), quiet)
+    prior = Prior.load(tmp_path / "prior")
+    assert (prior.config.embed_dim, prior.config.text_width, prior.config.text_len) == (8, 16, 24)
+    assert prior.errors.shape == (1000,)
+    assert (prior.errors > 0).all()
+    assert any("cosine" in line for line in read_metrics(tmp_path / RUNS / "prior"))
+
+
+def test_an_upsampler_trains_and_shows_itself_beside_bilinear_enlargement(shards: Path, tmp_path: Path) -> None:
+    given = Inputs(data=[shards], validation=[shards], out=tmp_path)
+    assert train_upsampler(chosen(), given, join(), quiet) == tmp_path / "upsampler-16"
+    assert Upsampler.load(tmp_path / "upsampler-16").config.factor == 2
+    assert list((tmp_path / RUNS / "upsampler-16").rglob("*.png"))
+
+
+def test_the_papers_recipes_have_the_papers_sizes() -> None:
+    paper, second = recipe("unclip-paper"), recipe("unclip-paper-1024")
+    assert paper.decoder is not None
+    assert paper.prior is not None
+    assert paper.upsampler is not None
+    assert second.upsampler is not None
+    with torch.device("meta"):
+        models = [
+            Decoder(paper.decoder.model),
+            Prior(paper.prior.model),
+            UNet(paper.upsampler.model),
+            UNet(second.upsampler.model),
+            CLIP(paper.clip.model),
+        ]
+    millions = [round(sum(p.numel() for p in model.parameters()) / 1e6) for model in models]
+    assert millions[:4] == [2253, 1226, 730, 282]  # "3.5B" counts a text transformer, "700M", "300M"
+    assert 900 < millions[4] < 1100
+
+
+def test_a_plan_tells_what_the_stages_need() -> None:
+    plan = make_plan(recipe("unclip-paper"), PlanOptions(gpus=64))
+    assert {name: round(stage.parameters["total"] / 1e6) for name, stage in plan.unclip.items()} == {
+        "prior": 1226,
+        "decoder": 2253,
+        "upsampler": 730,
+    }
+    # a forward pass of the paper's decoder is 1.6 TFLOP, a training step three times that
+    assert plan.unclip["decoder"].flops_per_sample == pytest.approx(3 * 1.6e12, rel=0.05)
+    told = plan_text(plan)
+    assert "DALL·E 2's decoder: 2,252,866,054 parameters" in told
+    assert not make_plan(recipe("12b"), PlanOptions(gpus=64)).unclip
+    second = recipe("unclip-paper-1024").upsampler
+    assert second is not None
+    with shapes_only():
+        whole = Upsampler(dataclasses.replace(second.model, crop=1024))
+    assert upsampler_flops(whole) == pytest.approx(19.8e12, rel=0.01)
+
+
+@pytest.mark.parametrize("verb", ["decoder", "prior", "upsampler"])
+def test_a_recipe_without_the_stage_is_named_with_those_that_have_it(
+    verb: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert training.cli.main.main([verb, "demo", "--data", "x", "--out", "y"]) == 1
+    error = capsys.readouterr().err
+    assert f"the recipe demo has no {verb}: use one of unclip-cpu" in error
+    assert "Traceback" not in error
+    command = read(verb, ["unclip-cpu", "--data", "x", "--out", "y", "--steps", "7"])
+    assert isinstance(command, COMMANDS[verb])
+    stage = getattr(command.changed(), verb)  # type: ignore[union-attr]
+    assert stage.train.steps == 7
+
+
+def test_a_bundle_without_a_clip_is_refused(shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no clip in"):
+        train_decoder(chosen(), Inputs(data=[shards], out=tmp_path), join(), quiet)
+
+
+def test_recipes_without_the_stages_have_none_of_them() -> None:
+    having = {name for name in RECIPES if recipe(name).decoder is not None}
+    assert having == {"unclip-cpu", "unclip-paper", "unclip-paper-1024"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("precision", "zero_stage"), [("autocast", 0), ("bf16", 2), ("bf16", 3)])
+def test_the_stages_train_in_lower_precision_and_where_ranks_share_their_state(
+    with_clip: Path, shards: Path, tmp_path: Path, precision: str, zero_stage: int
+) -> None:
+    shared = chosen(zero_stage=zero_stage, precision=precision, steps=2)
+    given = inputs(with_clip, shards, tmp_path)
+    decoder = Decoder.load(train_decoder(shared, given, join(), quiet))
+    prior = Prior.load(train_prior(shared, given, join(), quiet))
+    upsampler = Upsampler.load(train_upsampler(shared, given, join(), quiet))
+    # which begin at zero
+    assert decoder.unet.conv_out.weight.any()
+    assert upsampler.unet.conv_out.weight.any()
+    assert (prior.errors > 0).all()
+    for model in (decoder, prior, upsampler):
+        assert all(weight.isfinite().all() for weight in model.parameters())
+    for stage in ("decoder", "prior", "upsampler-16"):
+        assert [line["loss"] for line in read_metrics(tmp_path / RUNS / stage) if line["split"] == "train"]

@@ -1,0 +1,212 @@
+"""What a recipe says of DALL·E 2's stages, which read a CLIP that is trained before: decoder, prior and upsamplers.
+
+The paper's values are those of Ramesh et al. 2022 (arXiv 2204.06125), table 3.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from training.config import OptimizerConfig, TrainConfig, check_bounds
+from training.schedules import WarmupCosine
+from unclip.decoder import DecoderConfig
+from unclip.decoding import NO_IMAGE, NO_TEXT
+from unclip.embeddings import DROPPED
+from unclip.prior import PriorConfig
+from unclip.upsampler import UpsamplerConfig
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderOptions:
+    """How the decoder is trained."""
+
+    no_image: float = NO_IMAGE
+    """Fraction of embeddings that are left out, for guidance."""
+    no_text: float = NO_TEXT
+    """Fraction of captions that are left out, each on its own."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderRecipe(DecoderOptions):
+    """The decoder; what it takes of CLIP's sizes is set when it is trained."""
+
+    model: DecoderConfig = field(default_factory=DecoderConfig)
+    """The decoder."""
+    train: TrainConfig
+    """The run."""
+    sample_steps: int = 50
+    """Steps in which pictures on sample sheets are drawn."""
+    guidance: float = 3.0
+    """Of these."""
+
+    def __post_init__(self) -> None:
+        _check_fractions(self, ("no_image", "no_text"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorOptions:
+    """How the prior is trained."""
+
+    dropped: float = DROPPED
+    """Fraction of captions that are left out, for guidance."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorRecipe(PriorOptions):
+    """The prior; what it takes of CLIP's sizes is set when it is trained."""
+
+    model: PriorConfig = field(default_factory=PriorConfig)
+    """The prior."""
+    train: TrainConfig
+    """The run."""
+
+    def __post_init__(self) -> None:
+        _check_fractions(self, ("dropped",))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerOptions:
+    """How the upsampler is shown."""
+
+    sample_steps: int = 27
+    """Steps in which pictures on sample sheets are drawn."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class UpsamplerRecipe(UpsamplerOptions):
+    """An upsampler."""
+
+    model: UpsamplerConfig = field(default_factory=UpsamplerConfig)
+    """The upsampler."""
+    train: TrainConfig
+    """The run."""
+
+    def __post_init__(self) -> None:
+        check_bounds(self, {"sample_steps": (1, self.model.n_steps)})
+
+
+def _check_fractions(recipe: object, names: tuple[str, ...]) -> None:
+    for name in names:
+        if not 0 <= getattr(recipe, name) <= 1:
+            raise ValueError(f"{name} is a fraction, in [0, 1], got {getattr(recipe, name)}")
+
+
+# ---- minutes on a CPU -------------------------------------------------------------------------------------
+
+
+def _cpu(steps: int, peak: float) -> TrainConfig:
+    return TrainConfig(
+        steps=steps,
+        global_batch=32,
+        optimizer=OptimizerConfig(betas=(0.9, 0.99), weight_decay=0.01, gradient_clipping=1.0),
+        learning_rate=WarmupCosine(peak=peak, warmup=min(100, max(1, steps // 4)), steps=steps, final=peak / 20),
+        ema_decay=0.998,
+        ema_every=1,
+        precision="autocast",
+        log_every=50,
+        validate_every=-(-steps // 4),
+        sample_every=-(-steps // 4),
+    )
+
+
+def cpu_decoder() -> DecoderRecipe:
+    """Return a decoder of 2.5 million parameters for pictures of 24 pixels.
+
+    Deviation: it predicts v, which shows pictures after a few hundred updates; noise, as in the paper, takes many more.
+    """
+    model = DecoderConfig(
+        image_size=24,
+        out_channels=3,
+        width=32,
+        multiples=(1, 2, 3),
+        n_blocks=1,
+        attention=(1, 2),
+        head_width=32,
+        context_width=128,
+        dropout=0.0,
+        prediction="v",
+    )
+    return DecoderRecipe(model=model, train=_cpu(2000, 1e-3))
+
+
+def cpu_prior() -> PriorRecipe:
+    """Return a prior of 2 million parameters."""
+    return PriorRecipe(model=PriorConfig(width=192, n_layers=4, n_heads=6), train=_cpu(2000, 1e-3))
+
+
+def cpu_upsampler() -> UpsamplerRecipe:
+    """Return an upsampler from 24 to 48 pixels."""
+    model = UpsamplerConfig(
+        image_size=48,
+        input_size=24,
+        crop=24,
+        width=32,
+        multiples=(1, 2, 3),
+        n_blocks=1,
+        dropout=0.0,
+        prediction="v",
+    )
+    return UpsamplerRecipe(model=model, train=_cpu(2000, 1e-3))
+
+
+# ---- the paper's ------------------------------------------------------------------------------------------
+
+_PAPER: Mapping[str, tuple[int, int, float, tuple[float, float], float, float, int]] = {
+    "prior": (600_000, 4096, 1.1e-4, (0.9, 0.96), 1e-6, 6e-2, 32),
+    "decoder": (800_000, 2048, 1.2e-4, (0.9, 0.999), 1e-8, 0.0, 16),
+    "upsampler": (1_000_000, 1024, 1.2e-4, (0.9, 0.999), 1e-8, 0.0, 16),
+    "upsampler2": (1_000_000, 512, 1.0e-4, (0.9, 0.999), 1e-8, 0.0, 8),
+}
+"""Updates, batch, learning rate, Adam's betas and epsilon, weight decay (table 3); samples of a forward pass (ours)."""
+
+
+def _paper(name: str) -> TrainConfig:
+    steps, batch, peak, betas, eps, weight_decay, micro_batch = _PAPER[name]
+    return TrainConfig(
+        steps=steps,
+        global_batch=batch,
+        micro_batch=micro_batch,
+        optimizer=OptimizerConfig(betas=betas, eps=eps, weight_decay=weight_decay, gradient_clipping=1.0),
+        # the paper does not tell its schedule: a short warm-up, and a constant rate after it
+        learning_rate=WarmupCosine(peak=peak, warmup=1_000, steps=steps, final=peak),
+        ema_decay=0.9999,
+        ema_every=1,
+        precision="bf16",
+        zero_stage=2,
+        activation_checkpointing=True,
+        validate_every=5_000,
+        sample_every=5_000,
+        checkpoint_every=1_000,
+        log_every=50,
+        workers=8,
+    )
+
+
+def paper_decoder() -> DecoderRecipe:
+    """Return the paper's decoder: 2,253 million parameters, pictures of 64 pixels."""
+    return DecoderRecipe(train=_paper("decoder"), sample_steps=250)
+
+
+def paper_prior() -> PriorRecipe:
+    """Return the paper's diffusion prior: 1,226 million parameters."""
+    return PriorRecipe(train=_paper("prior"))
+
+
+def paper_upsampler() -> UpsamplerRecipe:
+    """Return the paper's first upsampler, 64 to 256 pixels."""
+    return UpsamplerRecipe(train=_paper("upsampler"))
+
+
+def paper_upsampler2() -> UpsamplerRecipe:
+    """Return the paper's second upsampler, 256 to 1024 pixels."""
+    model = UpsamplerConfig(
+        image_size=1024,
+        input_size=256,
+        crop=256,
+        width=192,
+        multiples=(1, 1, 2, 2, 4, 4),
+        n_blocks=2,
+        dropout=0.0,
+        schedule="linear",
+        degradation="bsr",
+    )
+    return UpsamplerRecipe(model=model, train=_paper("upsampler2"), sample_steps=15)

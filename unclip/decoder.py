@@ -1,0 +1,229 @@
+"""The decoder: an embedding of a picture, and a caption, to a small picture; and back to the noise it came from.
+
+Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.1 and table 3; kakaobrain/karlo at 3c68a50 for what the paper leaves
+open; Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for inpainting. A U-Net is told z_i twice, in the timestep's
+embedding and as context tokens of its attention, beside the caption's states.
+
+Deviation: the paper's text path is a transformer of its own, 1.2 billion parameters; here, as in all public unCLIPs,
+the states of CLIP's text tower are read.
+
+Letters: B batch  C channels  H,W picture in pixels  E embedding  M embedding of the timestep  S context positions
+         D context width
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, Self, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from storage.model_directory import load_directory, load_weights, save_directory
+from unclip.conditions import NullText, Text
+from unclip.diffusion import Diffusion, Prediction, Schedule
+from unclip.unet import UNet, UNetConfig
+
+KIND = "decoder"
+KNOWN_CHANNELS = 4
+"""That inpainting reads beside the picture: the known pixels, and where they are."""
+_DEVIATION = 0.02
+
+
+@dataclass(frozen=True, kw_only=True)
+class DecoderConfig(UNetConfig):
+    """Sizes of a decoder; the defaults are the paper's, 2,253 million parameters with the conditions."""
+
+    context_width: int = 2048
+    """Width of the vectors that attention sees beside the picture."""
+    embed_dim: int = 1024
+    """Numbers of an embedding."""
+    text_width: int = 1024
+    """Width of the text tower's states."""
+    text_len: int = 256
+    """Text positions, at most."""
+    n_tokens: int = 4
+    """Context positions that an embedding becomes."""
+    prediction: Prediction = "noise"
+    """What is predicted. The noise in the paper; v learns far sooner where training is short."""
+    schedule: Schedule = "cosine"
+    """Of the noise."""
+    n_steps: int = 1000
+    """Steps of the schedule."""
+    scale: float = 17.2
+    """Factor of embeddings before they are read: see `embedding_scale` in unclip/prior.py."""
+    normalised: bool = True
+    """Whether it was trained on embeddings of unit length."""
+    null_length: int = 1
+    """Positions of what stands in for a caption that is left out."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("context_width", "embed_dim", "text_width", "text_len", "n_tokens", "null_length"):
+            value = getattr(self, name)
+            if type(value) is not int or not value >= 1:
+                raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
+        if self.null_length > self.text_len:
+            raise ValueError(f"null_length ({self.null_length}) must be at most text_len ({self.text_len})")
+        if self.in_channels not in (3, 3 + KNOWN_CHANNELS) or self.out_channels not in (3, 6):
+            raise ValueError(
+                f"in_channels ({self.in_channels}) must be 3, or 7 for inpainting, and out_channels "
+                f"({self.out_channels}) 3, or 6 with a learned variance"
+            )
+        if self.prediction not in get_args(Prediction):
+            raise ValueError(f"prediction ({self.prediction!r}) must be one of {', '.join(get_args(Prediction))}")
+        if not 0 < self.scale < math.inf:
+            raise ValueError(f"scale ({self.scale}) must be a number above 0")
+        Diffusion(self.schedule, self.n_steps)  # checks both
+
+    @property
+    def inpaints(self) -> bool:
+        """Whether it reads known pixels."""
+        return self.in_channels > 3
+
+
+class Conditions(NamedTuple):
+    """What a U-Net is told of embeddings and captions."""
+
+    embedding: Tensor
+    """(B, M)."""
+    context: Tensor
+    """(B, S, D)."""
+    mask: Tensor
+    """bool (B, S)."""
+
+
+class Known(NamedTuple):
+    """Pixels that are known."""
+
+    pixels: Tensor
+    """float (B, 3, H, W) in [-1, 1]; what is not known in them is not looked at."""
+    mask: Tensor
+    """float (B, 1, H, W), 1 where they are known and 0 where not."""
+
+
+class Decoder(nn.Module):
+    """The decoder.
+
+    Args:
+        config: the sizes.
+    """
+
+    def __init__(self, config: DecoderConfig) -> None:
+        super().__init__()
+        self.config = config
+        width = config.context_width
+        self.unet = UNet(config)
+        self.image_time = nn.Linear(config.embed_dim, config.embedding_width)
+        self.text_time = nn.Linear(config.embed_dim, config.embedding_width)
+        self.tokens = nn.Linear(config.embed_dim, config.n_tokens * width)
+        self.text_states = nn.Linear(config.text_width, width)
+        self.text_norm = nn.LayerNorm(width)
+        self.null_image = nn.Parameter(torch.randn(config.embed_dim) * _DEVIATION)
+        self.null_text = NullText(config.embed_dim, config.null_length, config.text_width)
+
+    @property
+    def process(self) -> Diffusion:
+        """The steps that it is trained on."""
+        return Diffusion(self.config.schedule, self.config.n_steps)
+
+    def scaled(self, embeddings: Tensor, is_dropped: Tensor) -> Tensor:
+        """Return embeddings (B, E) as they are read, with the learned null in the rows that are dropped."""
+        return torch.where(is_dropped[:, None], self.null_image.float(), embeddings.float() * self.config.scale)
+
+    def conditions(
+        self, embeddings: Tensor, text: Text, no_image: Tensor | None = None, no_text: Tensor | None = None
+    ) -> Conditions:
+        """Return what the U-Net is told, the same at all steps.
+
+        Args:
+            embeddings: (B, E), of pictures, as CLIP gives them.
+            text: of B captions.
+            no_image: bool (B,), True where the embedding is left out; None to keep all.
+            no_text: bool (B,), True where the caption is left out; None to keep all.
+
+        Raises:
+            ValueError: embeddings or text do not fit the configuration.
+        """
+        config = self.config
+        text.checked(config.embed_dim, config.text_len, config.text_width)
+        if embeddings.shape != text.features.shape:
+            raise ValueError(
+                f"embeddings are {tuple(embeddings.shape)}; expected {tuple(text.features.shape)}, one for each caption"
+            )
+        nothing = torch.zeros(len(embeddings), dtype=torch.bool, device=embeddings.device)
+        text = self.null_text(text, nothing if no_text is None else no_text)
+        dtype = self.tokens.weight.dtype
+        read = self.scaled(embeddings, nothing if no_image is None else no_image).to(dtype)
+        tokens = self.tokens(read).unflatten(1, (config.n_tokens, -1))
+        states = self.text_norm(self.text_states(text.states.to(dtype)))
+        return Conditions(
+            self.image_time(read) + self.text_time(text.features.to(dtype)),
+            torch.cat([tokens, states], dim=1),
+            F.pad(text.mask, (config.n_tokens, 0), value=True),
+        )
+
+    def predict(self, x: Tensor, timesteps: Tensor, conditions: Conditions, known: Known | None = None) -> Tensor:
+        """Return what `config.prediction` says, and perhaps a variance behind it, (B, 3 or 6, H, W).
+
+        Args:
+            x: float (B, 3, H, W), pictures with noise.
+            timesteps: (B,).
+            conditions: of B rows.
+            known: known pixels; of a decoder that inpaints, None if there are none.
+
+        Raises:
+            ValueError: pixels are known, and the decoder does not inpaint.
+        """
+        if known is not None and not self.config.inpaints:
+            raise ValueError("this decoder does not inpaint: it has no channels for known pixels")
+        if self.config.inpaints:
+            shape = (len(x), KNOWN_CHANNELS, *x.shape[2:])
+            told = x.new_zeros(shape) if known is None else torch.cat([known.pixels * known.mask, known.mask], dim=1)
+            x = torch.cat([x, told], dim=1)
+        output: Tensor = self.unet(x, timesteps, conditions.embedding, conditions.context, conditions.mask)
+        return output
+
+    def forward(
+        self,
+        x: Tensor,
+        timesteps: Tensor,
+        embeddings: Tensor,
+        text: Text,
+        no_image: Tensor | None = None,
+        no_text: Tensor | None = None,
+        known: Known | None = None,
+    ) -> Tensor:
+        """Return `predict` with `conditions`; arguments as theirs."""
+        return self.predict(x, timesteps, self.conditions(embeddings, text, no_image, no_text), known)
+
+    def inpainting(self) -> "Decoder":
+        """Return a copy that reads known pixels too, and does not heed them before it is trained to (GLIDE, 4.3)."""
+        if self.config.inpaints:
+            raise ValueError("this decoder inpaints already")
+        decoder = type(self)(dataclasses.replace(self.config, in_channels=3 + KNOWN_CHANNELS))
+        state = {name: weight.clone() for name, weight in self.state_dict().items()}
+        state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, KNOWN_CHANNELS))
+        decoder.load_state_dict(state, strict=True)
+        return decoder.train(self.training)
+
+    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
+        """Write the model as a directory; see `save_directory`."""
+        save_directory(path, KIND, self.config, self.state_dict(), metadata=metadata)
+
+    @classmethod
+    def load(cls, path: Path | str) -> Self:
+        """Read a directory written by `save`, onto the CPU, for use (in evaluation mode).
+
+        Raises:
+            FileNotFoundError: the directory or one of its files is missing.
+            ValueError: it holds something else or is damaged.
+        """
+        config, state, _ = load_directory(path, KIND, DecoderConfig)
+        with torch.device("meta"):
+            decoder = cls(config)
+        load_weights(decoder, state, path)
+        return decoder.eval()

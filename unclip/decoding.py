@@ -1,0 +1,199 @@
+"""What the decoder minimises; pictures drawn from embeddings and captions; the noise that pictures come from.
+
+Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.1 and 3; Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for
+inpainting.
+
+Letters: B batch  C channels  H,W picture in pixels  E embedding
+"""
+
+import torch
+from torch import Tensor
+
+from unclip.conditions import Text, drawn_mask
+from unclip.decoder import Conditions, Decoder, Known
+from unclip.loss import denoising_loss
+from unclip.sampling import Network, Noise, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
+
+NO_IMAGE, NO_TEXT = 0.1, 0.5
+"""Shares of embeddings and of captions that are left out in training, each on its own."""
+NOTHING_KNOWN = 0.25
+"""Share of pictures of which nothing is known, where inpainting is trained, so that drawing whole ones stays."""
+GUIDANCE = 3.0
+
+
+def decoder_loss(
+    decoder: Decoder,
+    images: Tensor,
+    embeddings: Tensor,
+    text: Text,
+    seed: int,
+    *,
+    no_image: float = NO_IMAGE,
+    no_text: float = NO_TEXT,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Return the hybrid loss, a scalar, and metrics of each sample, (B,): those of `denoising_loss`, and `t` in [0, 1).
+
+    All that is drawn is a function of the seed.
+
+    Args:
+        decoder: the decoder; if it inpaints, part of most pictures is known to it.
+        images: (B, 3, H, W) float in [0, 1].
+        embeddings: (B, E), of the same pictures, as CLIP gives them.
+        text: of their captions.
+        seed: of timesteps, noise, what is left out and what is known.
+        no_image: share of embeddings that are left out.
+        no_text: share of captions that are left out.
+    """
+    process, device, count = decoder.process, images.device, len(images)
+    generator = torch.Generator().manual_seed(seed)
+    steps = torch.randint(len(process), (count,), generator=generator)
+    noise = torch.randn(images.shape, generator=generator).to(device)
+    without_image = drawn_mask(count, no_image, generator, device)
+    without_text = drawn_mask(count, no_text, generator, device)
+    x0 = signed(images)
+    known = Known(x0, known_regions(images.shape, generator).to(device)) if decoder.config.inpaints else None
+    x, timesteps = process.noised(x0, noise, steps), process.timesteps_of(steps, x0)
+    output = decoder(x, timesteps, embeddings, text, without_image, without_text, known)
+    losses, parts = denoising_loss(process, decoder.config.prediction, output, x0, noise, steps)
+    return losses.mean(), {**parts, "t": steps / len(process)}
+
+
+def known_regions(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Return masks that are 0 in a random rectangle of each picture, and everywhere in a `NOTHING_KNOWN` of them.
+
+    Args:
+        shape: (B, 3, H, W), of the pictures. A rectangle's sides are a quarter of the picture's to all of it.
+        generator: on the CPU.
+
+    Returns:
+        float32 (B, 1, H, W), 1 where pixels are known.
+    """
+    count, _, height, width = shape
+    masks = torch.ones(count, 1, height, width)
+    for mask, numbers in zip(masks, torch.rand(count, 5, generator=generator).tolist(), strict=True):
+        nothing, *places = numbers
+        if nothing < NOTHING_KNOWN:
+            mask.zero_()
+            continue
+        rows, columns = _part(height, *places[:2]), _part(width, *places[2:])
+        mask[:, rows, columns] = 0
+    return masks
+
+
+def _part(side: int, size: float, place: float) -> slice:
+    """Return a part of a side, a quarter of it to all, by two random numbers in [0, 1)."""
+    length = max(1, round(side * (0.25 + 0.75 * size)))
+    start = int(place * (side - length + 1))
+    return slice(start, start + length)
+
+
+@torch.no_grad()
+def decode(
+    decoder: Decoder,
+    embeddings: Tensor,
+    text: Text,
+    noise: Noise,
+    *,
+    start: Tensor | None = None,
+    steps: int = 50,
+    sampler: Sampler = "ddim",
+    eta: float = 0.0,
+    guidance: float = GUIDANCE,
+    known: Known | None = None,
+) -> Tensor:
+    """Return pictures of embeddings and captions, float32 (B, 3, H, W) in [0, 1].
+
+    Row b is a function of its embedding, its caption and noise row b.
+
+    Args:
+        decoder: in evaluation mode.
+        embeddings: (B, E).
+        text: of B captions.
+        noise: B rows: x_T, and what each step adds.
+        start: x_T (B, 3, H, W), such as of `invert`; None for noise.
+        steps: of the schedule, evenly. The paper takes 250 with ddpm.
+        sampler: ddpm, or ddim, which needs fewer steps.
+        eta: of ddim, in [0, 1]: 0 adds no noise; the larger, the more a picture varies about its start.
+        guidance: 1 is none.
+        known: pixels that are kept as they are.
+
+    Raises:
+        ValueError: numbers that do not fit each other, or are out of range.
+    """
+    if len(noise) != len(embeddings):
+        raise ValueError(f"{len(noise)} rows of noise for {len(embeddings)} embeddings; expected one for each")
+    side, device = decoder.config.image_size, embeddings.device
+    shape = [3, side, side] if start is None else list(start.shape[1:])
+    first = noise.normal("decoder, start", shape, device) if start is None else start
+    network = _network(decoder, embeddings, text, guidance, known)
+    process = decoder.process.respaced(steps)
+    predictor = Predictor(
+        network=network, prediction=decoder.config.prediction, process=process, clamp=1.0, known=known
+    )
+    return unsigned(
+        sample(
+            predictor,
+            first,
+            lambda step: noise.normal(f"decoder, step {step}", shape, device),
+            sampler=sampler,
+            eta=eta,
+        )
+    )
+
+
+@torch.no_grad()
+def invert(
+    decoder: Decoder, images: Tensor, embeddings: Tensor, text: Text, *, steps: int = 50, corrections: int = 1
+) -> Tensor:
+    """Return x_T from which `decode` gives the pictures back, float32 (B, 3, H, W).
+
+    That is with the same embeddings, captions and steps, by ddim with eta 0 and guidance 1.
+
+    Args:
+        decoder: in evaluation mode.
+        images: (B, 3, H, W) float in [0, 1].
+        embeddings: (B, E), of the pictures.
+        text: of B captions.
+        steps: as in `decode`.
+        corrections: passes for each step beyond the first: see `invert_ddim`.
+    """
+    predictor = Predictor(
+        network=_network(decoder, embeddings, text, 1.0, None),
+        prediction=decoder.config.prediction,
+        process=decoder.process.respaced(steps),
+    )
+    return invert_ddim(predictor, signed(images.float()), corrections)
+
+
+def _network(decoder: Decoder, embeddings: Tensor, text: Text, guidance: float, known: Known | None) -> Network:
+    """Return the decoder's prediction, whose conditions are computed once; with guidance, of both in one pass."""
+    conditions = decoder.conditions(embeddings, text)
+    if guidance == 1:
+        return lambda x, timesteps: decoder.predict(x, timesteps, conditions, known)
+    everything = torch.ones(len(embeddings), dtype=torch.bool, device=embeddings.device)
+    null = decoder.conditions(embeddings, text, everything, everything)
+    both = Conditions(*(torch.cat(pair) for pair in zip(conditions, null, strict=True)))
+    known_twice = None if known is None else Known(*(torch.cat([tensor, tensor]) for tensor in known))
+
+    def network(x: Tensor, timesteps: Tensor) -> Tensor:
+        output = decoder.predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both, known_twice)
+        conditional, unconditional = output.chunk(2)
+        return guided(conditional, unconditional, guidance, 3)
+
+    return network
+
+
+def loss_by_quarter(losses: Tensor, t: Tensor) -> Tensor:
+    """Return four parts of the mean loss, times four: the mean over many batches is the loss of each quarter of noise.
+
+    A batch need not have a sample in every quarter; each sample's is one of the four by equal chance.
+
+    Args:
+        losses: (B,).
+        t: (B,), where in [0, 1) of the noise each sample was.
+
+    Returns:
+        (4,), from little noise to much.
+    """
+    quarters = torch.arange(4, device=losses.device)[:, None] == (t * 4).long().to(losses.device)
+    return 4 * (quarters * losses).mean(dim=1)
