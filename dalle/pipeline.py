@@ -34,7 +34,7 @@ from dalle.editing.captions import Completion, RankedCaptions, complete_caption,
 from dalle.editing.edit import Edited, edit
 from dalle.editing.likelihood import Likelihood, likelihood
 from dalle.editing.regions import Mask, Region, check_top
-from dalle.editing.variations import Varied, variations
+from dalle.editing.variations import Varied, usable_settings, variations
 from dalle.family.tokenizers import text_of
 from dalle.sampling import Ranking, Samples, Sampling, SamplingDefaults, candidate_seed, sample, undisturbed
 from dvae.images import resize_and_crop, to_tensor
@@ -202,7 +202,7 @@ class Pipeline(LoadedBundle):
             ValueError: as `edit`; or the strength is not from 0 to 1.
         """
         check_batch_size(batch_size)
-        settings = settings or self.defaults
+        settings = usable_settings(settings or self.defaults, caption)
         self._warnings.about_guidance(settings.sampling(seed))
         self._warnings.about_caption(caption)
         return variations(

@@ -96,7 +96,7 @@ def redraw(
     log_likelihoods_N = torch.cat([particles.log_likelihoods.cpu() for particles in populations])
     drawn = _different(tokens_NI, draw_by_weight(log_weights_N, seeds))
     if len(drawn) < keep:
-        logger.info("%d different candidates fit what is kept: fewer than %d to keep", len(drawn), keep)
+        logger.info("different candidates that fit what is kept: %d, fewer than the %d to keep", len(drawn), keep)
     judge, best = pipe.judge(caption, finish), Best(keep, settings.rank)
     judge.judge(best, Candidates(drawn, tokens_NI[drawn], log_likelihoods_N[drawn]), done.judged)
     return Redrawn(

@@ -72,8 +72,6 @@ def variations(
     if caption != "":
         check_caption(caption)
     check_keep(keep, n)
-    if not caption:  # guidance compares with no caption, and CLIP needs one
-        settings = settings.updated(guidance=1.0, rank="likelihood")
     pixels = to_tensor(resize_and_crop(image, pipe.dvae.config.image_size))
     tokens_I = pipe.dvae.encode(pixels[None].to(pipe.dalle.device)).flatten()
     is_new_I = drawn_anew(pipe.dalle.config.grid, strength, seed)
@@ -96,6 +94,11 @@ def variations(
         is_new=is_new_I,
         n_changed=tuple((redrawn.tokens != tokens_I.cpu()).sum(1).tolist()),
     )
+
+
+def usable_settings(settings: SamplingDefaults, caption: str) -> SamplingDefaults:
+    """Return settings that need no caption if there is none: guidance compares with none, and CLIP needs one."""
+    return settings if caption else settings.updated(guidance=1.0, rank="likelihood")
 
 
 def check_strength(strength: float) -> None:

@@ -24,6 +24,9 @@ logger = logging.getLogger(__name__)
 
 FLUSH_S = 0.3
 """For answers that are on their way when the last job has ended."""
+KEEP_ALIVE_S = 75
+"""That an idle connection is kept. Clients close theirs after less (httpx, and so OpenAI's client, after 5 s, which is
+uvicorn's default, too): where both let go at the same moment, a request meets a closed connection."""
 MULTIPART_FROM = (0, 0, 27)
 """Earlier ones can be kept busy by small forms (CVE-2026-42561)."""
 
@@ -110,6 +113,7 @@ def make_server(state: State, rules: Rules, process: Process) -> DrainingServer:
         log_config=None,
         access_log=False,
         server_header=False,
+        timeout_keep_alive=KEEP_ALIVE_S,
         timeout_graceful_shutdown=int(process.grace_s) + 2,
     )
     return DrainingServer(config, state, process.grace_s)

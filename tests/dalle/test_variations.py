@@ -108,6 +108,7 @@ def test_without_a_caption_they_are_ranked_by_likelihood(pipe, caplog):
     assert varied.rank == "likelihood"
     assert (varied.log_likelihoods.diff() <= 0).all()
     plain = pipe.variations(picture(), n=8, keep=8, settings=PAPER)
+    assert "guidance" not in caplog.text
     assert torch.equal(varied.tokens, plain.tokens)  # with nothing to be guided towards, guidance is off
 
 
@@ -168,6 +169,7 @@ def test_dalle_variations_writes_pictures_sheet_and_results(bundle, pipe, tmp_pa
     [
         (["--strength", "nan"], "strength is nan"),
         (["--rank", "clip"], "--rank is clip, but CLIP compares pictures with a caption, and there is none"),
+        (["--guidance", "3"], "--guidance is 3, but it compares a caption with none, and there is none"),
         (["--keep", "7"], "keep is 7, but 6 candidates"),
         ([" "], "the caption is empty"),
     ],

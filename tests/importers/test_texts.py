@@ -10,10 +10,13 @@ from pathlib import Path
 
 import pytest
 from many_captions import captions, charbpe_files
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from dalle.family.texts.charbpe import CharBPE
+from dalle.family.texts.published import CLIPText, HuggingFaceText
 from dalle.family.texts.yttm import YouTokenToMe
 from dalle.family.tokenizers import load_tokenizer
+from storage.bpe import OpenAIPairs
 
 MODEL = Path(__file__).parents[1] / "fixtures" / "youtokentome.model"
 """Trained and written by youtokentome 1.0.6: 55 characters and 141 rules."""
@@ -149,6 +152,30 @@ def test_charbpes_ids_become_words_again(tmp_path: Path) -> None:
     ids = tokenizer.encode("A red cube on a blue cube, left")
     assert tokenizer.decode(ids) == "a red cube on a blue cube , left"
     assert tokenizer.encode(tokenizer.decode(ids)) == ids
+
+
+def test_clips_ids_become_words_again() -> None:
+    pairs = OpenAIPairs([("r", "e"), ("re", "d</w>"), ("c", "u"), ("cu", "b")])
+    tokenizer = CLIPText(pairs.to_json())
+    for caption in ("a red cube on 2 blue cubes , left", "é ü 一 只 猫", "😀"):
+        ids = tokenizer.encode(caption)
+        assert tokenizer.decode(ids) == caption
+        assert tokenizer.decode([*ids, tokenizer.vocab_size - 2, tokenizer.vocab_size - 1]) == caption
+    assert len(tokenizer.encode("red")) == 1
+    assert tokenizer.decode([]) == ""
+
+
+def test_ids_of_the_tokenizers_library_become_text_again() -> None:
+    trained = Tokenizer(models.BPE(unk_token="[UNK]"))
+    trained.pre_tokenizer, trained.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, special_tokens=["[UNK]", "[SEP]"], initial_alphabet=alphabet)
+    trained.train_from_iterator(["a red cube on a blue cube, left of it"] * 3, trainer)
+    tokenizer = HuggingFaceText(trained.to_str())
+    for caption in ("a red cube on a blue cube, left", " Two  spaces", "一只猫 😀", ""):
+        assert tokenizer.decode(tokenizer.encode(caption)) == caption
+    assert len(tokenizer.encode("a red cube")) < len("a red cube")
+    assert tokenizer.decode([1]) == "[SEP]"
 
 
 @pytest.mark.parametrize("kind", ["youtokentome", "charbpe"])

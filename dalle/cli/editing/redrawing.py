@@ -94,7 +94,7 @@ class Redrawing:
         print(
             f"{counted(len(result.candidates), 'picture')} in {printable(str(out))}: see sheet.png and "
             f"results.jsonl ({result.n_unknown} of {counted(n_tokens, 'token')} drawn anew; "
-            f"{counted(self.n, 'candidate')} in {duration(elapsed_s)}, {result.n_different:,} different ones)\n"
+            f"{counted(self.n, 'candidate')} in {duration(elapsed_s)}, {result.n_different:,} distinct)\n"
             f"{drawn.told}"
         )
 

@@ -9,7 +9,7 @@ import tyro
 from dalle.best_of_n import check_caption
 from dalle.budget import OnProgress
 from dalle.cli.editing.redrawing import Drawn, Redrawing
-from dalle.editing.variations import check_strength
+from dalle.editing.variations import check_strength, usable_settings
 from dvae.images import open_image, to_image
 
 
@@ -35,13 +35,16 @@ class Variations(Redrawing):
                 f"--rank is {self.sampling.rank}, but CLIP compares pictures with a caption, and there is none: "
                 "give a caption, or --rank likelihood"
             )
+        elif self.sampling.guidance not in (None, 1):
+            raise ValueError(
+                f"--guidance is {self.sampling.guidance:g}, but it compares a caption with none, and there is none: "
+                "give a caption, or leave --guidance out"
+            )
         self.check()
         check_strength(self.strength)
         image = open_image(self.picture)
         pipe = self.compute.load(self.bundle)
-        chosen = self.sampling.of(pipe.defaults)
-        if not self.caption:
-            chosen = chosen.updated(rank="likelihood", guidance=1.0)
+        chosen = usable_settings(self.sampling.of(pipe.defaults), self.caption)
 
         def draw(batch_size: int, progress: OnProgress) -> Drawn:
             varied = pipe.variations(

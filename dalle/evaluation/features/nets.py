@@ -56,7 +56,8 @@ class CLIPFeatures:
     def features(self, images: Tensor) -> Tensor:
         """Return unit features, float32 (B,D) on the CPU, of pictures uint8 (B,3,H,W)."""
         check_bytes(images)
-        return self.clip.encode_image(images.to(self.clip.device).float() / 255).cpu()
+        with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+            return self.clip.encode_image(images.to(self.clip.device).float() / 255).cpu()
 
 
 @dataclass(frozen=True, eq=False)
@@ -80,11 +81,11 @@ class InceptionFeatures:
     def features_and_logits(self, images: Tensor, *, bias: bool = False) -> tuple[Tensor, Tensor]:
         """Return features (B,2048) and logits (B,K), float32 on the CPU, of pictures uint8 (B,3,H,W).
 
+        For both of many pictures in one pass, give `in_equal_batches` a function that joins them, torch.cat(…, 1).
+
         Args:
             images: of any size.
             bias: whether the logits have the last layer's bias; the usual Inception Score is of those without.
-
-        For both of many pictures in one pass, give `in_equal_batches` a function that joins them, torch.cat(…, 1).
         """
         check_bytes(images)
         device = self.net.fc.weight.device
@@ -115,12 +116,19 @@ def in_equal_batches(
         (N,D)
 
     Raises:
-        ValueError: there are no pictures, or batch_size is below 1.
+        ValueError: there are no pictures, they are of several sizes, or batch_size is below 1.
     """
     if batch_size < 1:
         raise ValueError(f"batch_size is {batch_size}; it must be at least 1")
-    rows, done = [], 0
+    rows, done, shape = [], 0, None
     for batch in in_batches(images, batch_size):
+        for number, image in enumerate(batch, done):
+            shape = image.shape if shape is None else shape
+            if image.shape != shape:
+                raise ValueError(
+                    f"picture {number} is of shape {tuple(image.shape)}, those before of {tuple(shape)}: "
+                    "make all of one size, with `prepared`"
+                )
         filled_BCHW = torch.stack(batch + batch[-1:] * (batch_size - len(batch)))
         rows.append(compute(filled_BCHW)[: len(batch)])
         done += len(batch)

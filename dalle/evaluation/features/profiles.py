@@ -99,8 +99,10 @@ def prepared(image: Image.Image, profile: Profile, *, radius: float = 0, side: i
         uint8 (3,S,S)
 
     Raises:
-        ValueError: the radius is below 0 or no number, or the side below 1.
+        ValueError: the picture is not RGB, the radius is below 0 or no number, or the side below 1.
     """
+    if image.mode != "RGB":
+        raise ValueError(f"the picture is of Pillow's mode {image.mode}; expected RGB: open it with open_image")
     if not 0 <= radius < float("inf") or side < 1:
         raise ValueError(
             f"blur radius {radius} and side {side}; expected a radius of 0 or more, and a side of 1 or more"

@@ -15,12 +15,12 @@ from dalle.evaluation.numbers.moments import Moments
 
 logger = logging.getLogger(__name__)
 
-_KEY, _FEATURES = "key", "features"
+_KEY, _FEATURES, _CONTENT = "key", "features", "sha256"
 
 
 @dataclass(frozen=True, kw_only=True)
 class ReferenceKey:
-    """Everything that the features of a reference depend on."""
+    """What the features of a reference depend on, but for the last bits, which differ by device and by version."""
 
     pictures: str
     """By `picture_list_hash`."""
@@ -45,7 +45,7 @@ class ReferenceKey:
     @property
     def text(self) -> str:
         """The same for people, as JSON."""
-        return json.dumps(dataclasses.asdict(self), sort_keys=True)
+        return json.dumps({**dataclasses.asdict(self), "radius": float(self.radius)}, sort_keys=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,7 +70,7 @@ def picture_list_hash(pictures: Iterable[tuple[str, bytes]]) -> str:
     """Return the sha256 of a list of pictures: their names and the bytes of their files, in this order."""
     total = hashlib.sha256()
     for name, data in pictures:
-        for part in (name.encode(), data):
+        for part in (name.encode(errors="surrogatepass"), data):  # names of files need not be Unicode
             total.update(hashlib.sha256(part).digest())
     return total.hexdigest()
 
@@ -95,12 +95,21 @@ def reference(key: ReferenceKey, compute: Callable[[], Tensor], folder: Path | N
     moments = Moments.of(features_MD)
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        moments.save(_file(folder, key), {_KEY: key.text}, also={_FEATURES: features_MD.contiguous()})
+        about = {_KEY: key.text, _CONTENT: _content(moments, features_MD)}
+        moments.save(_file(folder, key), about, also={_FEATURES: features_MD.contiguous()})
     return Reference(moments, features_MD, False, key.digest)
 
 
 def _file(folder: Path, key: ReferenceKey) -> Path:
     return folder / f"reference-{key.digest[:16]}.safetensors"
+
+
+def _content(moments: Moments, features_MD: Tensor) -> str:
+    """Return the sha256 of the numbers of a file, which safetensors has no sum of."""
+    total = hashlib.sha256(str(moments.n).encode())
+    for tensor in (moments.mean, moments.comoment, features_MD):
+        total.update(tensor.contiguous().numpy().data)
+    return total.hexdigest()
 
 
 def _read(file: Path, key: ReferenceKey) -> Reference | None:
@@ -113,7 +122,10 @@ def _read(file: Path, key: ReferenceKey) -> Reference | None:
     except (ValueError, SafetensorError) as error:
         logger.warning("%s is computed again: %s", file, error)
         return None
-    if about.get(_KEY) != key.text or features_MD.shape != (moments.n, moments.dimension):
+    if about.get(_CONTENT) != _content(moments, features_MD):
+        logger.warning("%s is computed again: its numbers are damaged", file)
+        return None
+    if about.get(_KEY) != key.text:
         logger.warning("%s is computed again: it is of %s, not of %s", file, about.get(_KEY), key.text)
         return None
     return Reference(moments, features_MD, True, key.digest)

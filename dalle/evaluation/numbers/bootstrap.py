@@ -50,11 +50,16 @@ def wilson(successes: int, n: int, *, confidence: float = 0.95) -> tuple[float, 
 def mean_interval(values: Tensor, *, draws: int = DRAWS, confidence: float = 0.95, seed: int = 0) -> Interval:
     """Return the mean of one value per caption (N,), and the percentile interval of its bootstrap over captions.
 
+    Equal values have an interval of width 0, which claims too much of few captions: give rates `wilson`'s beside it.
+
     Raises:
-        ValueError: there are no values, they are of another shape or not finite, or draws is below 1.
+        ValueError: there are fewer than 2 values, they are of another shape or not finite, draws is below 1, or
+            confidence is not between 0 and 1.
     """
-    if values.ndim != 1 or len(values) == 0 or not values.double().isfinite().all():
-        raise ValueError(f"values of shape {tuple(values.shape)}; expected (captions,) finite numbers, at least one")
+    if values.ndim != 1 or len(values) < 2 or not values.double().isfinite().all():
+        raise ValueError(f"values of shape {tuple(values.shape)}; expected (captions,) finite numbers, at least 2")
+    if not 0 < confidence < 1:
+        raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
     values_N = values.detach().double().cpu()
     means_K = torch.stack([values_N[rows_N].mean() for rows_N in resamples(len(values_N), draws, seed)])
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)

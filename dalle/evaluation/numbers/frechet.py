@@ -36,10 +36,13 @@ class FrechetReference:
     def distance(self, features: Tensor) -> float:
         """Return the distance of features (N,D), N at least 2; exact also for N below D.
 
+        With no more pictures than features a warning says so.
+
         Raises:
-            ValueError: the features are no (N,D) of finite numbers.
+            ValueError: the features are no (N,D) of finite numbers, or do not fit the reference.
         """
         features_ND = checked_features(features)
+        _warn(min(len(features_ND), self.moments.n), self.moments.dimension)
         return self.distance_of_projected(features_ND, self.project(features_ND))
 
     def project(self, features_ND: Tensor) -> Tensor:
@@ -154,7 +157,9 @@ class Floor:
 
 
 def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
-    """Return the distance of two disjoint random parts of a reference (M,D): what a perfect model would score.
+    """Return the distance of two disjoint random parts of a reference (M,D).
+
+    That is what n samples of a perfect model would score against n pictures; against more they would score less.
 
     Args:
         reference: features of the reference.
@@ -182,6 +187,9 @@ def extrapolated(
     Given features of the reference, both sides are cut to the same part of them, which removes the bias of both. Given
     moments, as in the source, the samples alone are: the bias of the finite reference stays.
 
+    Below as many pictures as features distances do not lie on a line over 1/n, and FD∞ is far off, in either direction:
+    a warning says so unless a quarter of each side that is cut is more than D.
+
     Args:
         samples: features (N,D).
         reference: features (M,D), or their moments.
@@ -201,14 +209,24 @@ def extrapolated(
     sizes = [round(part * n) for part in parts]
     if isinstance(reference, Moments):
         prepared = FrechetReference(reference)
-        distances = [prepared.distance(samples_ND[:size]) for size in sizes]
+        projected_ND = prepared.project(samples_ND)
+        smallest = sizes[0]
+        distances = [prepared.distance_of_projected(samples_ND[:size], projected_ND[:size]) for size in sizes]
     else:
         reference_MD = checked_features(reference, "the reference's features")
         reference_MD = reference_MD[torch.from_numpy(rng.permutation(len(reference_MD)))]
         others = [max(2, round(part * len(reference_MD))) for part in parts]
+        smallest = min(sizes[0], others[0])
         distances = [
             _of_features(samples_ND[:size], reference_MD[:other]) for size, other in zip(sizes, others, strict=True)
         ]
+    if smallest <= samples_ND.shape[1]:
+        logger.warning(
+            "FD∞ is far off: a quarter of the pictures is %d, no more than the %d features; give over %d pictures",
+            smallest,
+            samples_ND.shape[1],
+            4 * samples_ND.shape[1],
+        )
     _, intercept = np.polyfit(1 / np.array(sizes), distances, 1)
     return float(intercept)
 

@@ -3,6 +3,7 @@
 Letters: N, M pictures  D features  R rows of a block
 """
 
+import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 from torch import Tensor
 
 from dalle.evaluation.numbers.moments import checked_features
+
+logger = logging.getLogger(__name__)
 
 Estimator = Literal["unbiased", "v-statistic"]
 Kernel = Callable[[Tensor, Tensor], Tensor]
@@ -39,8 +42,8 @@ def polynomial_kernel(x_RD: Tensor, y_MD: Tensor) -> Tensor:
 
 def gaussian_kernel(sigma: float) -> Kernel:
     """Return the kernel exp(−|x − y|² / 2σ²)."""
-    if not sigma > 0:
-        raise ValueError(f"sigma is {sigma}; expected a number above 0")
+    if not 0 < sigma < math.inf:
+        raise ValueError(f"sigma is {sigma}; expected a finite number above 0")
 
     def kernel(x_RD: Tensor, y_MD: Tensor) -> Tensor:
         squares_RM = x_RD.square().sum(1, keepdim=True) + y_MD.square().sum(1) - 2 * (x_RD @ y_MD.T)
@@ -76,6 +79,8 @@ def squared_mmd(first: Tensor, second: Tensor, kernel: Kernel, estimator: Estima
 def kid(samples: Tensor, reference: Tensor, *, subset_size: int = 1000, subsets: int = 100, seed: int = 0) -> KID:
     """Return the kernel Inception distance: the unbiased squared MMD of the polynomial kernel, over random subsets.
 
+    Where subsets are as large as both sides, all are the same, and their deviation is 0: a warning says so.
+
     Args:
         samples: features (N,D).
         reference: features (M,D).
@@ -90,6 +95,10 @@ def kid(samples: Tensor, reference: Tensor, *, subset_size: int = 1000, subsets:
     size = min(subset_size, len(samples_ND), len(reference_MD))
     if size < 2 or subsets < 1:
         raise ValueError(f"{subsets} subsets of {size} pictures; expected at least 1 subset and 2 pictures")
+    if size == max(len(samples_ND), len(reference_MD)):
+        logger.warning(
+            "each of the %d subsets has all %d pictures: their deviation says nothing; take smaller ones", subsets, size
+        )
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):

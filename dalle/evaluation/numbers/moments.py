@@ -101,7 +101,7 @@ class Moments:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: it holds no moments, or is damaged.
+            ValueError: it holds no moments, or is cut off, or a number in it is not finite.
         """
         if not Path(path).is_file():
             raise FileNotFoundError(f"no file {path}: expected moments of features, in safetensors")
@@ -113,7 +113,8 @@ class Moments:
             raise ValueError(
                 f"{path} holds no moments ({error}); expected a safetensors file with n, mean, comoment"
             ) from error
-        n, mean_D, comoment_DD = int(found["n"]), found["mean"], found["comoment"]
+        mean_D, comoment_DD = found["mean"], found["comoment"]
+        n = int(found["n"]) if found["n"].shape == () else 0
         if n < 1 or mean_D.ndim != 1 or comoment_DD.shape != (len(mean_D), len(mean_D)):
             raise ValueError(
                 f"{path}: n {n}, mean {tuple(mean_D.shape)}, comoment {tuple(comoment_DD.shape)} "
@@ -121,6 +122,8 @@ class Moments:
             )
         if (mean_D.dtype, comoment_DD.dtype) != (torch.float64, torch.float64):
             raise ValueError(f"{path} has moments in {mean_D.dtype}, expected torch.float64; compute the moments again")
+        if not (mean_D.isfinite().all() and comoment_DD.isfinite().all()):
+            raise ValueError(f"{path} has moments that are not finite; compute them again")
         return cls(n=n, mean=mean_D, comoment=comoment_DD), about
 
 

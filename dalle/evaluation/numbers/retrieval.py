@@ -8,11 +8,15 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from dalle.evaluation.numbers.moments import checked_features
+
 RANKS = (1, 5, 10)
 BLOCK = 1024
 """Rows of which the similarities to all others are held at once."""
 TIE = 1e-6
 """Similarities of unit features in float32 that differ by no more than this are equal but for rounding."""
+LENGTH_ERROR = 0.01
+"""How far lengths of unit features may be from 1: those of half precision are not exactly of length 1."""
 
 
 @dataclass(frozen=True)
@@ -41,18 +45,29 @@ def retrieval(captions: Tensor, images: Tensor) -> tuple[Retrieval, Retrieval]:
         images: unit features (N,E) of the pictures of the captions, in their order.
 
     Raises:
-        ValueError: the shapes differ, or are no (N,E).
+        ValueError: the shapes differ, or the features are no (N,E) of finite numbers, or not of length 1.
     """
-    if captions.shape != images.shape or captions.ndim != 2 or captions.numel() == 0:
+    if captions.shape != images.shape:
         raise ValueError(
             f"features of captions {tuple(captions.shape)} and of images {tuple(images.shape)}; "
             "expected two equal shapes (pairs, features)"
         )
-    return _one_direction(captions, images), _one_direction(images, captions)
+    captions_NE, images_NE = _unit(captions, "the captions' features"), _unit(images, "the images' features")
+    return _one_direction(captions_NE, images_NE), _one_direction(images_NE, captions_NE)
+
+
+def _unit(features: Tensor, name: str) -> Tensor:
+    features_NE = checked_features(features, name)
+    lengths_N = features_NE.norm(dim=1)
+    if ((lengths_N - 1).abs() > LENGTH_ERROR).any():
+        raise ValueError(
+            f"{name} have lengths from {float(lengths_N.min()):.3g} to {float(lengths_N.max()):.3g}; "
+            "expected 1: divide each by its length"
+        )
+    return features_NE
 
 
 def _one_direction(queries_NE: Tensor, candidates_NE: Tensor) -> Retrieval:
-    queries_NE, candidates_NE = (each.detach().double().cpu() for each in (queries_NE, candidates_NE))
     better, ties = [], []
     for first, block_RE in zip(range(0, len(queries_NE), BLOCK), torch.split(queries_NE, BLOCK), strict=True):
         similarities_RN = block_RE @ candidates_NE.T

@@ -38,13 +38,16 @@ def best_of_subsets(scores: Tensor, values: Tensor, n: int) -> Tensor:
         float64 (C,)
 
     Raises:
-        ValueError: the shapes differ, or are no (C,M), or n is not in 1 … M.
+        ValueError: the shapes differ, or are no (C,M), a score is NaN, or n is not in 1 … M.
     """
     if scores.shape != values.shape or scores.ndim != 2:
         raise ValueError(
             f"scores {tuple(scores.shape)} and values {tuple(values.shape)}; "
             "expected two equal shapes (captions, candidates)"
         )
+    if scores.isnan().any():  # a NaN would be sorted as the best
+        caption, candidate = scores.isnan().nonzero()[0].tolist()
+        raise ValueError(f"the score of candidate {candidate} of caption {caption} is NaN: it cannot be ranked")
     weights_M = subset_weights(scores.shape[1], n)
     order_CM = torch.sort(scores.cpu(), dim=1, descending=True, stable=True).indices
     return values.cpu().double().gather(1, order_CM) @ weights_M

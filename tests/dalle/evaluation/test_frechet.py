@@ -4,6 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 from torchmetrics.image.fid import FrechetInceptionDistance, _compute_fid
 
@@ -77,6 +78,12 @@ def test_files_that_hold_no_moments_are_refused(tmp_path) -> None:
         Moments.load(file)
     Moments(n=5, mean=good.mean.float(), comoment=good.comoment.float()).save(file)
     with pytest.raises(ValueError, match="expected torch"):
+        Moments.load(file)
+    Moments(n=5, mean=good.mean * math.inf, comoment=good.comoment).save(file)
+    with pytest.raises(ValueError, match="not finite"):
+        Moments.load(file)
+    save_file({"n": torch.arange(3), "mean": good.mean, "comoment": good.comoment}, file)
+    with pytest.raises(ValueError, match="do not belong together"):
         Moments.load(file)
 
 
@@ -155,7 +162,9 @@ def test_fewer_pictures_than_features_agree_too_and_are_told(caplog) -> None:
     caplog.clear()
     assert frechet_distance_of_features(first, second) == pytest.approx(by_moments, rel=1e-6)
     assert "singular (n=30, 50 features)" in caplog.text
+    caplog.clear()
     assert FrechetReference(b).distance(first) == pytest.approx(by_moments, rel=1e-6)
+    assert "singular (n=30, 50 features)" in caplog.text
 
 
 class Flat(torch.nn.Module):
@@ -204,3 +213,17 @@ def test_the_line_against_moments_leaves_the_bias_of_the_reference() -> None:
     assert abs(by_moments) < 0.15 < frechet_distance_of_features(samples, reference)
     with pytest.raises(ValueError, match="at least 16 samples"):
         extrapolated(samples[:10], reference)
+
+
+def test_a_line_through_fewer_pictures_than_features_is_far_off_and_told(caplog: pytest.LogCaptureFixture) -> None:
+    samples, reference = normals(520, 64, 1), normals(4000, 64, 2)
+    moments = Moments.of(reference)
+    with caplog.at_level(logging.WARNING):
+        assert abs(extrapolated(samples, reference[:520])) < 1
+        assert abs(extrapolated(samples, moments)) < 1
+        assert caplog.text == ""
+        assert extrapolated(samples[:128], moments) < -3  # below any distance; the truth is 0
+        assert "FD∞ is far off: a quarter of the pictures is 32, no more than the 64 features" in caplog.text
+        caplog.clear()
+        assert abs(extrapolated(samples, reference[:128])) > 1
+    assert "give over 256 pictures" in caplog.text

@@ -126,6 +126,28 @@ def test_a_torchscript_archive_of_other_names_gets_the_hint(tmp_path: Path) -> N
         load_inception(tmp_path / "inception-2015-12-05.pt")
 
 
+def scripted(state: dict[str, Tensor]) -> torch.jit.ScriptModule:
+    """A TorchScript module with these names and a forward that has nothing to do with them."""
+    root = nn.Module()
+    for name, tensor in state.items():
+        *parents, own = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, nn.Module())
+            module = module.get_submodule(parent)
+        module.register_buffer(own, tensor)
+    root.forward = lambda x: x
+    return torch.jit.trace(root, torch.zeros(1))
+
+
+def test_a_torchscript_archive_with_the_names_of_the_state_dict_is_read(tmp_path: Path) -> None:
+    scripted(small_state("tf")).save(tmp_path / "named.pt")
+    file = load_inception(tmp_path / "named.pt")
+    assert file.net.layout.name == "tf"
+    assert file.net.logits(torch.ones(1, 2048), bias=True).unique().tolist() == [1024.5]
+
+
 def test_profiles_take_the_files_that_they_need(tf_file: Path, imagenet_file: Path) -> None:
     both = load_profile(PROFILES["dalle2021"], [tf_file, imagenet_file])
     assert both.classes is not None

@@ -1,3 +1,5 @@
+import logging
+
 import numpy as np
 import pytest
 import torch
@@ -72,6 +74,15 @@ def test_kid_is_that_of_torchmetrics_with_our_module_and_bytes() -> None:
     assert kid(Flat()(fake), Flat()(real), subsets=2).subset_size == 90  # no more than there are
 
 
+def test_subsets_that_are_all_the_same_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.WARNING):
+        kid(normals(40, 3, 0), normals(50, 3, 1), subsets=3)
+        assert caplog.text == ""  # the subsets of the reference differ
+        found = kid(normals(40, 3, 0), normals(40, 3, 1), subsets=3)
+    assert found.std == pytest.approx(0, abs=1e-12)
+    assert "each of the 3 subsets has all 40 pictures" in caplog.text
+
+
 def test_inception_score_is_that_of_torchmetrics_but_in_order() -> None:
     images = pictures(120, 256, 2)
     metric = TorchmetricsIS(feature=Flat(), splits=4)
@@ -104,5 +115,7 @@ def test_what_cannot_be_computed_is_refused() -> None:
         kid(normals(5, 3, 0), normals(5, 3, 0), subsets=0)
     with pytest.raises(ValueError, match="above 0"):
         gaussian_mmd(normals(5, 3, 0), normals(5, 3, 0), sigma=0)
+    with pytest.raises(ValueError, match="finite number"):
+        gaussian_kernel(float("inf"))
     with pytest.raises(ValueError, match="10 splits of 9 pictures"):
         inception_score(normals(9, 3, 0))

@@ -93,6 +93,17 @@ def test_ties_count_by_chance() -> None:
         retrieval(one_hot, images[:5])
 
 
+def test_features_that_would_make_retrieval_look_perfect_are_refused() -> None:
+    one_hot = torch.eye(12)
+    no_numbers = one_hot.clone()
+    no_numbers[3, 0] = float("nan")
+    with pytest.raises(ValueError, match="the images' features of picture 3 are not finite"):
+        retrieval(one_hot, no_numbers)
+    with pytest.raises(ValueError, match="the captions' features have lengths from 1 to 3; expected 1"):
+        retrieval(one_hot * torch.tensor([[1.0]] * 11 + [[3.0]]), one_hot)
+    assert retrieval(one_hot.half() * 1.001, one_hot)[0].rates[1] == 1
+
+
 @pytest.mark.parametrize(
     ("successes", "n", "interval"),
     # R's prop.test(…, correct = FALSE)
@@ -110,6 +121,10 @@ def test_the_interval_of_a_mean_has_the_width_of_its_standard_error() -> None:
     assert found.low < found.mean < found.high
     assert mean_interval(values) == found
     assert mean_interval(values, seed=1) != found
+    # of one caption, or of a confidence above 1, there is no interval
+    for wrong in (lambda: mean_interval(values[:1]), lambda: mean_interval(values, confidence=1.5)):
+        with pytest.raises(ValueError, match="expected"):
+            wrong()
     for wrong in (lambda: mean_interval(values[:0]), lambda: wilson(3, 2), lambda: next(resamples(0, 1, 0))):
         with pytest.raises(ValueError, match="expected"):
             wrong()
@@ -175,5 +190,7 @@ def test_weights_of_many_candidates_sum_to_1() -> None:
             subset_weights(7, n)
     with pytest.raises(ValueError, match="two equal shapes"):
         best_of_subsets(torch.zeros(2, 3), torch.zeros(2, 4), 1)
+    with pytest.raises(ValueError, match="score of candidate 2 of caption 1 is NaN"):
+        best_of_subsets(torch.tensor([[3.0, 2, 1], [1, 2, float("nan")]]), torch.zeros(2, 3), 2)
     with pytest.raises(ValueError, match="expected bool"):
         any_of_subsets(torch.zeros(2, 3), 1)

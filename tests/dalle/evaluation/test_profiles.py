@@ -98,6 +98,9 @@ def test_blur_is_pillows_on_the_cropped_picture_and_radius_0_changes_no_bit(prof
     for radius, side in ((-1, 64), (float("nan"), 64), (float("inf"), 64), (0, 0)):
         with pytest.raises(ValueError, match="expected a radius"):
             prepared(image, profile, radius=radius, side=side)
+    for mode in ("RGBA", "L"):
+        with pytest.raises(ValueError, match=f"mode {mode}; expected RGB"):
+            prepared(image.convert(mode), profile)
 
 
 def test_crops_differ() -> None:
@@ -202,6 +205,8 @@ def test_every_batch_has_the_same_size_so_that_a_picture_has_the_same_bits_in_an
     for wrong in (lambda: in_equal_batches(compute, []), lambda: in_equal_batches(compute, images, batch_size=0)):
         with pytest.raises(ValueError, match="at least"):
             wrong()
+    with pytest.raises(ValueError, match=r"picture 5 is of shape \(3, 8, 8\), those before of \(3, 16, 16\)"):
+        in_equal_batches(compute, [*images[:5], as_bytes(pictures(1, 8, 8, 0)[0])], batch_size=4)
 
 
 def test_features_of_our_clip_are_those_that_rank(bundle: Path) -> None:
@@ -266,6 +271,11 @@ def test_a_reference_is_computed_once_and_a_hit_is_visible(tmp_path: Path) -> No
     assert not reference(KEY, lambda: features, None).from_cache
 
 
+def test_a_key_is_one_of_its_values_however_they_are_written() -> None:
+    assert ReferenceKey(**{**vars(KEY), "radius": 0.0}).digest == KEY.digest
+    assert picture_list_hash([("caf\udce9.png", b"1")]) != picture_list_hash([("cafe.png", b"1")])
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -298,5 +308,11 @@ def test_a_damaged_or_foreign_file_is_computed_again_and_told(tmp_path: Path, ca
         assert not reference(KEY, lambda: torch.eye(3), tmp_path).from_cache
         file.write_bytes(whole.replace(b"centre", b"squash"))
         assert not reference(KEY, lambda: torch.eye(3), tmp_path).from_cache
-    assert caplog.text.count("is computed again") == 2
+        # one bit of a number, which leaves the file well formed
+        file.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+        assert not reference(KEY, lambda: torch.eye(3), tmp_path).from_cache
+        file.write_bytes(whole.replace(b"comoment", b"cumoment"))
+        assert not reference(KEY, lambda: torch.eye(3), tmp_path).from_cache
+    assert caplog.text.count("is computed again") == 4
+    assert caplog.text.count("its numbers are damaged") == 1
     assert reference(KEY, lambda: torch.zeros(0), tmp_path).from_cache
