@@ -364,9 +364,9 @@ def _read_description(path: Path, kind: str | None, expected: str = "model") -> 
 HOW_TO_MAKE = {
     "dvae": "`dalle-train dvae`, or `dalle import-dvae` or `dalle import-vqgan` for published weights",
     "dalle": "`dalle-train transformer`",
-    "prior": "`dalle import-unclip` for published weights",
+    "prior": "`dalle-train prior`, or `dalle import-unclip` for published weights",
     "decoder": "`dalle-train decoder`, or `dalle import-unclip` for published weights",
-    "upsampler": "`dalle import-unclip` for published weights",
+    "upsampler": "`dalle-train upsampler`, or `dalle import-unclip` for published weights",
     "clip": "`dalle-train clip`, or `dalle import-clip` for published weights",
 }
 """The commands that make a model, by its kind."""

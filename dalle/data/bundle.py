@@ -25,7 +25,8 @@ from rerank import CLIP, score
 from storage.errors import reason_of
 from storage.model_directory import HOW_TO_MAKE, directory_hash
 
-PARTS = {"tokenizer.json": "`dalle-train tokenizer`", **HOW_TO_MAKE}
+MODELS = ("dvae", "dalle", "clip")
+PARTS = {"tokenizer.json": "`dalle-train tokenizer`", **{part: HOW_TO_MAKE[part] for part in MODELS}}
 """The parts of a bundle, and what makes each."""
 
 Precision = Literal["fp32", "bf16"]
@@ -57,7 +58,7 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
         raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
     parts = {part: bundle_part(path, part) for part in PARTS}
     tokenizer = load_tokenizer(parts["tokenizer.json"])
-    hashes = {part: directory_hash(parts[part]) for part in ("dvae", "dalle", "clip")}
+    hashes = {part: directory_hash(parts[part]) for part in MODELS}
     dalle = matching_transformer(path, tokenizer, hashes["dvae"])
     return Bundle(
         tokenizer=tokenizer,
