@@ -19,6 +19,7 @@ from dalle.evaluation.nested.curves import GIVEN, Point, cosines, curve, rate, r
 from dalle.evaluation.nested.run import Nested, run_nested
 from dalle.evaluation.nested.sample import Checker, Looks, Stopwatch, at
 from dalle.evaluation.nested.settings import NestedSettings
+from dalle.evaluation.nested.shards import is_first_process
 from dalle.evaluation.networks import PictureNetwork
 from dalle.evaluation.references import RealPictures
 from dalle.evaluation.result import BestOfN, Result
@@ -29,6 +30,8 @@ from rerank import CLIP
 from rerank.score import embed_captions, embed_images
 
 EMBEDDED_AT_ONCE = 32
+LEAST_FOR_DISTANCE = 2
+"""Captions of which there are distances."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,6 +102,9 @@ def evaluate_bundle_best_of(
         "network": None if network is None else network.identity(),
         "radii": list(radii),
     }
+    if real is not None and is_first_process():
+        for radius in radii:
+            real.at(radius)  # a picture that cannot be read is told before what may take days
     nested = run_nested(pipe, rows, settings, looks, out, say, measured=measured, fresh=fresh)
     if nested is None:
         return None
@@ -138,26 +144,19 @@ def evaluate_bundle_best_of(
 def _of_nested(nested: Nested, real: Real | None, radii: Sequence[float], *, kept: bool = False) -> BestOfN:
     best_of = nested.settings.best_of
     found = BestOfN(captions=len(nested.rows), curve=curve(nested), recalled=recalled(nested))
-    if real is None or len(nested.rows) < 2:
+    if real is None or len(nested.rows) < LEAST_FOR_DISTANCE:
         return found
 
-    def picked(name: str) -> dict[str, Tensor]:
-        return {f"{n}": rows for n, rows in zip(best_of, nested.read(name).unbind(dim=1), strict=True)}
-
     has_classes = real.network.classes is not None
-    reference = real.at(0, kept=kept)
-    assert reference is not None
-    by_n = distances(picked("features"), reference, picked("logits") if has_classes else None)
-    blurred: dict[float, Distances] = {}
-    if len(radii) > 1:
-        blurred[0] = by_n[f"{best_of[-1]}"]
-    for radius in filter(None, radii):
-        features = {"": nested.read(at("features", radius))}
-        logits = {"": nested.read(at("logits", radius))} if has_classes else None
-        reference = real.at(radius, kept=kept)
-        assert reference is not None
-        blurred[radius] = distances(features, reference, logits)[""]
-    return replace(found, distances={n: by_n[f"{n}"] for n in best_of}, blurred=blurred)
+
+    def of(radius: float, column: int | None) -> Distances:
+        logits = nested.read(at("logits", radius), column) if has_classes else None
+        return distances(nested.read(at("features", radius), column), references[radius], logits)
+
+    references = {radius: reference for radius in radii if (reference := real.at(radius, kept=kept)) is not None}
+    by_n = {n: of(0, column) for column, n in enumerate(best_of)}
+    blurred = {radius: of(radius, None) if radius else by_n[best_of[-1]] for radius in radii} if len(radii) > 1 else {}
+    return replace(found, distances=by_n, blurred=blurred)
 
 
 def evaluate_pictures(
@@ -210,12 +209,12 @@ def evaluate_pictures(
             recalled=[] if kept_features is None else [recall(kept_features[0], kept_features[1], 1)],
         )
         measured: dict[float, Distances] = {}
-        for radius, each in features.items():
+        for radius, each in features.items() if found.captions >= LEAST_FOR_DISTANCE else ():
             assert real is not None
             reference = real.at(radius, kept=kept)
             assert reference is not None
-            logits = {"": each["logits"][keep_R]} if "logits" in each else None
-            measured[radius] = distances({"": each["features"][keep_R]}, reference, logits)[""]
+            logits = each["logits"][keep_R] if "logits" in each else None
+            measured[radius] = distances(each["features"][keep_R], reference, logits)
         by_n = {1: measured[0]} if 0 in measured else {}
         return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
 

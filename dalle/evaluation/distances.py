@@ -3,19 +3,19 @@
 Letters: R captions  D features  K classes
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import cached_property
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from dalle.evaluation.numbers.bootstrap import FRECHET_DRAWS, frechet_spreads
-from dalle.evaluation.numbers.frechet import Floor, extrapolated, floor, frechet_distance_of_features
+from dalle.evaluation.numbers.frechet import Floor, FrechetReference, extrapolated, floor
 from dalle.evaluation.numbers.inception_score import InceptionScore, inception_score
 from dalle.evaluation.numbers.kernels import KID, gaussian_mmd, kid
 from dalle.evaluation.numbers.moments import Moments
 from dalle.evaluation.numbers.neighbours import Neighbours, neighbours
+from dalle.output.text import counted
 
 SPLITS = 10
 """Of the Inception Score."""
@@ -25,15 +25,29 @@ LEAST_FOR_LIMIT = 16
 """Pictures that FD∞ needs."""
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class Reference:
-    """Real pictures, at one radius."""
+    """Real pictures, at one radius. What is computed of them alone is computed once."""
 
     moments: Moments
     features: Tensor | None
     """float32 (M,D); None where only the moments are known."""
     note: str
     """Where they come from, for people."""
+    _floors: dict[int, Floor] = field(default_factory=dict, init=False)
+
+    @cached_property
+    def prepared(self) -> FrechetReference:
+        """The moments, with the root of their covariance."""
+        return FrechetReference(self.moments)
+
+    def floor(self, n: int) -> Floor | None:
+        """Return what n of the pictures score against the rest; None without features, or of fewer than 4 pictures."""
+        if self.features is None or len(self.features) < 4:
+            return None
+        if n not in self._floors:
+            self._floors[n] = floor(self.features, n)
+        return self._floors[n]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +65,7 @@ class Distances:
     spread: float
     """Its standard deviation over other captions, by bootstrap; an estimate plus or minus, not an interval."""
     floor: Floor | None
-    """What as many real pictures score against the rest; against as many others where the reference has too few."""
+    """What as many real pictures score against the rest, at most half of the reference."""
     limit: float | None
     """FD∞: for endless samples."""
     kid: KID | None
@@ -62,51 +76,36 @@ class Distances:
     inception_score: InceptionScore | None
 
 
-def distances(
-    features: Mapping[str, Tensor], reference: Reference, logits: Mapping[str, Tensor] | None = None
-) -> dict[str, Distances]:
-    """Return the distances of several sets of pictures of the same captions to one reference.
+def distances(features: Tensor, reference: Reference, logits: Tensor | None = None) -> Distances:
+    """Return the distances of pictures to a reference.
+
+    The draws of a spread are a function of the number of captions: they are the same for every set of the same ones.
 
     Args:
-        features: by name (R,D), row by row of the same captions.
+        features: (R,D).
         reference: to compare with.
-        logits: by the same names (R,K); None for no Inception Score.
+        logits: (R,K), of the same pictures; None for no Inception Score.
 
     Raises:
-        ValueError: there are fewer than 2 captions, or the features do not fit.
+        ValueError: there are fewer than 2 pictures, or the features do not fit.
     """
-    n = len(next(iter(features.values())))
+    n, real = len(features), reference.features
     if n < 2:
-        raise ValueError(f"{n} picture: a distance needs at least 2")
-    real = reference.features
+        raise ValueError(f"{counted(n, 'picture')}: a distance needs at least 2")
     draws = FEW_DRAWS if reference.moments.dimension >= MANY_FEATURES else FRECHET_DRAWS
-    spreads = frechet_spreads(features, reference.moments, draws=draws)
-    ground = None if real is None or len(real) < 4 else _floor(real, n)
-    found = {}
-    for name, each in features.items():
-        limit = None if n < LEAST_FOR_LIMIT else extrapolated(each, reference.moments if real is None else real)
-        score = None if logits is None else inception_score(logits[name], splits=min(SPLITS, n))
-        found[name] = Distances(
-            n=n,
-            n_reference=reference.moments.n,
-            fd=spreads.estimates[name],
-            spread=spreads.spread(name),
-            floor=ground,
-            limit=limit,
-            kid=None if real is None else kid(each, real),
-            mmd=None if real is None else gaussian_mmd(each, real),
-            neighbours=None if real is None else _neighbours(each, real),
-            inception_score=score,
-        )
-    return found
-
-
-def _floor(real: Tensor, n: int) -> Floor:
-    """Return what n real pictures score against the rest, where that is larger: the distances have that bias, too."""
-    if len(real) < 2 * n:
-        return floor(real, n)
-    order = torch.from_numpy(np.random.default_rng(0).permutation(len(real)))
-    return Floor(frechet_distance_of_features(real[order[:n]], real[order[n:]]), n)
+    spreads = frechet_spreads({"": features}, reference.prepared, draws=draws)
+    return Distances(
+        n=n,
+        n_reference=reference.moments.n,
+        fd=spreads.estimates[""],
+        spread=spreads.spread(""),
+        floor=reference.floor(n),
+        limit=None if n < LEAST_FOR_LIMIT else extrapolated(features, reference.moments if real is None else real),
+        kid=None if real is None else kid(features, real),
+        mmd=None if real is None else gaussian_mmd(features, real),
+        neighbours=None if real is None else _neighbours(features, real),
+        inception_score=None if logits is None else inception_score(logits, splits=min(SPLITS, n)),
+    )
 
 
 def _neighbours(features: Tensor, real: Tensor) -> Neighbours | None:

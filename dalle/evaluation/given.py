@@ -16,7 +16,7 @@ class GivenPictures:
 
     Files are matched with rows by number where all have one: that of the file, or of the first folder, as in
     00012.png, or 00012/samples/0000.png in GenEval's layout, of whose samples the first counts. Otherwise there must be
-    as many files as rows, and the sorted files are those of the rows in order.
+    as many files as rows, which are those of the rows in order: by their numbers if each has its own, else by name.
 
     Args:
         folder: of the pictures.
@@ -42,7 +42,7 @@ class GivenPictures:
         if not missing:
             self.files = [numbered[number] for number in numbers]
         elif len(files) == len(rows):
-            self.files = files
+            self.files = [numbered[number] for number in sorted(numbered)] if len(numbered) == len(files) else files
         else:
             raise ValueError(
                 f"{folder} holds {len(files):,} pictures for {len(rows):,} captions, and none is called "

@@ -8,7 +8,7 @@ from dalle.evaluation.distances import Distances
 from dalle.evaluation.features.names import distance_name
 from dalle.evaluation.features.nets import FeatureNet
 from dalle.evaluation.nested.curves import GIVEN, ORACLE, Point, Recalled
-from dalle.output.text import aligned
+from dalle.output.text import aligned, counted
 
 NAMES = {"clip": "CLIP", "likelihood": "likelihood", "both": "both", ORACLE: "any of N (oracle)", GIVEN: "as given"}
 """Of rankings."""
@@ -90,6 +90,8 @@ class Result:
         parts = [curve_table(found.curve, starred=not self.has_judge)] if found.curve else []
         if found.recalled:
             parts.append(recalled_table(found.recalled, self.rank, starred=not self.has_judge))
+        if self.net is not None and not found.distances:
+            parts.append(f"{counted(found.captions, 'caption')}: no distances, which need at least 2")
         of_picks = {f"best of {n}": each for n, each in found.distances.items()}
         blurred = {f"blur radius {radius:g}": each for radius, each in found.blurred.items()}
         for rows in (of_picks, blurred):

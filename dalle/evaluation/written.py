@@ -36,11 +36,11 @@ def write_pictures(pipe: Pipeline, nested: Nested, folder: Path, layout: Layout)
     """
     n_picks = len(nested.settings.best_of)
     n_pictures = 0
-    for row, tokens_KI in zip(nested.rows, nested.read("tokens").long(), strict=True):
+    for row, tokens_KI in zip(nested.rows, nested.read("tokens"), strict=True):
         # the best of M; or, where there are several pictures, the best of each group
         are_groups = layout == "geneval" and nested.settings.pictures > 1
         chosen = tokens_KI[n_picks:] if are_groups else tokens_KI[[n_picks - 1]]
-        images = [to_image(image) for image in pipe.decode(chosen)]
+        images = [to_image(image) for image in pipe.decode(chosen.long())]
         if layout == "plain":
             folder.mkdir(parents=True, exist_ok=True)
             save_png(images[0], folder / f"{row.number:05}.png", {"caption": row.caption})
@@ -101,10 +101,10 @@ def best_and_worst(pipe: Pipeline, nested: Nested) -> Image.Image:
     values = nested.scores if nested.judged is None else nested.judged
     values_R = values.gather(1, best_picks(nested)[:, None])[:, 0]
     order = values_R.argsort(descending=True, stable=True).tolist()
-    tokens = nested.read("tokens").long()[:, n_picks - 1]
+    tokens = nested.read("tokens", n_picks - 1)
     sections = []
     for title, places in (("best", order[:SHOWN]), ("worst", order[-SHOWN:][::-1])):
-        images = [to_image(pipe.decode(tokens[[place]])[0]) for place in places]
+        images = [to_image(pipe.decode(tokens[[place]].long())[0]) for place in places]
         labels = [f"{values_R[place]:.3f}  {nested.rows[place].caption}" for place in places]
         sections.append(Section(title, images, labels))
     by = "the judge" if nested.judged is not None else "the CLIP that ranks"

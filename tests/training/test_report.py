@@ -346,12 +346,10 @@ def test_an_evaluation_is_shown_without_any_run(tmp_path: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     real = torch.randn(40, 4, generator=generator)
     reference = Reference(moments=Moments.of(real), features=real, note="reference: 40 pictures")
-    by_n = distances({f"{n}": torch.randn(20, 4, generator=generator) + 1 / n for n in (1, 2)}, reference)
+    by_n = {n: distances(torch.randn(20, 4, generator=generator) + 1 / n, reference) for n in (1, 2)}
     right = Estimate(mean=0.25, low=0.2, high=0.3, subsets=0.26)
     points = [Point(rank=rank, n=n, right=right, clip=right) for rank in ("clip", "oracle") for n in (1, 2)]
-    found = BestOfN(
-        captions=20, curve=points, distances={1: by_n["1"], 2: by_n["2"]}, blurred={0: by_n["1"], 2.0: by_n["2"]}
-    )
+    found = BestOfN(captions=20, curve=points, distances=by_n, blurred={0: by_n[1], 2.0: by_n[2]})
     net = SimpleNamespace(name="own-clip", hash="0123456789abcdef")
     result = Result(protocol={"seed": 7}, lines=[], rank="clip", has_judge=False, net=net, found=found)
     (tmp_path / "evaluation.json").write_text(json.dumps({"psnr": 30.0, "best_of": result.as_json()}))

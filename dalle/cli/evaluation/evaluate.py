@@ -17,7 +17,7 @@ from dalle.cli.generate import ComputeOptions, SamplingOptions
 from dalle.cli.options import Flag, check_writable
 from dalle.data.bundle import bundle_part
 from dalle.data.reader import ShardData
-from dalle.evaluation.best_of import Judge, Real, evaluate_bundle_best_of, evaluate_pictures
+from dalle.evaluation.best_of import LEAST_FOR_DISTANCE, Judge, Real, evaluate_bundle_best_of, evaluate_pictures
 from dalle.evaluation.bundle import Measurement, check_n_captions, distinct_captions, measure_bundle, sample_sheet
 from dalle.evaluation.features.profiles import BLURS, ProfileName
 from dalle.evaluation.given import GivenPictures
@@ -227,11 +227,20 @@ class Evaluate:
             return chosen, None, None
         if data is None or self.captions_file is not None:
             raise ValueError("--without leaves out samples of --data, whose captions must be those that are sampled")
+        return chosen, *self._kept(data, chosen)
+
+    def _kept(self, data: ShardData, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
+        """Return which captions and which pictures of the data --without leaves."""
         kept = kept_of(data, self.compare.without)
-        keep_rows = kept[[row.number for row in chosen]]
-        if not keep_rows.any():
-            raise ValueError("--without leaves out all captions: expected a list of some samples")
-        return chosen, keep_rows, kept
+        if max(row.number for row in rows) >= len(kept):
+            raise ValueError("--without needs captions whose numbers are those of the samples of --data")
+        keep_rows = kept[[row.number for row in rows]]
+        if not keep_rows.any() or int(kept.sum()) < LEAST_FOR_DISTANCE:
+            raise ValueError(
+                f"--without leaves {int(keep_rows.sum())} of {counted(len(rows), 'caption')} and {int(kept.sum())} of "
+                f"{counted(len(kept), 'picture')}: give lists that leave a caption and {LEAST_FOR_DISTANCE} pictures"
+            )
+        return keep_rows, kept
 
     def _plan(self, settings: NestedSettings, n_rows: int, radii: tuple[float, ...], *, has_reference: bool) -> str:
         dalle = sized_transformer(bundle_part(self.source, "dalle"))
@@ -258,6 +267,8 @@ class Evaluate:
         assert self.captions_file is not None
         if self.plan:
             raise ValueError("--plan is for a bundle: nothing is sampled for a folder of pictures")
+        if self.save_pictures is not None:
+            raise ValueError("--save-pictures is for a bundle: the pictures of a folder are there")
         rows = sorted(read_rows(self.captions_file), key=lambda row: row.number)
         pictures = GivenPictures(self.source, rows)
         out = self.out if self.out is not None else self.source
@@ -268,10 +279,7 @@ class Evaluate:
         if self.compare.without:
             if data is None:
                 raise ValueError("--without leaves out samples of --data: add --data SHARDS")
-            keep_pictures = kept_of(data, self.compare.without)
-            if max(row.number for row in rows) >= len(keep_pictures):
-                raise ValueError("--without needs captions whose numbers are those of the samples of --data")
-            keep_rows = keep_pictures[[row.number for row in rows]]
+            keep_rows, keep_pictures = self._kept(data, rows)
         clip, clip_hash = (None, "") if judge is None else (judge.clip, judge.hash)
         network = self._network(clip, clip_hash, device, data)
         real = self._real(network, data, radii, keep_pictures, out / SHARDS)

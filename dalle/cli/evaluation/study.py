@@ -66,14 +66,14 @@ class Study:
         key = key_path(self.page)
         if not key.is_file():
             raise FileNotFoundError(f"no key at {key}: give the study's page with --page")
-        votes = read_votes(self.count, key)
+        votes, n_captions = read_votes(self.count, key)
         strangers = sorted({*self.exclude} - {vote.voter for vote in votes})
         if strangers:
             raise ValueError(f"--exclude names {strangers[0]!r}, who has not voted")
         counting = [vote for vote in votes if vote.voter not in self.exclude]
         if not counting:
             raise ValueError("--exclude names all voters: nobody is left")
-        print(table(count(counting, self.votes), self.votes))
+        print(table(count(counting, self.votes, n_captions), self.votes))
         for voter, seconds in seconds_of(counting).items():
             if seconds < FAST_S:
                 print(f"{printable(voter)} answers within {seconds:.2f} s, too fast to look: --exclude leaves out")

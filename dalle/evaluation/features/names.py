@@ -15,7 +15,7 @@ def extrapolated_name(net: FeatureNet, n: int) -> str:
 
 
 def floor_name(net: FeatureNet, n: int) -> str:
-    """Return the name of the distance of two parts of the reference, n pictures each."""
+    """Return the name of the distance of n pictures of the reference to the rest of it."""
     return f"floor of FD-{net.name} ({_of(net, n)})"
 
 

@@ -52,7 +52,7 @@ class Profile:
 
 
 PROFILES: dict[ProfileName, Profile] = {
-    "own": Profile("own", "centre", "the pictures of the captions"),
+    "own": Profile("own", "centre", "nothing is published on it"),
     "dalle2021": Profile(
         "dalle2021",
         "squash",

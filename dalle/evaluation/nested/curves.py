@@ -117,10 +117,9 @@ class Recalled:
 
 def recalled(nested: Nested) -> list[Recalled]:
     """Return the retrieval of the kept picks, for every N."""
-    of_picks = nested.read("clip_features").unbind(dim=1)
     return [
-        recall(nested.caption_features, images_RE, n)
-        for n, images_RE in zip(nested.settings.best_of, of_picks, strict=True)
+        recall(nested.caption_features, nested.read("clip_features", column), n)
+        for column, n in enumerate(nested.settings.best_of)
     ]
 
 

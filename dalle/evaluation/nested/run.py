@@ -50,9 +50,16 @@ class Nested:
     places: Tensor | None = None
     """int64 (R,): of these captions among those of the shards; None for all."""
 
-    def read(self, name: str) -> Tensor:
-        """Return a tensor of all captions, such as "features", from the shards."""
-        read = torch.cat([self.folder.read(number, [name])[0][name] for number in range(self.folder.n_shards)])
+    def read(self, name: str, column: int | None = None) -> Tensor:
+        """Return a tensor of all captions, such as "features", from the shards.
+
+        Args:
+            name: of the tensor.
+            column: along its second axis, such as the place of one N, which alone is read; None for all. All features
+                of 30,000 captions and ten N are gigabytes.
+        """
+        shards = range(self.folder.n_shards)
+        read = torch.cat([self.folder.read(number, [name], column)[0][name] for number in shards])
         return read if self.places is None else read[self.places]
 
     def only(self, keep: Tensor) -> "Nested":

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from dalle.evaluation.nested.settings import difference, key_of
 from storage.atomic import replace_file, replace_text
-from storage.lock import FolderInUseError, locked
+from storage.lock import FolderInUseError, locked, require_free
 from storage.text import parse_json
 
 logger = logging.getLogger(__name__)
@@ -43,7 +43,7 @@ class ShardFolder:
         fresh: forget what is there.
 
     Raises:
-        ValueError: another run is there, or fresh is asked of one of several processes.
+        ValueError: another run is there; or fresh is asked of one of several processes, or while others work there.
         OSError: the folder cannot be written to.
     """
 
@@ -105,8 +105,13 @@ class ShardFolder:
         kept = {name: tensor.contiguous() for name, tensor in tensors.items()}
         replace_file(self.path(number), lambda partial: save_file(kept, partial, metadata=texts))
 
-    def read(self, number: int, names: Sequence[str] | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the tensors of a shard, or those of some names that it has, and what was said about them.
+    def read(self, number: int, names: Sequence[str], column: int | None = None) -> tuple[dict[str, Tensor], Any]:
+        """Return those tensors of a shard that it has of some names, and what was said about them.
+
+        Args:
+            number: of the shard.
+            names: of tensors.
+            column: along their second axis, which alone is read; None for all.
 
         Raises:
             ValueError: it is damaged, or of another run.
@@ -115,7 +120,10 @@ class ShardFolder:
         try:
             with safe_open(path, framework="pt") as file:
                 texts, held = file.metadata() or {}, set(file.keys())
-                tensors = {name: file.get_tensor(name) for name in held if names is None or name in names}
+                tensors = {
+                    name: file.get_tensor(name) if column is None else file.get_slice(name)[:, column]
+                    for name in held.intersection(names)
+                }
         except (SafetensorError, FileNotFoundError) as error:
             raise ValueError(f"{path} cannot be read ({error}): delete it, and run the same command again") from error
         if texts.get("key") != self.key:
@@ -126,6 +134,8 @@ class ShardFolder:
         return tensors, json.loads(texts["about"])
 
     def _forget(self) -> None:
+        for claim in self.folder.glob(".[0-9]*"):
+            require_free(claim)  # its holder would go on, and write a shard of the run that is forgotten
         (self.folder / RUN_FILE).unlink(missing_ok=True)  # first: shards without it belong to no run
         for path in self.folder.glob("[0-9]*.safetensors"):
             path.unlink()

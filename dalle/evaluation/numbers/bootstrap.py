@@ -8,6 +8,7 @@ Letters: N captions  D features  K draws
 import math
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from statistics import NormalDist
 
 import numpy as np
@@ -61,7 +62,7 @@ def mean_interval(values: Tensor, *, draws: int = DRAWS, confidence: float = 0.9
     if not 0 < confidence < 1:
         raise ValueError(f"confidence is {confidence}; expected a number between 0 and 1, such as 0.95")
     values_N = values.detach().double().cpu()
-    means_K = torch.stack([values_N[rows_N].mean() for rows_N in resamples(len(values_N), draws, seed)])
+    means_K = torch.stack([values_N[rows_N].mean() for rows_N in _all_resamples(len(values_N), draws, seed)])
     tails = torch.tensor([(1 - confidence) / 2, (1 + confidence) / 2], dtype=torch.float64)
     low, high = torch.quantile(means_K, tails).tolist()
     return Interval(float(values_N.mean()), low, high)
@@ -137,3 +138,9 @@ def resamples(n: int, draws: int, seed: int) -> Iterator[Tensor]:
         raise ValueError(f"{draws} draws of {n} captions; expected at least 1 of each")
     for draw in range(draws):
         yield torch.from_numpy(np.random.default_rng([seed, draw]).integers(0, n, n))
+
+
+@lru_cache(maxsize=2)  # of all captions, and of those that --without leaves: a table asks for hundreds of intervals
+def _all_resamples(n: int, draws: int, seed: int) -> Tensor:
+    """Return all rows of `resamples`, int32 (K,n)."""
+    return torch.stack([rows_N.int() for rows_N in resamples(n, draws, seed)])

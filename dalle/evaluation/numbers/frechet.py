@@ -153,17 +153,17 @@ class Floor:
 
     distance: float
     n: int
-    """Pictures on each side."""
+    """Pictures of the smaller side."""
 
 
 def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
-    """Return the distance of two disjoint random parts of a reference (M,D).
+    """Return the distance of n pictures of a reference (M,D), drawn at random, to all others of it.
 
-    That is what n samples of a perfect model would score against n pictures; against more they would score less.
+    A perfect model scores about as much with n pictures: samples are compared with all of a reference, too.
 
     Args:
         reference: features of the reference.
-        n: pictures of each part; half of the reference if it is None or more than that.
+        n: pictures that are drawn; half of the reference if it is None or more than that.
         seed: of the draw.
 
     Raises:
@@ -175,8 +175,7 @@ def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
     if n < 2:
         raise ValueError(f"a floor needs two parts of at least 2 pictures, got {len(reference_MD)} pictures, n {n}")
     order_M = torch.from_numpy(np.random.default_rng(seed).permutation(len(reference_MD)))
-    parts = reference_MD[order_M[:n]], reference_MD[order_M[n : 2 * n]]
-    return Floor(_of_features(*parts), n)
+    return Floor(_of_features(reference_MD[order_M[:n]], reference_MD[order_M[n:]]), n)
 
 
 def extrapolated(

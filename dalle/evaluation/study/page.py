@@ -18,6 +18,7 @@ from PIL import Image
 
 from dalle.evaluation.nested.captions import Row, list_hash
 from storage.atomic import replace_text
+from storage.text import parse_json, read_text
 
 TEMPLATE = Path(__file__).with_name("study.html")
 PLACE = "/*STUDY*/"
@@ -42,7 +43,7 @@ def write_study(
 
     Raises:
         OSError: one cannot be written.
-        ValueError: a picture cannot be read.
+        ValueError: a picture cannot be read, or the key of another study is there.
     """
     rng = np.random.default_rng(seed)
     first_is_left = rng.permutation(len(rows)) % 2 == 0
@@ -57,6 +58,7 @@ def write_study(
     shown = {"key": key, "items": [items[place] for place in rng.permutation(len(items)).tolist()]}
     # no "<" in the page's JSON: a caption must not end its element
     text = json.dumps(shown).replace("<", "\\u003c")
+    _check_free(key_path(path), key)
     path.parent.mkdir(parents=True, exist_ok=True)
     replace_text(path, TEMPLATE.read_text(encoding="utf-8").replace(PLACE, text))
     lefts = {
@@ -69,6 +71,15 @@ def write_study(
 def key_path(page: Path) -> Path:
     """Return the file of a page's key."""
     return page.with_suffix(".key.json")
+
+
+def _check_free(file: Path, study: str) -> None:
+    """Raise ValueError where the key of another study would be lost, without which its votes cannot be counted."""
+    if not file.is_file():
+        return
+    known = parse_json(read_text(file))
+    if not isinstance(known, dict) or known.get("study") != study:
+        raise ValueError(f"{file} is the key of another study, whose votes need it: give another --page, or delete it")
 
 
 def _data_url(image: Image.Image) -> str:

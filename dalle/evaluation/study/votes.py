@@ -2,6 +2,7 @@
 
 import csv
 import io
+import math
 from collections import Counter, defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -44,7 +45,7 @@ class Count:
     tied: int
     """Captions with as many votes for both; they are in no rate."""
     short: int
-    """Captions with fewer votes than were asked for."""
+    """Captions with fewer votes than were asked for, those without any among them."""
     agreement: float | None
     """Part of all pairs of voters of a caption who chose the same; None without any."""
 
@@ -55,8 +56,11 @@ class Count:
         return self.first / decided if decided else None
 
 
-def read_votes(files: Sequence[Path], key: Path) -> list[Vote]:
+def read_votes(files: Sequence[Path], key: Path) -> tuple[list[Vote], int]:
     """Read files of votes, and resolve their sides by the study's key.
+
+    Returns:
+        The votes, and how many captions the study has.
 
     Raises:
         FileNotFoundError: a file is missing.
@@ -79,7 +83,7 @@ def read_votes(files: Sequence[Path], key: Path) -> list[Vote]:
             votes.append(vote)
     if not votes:
         raise ValueError(f"no votes in {', '.join(map(str, files))}")
-    return votes
+    return votes, len(known["left"])
 
 
 def _vote(file: Path, number: int, line: dict[str, Any], known: dict[str, Any]) -> Vote:
@@ -91,19 +95,21 @@ def _vote(file: Path, number: int, line: dict[str, Any], known: dict[str, Any]) 
         if side not in ("left", "right") or question not in QUESTIONS:
             raise ValueError(f"{question!r}, {side!r}")
         system = left if side == "left" else {"A": "B", "B": "A"}[left]
-        return Vote(
-            voter=line["voter"], row=int(line["row"]), question=question, system=system, seconds=float(line["seconds"])
-        )
+        seconds = float(line["seconds"])
+        if not 0 <= seconds < math.inf:
+            raise ValueError(f"{seconds} seconds")
+        return Vote(voter=line["voter"], row=int(line["row"]), question=question, system=system, seconds=seconds)
     except (KeyError, ValueError, TypeError) as error:
         raise ValueError(f"{file}, line {number} is no vote ({error}): expected {','.join(COLUMNS)}") from None
 
 
-def count(votes: Sequence[Vote], n_asked: int) -> list[Count]:
+def count(votes: Sequence[Vote], n_asked: int, n_captions: int) -> list[Count]:
     """Return the counts of both questions; a caption is decided by the majority of its votes, however many it has.
 
     Args:
         votes: of all voters that count.
         n_asked: votes that each caption should have.
+        n_captions: of the study.
     """
     counts = []
     for question in QUESTIONS:
@@ -119,7 +125,7 @@ def count(votes: Sequence[Vote], n_asked: int) -> list[Count]:
                 first=majorities["A"],
                 second=majorities["B"],
                 tied=majorities[""],
-                short=sum(len(systems) < n_asked for systems in by_row.values()),
+                short=n_captions - sum(len(systems) >= n_asked for systems in by_row.values()),
                 agreement=sum(pairs) / len(pairs) if pairs else None,
             )
         )

@@ -53,7 +53,7 @@ class OwnDistance:
 
     distance: float
     floor: float | None
-    """Distance of two halves of the originals, of half as many pictures each; None for fewer than 4 pictures."""
+    """Distance of two halves of the originals; None for fewer than 4 pictures."""
     n: int
     """Pictures on each side."""
     note: str | None

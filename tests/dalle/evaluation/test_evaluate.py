@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from dalle.cli.main import main
 from dalle.evaluation.distances import Reference, distances
+from dalle.evaluation.given import GivenPictures
 from dalle.evaluation.nested.captions import Row
 from dalle.evaluation.nested.cost import cost_of
 from dalle.evaluation.nested.curves import curve
@@ -142,7 +143,7 @@ def test_without_half_of_the_samples_numbers_are_those_of_the_other_half(
         and float(radius[1]) == 0
     )
     real = whole[1::2]
-    directly = distances({"": features}, Reference(moments=Moments.of(real), features=real, note=""))[""]
+    directly = distances(features, Reference(moments=Moments.of(real), features=real, note=""))
     assert found["captions"] == N // 2
     assert found["distances"]["2"]["fd"] == pytest.approx(directly.fd, rel=1e-9)
     assert found["distances"]["2"]["n_reference"] == N // 2
@@ -271,7 +272,11 @@ def test_votes_are_counted_by_the_majority_of_a_caption(
                     lines.append(f'"{key["study"]}","v{voter}",{row},{question},{side},{0.2 if voter == 2 else 3}')
         files.append(tmp_path / f"v{voter}.csv")
         files[-1].write_text("\r\n".join(lines) + "\r\n")
-    found = count(read_votes(files, tmp_path / "study.key.json"), 3)
+    votes, n_captions = read_votes(files, tmp_path / "study.key.json")
+    assert n_captions == 4
+    unseen = {vote.row for vote in votes if vote.voter == "v2"}
+    assert [one.short for one in count([vote for vote in votes if vote.row in unseen], 3, 4)] == [1, 1]
+    found = count(votes, 3, n_captions)
     for one in found:
         assert (one.first, one.second, one.tied, one.short) == (2, 1, 1, 1)
         assert one.rate == pytest.approx(2 / 3)
@@ -283,3 +288,30 @@ def test_votes_are_counted_by_the_majority_of_a_caption(
     assert "v2 answers within 0.20 s" in out
     assert run("study", "--page", page, "--count", files[0], files[0]) == 1
     assert "has voted on row" in capfd.readouterr().err
+    files[0].write_text(files[0].read_text().replace(",3\n", ",nan\n"))
+    assert run("study", "--page", page, "--count", files[0]) == 1
+    assert "is no vote (nan seconds)" in capfd.readouterr().err
+
+
+def test_a_study_keeps_its_key_and_its_captions_are_text(
+    evaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    page, captions = tmp_path / "study.html", tmp_path / "captions.txt"
+    captions.write_text("</script><script>alert(1)</script>\n<!--<script>\n" + "a red cube\n" * (N - 2))
+    command = ["study", evaluated / "pictures", evaluated / "pictures", captions, "--page", page]
+    assert run(*command) == 0
+    # the page's own elements, and none of a caption
+    assert page.read_text().count("<script") == page.read_text().count("</script") == 2
+    assert "<!--" not in page.read_text()
+    key = (tmp_path / "study.key.json").read_text()
+    assert run(*command) == 0  # the same study
+    assert run(*command, "--seed", 1) == 1
+    assert "is the key of another study" in capfd.readouterr().err
+    assert (tmp_path / "study.key.json").read_text() == key
+
+
+def test_pictures_numbered_from_1_are_those_of_the_rows_in_order(tmp_path: Path) -> None:
+    rows = [Row(number=number, caption="a") for number in range(11)]
+    for number in range(1, 12):
+        (tmp_path / f"{number}.png").write_bytes(png(number))
+    assert [int(path.stem) for path in GivenPictures(tmp_path, rows).files] == list(range(1, 12))

@@ -36,6 +36,14 @@ def test_moments_are_those_of_numpy() -> None:
     assert np.allclose(moments.covariance, np.cov(features.float().numpy().astype(np.float64).T), rtol=1e-10)
 
 
+def test_a_mean_over_ranks_is_not_the_distance_of_all() -> None:
+    reference, samples = Moments.of(normals(2000, 16, 0)), correlated(301, 16, 1)
+    parts = [Moments.of(part) for part in (samples[:151], samples[151:])]
+    whole = frechet_distance(Moments.of(samples), reference)
+    assert frechet_distance(merge(parts), reference) == pytest.approx(whole, rel=1e-9)
+    assert sum(frechet_distance(part, reference) for part in parts) / 2 > 1.02 * whole
+
+
 def test_merged_moments_are_those_of_all_pictures_also_far_from_zero() -> None:
     features = correlated(301, 9, 1) + 1e4
     whole, parts = Moments.of(features), merge(Moments.of(part) for part in features.split(37))
@@ -194,6 +202,10 @@ def test_the_floor_is_above_zero_and_rises_as_n_falls() -> None:
     assert 0 < whole.distance < half.distance < small.distance
     assert floor(reference, 10_000) == whole
     assert floor(reference, seed=1) != whole
+    # the drawn ones against all others, as samples are against all of the reference
+    order = torch.from_numpy(np.random.default_rng(0).permutation(1000))
+    directly = frechet_distance_of_features(reference[order[:125]], reference[order[125:]])
+    assert small.distance == pytest.approx(directly, rel=1e-9)
     with pytest.raises(ValueError, match="at least 2 pictures"):
         floor(reference[:3])
 

@@ -15,6 +15,7 @@ from dalle.family.tokenizers import text_of
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking, Sampling, candidate_seed, sample
 from rerank import score
+from storage.lock import FolderInUseError, locked
 
 CAPTIONS = ["a red cube", "a blue cube on a red cube", "a green sphere"]
 ROWS = [Row(number=number, caption=CAPTIONS[number % 3]) for number in range(7)]
@@ -181,3 +182,11 @@ def test_shards_of_another_key_or_damaged_ones_are_refused(pipe: Pipeline, tmp_p
     path.write_bytes(nested.folder.path(1).read_bytes())
     with pytest.raises(ValueError, match="holds other captions"):
         run(pipe, tmp_path / "run", ROWS[:4], settings)
+
+
+def test_a_run_that_another_process_works_on_is_not_forgotten(tmp_path: Path) -> None:
+    ShardFolder(tmp_path, {"seed": 0}, 2, batch_size=1).write(0, {"rows": torch.arange(2)}, {})
+    with locked(tmp_path / ".00001"), pytest.raises(FolderInUseError, match="is in use by process"):
+        ShardFolder(tmp_path, {"seed": 1}, 2, batch_size=1, fresh=True)
+    assert ShardFolder(tmp_path, {"seed": 0}, 2, batch_size=1).missing() == [1]
+    assert ShardFolder(tmp_path, {"seed": 1}, 2, batch_size=1, fresh=True).missing() == [0, 1]
