@@ -68,6 +68,7 @@ class Result:
 
     def _numbers(self, found: BestOfN) -> dict[str, Any]:
         numbers = asdict(found)
+        numbers["blurred"] = {f"{radius:g}": each for radius, each in numbers["blurred"].items()}
         for of_sets in (numbers["distances"], numbers["blurred"]):
             for each in of_sets.values():
                 assert self.net is not None

@@ -120,7 +120,7 @@ def test_what_is_written(evaluated: Path) -> None:
     found = record["best_of"]
     assert found["captions"] == N
     assert list(found["distances"]) == ["1", "2"]
-    assert list(found["blurred"]) == ["0", "2.0"]
+    assert list(found["blurred"]) == ["0", "2"]
     assert found["blurred"]["0"] == found["distances"]["2"]
     lines = [json.loads(line) for line in (evaluated / "captions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(N))
