@@ -422,7 +422,7 @@ def test_a_dvae_goes_on_from_given_weights(tmp_path: Path, bundle: Path, shards:
 
 
 def test_only_recipes_of_the_built_in_world_have_hard_negatives() -> None:
-    assert {name for name in NAMES if recipe(name).clip.hard_negatives} == {"demo", "mini-cpu", "1m"}
+    assert {name for name in NAMES if recipe(name).clip.hard_negatives} == {"demo", "mini-cpu", "1m", "unclip-cpu"}
     assert recipe("demo").clip.wrong_captions == "world"
     assert recipe("icons-cpu").clip.wrong_captions == "words"
 

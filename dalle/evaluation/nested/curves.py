@@ -7,7 +7,7 @@ for rankings by one number: a place among N is no place among M, which is what r
 Letters: R captions  M candidates of each  J values of N
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 from torch import Tensor
@@ -77,8 +77,7 @@ def curve(nested: Nested) -> list[Point]:
 
 
 def _mean(values_RM: Tensor, picked_R: Tensor, ranked_by: Tensor | None, n: int) -> Estimate:
-    found = mean_interval(values_RM.gather(1, picked_R[:, None])[:, 0])
-    return Estimate(mean=found.mean, low=found.low, high=found.high, subsets=_subsets(values_RM, ranked_by, n))
+    return replace(_plain(values_RM.gather(1, picked_R[:, None])[:, 0]), subsets=_subsets(values_RM, ranked_by, n))
 
 
 def _rate(right_RM: Tensor, picked_R: Tensor, ranked_by: Tensor | None, n: int) -> Estimate:
@@ -135,6 +134,8 @@ def recall(captions_RE: Tensor, images_RE: Tensor, n: int) -> Recalled:
 
 
 def _plain(values_R: Tensor) -> Estimate:
+    if len(values_R) == 1:  # which has no interval: both ends are its value
+        return Estimate(mean=float(values_R), low=float(values_R), high=float(values_R))
     found = mean_interval(values_R)
     return Estimate(mean=found.mean, low=found.low, high=found.high)
 
