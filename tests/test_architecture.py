@@ -21,7 +21,7 @@ import pytest
 from training.cli import data, train
 from training.config import OptimizerConfig, TrainConfig
 from training.data.filters import ShardFilter
-from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
+from training.stage_recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.stages.encode import EncodeConfig
 from training.stages.inputs import Inputs
 from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
@@ -92,6 +92,14 @@ ROOMS: dict[str, set[str]] = {
     "training.engine": {"storage", "dalle", "dalle.output", *_TRAINING},
     "training.loop": {"storage", "dalle.data", "dalle.output", "training.data", "training.engine", *_TRAINING},
     "training.unclip_recipes": {"unclip", "training.config", "training.schedules"},
+    "training.stage_recipes": {
+        "dalle",
+        "dvae",
+        "rerank",
+        "training.config",
+        "training.drawings",
+        "training.schedules",
+    },
     "training.recipes": {
         "dalle",
         *_MODELS,
@@ -99,6 +107,7 @@ ROOMS: dict[str, set[str]] = {
         "training.data",
         "training.drawings",
         "training.schedules",
+        "training.stage_recipes",
         "training.unclip_recipes",
     },
     "training.plan": {"storage", "dalle", "dalle.output", *_MODELS, "training.engine", "training.recipes", *_TRAINING},

@@ -31,9 +31,9 @@ from training.engine.objective import MicroBatch, Objective
 from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.ranks.ranks import join
-from training.recipes import DVAERecipe, TransformerRecipe
 from training.run_files import read_metrics
 from training.schedules import Cosine, WarmupCosine
+from training.stage_recipes import DVAERecipe, TransformerRecipe
 from training.stages.clip import CLIPStage, CLIPWarmupStage, check_negatives
 from training.stages.codebook import POSTERIOR_ENTROPY, _kmeans, _rarity, initialise_codebook
 from training.stages.dvae import DVAEStage, WarmupStage, autoencoder_loss

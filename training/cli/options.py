@@ -21,8 +21,9 @@ import tyro
 
 from training.config import MAX_STEPS, LayerOptions, OptimizerConfig, OptimizerKind, SizeOptions, TrainConfig
 from training.engine.deepspeed_config import with_files
-from training.recipes import RECIPES, CLIPOptions, DVAERecipe, Recipe, TransformerOptions
+from training.recipes import RECIPES, Recipe
 from training.schedules import Cosine
+from training.stage_recipes import CLIPOptions, DVAERecipe, TransformerOptions
 
 Stage = Literal["dvae", "clip", "transformer", "decoder", "prior", "upsampler"]
 STAGES: tuple[Stage, ...] = ("dvae", "clip", "transformer")

@@ -56,7 +56,8 @@ from training.demo.demo import run_demo
 from training.plan.machine import MachinePlan, plan_here
 from training.ranks.job import JobOptions, joined, to_stderr_if_open
 from training.ranks.stop import Interrupted
-from training.recipes import RECIPES, CLIPOptions, Recipe, recipe
+from training.recipes import RECIPES, Recipe, recipe
+from training.stage_recipes import CLIPOptions
 from training.stages.all import train_all, train_all_side_by_side
 from training.stages.clip import train_clip
 from training.stages.dvae import train_dvae

@@ -28,7 +28,8 @@ from training.drawings.wrong_captions import SOURCES
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import Ranks, on_first_rank
-from training.recipes import CLIPRecipe, Recipe
+from training.recipes import Recipe
+from training.stage_recipes import CLIPRecipe
 from training.stages.inputs import Inputs, all_captions
 from training.stages.locks import alone_in
 from training.stages.program import Program

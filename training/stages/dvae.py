@@ -25,7 +25,8 @@ from dvae.metrics import code_usage
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import Ranks
-from training.recipes import DVAERecipe, Recipe
+from training.recipes import Recipe
+from training.stage_recipes import DVAERecipe
 from training.stages.codebook import initialise_codebook
 from training.stages.inputs import Inputs
 from training.stages.locks import alone_in

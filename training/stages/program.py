@@ -13,8 +13,8 @@ from training.loop.fit import fit
 from training.loop.run_folder import RunSpec
 from training.loop.stage import Stage
 from training.ranks.ranks import Ranks, on_first_rank
-from training.recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.run_files import CHECKPOINTS
+from training.stage_recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 from training.stages.inputs import Inputs, note_data
 from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
 

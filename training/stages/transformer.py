@@ -35,7 +35,8 @@ from training.engine.parts.spread import spread
 from training.loop.run_folder import refuse_another_run
 from training.plan.flops import flops_per_sample
 from training.ranks.ranks import Ranks, on_first_rank
-from training.recipes import Recipe, TransformerRecipe
+from training.recipes import Recipe
+from training.stage_recipes import TransformerRecipe
 from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs
 from training.stages.locks import alone_in

@@ -13,8 +13,9 @@ from rerank import CLIPConfig
 from training.config import OptimizerConfig, TrainConfig
 from training.data.shards import write_shards
 from training.drawings.shapes import world
-from training.recipes import CLIPRecipe, DVAERecipe, Recipe, TransformerRecipe
+from training.recipes import Recipe
 from training.schedules import Cosine, WarmupCosine
+from training.stage_recipes import CLIPRecipe, DVAERecipe, TransformerRecipe
 
 IMAGE_SIZE, N_SAMPLES = 16, 24
 
