@@ -21,7 +21,7 @@ from torch import Tensor, multiprocessing
 from benchmarks import collectives, measure
 from benchmarks.measure import MIB, Cell, Options, Report, elapsed
 from dalle.model import DALLE, KIND, DALLEConfig
-from storage.model_directory import WEIGHTS_FILE, save_directory
+from storage.models.directory import WEIGHTS_FILE, save_directory
 from training.config import OptimizerConfig, OptimizerKind, Precision, TrainConfig
 from training.engine.checkpoints import UNIVERSAL, first_good, read_manifest
 from training.engine.deepspeed_config import resolve

@@ -26,7 +26,7 @@ from benchmarks.measure import MIB, ROOT, Options, PeakMemory, Report, say
 from benchmarks.training_memory import MMAP_THRESHOLD, Case, batch
 from dalle.model import DALLE, KIND, DALLEConfig
 from dalle.sampling import sample
-from storage.model_directory import save_directory
+from storage.models.directory import save_directory
 from training.engine.deepspeed_config import resolve
 from training.engine.engine import Engine
 from training.engine.objective import Objective

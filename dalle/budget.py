@@ -5,13 +5,13 @@ from collections.abc import Callable, Iterator
 
 import torch
 
-from dalle.family.stored import n_weights
 from dalle.family.transformers import Transformer, candidate_bytes, caption_bytes, n_step_weights
 from dalle.sampling import DRAWING_BYTES
 from dvae.codec import Codec
 from dvae.fast.model import pictures_at_once
 from rerank import CLIP
 from storage.errors import check_whole
+from storage.models.stored import n_weights
 
 CPU_MEMORY_BUDGET = 2 << 30
 """Bytes that a batch may take on a CPU, unless told; on a GPU it is half of what is free."""

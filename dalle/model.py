@@ -31,10 +31,10 @@ from torch.utils.checkpoint import checkpoint
 from dalle.attention import KINDS, Attend, Kind, PaperKind, layer_kinds, stored_mask
 from dalle.cross_entropy import Head
 from dalle.family.blocks import Block
-from dalle.family.stored import StoredTransformer, n_weights
 from dalle.sparse_attention import prepare_compilation, sparse_attention
 from dalle.stream import Stream, check_ids, image_inputs, n_image_ids, n_text_ids, null_caption, text_rows
 from dvae.compilation import can_compile
+from storage.models.stored import StoredModel, n_weights
 
 KIND = "dalle"
 """Kind of the model's directory, in its config.json."""
@@ -136,7 +136,7 @@ def begin_from_codebook(codebook_VC: Tensor, embedding_VD: Tensor, head_VD: Tens
     head_VD.copy_(projected(1 / math.sqrt(D)))
 
 
-class DALLE(StoredTransformer[DALLEConfig]):
+class DALLE(StoredModel[DALLEConfig]):
     """The transformer: text ids and image tokens in, next-token logits out."""
 
     kind = KIND

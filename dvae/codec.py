@@ -9,7 +9,7 @@ from dvae import discrete, model, vqgan
 from dvae.discrete import DiscreteVAE
 from dvae.model import DVAE
 from dvae.vqgan import VQGAN
-from storage.model_directory import directory_kind
+from storage.models.directory import directory_kind
 
 Codec = DVAE | VQGAN | DiscreteVAE
 """Any of them: `encode` pictures (B,3,H,W) in [0, 1] to tokens (B,Y,X), `decode` tokens; their config is a

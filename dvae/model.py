@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvae.images import map_pixels, unmap_pixels
-from storage.model_directory import ADDED_LATER, load_directory, load_weights, save_directory
+from storage.models.directory import ADDED_LATER, load_directory, load_weights, save_directory
 
 KIND = "dvae"
 MAX_GROUPS = 24

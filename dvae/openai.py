@@ -16,7 +16,7 @@ from dvae.model import DVAE, DVAEConfig
 from storage.checkpoints.pickles import READING_ERRORS, Allowed, Inert, RefusedNameError
 from storage.checkpoints.torch_files import TENSOR_NAMES, TorchFile, read_torch_file
 from storage.errors import reason_of
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 _ALLOWED = Allowed(
     names={*TENSOR_NAMES, "__builtin__.set", "builtins.set", "functools.partial", "torch.device"},

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dvae.model import check_images, check_tokens
-from storage.model_directory import load_directory, load_weights, save_directory
+from storage.models.directory import load_directory, load_weights, save_directory
 
 KIND = "vqgan"
 GROUPS = 32

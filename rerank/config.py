@@ -5,7 +5,7 @@ from typing import get_args
 
 from rerank.blocks import Activation
 from rerank.pixels import PIXEL_MEAN, PIXEL_STD, Interpolation, Resize, View
-from storage.model_directory import ADDED_LATER
+from storage.models.directory import ADDED_LATER
 
 
 @dataclass(frozen=True, kw_only=True)

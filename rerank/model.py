@@ -28,7 +28,7 @@ from rerank.config import CLIPConfig
 from rerank.pixels import check_images, normalised_pixels
 from rerank.resnet import ResNetTower
 from rerank.tokenizer import CLIPTokenizer
-from storage.model_directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
+from storage.models.directory import TOKENIZER_FILE, load_directory, load_weights, save_directory
 
 KIND = "clip"
 TOKENIZER_HASH = "tokenizer_sha256"

@@ -14,7 +14,7 @@ from dalle.pipeline import Pipeline
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE, DVAEConfig
 from rerank import CLIP, CLIPConfig, CLIPTokenizer
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from storage.stores import files
 
 CAPTIONS = ["a red cube on a blue cube", "a green sphere left of a red cube", "一只猫坐在椅子上"]

@@ -159,9 +159,9 @@ LIBRARY_HOMES = {
 }
 
 INTERFACE = """
-storage.model_directory:save_directory(path, kind, config, state, metadata, files)
-storage.model_directory:load_directory(path, kind, config_type)
-storage.model_directory:directory_hash(path)
+storage.models.directory:save_directory(path, kind, config, state, metadata, files)
+storage.models.directory:load_directory(path, kind, config_type)
+storage.models.directory:directory_hash(path)
 dvae.images:open_image(source, name)
 dvae.images:to_tensor(image)
 dvae.images:to_image(pixels)
@@ -378,7 +378,7 @@ def test_imports_point_one_way() -> None:
     [
         ("dvae.model", "dalle.model"),
         ("dvae.images", "dvae.model"),
-        ("storage.model_directory", "dvae.images"),
+        ("storage.models.directory", "dvae.images"),
         ("training.ranks.ranks", "training.engine.engine"),
         ("training.engine.engine", "training.loop.fit"),
         ("dalle.data.reader", "training.data.manifest"),

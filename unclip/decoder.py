@@ -13,16 +13,14 @@ Letters: B batch  C channels  H,W picture in pixels  E embedding  M embedding of
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, NamedTuple, Self, get_args
+from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from storage.model_directory import load_directory, load_weights, save_directory
+from storage.models.stored import StoredModel
 from unclip.conditions import NullText, Text
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.unet import UNet, UNetConfig
@@ -105,16 +103,18 @@ class Known(NamedTuple):
     """float (B, 1, H, W), 1 where they are known and 0 where not."""
 
 
-class Decoder(nn.Module):
+class Decoder(StoredModel[DecoderConfig]):
     """The decoder.
 
     Args:
         config: the sizes.
     """
 
+    kind = KIND
+    config_type = DecoderConfig
+
     def __init__(self, config: DecoderConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         width = config.context_width
         self.unet = UNet(config)
         self.image_time = nn.Linear(config.embed_dim, config.embedding_width)
@@ -209,21 +209,3 @@ class Decoder(nn.Module):
         state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, KNOWN_CHANNELS))
         decoder.load_state_dict(state, strict=True)
         return decoder.train(self.training)
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the model as a directory; see `save_directory`."""
-        save_directory(path, KIND, self.config, self.state_dict(), metadata=metadata)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read a directory written by `save`, onto the CPU, for use (in evaluation mode).
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: it holds something else or is damaged.
-        """
-        config, state, _ = load_directory(path, KIND, DecoderConfig)
-        with torch.device("meta"):
-            decoder = cls(config)
-        load_weights(decoder, state, path)
-        return decoder.eval()

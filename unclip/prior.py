@@ -12,17 +12,14 @@ Letters: B batch  E embedding  L text positions  D text width  S positions  W wi
 """
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from storage.model_directory import load_directory, load_weights, save_directory
+from storage.models.stored import StoredModel
 from unclip.conditions import NullText, Text
 from unclip.diffusion import Diffusion, Schedule
 from unclip.unet import TimestepMLP
@@ -120,7 +117,7 @@ class Block(nn.Module):
         return h_BSW, (k_BHSK, v_BHSK)
 
 
-class Prior(nn.Module):
+class Prior(StoredModel[PriorConfig]):
     """The prior.
 
     Args:
@@ -131,9 +128,11 @@ class Prior(nn.Module):
     deviation: Tensor
     errors: Tensor
 
+    kind = KIND
+    config_type = PriorConfig
+
     def __init__(self, config: PriorConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.activation_checkpointing = False
         """Whether blocks are computed again in the backward pass instead of being kept."""
         width = config.width
@@ -229,24 +228,6 @@ class Prior(nn.Module):
     def _answered(self, h_BSW: Tensor) -> Tensor:
         output: Tensor = self.answer(self.norm(h_BSW[:, -1])).float()
         return output
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the model as a directory; see `save_directory`."""
-        save_directory(path, KIND, self.config, self.state_dict(), metadata=metadata)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read a directory written by `save`, onto the CPU, for use (in evaluation mode).
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: it holds something else or is damaged.
-        """
-        config, state, _ = load_directory(path, KIND, PriorConfig)
-        with torch.device("meta"):
-            prior = cls(config)
-        load_weights(prior, state, path)
-        return prior.eval()
 
 
 def _causal(visible: Tensor, n_queries: int, n_keys: int) -> Tensor:

@@ -7,16 +7,14 @@ bilinearly and read beside the noise, as in openai/glide-text2im at 69b5307; its
 Letters: B batch  h,w small picture in pixels  H,W large one
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Literal, Self, get_args
+from typing import Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from storage.model_directory import load_directory, load_weights, save_directory
+from storage.models.stored import StoredModel
 from unclip.degradation import KINDS
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.loss import denoising_loss
@@ -90,16 +88,18 @@ class UpsamplerConfig(UNetConfig):
         return self.image_size // self.input_size
 
 
-class Upsampler(nn.Module):
+class Upsampler(StoredModel[UpsamplerConfig]):
     """An upsampler.
 
     Args:
         config: the sizes.
     """
 
+    kind = KIND
+    config_type = UpsamplerConfig
+
     def __init__(self, config: UpsamplerConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.unet = UNet(config)
         self.last = UNet(config) if config.has_last else None
 
@@ -127,24 +127,6 @@ class Upsampler(nn.Module):
         unet = self.unet if self.last is None or not is_last else self.last
         output: Tensor = unet(torch.cat([x, enlarged.to(x.dtype)], dim=1), timesteps)
         return output
-
-    def save(self, path: Path | str, metadata: Mapping[str, Any] | None = None) -> None:
-        """Write the model as a directory; see `save_directory`."""
-        save_directory(path, KIND, self.config, self.state_dict(), metadata=metadata)
-
-    @classmethod
-    def load(cls, path: Path | str) -> Self:
-        """Read a directory written by `save`, onto the CPU, for use (in evaluation mode).
-
-        Raises:
-            FileNotFoundError: the directory or one of its files is missing.
-            ValueError: it holds something else or is damaged.
-        """
-        config, state, _ = load_directory(path, KIND, UpsamplerConfig)
-        with torch.device("meta"):
-            upsampler = cls(config)
-        load_weights(upsampler, state, path)
-        return upsampler.eval()
 
 
 def upsampler_loss(upsampler: Upsampler, images: Tensor, small: Tensor, seed: int) -> tuple[Tensor, dict[str, Tensor]]:

@@ -18,7 +18,7 @@ from dalle.output.text import counted
 from dvae.images import open_image
 from dvae.remarks import REMARKS
 from rerank.score import embed_captions
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from dvae.codec import Codec, load_codec
 from dvae.fast.model import optimised
 from rerank import CLIP, score
 from storage.errors import reason_of
-from storage.model_directory import HOW_TO_MAKE, directory_hash
+from storage.models.directory import HOW_TO_MAKE, directory_hash
 
 MODELS = ("dvae", "dalle", "clip")
 PARTS = {"tokenizer.json": "`dalle-train tokenizer`", **{part: HOW_TO_MAKE[part] for part in MODELS}}

@@ -15,11 +15,11 @@ from dalle.family.mini import cache as mini
 from dalle.family.mini.config import MiniConfig
 from dalle.family.mini.model import KIND as MINI_KIND
 from dalle.family.mini.model import DALLEMini
-from dalle.family.stored import n_weights
 from dalle.family.variants.model import KIND as VARIANT_KIND
 from dalle.family.variants.model import VariantDALLE, VariantDecoder
 from dalle.model import DALLE, KIND, DALLEConfig
-from storage.model_directory import directory_kind, read_config
+from storage.models.directory import directory_kind, read_config
+from storage.models.stored import n_weights
 
 Transformer = DALLE | DALLEMini | VariantDALLE | DALLEPytorch
 """Any of them."""

@@ -13,7 +13,7 @@ from dalle.data.bundle import Sized, check_sizes
 from dalle.family.tokenizers import TextTokenizer
 from rerank import CLIP
 from storage.atomic import PARTIAL
-from storage.model_directory import directory_hash, save_directory
+from storage.models.directory import directory_hash, save_directory
 
 
 class Part(Sized, Protocol):

@@ -18,7 +18,7 @@ from dalle.importers.licence import stated_licence
 from rerank import CLIP, CLIPConfig
 from rerank.blocks import Activation
 from storage.checkpoints.tensors import Tensors, open_tensors, sha256, summary
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 PUBLISHED = {
     "40d36571": "ViT-B/32",

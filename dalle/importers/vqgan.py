@@ -12,7 +12,7 @@ from dalle.importers.licence import stated_licence
 from dalle.importers.vqgan_names import Style, VQGANWeights, find_vqgan
 from dvae.vqgan import VQGAN, Pixels, VQGANConfig
 from storage.checkpoints.tensors import open_tensors, sha256, summary
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 IMAGE_SIZE = 256
 """Side in pixels of the pictures of all published ones; the weights do not show it."""

@@ -24,7 +24,7 @@ from dalle.pipeline import Pipeline
 from dvae import DVAE
 from dvae.images import to_image
 from rerank import CLIP
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.cli.main import main as train
 
 CAPTION = "a red cube on a blue cube"

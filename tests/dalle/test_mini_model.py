@@ -10,9 +10,9 @@ from torch import Tensor
 from dalle.family.mini import cache
 from dalle.family.mini.config import MEGA, MINI, MiniConfig
 from dalle.family.mini.model import DALLEMini
-from dalle.family.stored import n_weights
 from dalle.family.transformers import candidate_bytes, decoding, load_transformer
 from dalle.sampling import Sampling, sample
+from storage.models.stored import n_weights
 
 TINY = MiniConfig(
     encoder_layers=2,

@@ -19,7 +19,7 @@ from dalle.data.pictures import LINK, SHEET, Pictures, picture_files
 from dalle.output.sheets import contact_sheet, save_png, slug
 from dvae.images import to_image
 from dvae.remarks import REMARKS
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from storage.tar import write_tar
 
 CAPTION = "a red cube on a blue cube"

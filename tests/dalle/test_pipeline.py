@@ -18,7 +18,7 @@ from dalle.pipeline import Pipeline
 from dalle.sampling import PAPER_SAMPLING, Sampling, SamplingDefaults
 from dalle.tokenizer import Tokenizer
 from dvae.images import resize_and_crop, to_image, to_tensor
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 CAPTION = "a red cube on a blue cube"
 

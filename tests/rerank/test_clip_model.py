@@ -14,7 +14,7 @@ from rerank.blocks import Block, LayerNorm, explicit_attention, fused_attention,
 from rerank.loss import contrastive_loss
 from rerank.model import MAX_LOGIT_SCALE
 from rerank.pixels import PIXEL_MEAN, PIXEL_STD, View, clip_view, normalised_pixels
-from storage.model_directory import as_written_before
+from storage.models.directory import as_written_before
 
 COLOURS = {
     "red": (1.0, 0.1, 0.1),

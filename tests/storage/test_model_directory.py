@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch import nn
 
-from storage import model_directory as directory
-from storage.model_directory import ADDED_LATER, directory_hash, load_directory, load_weights, save_directory
+from storage.models import directory
+from storage.models.directory import ADDED_LATER, directory_hash, load_directory, load_weights, save_directory
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -6,7 +6,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from storage.model_directory import write_tensors
+from storage.models.directory import write_tensors
 
 TYPES = [torch.int64, torch.float64, torch.float32, torch.int32, torch.bfloat16, torch.float16]
 TYPES += [torch.int16, torch.int8, torch.uint8, torch.bool]

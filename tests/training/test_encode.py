@@ -33,7 +33,7 @@ from dalle.model import DALLE
 from dalle.tokenizer import Tokenizer
 from dvae import DVAE
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.data.batches import Share, batches
 from training.ranks.ranks import join
 from training.ranks.stop import Interrupted

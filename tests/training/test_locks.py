@@ -20,7 +20,7 @@ import training.recipes
 import training.stages.locks
 from dvae import DVAE
 from storage.lock import LOCK, locked
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.ranks.environment import PARENT
 from training.ranks.ranks import join, leave
 from training.stages.dvae import train_dvae

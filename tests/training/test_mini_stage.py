@@ -17,7 +17,7 @@ from dalle.family.transformers import load_transformer
 from dalle.pipeline import Pipeline
 from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.plan.flops import flops_per_sample
 from training.plan.options import PlanOptions
 from training.plan.plan import make_plan

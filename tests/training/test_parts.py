@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from dalle.model import DALLE, DALLEConfig
 from dalle.sampling import Sampling, sample
 from dalle.stream import start_id
-from storage.model_directory import save_directory
+from storage.models.directory import save_directory
 from training.config import TrainConfig
 from training.engine.checkpoints import read_manifest, write_manifest
 from training.engine.parts import spread as spreading

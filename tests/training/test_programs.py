@@ -26,7 +26,7 @@ from dalle.pipeline import Pipeline
 from dalle.sampling import SamplingDefaults
 from dvae import DVAE, DVAEConfig
 from rerank import CLIP
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.config import TrainConfig
 from training.demo.demo import run_demo
 from training.drawings.wrong_captions import EXCHANGES

@@ -10,7 +10,7 @@ from support import tiny
 
 import training.cli.main
 from rerank import CLIP, CLIPTokenizer
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.cli.train import COMMANDS, read
 from training.plan.flops import upsampler_flops
 from training.plan.options import PlanOptions

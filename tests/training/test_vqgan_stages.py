@@ -14,7 +14,7 @@ from dalle.data.reader import ShardData
 from dalle.model import DALLE
 from dalle.pipeline import Pipeline
 from dvae.vqgan import VQGAN, VQGANConfig
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.ranks.ranks import join
 from training.run_files import read_metrics
 from training.stages.encode import views

@@ -23,7 +23,7 @@ from rerank.loss import contrastive_loss
 from rerank.model import CLIP
 from rerank.pixels import clip_view
 from rerank.tokenizer import CLIPTokenizer
-from storage.model_directory import as_written_before
+from storage.models.directory import as_written_before
 from training.drawings.wrong_captions import SOURCES
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts

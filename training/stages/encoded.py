@@ -8,7 +8,7 @@ from dalle.data.names import expand_shards
 from dalle.output.progress import progress_bar
 from dalle.output.text import Say
 from dvae.codec import load_codec
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last

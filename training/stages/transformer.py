@@ -26,7 +26,7 @@ from dalle.tokenizer import Tokenizer
 from dvae.codec import Codec, load_codec
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor, transformer_augmentation
 from storage.atomic import copy_folder
-from storage.model_directory import directory_hash, save_directory
+from storage.models.directory import directory_hash, save_directory
 from training.engine.deepspeed_config import with_files
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts

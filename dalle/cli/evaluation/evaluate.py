@@ -37,7 +37,7 @@ from dalle.sampling import SamplingDefaults
 from dvae.codec import load_codec
 from rerank import CLIP
 from storage.atomic import replace_text
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 SHARD_ROWS, LEAST_SHARDS = 64, 8
 """Captions of a shard by default, and the shards that few captions are cut into."""

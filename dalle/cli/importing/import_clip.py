@@ -9,7 +9,7 @@ import tyro
 from dalle.cli.options import check_writable
 from dalle.importers.clip import import_clip
 from rerank.blocks import Activation
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 
 @dataclass(frozen=True, kw_only=True)

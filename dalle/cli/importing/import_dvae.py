@@ -9,7 +9,7 @@ import tyro
 from dalle.cli.options import check_writable
 from dalle.importers.dalle_pytorch.bundle import ImportedVAE, import_vae
 from dvae.openai import import_openai
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import tyro
 from dalle.cli.options import check_writable
 from dalle.importers.unclip.importing import import_unclip
 from rerank import CLIP
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ import tyro
 from dalle.cli.options import check_writable
 from dalle.importers.vqgan import IMAGE_SIZE, import_vqgan
 from dvae.vqgan import Pixels
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -24,7 +24,7 @@ from dalle.output.text import counted, printable
 from dvae.remarks import REMARKS
 from rerank import CLIP
 from storage.atomic import replace_text
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 logger = logging.getLogger(__name__)
 

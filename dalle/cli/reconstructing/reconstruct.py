@@ -21,7 +21,7 @@ from dalle.output.text import counted, printable
 from dvae.codec import load_codec
 from dvae.remarks import REMARKS
 from storage.atomic import replace_text
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 HEADS = ("PSNR dB", "SSIM", "MS-SSIM", "bits/pixel", "codes", "picture")
 

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dalle.evaluation.features.inception import LAYOUTS, Inception, Layout
 from storage.checkpoints.tensors import Tensors, open_tensors, sha256
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 logger = logging.getLogger(__name__)
 

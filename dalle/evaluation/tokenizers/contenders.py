@@ -12,7 +12,7 @@ from dalle.family.tokenizers import TextTokenizer, load_tokenizer
 from dalle.family.transformers import Transformer
 from dvae.codec import Codec, load_codec
 from dvae.vqgan import VQGAN
-from storage.model_directory import CONFIG_FILE, directory_hash
+from storage.models.directory import CONFIG_FILE, directory_hash
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,8 +22,8 @@ from torch.nn import functional as F
 from dalle.attention import masked_attention
 from dalle.family.dalle_pytorch.attention import BLOCK, Kind, blocks_mask, mask, pads_mask
 from dalle.family.dalle_pytorch.config import DALLEPytorchConfig
-from dalle.family.stored import StoredTransformer
 from dalle.stream import check_ids
+from storage.models.stored import StoredModel
 
 KIND = "dalle-pytorch"
 """Kind of the model's directory, in its config.json."""
@@ -82,7 +82,7 @@ class Branch(nn.Module):
         return output if self.scale is None else output * self.scale
 
 
-class DALLEPytorch(StoredTransformer[DALLEPytorchConfig]):
+class DALLEPytorch(StoredModel[DALLEPytorchConfig]):
     """The transformer."""
 
     kind = KIND

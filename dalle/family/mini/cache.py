@@ -19,8 +19,8 @@ from torch.nn import functional as F
 
 from dalle.cache import CompiledSteps, Groups, counts_left, groups_of, prompts_of
 from dalle.family.mini.model import DALLEMini
-from dalle.family.stored import n_weights
 from dvae.compilation import can_compile
+from storage.models.stored import n_weights
 
 
 class _Layer(NamedTuple):

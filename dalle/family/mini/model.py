@@ -26,10 +26,10 @@ from torch.utils.checkpoint import checkpoint
 
 from dalle.cross_entropy import Head, linear_cross_entropy
 from dalle.family.mini.config import MiniConfig
-from dalle.family.stored import StoredTransformer, n_weights
 from dalle.model import begin_from_codebook
 from dalle.stream import check_ids
 from dvae.compilation import can_compile
+from storage.models.stored import StoredModel, n_weights
 
 KIND = "dalle-mini"
 """Kind of the model's directory, in its config.json."""
@@ -248,7 +248,7 @@ def _run(block: nn.Module, recompute: bool, *inputs: Tensor) -> Tensor:
     return output
 
 
-class DALLEMini(StoredTransformer[MiniConfig]):
+class DALLEMini(StoredModel[MiniConfig]):
     """The model: text ids and image tokens in, logits of image tokens out."""
 
     kind = KIND

@@ -17,9 +17,9 @@ from torch.nn import functional as F
 
 from dalle.attention import Attend, Attention, Kind, masked_attention, stored_mask
 from dalle.cache import Decoder, prompts_of
-from dalle.family.stored import StoredTransformer
 from dalle.family.variants.config import VARIANTS, Variant, VariantConfig
 from dalle.stream import check_ids
+from storage.models.stored import StoredModel
 
 KIND = "dalle-variant"
 """Kind of the model's directory, in its config.json."""
@@ -46,7 +46,7 @@ class VariantBlock(nn.Module):
         return output
 
 
-class VariantDALLE(StoredTransformer[VariantConfig]):
+class VariantDALLE(StoredModel[VariantConfig]):
     """A published transformer: text ids and image tokens in, next-token logits out."""
 
     kind = KIND

@@ -17,7 +17,7 @@ from dalle.family.dalle_pytorch.config import DALLEPytorchConfig
 from dalle.family.dalle_pytorch.model import DALLEPytorch
 from dalle.importers.dalle_pytorch.hparams import Settings
 from storage.checkpoints.tensors import Tensors, summary
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 _USED = {"num_text_tokens", "text_seq_len", "dim", "depth", "heads", "dim_head", "reversible", "attn_types"}
 _USED |= {"stable", "shift_tokens", "rotary_emb", "shared_attn_ids", "shared_ff_ids", "share_input_output_emb"}

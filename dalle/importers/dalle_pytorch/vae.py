@@ -12,7 +12,7 @@ from dvae.codec import Codec
 from dvae.discrete import DiscreteVAE, DiscreteVAEConfig
 from dvae.openai import dvae_of
 from storage.checkpoints.tensors import Tensors, summary
-from storage.model_directory import load_weights
+from storage.models.directory import load_weights
 
 _OWN = "DALLE-pytorch's own VAE"
 _USED = {"image_size", "num_tokens", "codebook_dim", "num_layers", "num_resnet_blocks", "hidden_dim", "channels"}

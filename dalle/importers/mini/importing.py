@@ -13,12 +13,12 @@ from torch import Tensor
 
 from dalle.family.mini.config import MEGA, MINI, MiniConfig
 from dalle.family.mini.model import DALLEMini
-from dalle.family.stored import n_weights
 from dalle.family.texts.bart import BartTokenizer
 from dalle.importers.mini.configuration import check_computation, compare_sizes
 from dalle.importers.mini.names import Place, flax_places, min_dalle_places
 from dalle.importers.mini.vocabulary import read_json, read_vocabulary
 from storage.checkpoints.tensors import Tensors, open_tensors, sha256, summary
+from storage.models.stored import n_weights
 
 HEAD_WIDTH = 64
 """Width of an attention head of both published models; weights do not show it."""

@@ -32,7 +32,7 @@ from dalle.evaluation.numbers.frechet import frechet_distance_of_features
 from dalle.evaluation.numbers.kernels import KID
 from dvae.images import to_image
 from rerank import CLIP
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 
 def pictures(n: int, height: int, width: int, seed: int) -> list[Image.Image]:

@@ -30,7 +30,7 @@ from dvae.vqgan import VQGAN, VQGANConfig
 from rerank import CLIP
 from rerank.score import embed_images
 from storage.drawn import is_sheet
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 
 CPU = torch.device("cpu")
 CAPTION = "a red cube on a blue cube"

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from safetensors import safe_open
 from torch import Tensor
 
-from storage.model_directory import write_tensors
+from storage.models.directory import write_tensors
 from training.engine.parts.cutting import bounds, size_of_part, whole_on
 from training.engine.parts.ema import AVERAGES, EMA, Averages, Weights
 from training.ranks.ranks import Ranks, on_first_rank

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from storage.model_directory import write_tensors
+from storage.models.directory import write_tensors
 from training.ranks.ranks import Ranks, on_first_rank
 
 Weights = Mapping[str, Tensor]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from dalle.data.reader import Sample, ShardData
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from rerank import CLIP
-from storage.model_directory import directory_hash
+from storage.models.directory import directory_hash
 from training.engine.objective import Tensors
 from training.engine.parts.averages import WeightsInParts
 from unclip.conditions import Text

@@ -1,4 +1,4 @@
-"""How the transformers of the family are kept as directories."""
+"""Models that are saved as directories and loaded from them."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -7,12 +7,12 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 import torch
 from torch import nn
 
-from storage.model_directory import load_directory, load_weights, save_directory
+from storage.models.directory import load_directory, load_weights, save_directory
 
 Config = TypeVar("Config")
 
 
-class StoredTransformer(nn.Module, Generic[Config]):
+class StoredModel(nn.Module, Generic[Config]):
     """A model that is saved as a directory and loaded from it."""
 
     kind: ClassVar[str]
@@ -39,7 +39,7 @@ class StoredTransformer(nn.Module, Generic[Config]):
 
     @classmethod
     def load(cls, path: Path | str) -> Self:
-        """Return the model of a directory, on the CPU; `metadata` holds what was saved with it.
+        """Return the model of a directory, on the CPU, in evaluation mode; `metadata` holds what was saved with it.
 
         Raises:
             FileNotFoundError: if there is no such directory.
@@ -50,7 +50,7 @@ class StoredTransformer(nn.Module, Generic[Config]):
             model = cls(config)
         load_weights(model, state, path)
         model.metadata = dict(metadata)
-        return model
+        return model.eval()
 
 
 def n_weights(module: nn.Module) -> int:
