@@ -11,6 +11,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from difflib import get_close_matches
+from typing import Any
 
 from dalle.family.mini.config import MiniConfig
 from dalle.family.transformers import TrainedConfig
@@ -461,3 +462,20 @@ def recipe(name: str) -> Recipe:
         hint = f"did you mean {close[0]!r}? " if close else ""
         raise ValueError(f"unknown recipe {name!r}: {hint}there are {', '.join(RECIPES)}")
     return RECIPES[name]()
+
+
+def recipes_with(stage: str) -> list[str]:
+    """Return the names of the recipes that have a stage."""
+    return [name for name in RECIPES if getattr(recipe(name), stage) is not None]
+
+
+def stage_of(recipe: Recipe, stage: str) -> Any:
+    """Return what a recipe says about a stage.
+
+    Raises:
+        ValueError: it does not have the stage.
+    """
+    of = getattr(recipe, stage)
+    if of is None:
+        raise ValueError(f"the recipe {recipe.name} has no {stage}: use one of {', '.join(recipes_with(stage))}")
+    return of

@@ -21,7 +21,7 @@ import tyro
 
 from training.config import MAX_STEPS, LayerOptions, OptimizerConfig, OptimizerKind, SizeOptions, TrainConfig
 from training.engine.deepspeed_config import with_files
-from training.recipes import RECIPES, Recipe
+from training.recipes import RECIPES, Recipe, stage_of
 from training.schedules import Cosine
 from training.stage_recipes import CLIPOptions, DVAERecipe, TransformerOptions
 
@@ -143,19 +143,6 @@ def recipe_name(arguments: Sequence[str]) -> str | None:
     if arguments and not arguments[0].startswith("-"):
         return arguments[0]
     return next((word for word in arguments if word in RECIPES), None)
-
-
-def stage_of(recipe: Recipe, stage: Stage) -> Any:
-    """Return what a recipe says about a stage.
-
-    Raises:
-        ValueError: it does not have the stage.
-    """
-    of = getattr(recipe, stage)
-    if of is None:
-        having = ", ".join(name for name in RECIPES if getattr(RECIPES[name](), stage) is not None)
-        raise ValueError(f"the recipe {recipe.name} has no {stage}: use one of {having}")
-    return of
 
 
 def values_of(recipe: Recipe, stage: Stage) -> dict[str, Any]:

@@ -56,7 +56,7 @@ from training.demo.demo import run_demo
 from training.plan.machine import MachinePlan, plan_here
 from training.ranks.job import JobOptions, joined, to_stderr_if_open
 from training.ranks.stop import Interrupted
-from training.recipes import RECIPES, Recipe, recipe
+from training.recipes import Recipe, recipe, recipes_with
 from training.stage_recipes import CLIPOptions
 from training.stages.all import train_all, train_all_side_by_side
 from training.stages.clip import train_clip
@@ -427,7 +427,7 @@ def read(verb: str, arguments: Sequence[str]) -> Command:
 def _first_recipe(kind: type[Command]) -> str:
     """Return the first recipe that has what a command trains."""
     stage = kind.stage if issubclass(kind, StageCommand) else "dvae"
-    return next(name for name in RECIPES if getattr(recipe(name), stage) is not None)
+    return recipes_with(stage)[0]
 
 
 def _parsed(kind: type[Command], verb: str, arguments: Sequence[str], named: str | None) -> Command:

@@ -28,7 +28,7 @@ from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stage_recipes import DVAERecipe
 from training.stages.codebook import initialise_codebook
-from training.stages.inputs import Inputs
+from training.stages.inputs import Inputs, first_readable
 from training.stages.locks import alone_in
 from training.stages.program import Program
 
@@ -146,15 +146,13 @@ class DVAEStage:
 
     def first_images(self, count: int, data: ShardData) -> tuple[Tensor, list[str]]:
         """Return the readable ones of the first `count` pictures of some data, (N,3,H,W) in [0, 1], and their keys."""
-        images, keys = [], []
-        for index in range(min(count, len(data))):
-            try:
-                sample = data.read(index)
-                images.append(self.transform_for_validation(sample, np.random.default_rng(0))["images"])
-            except (ValueError, OSError):
-                continue
-            keys.append(sample.key)
-        return torch.stack(images) if images else torch.empty(0), keys
+
+        def read(sample: Sample) -> Tensor:
+            return self.transform_for_validation(sample, np.random.default_rng(0))["images"]
+
+        found = first_readable(data, count, read)
+        images = [image for _, image in found]
+        return torch.stack(images) if images else torch.empty(0), [sample.key for sample, _ in found]
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the dVAE's directory."""

@@ -3,13 +3,13 @@
 import itertools
 import logging
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dalle.data.names import expand_shards
-from dalle.data.reader import ShardData
+from dalle.data.reader import Sample, ShardData
 from storage.stores.errors import StoreError
 from storage.stores.files import lasting_name, use_cache
 from training.data.manifest import Manifest, open_with_manifest
@@ -18,6 +18,7 @@ from training.ranks.ranks import Ranks, on_first_rank
 from training.run_files import CHECKPOINTS, read_data, write_data
 
 logger = logging.getLogger(__name__)
+Read = TypeVar("Read")
 
 RUNS, ENCODED = "training", "encoded"
 """Folders of a bundle: the runs behind it, and image tokens for its transformer."""
@@ -123,6 +124,18 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
     def run_directory(self, stage: str) -> Path:
         """Return the folder of a stage's run."""
         return self.out / RUNS / stage
+
+
+def first_readable(data: ShardData, count: int, read: Callable[[Sample], Read]) -> list[tuple[Sample, Read]]:
+    """Return the readable ones of the first `count` samples of some data, each with what `read` makes of it."""
+    found = []
+    for index in range(min(count, len(data))):
+        try:
+            sample = data.read(index)
+            found.append((sample, read(sample)))
+        except (ValueError, OSError):
+            continue
+    return found
 
 
 def without_made_here(patterns: Sequence[str | Path], out: Path | None = None) -> Sequence[str | Path]:

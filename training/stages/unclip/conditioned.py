@@ -3,24 +3,37 @@
 Letters: B batch  E embedding  L text positions  D text width
 """
 
+import dataclasses
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from dalle.data.reader import Sample, ShardData
+from dalle.output.text import Say
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from rerank import CLIP
 from storage.models.directory import directory_hash
-from training.engine.objective import Tensors
+from storage.models.stored import StoredModel
+from training.config import TrainConfig
+from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts
+from training.ranks.ranks import Ranks
+from training.recipes import Recipe, stage_of
+from training.stages.inputs import Inputs, first_readable
+from training.stages.program import Program
 from unclip.conditions import Text
+from unclip.prior import embedding_scale
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound=StoredModel[Any])
+RecipeOf = TypeVar("RecipeOf")
+PREVIEWS = 8
+"""Pictures on a sample sheet."""
 
 
 class FrozenCLIP:
@@ -59,10 +72,11 @@ class FrozenCLIP:
             return self.clip.encode_image(images), Text(*self.clip.text_states(ids[:, :longest]))
 
 
-class ConditionedStage:
+class ConditionedStage(ABC, Generic[RecipeOf, Model]):
     """A stage that reads captioned pictures and a frozen CLIP.
 
     Args:
+        recipe: the stage's recipe.
         model: that is trained.
         frozen: the CLIP.
         directory: where the model is exported.
@@ -77,10 +91,16 @@ class ConditionedStage:
     """Side in pixels of the pictures that are trained on; 0 for none."""
 
     def __init__(
-        self, model: nn.Module, frozen: FrozenCLIP, directory: Path, previews: ShardData, metadata: Mapping[str, Any]
+        self,
+        recipe: RecipeOf,
+        model: Model,
+        frozen: FrozenCLIP,
+        directory: Path,
+        previews: ShardData,
+        metadata: Mapping[str, Any],
     ) -> None:
-        self.model, self.directory, self.metadata = model, directory, metadata
-        self._frozen, self._previews = frozen, previews
+        self.recipe, self.model, self.directory, self.metadata = recipe, model, directory, metadata
+        self._config, self._frozen, self._previews = model.config, frozen, previews
 
     def transform(self, sample: Sample, rng: np.random.Generator) -> Tensors:
         """Return the augmented picture, as CLIP and the model see it, and one of its captions; nothing is mirrored."""
@@ -106,16 +126,20 @@ class ConditionedStage:
 
     def first_samples(self, count: int) -> tuple[Tensors, list[str]]:
         """Return the readable ones of the first `count` previews, stacked, and their captions."""
-        found: list[Tensors] = []
-        captions: list[str] = []
-        for index in range(min(count, len(self._previews))):
-            try:
-                sample = self._previews.read(index)
-                found.append(self.transform_for_validation(sample, np.random.default_rng(0)))
-            except (ValueError, OSError):
-                continue
-            captions.append(sample.captions[0])
-        return stacked(found), captions
+
+        def read(sample: Sample) -> Tensors:
+            return self.transform_for_validation(sample, np.random.default_rng(0))
+
+        found = first_readable(self._previews, count, read)
+        return stacked([tensors for _, tensors in found]), [sample.captions[0] for sample, _ in found]
+
+    @abstractmethod
+    def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
+        """Return the loss and the metrics."""
+
+    @abstractmethod
+    def export(self, weights: Mapping[str, Tensor], step: int) -> None:
+        """Write the model's directory."""
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return None: there is nothing to show."""
@@ -123,6 +147,47 @@ class ConditionedStage:
 
     def help_to_draw(self, weights: WeightsInParts) -> None:
         """Do nothing: the first rank draws alone."""
+
+
+def train_conditioned(
+    kind: type[ConditionedStage[Any, Model]],
+    make: Callable[[Any, TrainConfig], Model],
+    recipe: Recipe,
+    inputs: Inputs,
+    ranks: Ranks,
+    say: Say,
+) -> Path:
+    """Train a stage on the bundle's CLIP; returns the directory of its model.
+
+    Args:
+        kind: the stage.
+        make: returns a new model of a configuration, on the rank's device, for a run.
+        recipe: that has the stage.
+        inputs: data and bundle.
+        ranks: of the run.
+        say: told how far the run is.
+
+    Raises:
+        FileNotFoundError: the bundle has no CLIP.
+        ValueError: the recipe does not have the stage; or as `fit`.
+    """
+    of = stage_of(recipe, kind.name)
+    frozen = FrozenCLIP(inputs.out / "clip")
+    program = Program.open(inputs, ranks, say, captions=True)
+    clip = frozen.clip.config
+    config = dataclasses.replace(
+        of.model,
+        embed_dim=clip.embed_dim,
+        text_width=clip.text_width,
+        text_len=clip.context_length,
+        scale=embedding_scale(clip.embed_dim),
+    )
+    torch.manual_seed(of.train.seed)
+    model = make(config, of.train)
+    metadata = {"recipe": recipe.name, "clip_hash": frozen.hash}
+    stage = kind(of, model, frozen, inputs.out / kind.name, program.validation or program.data, metadata)
+    program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": dataclasses.asdict(config)}, of))
+    return stage.directory
 
 
 def stacked(samples: Sequence[Tensors]) -> Tensors:

@@ -1,62 +1,38 @@
 """Training DALL·E 2's decoder on captioned pictures, with a frozen CLIP (Ramesh et al. 2022, 2.1)."""
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.data.reader import ShardData
 from dalle.output.sheets import side_by_side
 from dalle.output.text import Say
 from dvae.images import to_image
+from training.config import TrainConfig
 from training.engine.objective import MicroBatch, Tensors
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
 from training.stages.inputs import Inputs
 from training.stages.locks import alone_in
-from training.stages.program import Program
-from training.stages.unclip.conditioned import ConditionedStage, FrozenCLIP, with_weights
+from training.stages.unclip.conditioned import PREVIEWS, ConditionedStage, train_conditioned, with_weights
 from training.unclip_recipes import DecoderRecipe
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
-from unclip.prior import embedding_scale
 from unclip.sampling import Noise
 
-PREVIEWS = 8
-"""Pictures on a sample sheet."""
 
-
-class DecoderStage(ConditionedStage):
-    """The decoder, as `fit` trains it.
-
-    Args:
-        recipe: the stage's recipe.
-        model: the decoder.
-        frozen: the CLIP.
-        directory: where the decoder is exported.
-        previews: samples whose pictures the sheets show beside what is decoded from their embeddings and captions.
-        metadata: written beside the configuration.
-    """
+class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
+    """The decoder, as `fit` trains it; sheets show previews beside what is decoded of their embeddings and captions."""
 
     name = "decoder"
 
-    def __init__(
-        self,
-        recipe: DecoderRecipe,
-        model: Decoder,
-        frozen: FrozenCLIP,
-        directory: Path,
-        previews: ShardData,
-        metadata: Mapping[str, Any],
-    ) -> None:
-        super().__init__(model, frozen, directory, previews, metadata)
-        self.recipe, self._config = recipe, model.config
-        self.image_size = model.config.image_size
+    @property
+    def image_size(self) -> int:  # type: ignore[override]  # where others have none
+        """Side in pixels of the pictures."""
+        return int(self._config.image_size)
 
     def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
         """Return the loss of `decoder_loss`, and metrics: its parts, those of each quarter of the noise, captions cut.
@@ -66,10 +42,8 @@ class DecoderStage(ConditionedStage):
         tensors = batch.tensors
         images = tensors["images"].contiguous(memory_format=torch.channels_last)
         embeddings, text = self._frozen.told(tensors["seen"], tensors["text"])
-        model = self.model
-        assert isinstance(model, Decoder)
         loss, parts = decoder_loss(
-            model,
+            self.model,
             images,
             embeddings,
             text,
@@ -108,36 +82,11 @@ class DecoderStage(ConditionedStage):
 
 @alone_in("decoder")
 def train_decoder(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
-    """Train the decoder on the bundle's CLIP; returns its directory.
+    """Train the decoder; returns its directory; raises as `train_conditioned`."""
 
-    Raises:
-        FileNotFoundError: the bundle has no CLIP.
-        ValueError: the recipe has no decoder; or as `fit`.
-    """
-    stage_recipe = recipe.decoder
-    if stage_recipe is None:
-        raise ValueError(f"the recipe {recipe.name} has no decoder: use one of DALL·E 2, such as unclip-cpu")
-    frozen = FrozenCLIP(inputs.out / "clip")
-    program = Program.open(inputs, ranks, say, captions=True)
-    config = fitted(stage_recipe.model, frozen)
-    torch.manual_seed(stage_recipe.train.seed)
-    model = channels_last(Decoder(config).to(ranks.device))
-    model.unet.activation_checkpointing = stage_recipe.train.activation_checkpointing
-    metadata = {"recipe": recipe.name, "clip_hash": frozen.hash}
-    previews = program.validation or program.data
-    stage = DecoderStage(stage_recipe, model, frozen, inputs.out / "decoder", previews, metadata)
-    description = {"recipe": recipe.name, "model": dataclasses.asdict(config), "clip_hash": frozen.hash}
-    program.fit(stage, stage_recipe.train, program.spec("decoder", description, stage_recipe))
-    return stage.directory
+    def made(config: DecoderConfig, train: TrainConfig) -> Decoder:
+        decoder = channels_last(Decoder(config).to(ranks.device))
+        decoder.unet.activation_checkpointing = train.activation_checkpointing
+        return decoder
 
-
-def fitted(config: DecoderConfig, frozen: FrozenCLIP) -> DecoderConfig:
-    """Return a decoder's sizes for a CLIP."""
-    clip = frozen.clip.config
-    return dataclasses.replace(
-        config,
-        embed_dim=clip.embed_dim,
-        text_width=clip.text_width,
-        text_len=clip.context_length,
-        scale=embedding_scale(clip.embed_dim),
-    )
+    return train_conditioned(DecoderStage, made, recipe, inputs, ranks, say)

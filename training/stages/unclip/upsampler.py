@@ -14,23 +14,21 @@ from dalle.data.reader import Sample, ShardData
 from dalle.output.sheets import side_by_side
 from dalle.output.text import Say
 from dvae.images import dvae_augmentation, open_image, resize_and_crop, to_image, to_tensor
+from dvae.metrics import psnr
 from training.engine.objective import MicroBatch, Tensors
 from training.engine.parts.averages import WeightsInParts
 from training.ranks.ranks import Ranks
-from training.recipes import Recipe
+from training.recipes import Recipe, stage_of
 from training.stages.dvae import channels_last
-from training.stages.inputs import Inputs
+from training.stages.inputs import Inputs, first_readable
 from training.stages.locks import alone_in
 from training.stages.program import Program
-from training.stages.unclip.conditioned import with_weights
+from training.stages.unclip.conditioned import PREVIEWS, with_weights
 from training.unclip_recipes import UpsamplerRecipe
 from unclip.decoding import loss_by_quarter
 from unclip.degradation import crop_pair, small_picture
 from unclip.sampling import Noise
 from unclip.upsampler import Upsampler, upsample, upsampler_loss
-
-PREVIEWS = 8
-"""Pictures on a sample sheet."""
 
 
 class UpsamplerStage:
@@ -85,7 +83,7 @@ class UpsamplerStage:
 
     def picture(self, weights: Mapping[str, Tensor]) -> Image.Image | None:
         """Return preview pictures beside those made of them in small, with their PSNR and that of bilinear ones."""
-        found = self._first_pictures()
+        found = [image for _, image in first_readable(self._previews, PREVIEWS, self._whole)]
         if not found:
             return None
         upsampler = with_weights(lambda: Upsampler(self._config), weights).to(next(self.model.parameters()).device)
@@ -96,19 +94,9 @@ class UpsamplerStage:
         drawn = upsample(upsampler, small.to(device), noise, steps=self.recipe.sample_steps).cpu()
         enlarged = (upsampler.enlarged(small.to(device) * 2 - 1).cpu() + 1) / 2
         whole = torch.stack([to_tensor(each) for each in found])
-        labels = [
-            f"{_psnr(a, c):.1f} dB, bilinear {_psnr(b, c):.1f}" for a, b, c in zip(drawn, enlarged, whole, strict=True)
-        ]
+        both = zip(psnr(whole, drawn).tolist(), psnr(whole, enlarged).tolist(), strict=True)
+        labels = [f"{ours:.1f} dB, bilinear {bilinear:.1f}" for ours, bilinear in both]
         return side_by_side(found, [to_image(image) for image in drawn], labels, title="original | enlarged")
-
-    def _first_pictures(self) -> list[Image.Image]:
-        found = []
-        for index in range(min(PREVIEWS, len(self._previews))):
-            try:
-                found.append(self._whole(self._previews.read(index)))
-            except (ValueError, OSError):
-                continue
-        return found
 
     def help_to_draw(self, weights: WeightsInParts) -> None:
         """Do nothing: the first rank draws alone."""
@@ -125,9 +113,7 @@ def train_upsampler(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> P
     Raises:
         ValueError: the recipe has no upsampler; or as `fit`.
     """
-    stage_recipe = recipe.upsampler
-    if stage_recipe is None:
-        raise ValueError(f"the recipe {recipe.name} has no upsampler: use one of DALL·E 2, such as unclip-cpu")
+    stage_recipe: UpsamplerRecipe = stage_of(recipe, "upsampler")
     program = Program.open(inputs, ranks, say, captions=False)
     config = stage_recipe.model
     torch.manual_seed(stage_recipe.train.seed)
@@ -139,7 +125,3 @@ def train_upsampler(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> P
     description = {"recipe": recipe.name, "model": dataclasses.asdict(config)}
     program.fit(stage, stage_recipe.train, program.spec(directory.name, description, stage_recipe))
     return directory
-
-
-def _psnr(image: Tensor, original: Tensor) -> float:
-    return float(-10 * (image - original).square().mean().clamp_min(1e-10).log10())
