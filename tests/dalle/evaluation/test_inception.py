@@ -121,7 +121,7 @@ def test_a_pickle_with_code_is_refused_and_not_run(tmp_path: Path, monkeypatch: 
 
 
 def test_a_torchscript_archive_of_other_names_gets_the_hint(tmp_path: Path) -> None:
-    torch.jit.trace(nn.Linear(3, 2), torch.zeros(1, 3)).save(tmp_path / "inception-2015-12-05.pt")
+    scripted({"weight": torch.zeros(2, 3), "bias": torch.zeros(2)}).save(tmp_path / "inception-2015-12-05.pt")
     with pytest.raises(ValueError, match=r"TorchScript archive.*expected pt_inception-2015-12-05-6726825d\.pth"):
         load_inception(tmp_path / "inception-2015-12-05.pt")
 
