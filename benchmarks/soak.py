@@ -21,7 +21,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import httpx2
 import numpy as np
@@ -252,20 +252,34 @@ def ended(server: Server) -> dict[str, float]:
     return {line[len("dalle_jobs_total") :].rsplit(" ", 1)[0]: float(line.rsplit(" ", 1)[1]) for line in lines}
 
 
-def slope(samples: list[tuple[float, float]]) -> float:
-    """Return how the memory grows in the second half of the time, bytes per minute, by least squares."""
-    late = np.array([(t, b) for t, b in samples if t >= samples[-1][0] / 2])
-    return float(np.polyfit(late[:, 0] / 60, late[:, 1], 1)[0]) if len(late) > 2 else 0.0
+class Look(NamedTuple):
+    """What the server held at a moment."""
+
+    minutes: float
+    memory: float
+    """Bytes of the process."""
+    kept: float
+    """Bytes of pictures that it keeps for an hour, among them."""
+
+
+def growth(looks: Sequence[Look]) -> list[float]:
+    """Return how the memory without the pictures that are kept grows in each third of the time: bytes per minute, by
+    least squares."""
+    found = []
+    for third in np.array_split(np.array(looks), 3):
+        found.append(float(np.polyfit(third[:, 0], third[:, 1] - third[:, 2], 1)[0]) if len(third) > 2 else 0.0)
+    return found
 
 
 @contextmanager
-def _remembered(server: Server, samples: list[tuple[float, float]]) -> Iterator[None]:
+def _remembered(server: Server, looks: list[Look]) -> Iterator[None]:
     """Look at the server's memory every few seconds."""
     started, done = time.monotonic(), threading.Event()
 
     def look() -> None:
         while not done.wait(5):
-            samples.append((time.monotonic() - started, server.metric("process_resident_memory_bytes")))
+            memory, kept = (server.metric(name) for name in ("process_resident_memory_bytes", "dalle_result_bytes"))
+            looks.append(Look((time.monotonic() - started) / 60, memory, kept))
 
     thread = threading.Thread(target=look)
     thread.start()
@@ -293,9 +307,9 @@ def drive(server: Server, clients: Sequence[Load | Fuzz], minutes: float) -> dic
                 lost.append(f"{type(error).__name__}: {error}"[:300])
             longest = max(longest, time.monotonic() - started)
 
-    samples: list[tuple[float, float]] = []
+    looks: list[Look] = []
     threads = [threading.Thread(target=work, args=(client,)) for client in clients]
-    with _remembered(server, samples):
+    with _remembered(server, looks):
         for thread in threads:
             thread.start()
         while any(thread.is_alive() for thread in threads):
@@ -313,8 +327,9 @@ def drive(server: Server, clients: Sequence[Load | Fuzz], minutes: float) -> dic
         "lost": lost,
         "longest_s": longest,
         "jobs_by_end": ended(server),
-        "memory_bytes": {"first": samples[0][1], "last": samples[-1][1], "most": max(b for _, b in samples)},
-        "growth_bytes_per_minute": slope(samples),
+        "memory_bytes": {"first": looks[0].memory, "last": looks[-1].memory, "most": max(one.memory for one in looks)},
+        "kept_bytes": looks[-1].kept,
+        "growth_bytes_per_minute": growth(looks),
     }
 
 

@@ -126,8 +126,8 @@ class Page:
         self._state.note(request, ask)
         previews = Previews(growing=min(SHOWN, ask.best_of))
         job = self._state.job(ask, request.state.owner, "page", source=source, previews=previews)
+        submit(self._state.engine.queue, job)  # one that is refused is not remembered
         self._watch(job)
-        submit(self._state.engine.queue, job)
         return JSONResponse({"id": job.id, "seed": ask.seed}, status_code=201)
 
     async def events(self, request: Request) -> Response:
