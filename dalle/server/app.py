@@ -263,7 +263,7 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Answer what the router and the reader of forms refuse."""
     assert isinstance(error, HTTPException)
     path = request.url.path[:100]
-    messages = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method[:10]}"}
+    messages = {404: f"there is nothing at {path}: the base URL of the API ends in /v1, as in /v1/models", 405: f"{path} does not take {request.method[:10]}"}
     message = messages.get(error.status_code, error.detail)
     return error_response(APIError(error.status_code, message, headers=dict(error.headers or {})))
 

@@ -133,7 +133,7 @@ class Page:
     async def events(self, request: Request) -> Response:
         """GET /api/jobs/{id}/events: from where Last-Event-ID says, as server-sent events."""
         after = request.headers.get("last-event-id", "")
-        return stream(self._events(self._job(request), int(after) if after.isdigit() and len(after) < 6 else 0))
+        return stream(self._events(self._job(request), int(after) if after.isdecimal() and len(after) < 6 else 0))
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /api/jobs/{id}."""

@@ -234,7 +234,7 @@ def _numbers(found: Mapping[str, Any], limits: Limits) -> tuple[int, int, str]:
     quality: str = found.get("quality", "auto")
     by_quality = QUALITIES[quality] or limits.best_of
     best_of: int = found.get("best_of", max(n, min(by_quality, limits.max_candidates)))
-    if not n <= best_of <= max(n, limits.max_candidates):
+    if not n <= best_of <= limits.max_candidates:
         expected = f"expected {n} to {limits.max_candidates}, the candidates of which the n best are answered"
         raise wrong("best_of", f"best_of is {short_repr(best_of)}; {expected}", "out_of_range")
     return n, best_of, quality
