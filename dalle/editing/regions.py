@@ -48,7 +48,7 @@ class Region:
         """
         if not isinstance(image, Image.Image):
             raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
-        is_new_hw = _drawn_anew(mask)
+        is_new_hw = _marked(mask)
         h, w = is_new_hw.shape
         # by rounding, a scaled mask has up to a pixel more or less
         if abs(w * image.height - h * image.width) > max(image.size):
@@ -121,8 +121,8 @@ def transparent(image: Image.Image) -> NDArray[np.bool_] | None:
     return is_clear if is_clear.any() else None
 
 
-def _drawn_anew(mask: Mask) -> NDArray[np.bool_]:
-    """Return what a mask draws anew, bool (h, w)."""
+def _marked(mask: Mask) -> NDArray[np.bool_]:
+    """Return what a mask marks to be drawn anew, bool (h, w)."""
     if isinstance(mask, Image.Image):
         mask = as_srgb(mask, "the mask", keep_alpha=True)
         is_clear = transparent(mask)

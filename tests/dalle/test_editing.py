@@ -206,8 +206,11 @@ def in_a_palette():
         (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.tif", {}),
         (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.webp", {"lossless": True}),
         (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE).convert("LA"), "mask.png", {}),
-        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE).transpose(Image.Transpose.ROTATE_90), "mask.png",
-         {"exif": TURNED}),
+        (
+            with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE).transpose(Image.Transpose.ROTATE_90),
+            "mask.png",
+            {"exif": TURNED},
+        ),
         (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.png", {"pnginfo": LARGE_TEXT}),
         (in_a_palette(), "mask.png", {"transparency": 1}),
         (in_a_palette(), "mask.gif", {"transparency": 1}),

@@ -94,6 +94,7 @@ def test_a_seed_that_is_drawn_survives_javascript():
         ({"keep_rows": 3}, "keep_rows", "a field of /v1/images/edits"),
         ({"markup": "x"}, "markup", "not supported"),
         ({"size": "1792x1024"}, "size", "square: expected auto, 48x48"),
+        ({"size": "1x1"}, "size", "another square from 16x16 to 1024x1024"),
         ({"n": 0}, "n", "expected 1 to 10"),
         ({"best_of": 3, "n": 4}, "best_of", "expected 4 to 512"),
         ({"top_k": 33}, "top_k", "expected 1 to 32"),

@@ -79,16 +79,20 @@ def test_a_job_outlives_its_connection_and_is_cancelled_when_told_to(pipe):
         assert server.ask("GET", "/api/jobs/0000/events").status_code == 404
 
 
-def test_refused_jobs_do_not_push_out_those_that_are_remembered(pipe, monkeypatch):
-    monkeypatch.setattr("dalle.server.page.MAX_JOBS", 2)
+def test_jobs_that_have_not_ended_are_remembered_whatever_comes_after(pipe, monkeypatch):
+    monkeypatch.setattr("dalle.server.page.MAX_JOBS", 1)
     with running(LiveServer(lambda: pipe, slow=SlowDraw(60), process={"max_jobs": 1})) as server:
         running_one = create(server)["id"]
         wait_until(lambda: server.slow.drawn)
-        create(server, temperature=0.5)
+        waiting_one = create(server, temperature=0.5)["id"]
         for _ in range(3):
             assert server.ask("POST", "/api/jobs", json={"prompt": CUBE, "temperature": 2}).status_code == 429
         server.slow.go.set()
         assert events(server, running_one)[-1][0] == "done"
+        assert events(server, waiting_one)[-1][0] == "done"
+        wait_until(lambda: server.state.engine.queue.is_idle)
+        create(server, seed=9)
+        assert server.ask("GET", f"/api/jobs/{running_one}/events").status_code == 404
 
 
 def test_the_page_itself_needs_no_key(pipe):

@@ -32,7 +32,7 @@ class Edit(Redrawing):
         pipe = self.compute.load(self.bundle)
         if not Region.of(image, mask, pipe.dvae.config.image_size).is_new.any():
             raise ValueError(
-                f"{self.mask} has nothing transparent or white in the middle square, which is all that the bundle sees: "
+                f"{self.mask} has nothing transparent or white in the middle square, which the bundle sees: "
                 "make transparent (alpha 0), or white, what is to be drawn anew"
             )
         chosen = self.sampling.of(pipe.defaults)

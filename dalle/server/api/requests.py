@@ -245,7 +245,7 @@ def _side(size: str | None, native: int) -> int:
     if size is None or size.strip().lower() in ("", "auto"):
         return native
     match = re.fullmatch(r"([0-9]{1,5})[x×]([0-9]{1,5})", size.strip().lower())
-    allowed = f"auto, {native}x{native}, or another square up to {MAX_SIDE}x{MAX_SIDE}"
+    allowed = f"auto, {native}x{native}, or another square from {MIN_SIDE}x{MIN_SIDE} to {MAX_SIDE}x{MAX_SIDE}"
     if match is None:
         raise wrong("size", f"size is {short_repr(size)}; expected {allowed}")
     width, height = int(match[1]), int(match[2])
