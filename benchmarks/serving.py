@@ -199,7 +199,8 @@ def main() -> None:
     parser.add_argument("--large", type=int, default=5, help="requests with that many candidates")
     parser.add_argument("--out", type=Path, default=RESULTS / "serving.json")
     arguments = parser.parse_args()
-    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit()}
+    sizes = {name: getattr(arguments, name) for name in ("rounds", "best_of", "candidates", "uploads", "large")}
+    record: dict[str, Any] = {"machine": machine(), "versions": versions(), "commit": commit(), "sizes": sizes}
     parts: dict[str, Callable[[Server], dict[str, Any]]] = {
         "merging": lambda server: merging(server, arguments.rounds, arguments.best_of),
         "streaming": streaming,

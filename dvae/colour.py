@@ -23,7 +23,7 @@ _STRAIGHT = {"La": "LA", "RGBa": "RGBA"}
 """Premultiplied alpha, which Pillow converts only to its own straight form."""
 
 
-def as_srgb(image: Image.Image, name: str) -> Image.Image:
+def as_srgb(image: Image.Image, name: str, *, keep_alpha: bool = False) -> Image.Image:
     """Return a loaded picture as 8-bit RGB in sRGB, in memory of its own, on white where it is transparent.
 
     A profile that cannot be used is ignored, with a remark.
@@ -31,6 +31,7 @@ def as_srgb(image: Image.Image, name: str) -> Image.Image:
     Args:
         image: of any mode.
         name: of the picture, for remarks.
+        keep_alpha: return RGBA, of these colours and its alpha, if the picture has transparency.
 
     Raises:
         ValueError: Pillow cannot convert its mode.
@@ -48,6 +49,8 @@ def as_srgb(image: Image.Image, name: str) -> Image.Image:
             colours.putalpha(rgba.getchannel("A"))
             rgba = colours
         rgb = Image.alpha_composite(Image.new("RGBA", rgba.size, (255, 255, 255, 255)), rgba).convert("RGB")
+        if keep_alpha:
+            rgb.putalpha(rgba.getchannel("A"))
     else:
         rgb = _converted(image, transform)
     rgb.info.pop("icc_profile", None)  # or a copy that is saved would be converted again

@@ -88,7 +88,9 @@ class PictureError(ValueError):
         """The same for all pictures with this problem, so that they can be counted: "is damaged"."""
 
 
-def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
+def open_image(
+    source: Path | bytes, name: str | None = None, *, max_pixels: int = MAX_PIXELS, keep_alpha: bool = False
+) -> Image.Image:
     """Read a picture of one of the FORMATS as 8-bit RGB.
 
     A colour profile is converted to sRGB, transparency composited onto white, EXIF orientation applied, greyscale of
@@ -97,9 +99,11 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     Args:
         source: a file, or the contents of one.
         name: of the picture in messages; by default the path.
+        max_pixels: larger pictures are refused before they are decoded; at most MAX_PIXELS.
+        keep_alpha: return RGBA, of the same colours and its alpha, if the picture has transparency.
 
     Returns:
-        An RGB picture of at least MIN_SIDE pixels a side and at most MAX_PIXELS pixels.
+        An RGB picture of at least MIN_SIDE pixels a side and at most max_pixels pixels.
 
     Raises:
         FileNotFoundError: there is no such file.
@@ -120,9 +124,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
     if is_empty:
         raise PictureError(name, "is empty", " (0 bytes): expected a picture; copy or download it again")
     try:
-        return _decoded(source, name)
+        return _decoded(source, name, max_pixels, keep_alpha)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        details = f" ({error}): expected at most {_MEGAPIXELS}; make it smaller first"
+        details = f" ({error}): expected at most {_megapixels(max_pixels)}; make it smaller first"
         raise PictureError(name, "is too large", details) from error
     except UnidentifiedImageError as error:
         details = ": expected a PNG, JPEG, WebP, GIF, TIFF or BMP file; convert or remove it"
@@ -136,9 +140,9 @@ def open_image(source: Path | bytes, name: str | None = None) -> Image.Image:
         raise PictureError(name, "is damaged", details) from error
 
 
-def _decoded(source: Path | bytes, name: str) -> Image.Image:
+def _decoded(source: Path | bytes, name: str, max_pixels: int, keep_alpha: bool) -> Image.Image:
     try:
-        return _read(source, name)
+        return _read(source, name, max_pixels, keep_alpha)
     except PictureError:
         raise
     except _DECODER_ERRORS:
@@ -146,36 +150,39 @@ def _decoded(source: Path | bytes, name: str) -> Image.Image:
         lean = lean_png(source)
         if lean is None:
             raise
-    return _read(lean.data, name, lean.profile)
+    return _read(lean.data, name, max_pixels, keep_alpha, lean.profile)
 
 
-def _read(source: Path | bytes, name: str, profile: bytes | None = None) -> Image.Image:
+def _read(
+    source: Path | bytes, name: str, max_pixels: int, keep_alpha: bool, profile: bytes | None = None
+) -> Image.Image:
     """Read a picture with Pillow; a colour profile that is given counts as its own."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     with Image.open(file, formats=tuple(FORMATS)) as image:
-        _require_size(image, name)
+        _require_size(image, name, max_pixels)
         scale_transparent_colour(image)
         if profile is not None:
             image.info["icc_profile"] = profile
         image.load()
-        return _as_rgb(image, name)
+        return _as_rgb(image, name, keep_alpha)
 
 
-_MEGAPIXELS = f"{MAX_PIXELS / 1e6:.0f} megapixels"
+def _megapixels(pixels: int) -> str:
+    return f"{pixels / 1e6:.0f} megapixels"
 
 
-def _require_size(image: Image.Image, name: str) -> None:
+def _require_size(image: Image.Image, name: str, max_pixels: int) -> None:
     width, height = image.size
-    if width * height > MAX_PIXELS:
-        details = f" ({width}×{height} pixels): expected at most {_MEGAPIXELS}; make it smaller first"
+    if width * height > max_pixels:
+        details = f" ({width}×{height} pixels): expected at most {_megapixels(max_pixels)}; make it smaller first"
         raise PictureError(name, "is too large", details)
     if min(width, height) < MIN_SIDE:
         details = f" ({width}×{height} pixels): expected {MIN_SIDE}×{MIN_SIDE} or more; use a larger picture"
         raise PictureError(name, "is too small", details)
 
 
-def _as_rgb(image: Image.Image, name: str) -> Image.Image:
-    """Return a loaded picture as upright RGB, in memory of its own."""
+def _as_rgb(image: Image.Image, name: str, keep_alpha: bool) -> Image.Image:
+    """Return a loaded picture as upright RGB, or RGBA, in memory of its own."""
     n_frames = getattr(image, "n_frames", 1)
     # a camera's MPO holds one picture and its previews
     if n_frames > 1 and image.format != "MPO":
@@ -187,7 +194,7 @@ def _as_rgb(image: Image.Image, name: str) -> Image.Image:
         )
         image.seek(0)
     upright = _UPRIGHT.get(_orientation(image, name))
-    rgb = as_srgb(image, name)
+    rgb = as_srgb(image, name, keep_alpha=keep_alpha)
     return rgb if upright is None else rgb.transpose(upright)
 
 

@@ -1,6 +1,7 @@
 """`dalle serve`: a server of OpenAI's Images API, and a web page."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
@@ -13,6 +14,9 @@ from dalle.data.bundle import PARTS, Precision, bundle_part, usable_device
 from dalle.pipeline import Pipeline
 
 KEY_VARIABLE = "DALLE_API_KEY"
+PICTURE_BYTES = 4_000_000
+"""Of a picture of the largest size that may be asked for."""
+_SCHEME = "https?://"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,7 +49,25 @@ class NetworkOptions:
 
         keys = {} if self.api_key_file is None else read_keys(self.api_key_file)
         of_environment = os.environ.get(KEY_VARIABLE, "").strip()
+        if not of_environment.isascii():
+            raise ValueError(f"{KEY_VARIABLE} is not in ASCII, and clients could not send it: give another key")
         return {**keys, of_environment: KEY_VARIABLE} if of_environment else keys
+
+    def check(self) -> None:
+        """Raise ValueError for a port, or a name, that no request could match."""
+        if not 0 <= self.port < 2**16:
+            raise ValueError(f"--port is {self.port}; expected 1 to 65535, or 0 for any that is free")
+        for name in self.allowed_host:
+            if not re.fullmatch(r"[^\s/:*@]+|[0-9a-fA-F:]+", name):
+                raise ValueError(f"--allowed-host is {name!r}; expected a name alone, such as draw.example.org")
+        for origin in self.cors_origin:
+            if not re.fullmatch(rf"{_SCHEME}[^\s/*@]+", origin):
+                raise ValueError(
+                    f"--cors-origin is {origin!r}; expected scheme and host, such as https://chat.example.org, "
+                    "without a slash at the end; each page is allowed by name"
+                )
+        if self.public_url is not None and not re.fullmatch(rf"{_SCHEME}\S+", self.public_url):
+            raise ValueError(f"--public-url is {self.public_url!r}; expected one such as https://draw.example.org")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,8 +100,16 @@ class LimitOptions:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(self, name)}; it must be at least 1")
         if self.best_of > self.max_candidates:
             raise ValueError(f"--best-of is {self.best_of}, above --max-candidates, {self.max_candidates}")
-        if not (0 < self.timeout < 1e9 and 0 <= self.grace < 1e9):
-            raise ValueError(f"--timeout is {self.timeout:g}, --grace {self.grace:g}; give seconds, at least 0")
+        if not 0 < self.timeout < 1e9:
+            raise ValueError(f"--timeout is {self.timeout:g}; give seconds, above 0")
+        if not 0 <= self.grace < 1e9:
+            raise ValueError(f"--grace is {self.grace:g}; give seconds, at least 0")
+        needed = PICTURE_BYTES * self.max_n
+        if n_bytes(self.results) < needed:
+            raise ValueError(
+                f"--results is {self.results}, but the pictures of one request may take {needed // 10**6}MB: "
+                "give at least so much, or a smaller --max-n"
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -108,6 +138,7 @@ class Serve:
         except ModuleNotFoundError as error:
             raise ValueError(f"{error.name} is not installed: run `pip install 'dalle[serve]'`") from error
         network, limits = self.network, self.limits
+        network.check()
         limits.check()
         for part in PARTS:  # before anything listens
             bundle_part(self.bundle, part)

@@ -5,7 +5,6 @@ Legend: N pictures  C channels  H, W pixels of the bundle's pictures  Y, X cells
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Self
 
 import numpy as np
@@ -15,7 +14,8 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dvae.images import FORMATS, open_image, resize_and_crop, to_image, to_tensor
+from dvae.colour import as_srgb
+from dvae.images import resize_and_crop, to_image, to_tensor
 from storage.errors import check_whole, wrong_type
 
 WHITE = 128
@@ -48,7 +48,7 @@ class Region:
         """
         if not isinstance(image, Image.Image):
             raise wrong_type("image", image, "a picture, opened by dvae.images.open_image")
-        is_new_hw = _drawn_anew(mask)
+        is_new_hw = _marked(mask)
         h, w = is_new_hw.shape
         # by rounding, a scaled mask has up to a pixel more or less
         if abs(w * image.height - h * image.width) > max(image.size):
@@ -113,29 +113,21 @@ def check_top(image: Image.Image, keep_rows: int, grid: int) -> None:
         )
 
 
-def open_mask(path: Path) -> Image.Image:
-    """Open a mask's file, with its transparency if it has any.
-
-    Raises:
-        FileNotFoundError: there is no such file.
-        ValueError: it is no picture, or damaged: see `open_image`.
-    """
-    mask = open_image(path)
-    with Image.open(path, formats=tuple(FORMATS)) as file:
-        if file.has_transparency_data and file.size == mask.size:
-            mask.putalpha(file.convert("RGBA").getchannel("A"))
-    return mask
+def transparent(image: Image.Image) -> NDArray[np.bool_] | None:
+    """Return where an RGB or RGBA picture is fully transparent (alpha 0), bool (h, w); None if it is nowhere."""
+    if image.mode != "RGBA":
+        return None
+    is_clear: NDArray[np.bool_] = np.asarray(image.getchannel("A")) == 0
+    return is_clear if is_clear.any() else None
 
 
-def _drawn_anew(mask: Mask) -> NDArray[np.bool_]:
-    """Return what a mask draws anew, bool (h, w)."""
+def _marked(mask: Mask) -> NDArray[np.bool_]:
+    """Return what a mask marks to be drawn anew, bool (h, w)."""
     if isinstance(mask, Image.Image):
-        if mask.has_transparency_data:
-            is_clear: NDArray[np.bool_] = np.asarray(mask.convert("RGBA").getchannel("A")) == 0
-            if is_clear.any():
-                return is_clear
+        mask = as_srgb(mask, "the mask", keep_alpha=True)
+        is_clear = transparent(mask)
         is_white: NDArray[np.bool_] = np.asarray(mask.convert("L")) >= WHITE
-        return is_white
+        return is_white if is_clear is None else is_clear
     if isinstance(mask, Tensor):
         mask = mask.cpu().numpy()
     if not isinstance(mask, np.ndarray) or mask.dtype != np.bool_ or mask.ndim != 2 or mask.size == 0:

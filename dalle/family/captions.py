@@ -49,7 +49,9 @@ def next_text_logits(model: CaptionModel, tokens: Tensor) -> Tensor:
     """
     config, n = model.config, tokens.shape[1]
     if n >= config.max_caption:
-        raise ValueError(f"{n} tokens leave no room for another: the model reads {config.max_caption} of a caption")
+        raise ValueError(
+            f"{n} tokens leave no room for another: the model reads {config.max_caption} of a caption; begin with fewer"
+        )
     text_BT = config.text_rows(tokens.tolist()).to(model.device)
     if isinstance(model, DALLEPytorch):
         h_BnD = model.run(model.embed_text(text_BT)[:, : n + 1], 0, partial(model.attend_all, text_BT), model.shift_all)

@@ -61,7 +61,10 @@ class ResultWriter:
 
     def __enter__(self) -> Self:
         """Begin; fails now rather than after an hour of sampling if the folder cannot be written to."""
-        self._out.mkdir(parents=True, exist_ok=True)
+        try:
+            self._out.mkdir(parents=True, exist_ok=True)
+        except FileExistsError:
+            raise NotADirectoryError(f"{self._out} is a file: give a folder to write pictures to") from None
         own = self._out / f"{RUN}{secrets.token_hex(4)}"
         with self._locked():
             lines = _read_results(self._path)

@@ -224,7 +224,7 @@ def _usage(job: Job) -> Usage:
 async def _read_form(
     request: Request, pictures: tuple[str, ...] = PICTURES
 ) -> tuple[dict[str, object], dict[str, bytes]]:
-    """Return the texts and the files of a form.
+    """Return the texts and the files of a form; an empty text, which some programs send, is the same as none.
 
     Raises:
         APIError: it is no form, or has more of anything than allowed.
@@ -238,6 +238,8 @@ async def _read_form(
     files: dict[str, bytes] = {}
     async with request.form(max_files=MAX_FILES, max_fields=MAX_FIELDS, max_part_size=MAX_FIELD) as form:
         for key, value in form.multi_items():
+            if value == "":
+                continue
             name = key.removesuffix("[]")
             if isinstance(value, UploadFile) and name not in pictures:
                 raise wrong(
@@ -263,7 +265,10 @@ async def _http_error(request: Request, error: Exception) -> Response:
     """Answer what the router and the reader of forms refuse."""
     assert isinstance(error, HTTPException)
     path = request.url.path[:100]
-    messages = {404: f"there is nothing at {path}", 405: f"{path} does not take {request.method[:10]}"}
+    messages = {
+        404: f"there is nothing at {path}: the base URL of the API ends in /v1, as in /v1/models",
+        405: f"{path} does not take {request.method[:10]}",
+    }
     message = messages.get(error.status_code, error.detail)
     return error_response(APIError(error.status_code, message, headers=dict(error.headers or {})))
 

@@ -7,7 +7,6 @@ them beside each other, at most four times a second.
 import asyncio
 import base64
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
@@ -33,7 +32,7 @@ SHOWN = 64
 COLUMNS = 8
 """Of the sheet of growing candidates."""
 MAX_JOBS = 200
-"""Jobs of pages that are remembered."""
+"""Jobs of pages that are remembered, beside those that have not ended."""
 WAIT_S = 1.0
 """Seconds between what is told of a job that waits."""
 WEB = Path(__file__).parent / "web"
@@ -67,7 +66,7 @@ class Page:
 
     def __init__(self, state: State) -> None:
         self._state = state
-        self._jobs: OrderedDict[str, _PageJob] = OrderedDict()
+        self._jobs: dict[str, _PageJob] = {}
         self._tasks: set[asyncio.Task[None]] = set()
         self._files = {path: ((WEB / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
 
@@ -133,7 +132,7 @@ class Page:
     async def events(self, request: Request) -> Response:
         """GET /api/jobs/{id}/events: from where Last-Event-ID says, as server-sent events."""
         after = request.headers.get("last-event-id", "")
-        return stream(self._events(self._job(request), int(after) if after.isdigit() and len(after) < 6 else 0))
+        return stream(self._events(self._job(request), int(after) if after.isdecimal() and len(after) < 6 else 0))
 
     async def cancel(self, request: Request) -> Response:
         """DELETE /api/jobs/{id}."""
@@ -157,8 +156,9 @@ class Page:
     def _watch(self, job: Job) -> None:
         """Remember a job, what was last shown of it, and its pictures when it has ended."""
         page_job = self._jobs[job.id] = _PageJob(job)
-        while len(self._jobs) > MAX_JOBS:
-            self._jobs.popitem(last=False)
+        ended = [name for name, one in self._jobs.items() if one.is_complete.is_set()]
+        for name in ended[: max(0, len(self._jobs) - MAX_JOBS)]:
+            del self._jobs[name]
         loop = asyncio.get_running_loop()
 
         def listener(event: Event) -> None:

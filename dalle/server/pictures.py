@@ -15,18 +15,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from dalle.editing.regions import Region
+from dalle.editing.regions import Region, transparent
 from dalle.server.api.errors import wrong
 from dalle.server.api.requests import FORMATS, OutputFormat
 from dalle.server.queueing.batch import Varying
-from dvae.images import FORMATS as READ_FORMATS
 from dvae.images import open_image, resize_and_crop, to_image, to_tensor
 
 MAX_UPLOAD_PIXELS = 16_000_000
@@ -114,15 +111,14 @@ def sheet(tops: Tensor, columns: int) -> bytes:
     return file.getvalue()
 
 
-def open_upload(data: bytes, name: str = "image") -> Image.Image:
-    """Open a picture that was sent, whatever it is called: upright, in RGB.
+def open_upload(data: bytes, name: str = "image", *, keep_alpha: bool = False) -> Image.Image:
+    """Open a picture that was sent, whatever it is called: upright, in RGB, or RGBA as `open_image` has it.
 
     Raises:
         APIError: it is no picture, damaged, or has more than `MAX_UPLOAD_PIXELS`.
     """
-    _check_size(data, name)
     try:
-        return open_image(data, f"the {name}")
+        return open_image(data, f"the {name}", max_pixels=MAX_UPLOAD_PIXELS, keep_alpha=keep_alpha)
     except ValueError as error:
         raise wrong(name, str(error), "invalid_image") from error
 
@@ -149,14 +145,12 @@ def region_of(data: bytes, mask: bytes | None, keep_rows: int | None, *, side: i
     """
     if keep_rows is not None and mask is not None:
         raise wrong("keep_rows", "keep_rows and mask both say what is kept: send one of them")
-    image = open_upload(data)
+    image = open_upload(data, keep_alpha=True)
     if keep_rows is not None:
         is_new = torch.zeros(side, side, dtype=torch.bool)
         is_new[keep_rows * side // grid :] = True
-        return Region(pixels=to_tensor(resize_and_crop(image, side)), is_new=is_new)
-    if mask is not None:
-        _check_size(mask, "mask")
-    is_new_hw = _transparent(data if mask is None else mask, "image" if mask is None else "mask")
+        return Region(pixels=to_tensor(resize_and_crop(image.convert("RGB"), side)), is_new=is_new)
+    is_new_hw = transparent(image if mask is None else open_upload(mask, "mask", keep_alpha=True))
     if is_new_hw is None and mask is None:
         hint = "send a mask, transparent where it is to be drawn anew, or make these parts of the image transparent"
         raise wrong("mask", f"there is no mask: {hint}; or send keep_rows, the rows of tokens to keep", "missing")
@@ -164,45 +158,13 @@ def region_of(data: bytes, mask: bytes | None, keep_rows: int | None, *, side: i
         hint = "make transparent (alpha 0) what is to be drawn anew"
         raise wrong("mask", f"the mask has nothing transparent: {hint}", "invalid_mask")
     try:
-        region = Region.of(image, is_new_hw, side)
+        region = Region.of(image.convert("RGB"), is_new_hw, side)
     except ValueError as error:
         raise wrong("mask", str(error), "invalid_mask") from error
     if not region.is_new.any():
         where = "is transparent only outside of the middle square, which is all that the model sees"
         raise wrong("image" if mask is None else "mask", f"the mask {where}", "invalid_mask")
     return region
-
-
-def _transparent(data: bytes, name: str) -> NDArray[np.bool_] | None:
-    """Return where an upright picture is fully transparent, (height, width); None if it is nowhere."""
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(READ_FORMATS)) as file:
-            if not file.has_transparency_data:
-                return None
-            alpha = ImageOps.exif_transpose(file).convert("RGBA").getchannel("A")
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise wrong(name, f"the {name} is damaged ({error}): expected a whole picture", "invalid_image") from error
-    is_clear: NDArray[np.bool_] = np.asarray(alpha) == 0
-    return is_clear if is_clear.any() else None
-
-
-def _check_size(data: bytes, name: str) -> None:
-    """Raise APIError for no picture, and for one of too many pixels."""
-    if not data:
-        raise wrong(name, f"the {name} is empty (0 bytes): send a picture", "invalid_image")
-    try:
-        with Image.open(io.BytesIO(data), formats=tuple(READ_FORMATS)) as image:
-            width, height = image.size
-    except (UnidentifiedImageError, Image.DecompressionBombError) as error:
-        too_large = isinstance(error, Image.DecompressionBombError)
-        what = "is too large" if too_large else "is not a picture: expected a PNG, JPEG or WebP file"
-        raise wrong(name, f"the {name} {what}", "invalid_image") from error
-    except Exception as error:  # Pillow's decoders raise many kinds on damaged files
-        raise wrong(name, f"the {name} is damaged ({error}): expected a whole picture", "invalid_image") from error
-    if width * height > MAX_UPLOAD_PIXELS:
-        limit = f"{MAX_UPLOAD_PIXELS // 1_000_000} megapixels"
-        message = f"the {name} has {width}×{height} pixels; expected at most {limit}: make it smaller first"
-        raise wrong(name, message, "invalid_image")
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dalle.output.text import printable_line
 from dalle.server.api.errors import APIError
+from storage.text import lines_of, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -56,10 +57,10 @@ def read_keys(file: Path) -> dict[str, str]:
 
     Raises:
         OSError: the file cannot be read.
-        ValueError: it holds no keys, or a line is none.
+        ValueError: it is no text, holds no keys, or a line is none.
     """
     keys: dict[str, str] = {}
-    for number, line in enumerate(file.read_text(encoding="utf-8").splitlines(), start=1):
+    for number, line in enumerate(lines_of(read_text(file)), start=1):
         words = line.split()
         if not words or words[0].startswith("#"):
             continue

@@ -1,7 +1,9 @@
 """The process: it listens, loads, serves, and ends without losing what is under way."""
 
 import asyncio
+import errno
 import logging
+import os
 import signal
 import socket
 from collections.abc import Callable
@@ -126,10 +128,15 @@ def listen(host: str, port: int) -> socket.socket:
         OSError: the address is in use, or not of this machine.
     """
     try:
-        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        family = socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][0]
+    except OSError as error:
+        raise OSError(f"there is no address {host!r} ({error.strerror or error}): give another --host") from None
+    try:
         return socket.create_server((host, port), family=family, backlog=128)
     except OSError as error:
-        raise OSError(f"cannot listen on {host} port {port} ({error.strerror or error}): give another --port") from None
+        other = "--port" if error.errno in (errno.EADDRINUSE, errno.EACCES) else "--host"
+        reason = os.strerror(error.errno) if error.errno else str(error)
+        raise OSError(f"cannot listen on {host} port {port} ({reason}): give another {other}") from None
 
 
 def check_safe(rules: Rules, *, no_auth: bool) -> None:

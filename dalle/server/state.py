@@ -93,7 +93,7 @@ class State:
             image_vocab=pipe.dalle.config.image_vocab,
             defaults=pipe.defaults,
             best_of=settings.best_of,
-            max_n=settings.max_n,
+            max_n=min(settings.max_n, settings.max_candidates),
             max_candidates=settings.max_candidates,
         )
 

@@ -5,9 +5,10 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
 from dalle.cli.main import main
-from dalle.editing.regions import Region, open_mask
+from dalle.editing.regions import Region
 from dalle.sampling import SamplingDefaults
 from dvae.images import open_image, to_image
 
@@ -185,11 +186,47 @@ def test_dalle_edit_writes_pictures_sheet_and_results(bundle, files, capsys):
     assert open_image(files / "out/sheet.png").width > 3 * 128
 
 
-def test_a_transparent_hole_in_a_file_is_the_mask(files):
-    path = files / "hole.png"
-    with_hole(Image.new("RGB", (SIDE, SIDE), "white"), box(2, 2, 5, 6)).save(path)
-    region = Region.of(picture(), open_mask(path), SIDE)
-    assert torch.equal(region.is_new, torch.from_numpy(box(2, 2, 5, 6)))
+HOLE = box(2, 2, 5, 6)
+TURNED = Image.Exif()
+TURNED[0x0112] = 6
+LARGE_TEXT = PngInfo()
+LARGE_TEXT.add_text("notes", "x" * (2 << 20), zip=True)
+
+
+def in_a_palette():
+    image = Image.fromarray(HOLE.astype(np.uint8))
+    image.putpalette([255, 255, 255, 255, 0, 0])
+    return image
+
+
+@pytest.mark.parametrize(
+    ("image", "name", "options"),
+    [
+        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.png", {}),
+        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.tif", {}),
+        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.webp", {"lossless": True}),
+        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE).convert("LA"), "mask.png", {}),
+        (
+            with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE).transpose(Image.Transpose.ROTATE_90),
+            "mask.png",
+            {"exif": TURNED},
+        ),
+        (with_hole(Image.new("RGB", (SIDE, SIDE), "white"), HOLE), "mask.png", {"pnginfo": LARGE_TEXT}),
+        (in_a_palette(), "mask.png", {"transparency": 1}),
+        (in_a_palette(), "mask.gif", {"transparency": 1}),
+        (Image.fromarray(HOLE.astype(np.uint16) * 300), "mask.png", {"transparency": 300}),
+    ],
+    ids=["PNG", "TIFF", "WebP", "grey", "turned", "with a large text", "palette", "GIF", "16 bits"],
+)
+def test_a_transparent_hole_in_a_file_is_the_mask(tmp_path, image, name, options):
+    image.save(tmp_path / name, **options)
+    mask = open_image(tmp_path / name, keep_alpha=True)
+    assert torch.equal(Region.of(picture(), mask, SIDE).is_new, torch.from_numpy(HOLE))
+
+
+def test_a_mask_of_16_bits_is_white_where_it_is_bright():
+    bright = Image.fromarray(np.where(HOLE, 60_000, 300).astype(np.uint16))
+    assert torch.equal(Region.of(picture(), bright, SIDE).is_new, torch.from_numpy(HOLE))
 
 
 @pytest.mark.parametrize(
@@ -199,6 +236,8 @@ def test_a_transparent_hole_in_a_file_is_the_mask(files):
         (lambda files: (files / "mask.png").write_bytes(b"no picture"), "is not a picture"),
         (lambda files: white(box(0, 0, 9, 9, width=40)).save(files / "mask.png"), "of the same proportions"),
         (lambda files: (files / "picture.png").unlink(), "no picture at"),
+        (lambda files: white(box(0, 0, 0, 0)).save(files / "mask.png"), "nothing transparent or white"),
+        (lambda files: (files / "out").write_text(""), "out is a file: give a folder"),
     ],
 )
 def test_dalle_edit_tells_what_is_wrong_in_one_line(bundle, files, capsys, break_it, message):

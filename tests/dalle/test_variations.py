@@ -1,3 +1,4 @@
+import copy
 import json
 import re
 from itertools import pairwise
@@ -9,12 +10,16 @@ from PIL import Image
 
 from dalle.cli.main import main
 from dalle.editing.variations import drawn_anew
+from dalle.family.tokenizers import text_of
+from dalle.sampler.particles import fill
 from dalle.sampling import SamplingDefaults
 from dvae.images import open_image, to_tensor
 
 CAPTION = "a red cube on a blue cube"
 SIDE = 16
 PAPER = SamplingDefaults()
+SEED_OF_EARLY_ONES = 4
+"""Its first two tokens that are drawn anew, 0 and 4, have the others behind them."""
 
 
 def picture():
@@ -81,6 +86,48 @@ def test_kept_tokens_stay_and_the_others_are_counted(pipe):
     assert varied.n_changed == tuple(differs.sum(1).tolist())
     assert torch.equal(varied.images, pipe.decode(varied.tokens))
     assert len({tuple(tokens) for tokens in varied.tokens.tolist()}) == len(varied.tokens)
+
+
+def test_tokens_that_are_drawn_anew_have_the_marginals_of_the_posterior(pipe, monkeypatch):
+    # with two tokens drawn anew, the 1,024 pictures that are possible can be listed
+    pipe = copy.copy(pipe)
+    pipe.dalle = copy.deepcopy(pipe.dalle)
+    generator = torch.Generator().manual_seed(3)
+    with torch.no_grad():  # so that tokens depend on each other
+        for parameter in pipe.dalle.parameters():
+            parameter.add_(torch.randn(parameter.shape, generator=generator), alpha=0.1)
+    populations = []
+
+    def watched(*arguments, **options):
+        populations.append(fill(*arguments, **options))
+        return populations[-1]
+
+    monkeypatch.setattr("dalle.editing.redraw.fill", watched)
+    varied = pipe.variations(
+        picture(), CAPTION, n=32 * 128, keep=1, strength=2 / 16, seed=SEED_OF_EARLY_ONES, settings=PAPER, batch_size=128
+    )
+    unknown = varied.is_new.nonzero()[:, 0]
+    assert len(populations) == 32
+    pairs = torch.cartesian_prod(torch.arange(32), torch.arange(32))
+    pictures = tokens_of(pipe).repeat(len(pairs), 1)
+    pictures[:, unknown] = pairs
+    text = text_of(pipe.tokenizer, [CAPTION], pipe.dalle).expand(len(pairs), -1)
+    with torch.no_grad():
+        logits = pipe.dalle(text, pictures)[1].double()
+    posterior = logits.log_softmax(-1).gather(-1, pictures[..., None])[..., 0].sum(1).softmax(0)
+    exact = torch.stack([posterior.new_zeros(32).index_add(0, drawn, posterior) for drawn in pairs.T])
+    shown = torch.nn.functional.one_hot(torch.stack([one.tokens[:, unknown] for one in populations]), 32).double()
+    weights = torch.stack([one.log_weights for one in populations])
+    weights = (weights - weights.max()).exp()
+    naive = shown.mean((0, 1))
+    sums, of_all = (weights[..., None, None] * shown).sum(1), weights.sum(1)[:, None, None]
+    found = sums.sum(0) / of_all.sum()
+    # the error of a ratio of sums over independent populations; and what five particles are worth
+    error = (sums - of_all * found).square().sum(0).sqrt() / of_all.sum()
+    bound = 5 * error + 5 / varied.effective
+    assert varied.effective > 1000
+    assert ((found - exact).abs() < bound).all()
+    assert ((naive - exact).abs() > 2 * bound).any()  # what forcing without weights would draw
 
 
 def test_what_is_drawn_anew_is_shown_in_grey(pipe):

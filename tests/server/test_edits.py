@@ -79,6 +79,13 @@ def test_keep_rows_completes_a_picture_from_its_top(server, pipe):
         assert np.array_equal(found[:8], top)
 
 
+def test_empty_texts_of_a_form_are_left_out(server):
+    empty = dict.fromkeys(("n", "size", "seed", "quality", "response_format", "mask"), "")
+    fields = {"prompt": CUBE, "keep_rows": "1", **empty}
+    answer = server.ask("POST", "/v1/images/edits", data=fields, files={"image": file_of(NOISE)})
+    assert (answer.status_code, len(answer.json()["data"])) == (200, 1)
+
+
 def test_an_edit_that_finds_fewer_different_pictures_answers_those(server):
     is_new = np.ones((32, 32), bool)
     answer = server.client().images.edit(

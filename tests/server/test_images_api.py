@@ -14,6 +14,8 @@ from dalle.server.api.errors import APIError
 from dalle.server.api.requests import FIELDS, IGNORED, Limits, read_ask
 from dalle.server.pictures import MAX_UPLOAD_PIXELS, Results, encode, open_upload, region_of, unfinished
 from dalle.server.security import Rules, read_keys
+from dalle.server.serving import Process, make_state
+from dalle.server.state import Settings
 from dvae.images import resize_and_crop
 
 LIMITS = Limits(
@@ -92,6 +94,7 @@ def test_a_seed_that_is_drawn_survives_javascript():
         ({"keep_rows": 3}, "keep_rows", "a field of /v1/images/edits"),
         ({"markup": "x"}, "markup", "not supported"),
         ({"size": "1792x1024"}, "size", "square: expected auto, 48x48"),
+        ({"size": "1x1"}, "size", "another square from 16x16 to 1024x1024"),
         ({"n": 0}, "n", "expected 1 to 10"),
         ({"best_of": 3, "n": 4}, "best_of", "expected 4 to 512"),
         ({"top_k": 33}, "top_k", "expected 1 to 32"),
@@ -261,7 +264,19 @@ def test_keys_are_one_a_line_with_or_without_names(tmp_path):
     file = tmp_path / "keys"
     file.write_text("# ours\nalice sk-1\n\nsk-2\n")
     assert read_keys(file) == {"sk-1": "alice", "sk-2": "key 2"}
+    file.write_bytes(b"\xef\xbb\xbfsk-1\r\n")  # as some editors save it
+    assert read_keys(file) == {"sk-1": "key 1"}
     for text in ("", "# nothing\n", "one two three\n", "schlüssel\n"):
         file.write_text(text)
         with pytest.raises(ValueError, match="expected"):
             read_keys(file)
+    file.write_bytes(b"\xe9\n")
+    with pytest.raises(ValueError, match="keys is not UTF-8"):
+        read_keys(file)
+
+
+def test_n_is_bounded_by_the_candidates_too(pipe):
+    state = make_state(lambda: pipe, Settings(models=("tiny",), best_of=2, max_candidates=4), Process())
+    state.engine.pipe = pipe
+    with pytest.raises(APIError, match="expected 1 to 4 pictures"):
+        read_ask({"prompt": "a red cube", "n": 5}, state.limits())

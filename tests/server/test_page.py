@@ -61,6 +61,8 @@ def test_a_job_shows_all_candidates_growing_then_ranked(pipe):
             assert (image.text["caption"], image.text["seed"]) == (CUBE, "3")
         assert server.ask("GET", f"/api/jobs/{job['id']}/pictures/5").status_code == 404
         assert events(server, job["id"], after=4)[0][0] == "done"  # a page that comes back
+        answer = server.ask("GET", f"/api/jobs/{job['id']}/events", headers={"last-event-id": b"\xb2"})  # a digit: ²
+        assert answer.status_code == 200
 
 
 def test_a_job_outlives_its_connection_and_is_cancelled_when_told_to(pipe):
@@ -77,16 +79,20 @@ def test_a_job_outlives_its_connection_and_is_cancelled_when_told_to(pipe):
         assert server.ask("GET", "/api/jobs/0000/events").status_code == 404
 
 
-def test_refused_jobs_do_not_push_out_those_that_are_remembered(pipe, monkeypatch):
-    monkeypatch.setattr("dalle.server.page.MAX_JOBS", 2)
+def test_jobs_that_have_not_ended_are_remembered_whatever_comes_after(pipe, monkeypatch):
+    monkeypatch.setattr("dalle.server.page.MAX_JOBS", 1)
     with running(LiveServer(lambda: pipe, slow=SlowDraw(60), process={"max_jobs": 1})) as server:
         running_one = create(server)["id"]
         wait_until(lambda: server.slow.drawn)
-        create(server, temperature=0.5)
+        waiting_one = create(server, temperature=0.5)["id"]
         for _ in range(3):
             assert server.ask("POST", "/api/jobs", json={"prompt": CUBE, "temperature": 2}).status_code == 429
         server.slow.go.set()
         assert events(server, running_one)[-1][0] == "done"
+        assert events(server, waiting_one)[-1][0] == "done"
+        wait_until(lambda: server.state.engine.queue.is_idle)
+        create(server, seed=9)
+        assert server.ask("GET", f"/api/jobs/{running_one}/events").status_code == 404
 
 
 def test_the_page_itself_needs_no_key(pipe):
@@ -196,6 +202,16 @@ def test_in_a_browser_a_job_is_cancelled_or_found_again(pipe):
         assert page.locator("#ranked img").count() == 4
         assert len(seen) == 2
         assert len(server.slow.drawn) == 2
+
+
+@pytest.mark.slow
+def test_in_a_browser_enter_that_is_hit_twice_draws_once(pipe):
+    with running(LiveServer(lambda: pipe, slow=SlowDraw(0.05))) as server, page_of(server) as page:
+        page.get_by_label("Caption").fill(CUBE)
+        page.evaluate("for (let i = 0; i < 3; i++) document.getElementById('form').requestSubmit()")
+        page.get_by_text("4 candidates, best first").wait_for()
+        wait_until(lambda: server.state.engine.queue.is_idle)
+        assert len(server.slow.drawn) == 1
 
 
 def edit_the_best(page):

@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -31,6 +32,15 @@ ROOT = Path(__file__).parents[2]
         (["--results", "many"], "the memory 'many'"),
         (["--best-of", "600"], "above --max-candidates"),
         (["--timeout", "0"], "--timeout is 0"),
+        (["--grace", "inf"], "--grace is inf"),
+        (["--port", "99999"], "--port is 99999; expected 1 to 65535"),
+        (["--host", "no such host", "--no-auth"], "there is no address 'no such host'"),
+        (["--allowed-host", "https://draw.example.org"], "expected a name alone, such as draw.example.org"),
+        (["--cors-origin", "*"], "each page is allowed by name"),
+        (["--cors-origin", "https://chat.example.org/"], "without a slash at the end"),
+        (["--cors-origin", "chat.example.org"], "expected scheme and host"),
+        (["--public-url", "draw.example.org"], "expected one such as https://draw.example.org"),
+        (["--results", "1KB"], "the pictures of one request may take 40MB"),
     ],
 )
 def test_what_cannot_be_served_is_one_line(bundle, capsys, monkeypatch, arguments, words):
@@ -40,6 +50,15 @@ def test_what_cannot_be_served_is_one_line(bundle, capsys, monkeypatch, argument
     error = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
     assert len(error) == 1
     assert words in error[0]
+
+
+def test_a_key_that_clients_cannot_send_and_a_port_in_use_are_told(bundle, capsys, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        assert main(["serve", "--bundle", str(bundle), "--port", str(other.getsockname()[1])]) == 1
+    assert re.search(r"port \d+ \(Address already in use\): give another --port", capsys.readouterr().err)
+    monkeypatch.setenv("DALLE_API_KEY", "schlüssel")
+    assert main(["serve", "--bundle", str(bundle)]) == 1
+    assert "DALLE_API_KEY is not in ASCII" in capsys.readouterr().err
 
 
 def test_without_the_extra_it_says_what_to_install(bundle, capsys, monkeypatch):

@@ -251,6 +251,7 @@ BAD_REQUESTS = [
     ("POST", EDIT, form(image=png(), mask=png(24, 24, "RGBA", 12)[:90]), 400, "mask"),
     ("POST", EDIT, form(image=png(), mask=forged_png(30_000, 30_000)), 400, "mask"),
     ("POST", EDIT, form({"mask": "white"}, image=png()), 400, "mask"),
+    ("POST", EDIT, form({"prompt": "", "keep_rows": "1"}, image=png()), 400, "prompt"),
     ("POST", EDIT, form(image=png(), mask=png(24, 24, "RGBA")), 400, "mask"),
     ("POST", EDIT, form({"image": "http://127.0.0.1/cube.png"}), 415, None),
     ("POST", EDIT, form({"sead": "3"}, image=png()), 400, "sead"),

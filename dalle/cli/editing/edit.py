@@ -9,7 +9,7 @@ import tyro
 from dalle.best_of_n import check_caption
 from dalle.budget import OnProgress
 from dalle.cli.editing.redrawing import Drawn, Redrawing
-from dalle.editing.regions import open_mask
+from dalle.editing.regions import Region
 from dvae.images import open_image
 
 
@@ -28,8 +28,13 @@ class Edit(Redrawing):
         """Sample, rank and write the pictures."""
         check_caption(self.caption)
         self.check()
-        image, mask = open_image(self.picture), open_mask(self.mask)
+        image, mask = open_image(self.picture), open_image(self.mask, keep_alpha=True)
         pipe = self.compute.load(self.bundle)
+        if not Region.of(image, mask, pipe.dvae.config.image_size).is_new.any():
+            raise ValueError(
+                f"{self.mask} has nothing transparent or white in the middle square, which the bundle sees: "
+                "make transparent (alpha 0), or white, what is to be drawn anew"
+            )
         chosen = self.sampling.of(pipe.defaults)
 
         def draw(batch_size: int, progress: OnProgress) -> Drawn:

@@ -234,7 +234,7 @@ def _numbers(found: Mapping[str, Any], limits: Limits) -> tuple[int, int, str]:
     quality: str = found.get("quality", "auto")
     by_quality = QUALITIES[quality] or limits.best_of
     best_of: int = found.get("best_of", max(n, min(by_quality, limits.max_candidates)))
-    if not n <= best_of <= max(n, limits.max_candidates):
+    if not n <= best_of <= limits.max_candidates:
         expected = f"expected {n} to {limits.max_candidates}, the candidates of which the n best are answered"
         raise wrong("best_of", f"best_of is {short_repr(best_of)}; {expected}", "out_of_range")
     return n, best_of, quality
@@ -245,7 +245,7 @@ def _side(size: str | None, native: int) -> int:
     if size is None or size.strip().lower() in ("", "auto"):
         return native
     match = re.fullmatch(r"([0-9]{1,5})[x×]([0-9]{1,5})", size.strip().lower())
-    allowed = f"auto, {native}x{native}, or another square up to {MAX_SIDE}x{MAX_SIDE}"
+    allowed = f"auto, {native}x{native}, or another square from {MIN_SIDE}x{MIN_SIDE} to {MAX_SIDE}x{MAX_SIDE}"
     if match is None:
         raise wrong("size", f"size is {short_repr(size)}; expected {allowed}")
     width, height = int(match[1]), int(match[2])

@@ -22,7 +22,7 @@ from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
 
-State = Literal["queued", "running", "done", "failed", "cancelled"]
+JobState = Literal["queued", "running", "done", "failed", "cancelled"]
 Ending = Literal["done", "failed", "cancelled"]
 
 COMPANY_S = 0.02
@@ -111,7 +111,7 @@ class Job:
         self.id = secrets.token_hex(16)
         self.work, self.owner, self.timeout_s, self.kind = work, owner, timeout_s, kind
         self.previews = previews or Previews()
-        self.state: State = "queued"
+        self.state: JobState = "queued"
         self.result: Result | None = None
         self.error: Exception | None = None
         self.n_text_tokens = 0

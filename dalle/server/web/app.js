@@ -31,7 +31,6 @@ async function ask(path, options = {}) {
   if (answer.status === 401) document.querySelector("details").open = true;
   const refused = new Refused(body?.error?.message ?? `The server answered ${answer.status}.`);
   refused.status = answer.status;
-  refused.retryAfter = Number(answer.headers.get("retry-after"));
   throw refused;
 }
 
@@ -113,20 +112,20 @@ async function base64(blob) {
 
 // `start` says what it starts from, if it is not the picture that is painted.
 async function draw(start = null) {
-  if (job || !$("caption").value.trim()) return;
-  if (!info && !(await learn())) return;
+  if (!$("caption").value.trim() || (!info && !(await learn()))) return;
+  if ($("draw").disabled) return; // one is asked for, or drawn
+  if (!start && painting.mask && !painting.share) return say("Paint over what is to be drawn anew.", true);
   const asked = wanted();
-  if (!start && painting.mask) {
-    if (!painting.share) return say("Paint over what is to be drawn anew.", true);
-    start = { image: await base64(painting.blob), mask: await base64(await painting.file()) };
-    asked.painted = painting.share;
-  }
-  if (start?.strength !== undefined) asked.strength = start.strength;
-  const { painted: _, ...fields } = asked;
-  const body = { ...fields, ...start };
   busy(true);
   say("Asking …");
   try {
+    if (!start && painting.mask) {
+      asked.painted = painting.share;
+      start = { image: await base64(painting.blob), mask: await base64(await painting.file()) };
+    }
+    if (start?.strength !== undefined) asked.strength = start.strength;
+    const { painted: _, ...fields } = asked;
+    const body = { ...fields, ...start };
     const answer = await ask("api/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     const made = await answer.json();
     asked.seed = made.seed;
