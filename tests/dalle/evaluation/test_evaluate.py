@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 
 from dalle.cli.main import main
 from dalle.evaluation.distances import Reference, distances
-from dalle.evaluation.given import GivenPictures
+from dalle.evaluation.given import given_files
 from dalle.evaluation.nested.captions import Row
 from dalle.evaluation.nested.cost import cost_of
 from dalle.evaluation.nested.curves import curve
@@ -203,14 +203,15 @@ def test_geneval_has_a_folder_a_prompt_with_four_pictures(bundle: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to measure on"),
+        ([], "nothing to sample"),
         (["--best-of", "4,2"], "expected ascending numbers"),
         (["--best-of", "x"], "expected numbers with commas"),
         (["--blur", "1,2"], "expected ascending radii from 0 on"),
-        (["--layout", "geneval", "--best-of", "1,6"], "do not divide by 4"),
+        (["--layout", "geneval", "--best-of", "1,6"], "which 4 does not divide"),
         (["--images", "0", "--data", "SHARD"], "at least 1 caption"),
         (["--without", "none.jsonl", "--data", "SHARD"], "no file none.jsonl"),
-        (["--profile", "tf", "--data", "SHARD"], "the profile own takes"),
+        (["--profile", "tf", "--data", "SHARD"], "--profile tf needs Inception's weights"),
+        (["--features", "none.pth", "--profile", "own", "--data", "SHARD"], "--profile own is for --features own"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -314,4 +315,15 @@ def test_pictures_numbered_from_1_are_those_of_the_rows_in_order(tmp_path: Path)
     rows = [Row(number=number, caption="a") for number in range(11)]
     for number in range(1, 12):
         (tmp_path / f"{number}.png").write_bytes(png(number))
-    assert [int(path.stem) for path in GivenPictures(tmp_path, rows).files] == list(range(1, 12))
+    assert [int(path.stem) for path in given_files(tmp_path, rows)] == list(range(1, 12))
+
+
+def test_two_pictures_of_one_number_are_refused_and_of_a_folder_the_first_counts(tmp_path: Path) -> None:
+    rows = [Row(number=number, caption="a") for number in range(2)]
+    for name in ("00000/samples/0001.png", "00000/samples/0000.png", "00001.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(0))
+    assert given_files(tmp_path, rows) == [tmp_path / "00000/samples/0000.png", tmp_path / "00001.png"]
+    (tmp_path / "1.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"00001\.png and .*[/\\]1\.png have the same number"):
+        given_files(tmp_path, rows)

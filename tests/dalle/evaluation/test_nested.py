@@ -69,8 +69,8 @@ def test_one_run_picks_what_separate_runs_pick(pipe: Pipeline, tmp_path: Path, r
 
 
 def test_equal_captions_in_several_rows_have_different_pictures(pipe: Pipeline, tmp_path: Path) -> None:
-    rows = [Row(number=number, caption="a red cube") for number in range(8)]
-    tokens = run(pipe, tmp_path / "run", rows, NestedSettings(best_of=(1,))).read("tokens")[:, 0]
+    (tmp_path / "captions.txt").write_text("a red cube\n" * 8)
+    tokens = run(pipe, tmp_path / "run", read_rows(tmp_path / "captions.txt"), NestedSettings(best_of=(1,))).read("tokens")[:, 0]
     assert len({tuple(row) for row in tokens.tolist()}) == 8
 
 
