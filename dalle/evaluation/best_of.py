@@ -4,9 +4,8 @@ Letters: R captions  M candidates of each  J values of N  D features  E features
 """
 
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from dalle.evaluation.nested.shards import is_first_process
 from dalle.evaluation.networks import PictureNetwork
 from dalle.evaluation.references import RealPictures
 from dalle.evaluation.result import BestOfN, Result
-from dalle.output.progress import OnProgress, progress_bar
+from dalle.output.progress import OnProgress, part_of, progress_bar
 from dalle.output.text import Say
 from dalle.pipeline import Pipeline
 from dvae.images import open_image, to_tensor
@@ -113,11 +112,11 @@ def evaluate_bundle_best_of(
     watch = Stopwatch()
     n_sets = len(settings.best_of) + len(radii) - 1
     with watch.timing("numbers"), progress_bar("distances") as progress:
-        told = _told(progress, n_sets if keep_rows is None else 2 * n_sets)
-        found = _of_nested(nested, real, radii, told)
+        each = _each(progress, n_sets if keep_rows is None else 2 * n_sets)
+        found = _of_nested(nested, real, radii, each)
         without = None
         if keep_rows is not None:
-            without = _of_nested(nested.only(keep_rows), real, radii, told, kept=True)
+            without = _of_nested(nested.only(keep_rows), real, radii, each, kept=True)
     chosen = settings.sampling
     protocol = {
         **settings.identity(nested.folder.identity["captions"], pipe.hashes, measured),
@@ -145,20 +144,13 @@ def evaluate_bundle_best_of(
     return nested, result
 
 
-Told = Iterator[Callable[[float], None]]
-"""For each set of pictures, what is to be told the share of its numbers that is done."""
-
-
-def _told(progress: OnProgress, n_sets: int) -> Told:
-    return (partial(_tell, progress, n_before, n_sets) for n_before in itertools.count())
-
-
-def _tell(progress: OnProgress, n_before: int, n_sets: int, share: float) -> None:
-    progress(n_before + share, n_sets)
+def _each(progress: OnProgress, n_sets: int) -> Iterator[OnProgress]:
+    """Yield for each set of pictures what is to be told how far its numbers are."""
+    return (part_of(progress, n_before, n_sets) for n_before in itertools.count())
 
 
 def _of_nested(
-    nested: Nested, real: Real | None, radii: Sequence[float], told: Told, *, kept: bool = False
+    nested: Nested, real: Real | None, radii: Sequence[float], each: Iterator[OnProgress], *, kept: bool = False
 ) -> BestOfN:
     best_of = nested.settings.best_of
     found = BestOfN(captions=len(nested.rows), curve=curve(nested), recalled=recalled(nested))
@@ -169,7 +161,7 @@ def _of_nested(
 
     def of(radius: float, column: int | None) -> Distances:
         logits = nested.read(at("logits", radius), column) if has_classes else None
-        return distances(nested.read(at("features", radius), column), references[radius], logits, progress=next(told))
+        return distances(nested.read(at("features", radius), column), references[radius], logits, progress=next(each))
 
     references = {radius: reference for radius in radii if (reference := real.at(radius, kept=kept)) is not None}
     by_n = {n: of(0, column) for column, n in enumerate(best_of)}
@@ -225,10 +217,10 @@ def evaluate_pictures(
         radii = [radius for radius in real.radii if real.at(radius) is not None]
         with watch.timing("features"), progress_bar("pictures") as progress:
             for number, radius in enumerate(radii):
-                part = partial(_tell, progress, number * len(files), len(radii) * len(files))
-                features[radius] = real.network(map(open_image, files), radius, part)
+                part = part_of(progress, number * len(files), len(radii) * len(files))
+                features[radius] = real.network(map(open_image, files), radius, lambda done, part=part: part(done, 0))
 
-    def of(keep_R: Tensor, told: Told, *, kept: bool) -> BestOfN:
+    def of(keep_R: Tensor, sets: Iterator[OnProgress], *, kept: bool) -> BestOfN:
         kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
         judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
         right = None if right_R is None else rate(right_R[keep_R])
@@ -243,14 +235,14 @@ def evaluate_pictures(
             reference = real.at(radius, kept=kept)
             assert reference is not None
             logits = each["logits"][keep_R] if "logits" in each else None
-            measured[radius] = distances(each["features"][keep_R], reference, logits, progress=next(told))
+            measured[radius] = distances(each["features"][keep_R], reference, logits, progress=next(sets))
         by_n = {1: measured[0]} if 0 in measured else {}
         return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
 
     with watch.timing("numbers"), progress_bar("distances") as progress:
-        told = _told(progress, len(features) if keep_rows is None else 2 * len(features))
-        found = of(all_rows, told, kept=False)
-        without = None if keep_rows is None else of(keep_rows, told, kept=True)
+        sets = _each(progress, len(features) if keep_rows is None else 2 * len(features))
+        found = of(all_rows, sets, kept=False)
+        without = None if keep_rows is None else of(keep_rows, sets, kept=True)
     return Result(
         protocol={**protocol, "judge": None if judge is None else judge.hash, "reference": _reference_of(real)},
         lines=[*lines, *_reference_lines(real)],

@@ -3,7 +3,6 @@
 Letters: R captions  D features  K classes
 """
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property, partial
 
@@ -23,6 +22,7 @@ from dalle.evaluation.numbers.inception_score import InceptionScore, inception_s
 from dalle.evaluation.numbers.kernels import KID, gaussian_mmd, kid
 from dalle.evaluation.numbers.moments import Moments
 from dalle.evaluation.numbers.neighbours import Neighbours, neighbours
+from dalle.output.progress import OnProgress
 from dalle.output.text import counted
 
 SPLITS = 10
@@ -91,7 +91,7 @@ def distances(
     reference: Reference,
     logits: Tensor | None = None,
     *,
-    progress: Callable[[float], None] = lambda share: None,
+    progress: OnProgress = lambda done, total: None,
 ) -> Distances:
     """Return the distances of pictures to a reference.
 
@@ -101,7 +101,7 @@ def distances(
         features: (R,D).
         reference: to compare with.
         logits: (R,K), of the same pictures; None for no Inception Score.
-        progress: called with the share that is done, up to 1.
+        progress: called with (share done, 1).
 
     Raises:
         ValueError: there are fewer than 2 pictures, or the features do not fit.
@@ -119,7 +119,8 @@ def distances(
         others = reference.prepared if real is None else real
         limit = extrapolated(features, others, progress=partial(_told, progress, 1))
     else:
-        notes.append(f"no FD∞, which needs {least:,} pictures for {dimension:,} features")
+        of_each = "" if real is None else " of each side"
+        notes.append(f"no FD∞, which needs {least:,} pictures{of_each} for {dimension:,} features")
     if logits is not None and n >= LEAST_FOR_SCORE:
         score = inception_score(logits, splits=SPLITS)
     elif logits is not None:
@@ -137,13 +138,13 @@ def distances(
         inception_score=score,
         notes=tuple(filter(None, notes)),
     )
-    progress(1)
+    progress(1, 1)
     return found
 
 
-def _told(progress: Callable[[float], None], n_before: int, done: int, total: int) -> None:
+def _told(progress: OnProgress, n_before: int, done: int, total: int) -> None:
     """Tell how far one of three parts is: draws of the spread, the line of FD∞, and the rest."""
-    progress((n_before + done / total) / 3)
+    progress((n_before + done / total) / 3, 1)
 
 
 def _neighbours(features: Tensor, real: Tensor) -> Neighbours | None:

@@ -275,12 +275,11 @@ class Evaluate:
         assert self.captions_file is not None
         if self.plan:
             raise ValueError(
-                f"--plan tells what sampling a bundle costs, but {self.source} is a folder of pictures: leave --plan out"
+                f"--plan tells what sampling a bundle costs, but {self.source} is a folder of pictures: leave it out"
             )
         if self.save_pictures is not None:
             raise ValueError(
-                f"--save-pictures writes what a bundle samples, but {self.source} is a folder of pictures: leave "
-                "--save-pictures out"
+                f"--save-pictures writes what a bundle samples, but {self.source} is a folder of pictures: leave it out"
             )
         rows = sorted(read_rows(self.captions_file), key=lambda row: row.number)
         files = given_files(self.source, rows)
@@ -299,8 +298,8 @@ class Evaluate:
         checker = self.checker([row.caption for row in rows])
         if judge is None and real is None and checker is None:
             raise ValueError(
-                "nothing to measure the pictures with: add --judge BUNDLE for cosines, or real pictures to compare with "
-                "by --data or --reference SHARDS"
+                "nothing to measure the pictures with: add --judge BUNDLE for cosines, or --data or --reference SHARDS "
+                "for distances"
             )
         captions = list_hash(rows)
         result = evaluate_pictures(

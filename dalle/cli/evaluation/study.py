@@ -79,7 +79,10 @@ class Study:
         print(table(count(counting, self.votes, n_captions), self.votes))
         for voter, seconds in seconds_of(counting).items():
             if seconds < FAST_S:
-                print(f"{printable(voter)} answers within {seconds:.2f} s, too fast to look: --exclude leaves out")
+                print(
+                    f"{printable(voter)} answers within {seconds:.2f} s, too fast to look: leave the voter out with "
+                    f"--exclude {printable(voter)}"
+                )
         for voter in self.exclude:
             print(f"left out: {printable(voter)}")
 
