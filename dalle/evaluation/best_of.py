@@ -217,8 +217,11 @@ def evaluate_pictures(
         radii = [radius for radius in real.radii if real.at(radius) is not None]
         with watch.timing("features"), progress_bar("pictures") as progress:
             for number, radius in enumerate(radii):
-                part = part_of(progress, number * len(files), len(radii) * len(files))
-                features[radius] = real.network(map(open_image, files), radius, lambda done, part=part: part(done, 0))
+
+                def told(done: int, n_before: int = number * len(files), total: int = len(radii) * len(files)) -> None:
+                    progress(n_before + done, total)
+
+                features[radius] = real.network(map(open_image, files), radius, told)
 
     def of(keep_R: Tensor, sets: Iterator[OnProgress], *, kept: bool) -> BestOfN:
         kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
