@@ -3,13 +3,13 @@
 Letters: R captions  M candidates of each  J values of N  D features  E features of CLIP
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image
 from torch import Tensor
 
 from dalle.data.pictures import in_batches
@@ -23,9 +23,10 @@ from dalle.evaluation.nested.shards import is_first_process
 from dalle.evaluation.networks import PictureNetwork
 from dalle.evaluation.references import RealPictures
 from dalle.evaluation.result import BestOfN, Result
+from dalle.output.progress import OnProgress, part_of, progress_bar
 from dalle.output.text import Say
 from dalle.pipeline import Pipeline
-from dvae.images import to_tensor
+from dvae.images import open_image, to_tensor
 from rerank import CLIP
 from rerank.score import embed_captions, embed_images
 
@@ -51,7 +52,7 @@ class Real:
     """Those of shards, or moments of others."""
     radii: tuple[float, ...] = (0,)
     keep_pictures: Tensor | None = None
-    """bool (M,): the pictures that --without leaves; None without it, or where there are moments alone."""
+    """bool (M,): the pictures that --without leaves; None without it, or where there are moments, which stay whole."""
 
     def at(self, radius: float, *, kept: bool = False) -> Reference | None:
         """Return the reference at a radius; None where there are moments alone, which are of radius 0."""
@@ -109,11 +110,13 @@ def evaluate_bundle_best_of(
     if nested is None:
         return None
     watch = Stopwatch()
-    with watch.timing("numbers"):
-        found = _of_nested(nested, real, radii)
+    n_sets = len(settings.best_of) + len(radii) - 1
+    with watch.timing("numbers"), progress_bar("distances") as progress:
+        each = _each(progress, n_sets if keep_rows is None else 2 * n_sets)
+        found = _of_nested(nested, real, radii, each)
         without = None
         if keep_rows is not None:
-            without = _of_nested(nested.only(keep_rows), real, radii, kept=True)
+            without = _of_nested(nested.only(keep_rows), real, radii, each, kept=True)
     chosen = settings.sampling
     protocol = {
         **settings.identity(nested.folder.identity["captions"], pipe.hashes, measured),
@@ -141,7 +144,14 @@ def evaluate_bundle_best_of(
     return nested, result
 
 
-def _of_nested(nested: Nested, real: Real | None, radii: Sequence[float], *, kept: bool = False) -> BestOfN:
+def _each(progress: OnProgress, n_sets: int) -> Iterator[OnProgress]:
+    """Yield for each set of pictures what is to be told how far its numbers are."""
+    return (part_of(progress, n_before, n_sets) for n_before in itertools.count())
+
+
+def _of_nested(
+    nested: Nested, real: Real | None, radii: Sequence[float], each: Iterator[OnProgress], *, kept: bool = False
+) -> BestOfN:
     best_of = nested.settings.best_of
     found = BestOfN(captions=len(nested.rows), curve=curve(nested), recalled=recalled(nested))
     if real is None or len(nested.rows) < LEAST_FOR_DISTANCE:
@@ -151,7 +161,7 @@ def _of_nested(nested: Nested, real: Real | None, radii: Sequence[float], *, kep
 
     def of(radius: float, column: int | None) -> Distances:
         logits = nested.read(at("logits", radius), column) if has_classes else None
-        return distances(nested.read(at("features", radius), column), references[radius], logits)
+        return distances(nested.read(at("features", radius), column), references[radius], logits, progress=next(each))
 
     references = {radius: reference for radius in radii if (reference := real.at(radius, kept=kept)) is not None}
     by_n = {n: of(0, column) for column, n in enumerate(best_of)}
@@ -160,7 +170,7 @@ def _of_nested(nested: Nested, real: Real | None, radii: Sequence[float], *, kep
 
 
 def evaluate_pictures(
-    pictures: Iterable[Image.Image],
+    files: Sequence[Path],
     rows: Sequence[Row],
     *,
     judge: Judge | None = None,
@@ -173,7 +183,7 @@ def evaluate_pictures(
     """Measure pictures that are there, one of each caption.
 
     Args:
-        pictures: R of any size; gone through several times.
+        files: R pictures of any size.
         rows: their captions.
         judge: measures how well they fit.
         checker: knows the truth of every caption.
@@ -181,6 +191,9 @@ def evaluate_pictures(
         keep_rows: bool (R,): the captions that --without leaves.
         protocol: where pictures and captions come from.
         lines: the same for people.
+
+    Raises:
+        ValueError: a picture cannot be read.
     """
     watch = Stopwatch()
     captions = [row.caption for row in rows]
@@ -189,17 +202,28 @@ def evaluate_pictures(
     right_R: Tensor | None = None
     features: dict[float, dict[str, Tensor]] = {}
     if judge is not None:
-        with watch.timing("judging"):
-            images = [_embedded(judge.clip, some) for some in in_batches(pictures, EMBEDDED_AT_ONCE)]
+        with watch.timing("judging"), progress_bar("pictures judged") as progress:
+            images = []
+            for some in in_batches(files, EMBEDDED_AT_ONCE):
+                images.append(_embedded(judge.clip, some))
+                progress(sum(map(len, images)), len(files))
             clip_features = (embed_captions(judge.clip, captions).cpu(), torch.cat(images))
     if checker is not None:
         with watch.timing("checking"):
-            right_R = torch.tensor([checker(picture, told) for picture, told in zip(pictures, captions, strict=True)])
+            right_R = torch.tensor(
+                [checker(open_image(file), caption) for file, caption in zip(files, captions, strict=True)]
+            )
     if real is not None:
-        with watch.timing("features"):
-            features = {radius: real.network(pictures, radius) for radius in real.radii if real.at(radius) is not None}
+        radii = [radius for radius in real.radii if real.at(radius) is not None]
+        with watch.timing("features"), progress_bar("pictures") as progress:
+            for number, radius in enumerate(radii):
 
-    def of(keep_R: Tensor, *, kept: bool) -> BestOfN:
+                def told(done: int, n_before: int = number * len(files), total: int = len(radii) * len(files)) -> None:
+                    progress(n_before + done, total)
+
+                features[radius] = real.network(map(open_image, files), radius, told)
+
+    def of(keep_R: Tensor, sets: Iterator[OnProgress], *, kept: bool) -> BestOfN:
         kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
         judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
         right = None if right_R is None else rate(right_R[keep_R])
@@ -214,13 +238,14 @@ def evaluate_pictures(
             reference = real.at(radius, kept=kept)
             assert reference is not None
             logits = each["logits"][keep_R] if "logits" in each else None
-            measured[radius] = distances(each["features"][keep_R], reference, logits)
+            measured[radius] = distances(each["features"][keep_R], reference, logits, progress=next(sets))
         by_n = {1: measured[0]} if 0 in measured else {}
         return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
 
-    with watch.timing("numbers"):
-        found = of(all_rows, kept=False)
-        without = None if keep_rows is None else of(keep_rows, kept=True)
+    with watch.timing("numbers"), progress_bar("distances") as progress:
+        sets = _each(progress, len(features) if keep_rows is None else 2 * len(features))
+        found = of(all_rows, sets, kept=False)
+        without = None if keep_rows is None else of(keep_rows, sets, kept=True)
     return Result(
         protocol={**protocol, "judge": None if judge is None else judge.hash, "reference": _reference_of(real)},
         lines=[*lines, *_reference_lines(real)],
@@ -233,9 +258,9 @@ def evaluate_pictures(
     )
 
 
-def _embedded(clip: CLIP, pictures: Sequence[Image.Image]) -> Tensor:
+def _embedded(clip: CLIP, files: Sequence[Path]) -> Tensor:
     """Return unit features of pictures of any sizes, float32 (B,E) on the CPU."""
-    return torch.cat([embed_images(clip, to_tensor(picture)[None]) for picture in pictures]).cpu()
+    return torch.cat([embed_images(clip, to_tensor(open_image(file))[None]) for file in files]).cpu()
 
 
 def _reference_of(real: Real | None) -> dict[str, Any] | None:

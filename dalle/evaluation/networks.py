@@ -3,7 +3,7 @@
 Letters: N pictures  D features  K classes
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,18 +30,21 @@ class PictureNetwork:
     classes: InceptionFeatures | None = None
     """Of the Inception Score; None without."""
 
-    def __call__(self, images: Iterable[Image.Image], radius: float = 0) -> dict[str, Tensor]:
+    def __call__(
+        self, images: Iterable[Image.Image], radius: float = 0, progress: Callable[[int], None] | None = None
+    ) -> dict[str, Tensor]:
         """Return "features" (N,D), and "logits" (N,K) if there are classes: float32 on the CPU.
 
         Args:
             images: N pictures of any size.
             radius: of the blur; 0 for none.
+            progress: called with the number of pictures done.
 
         Raises:
             ValueError: there are no pictures.
         """
         pixels = (prepared(image, self.profile, radius=radius) for image in images)
-        rows = in_equal_batches(self._compute, pixels)
+        rows = in_equal_batches(self._compute, pixels, progress=progress)
         dimension = self.net.dimension
         found = {"features": rows[:, :dimension]}
         return found if self.classes is None else {**found, "logits": rows[:, dimension:]}
@@ -83,12 +86,16 @@ def load_network(
     name = profile or ("own" if list(features) == [OWN] else "tf")
     if (name == "own") != (list(features) == [OWN]):
         raise ValueError(
-            f"--features {' '.join(features)} with the profile {name}: the profile own takes `--features own`, "
-            "the others take files of Inception's weights"
+            f"--profile own is for --features own, but --features is {' '.join(features)}: leave one of them out"
+            if name == "own"
+            else f"--profile {name} needs Inception's weights: give their files with --features, or leave --profile out"
         )
     if name == "own":
         if clip is None:
-            raise ValueError("--features own is the image tower of a CLIP, and none is given: add --judge BUNDLE")
+            raise ValueError(
+                "--features own needs a CLIP, which a folder of pictures does not have: name one with --judge BUNDLE, "
+                "or give files of Inception's weights with --features"
+            )
         return PictureNetwork(PROFILES["own"], CLIPFeatures(clip, clip_hash))
     nets = load_profile(PROFILES[name], [Path(path) for path in features], device)
     return PictureNetwork(PROFILES[name], nets.features, nets.classes)

@@ -18,6 +18,7 @@ from dalle.evaluation.features.profiles import SIDE
 from dalle.evaluation.features.reference import ReferenceKey, picture_list_hash, reference
 from dalle.evaluation.networks import PictureNetwork
 from dalle.evaluation.numbers.moments import Moments
+from dalle.output.progress import progress_bar
 from dvae.images import open_image
 from storage.exclusions import Excluded
 
@@ -57,12 +58,17 @@ class RealPictures:
             weights=self._network.net.hash,
             batch_size=BATCH_SIZE,
         )
-        found = reference(key, lambda: self._network(self._images(), radius)["features"], self._cache)
+        found = reference(key, lambda: self._features(radius), self._cache)
         note = self._notes.setdefault(radius, found.note)  # what is computed now is in the cache a moment later
         if keep is None:
             return Reference(moments=found.moments, features=found.features, note=note)
         kept = found.features[keep]
         return Reference(moments=Moments.of(kept), features=kept, note=f"{note}, {len(kept):,} of them kept")
+
+    def _features(self, radius: float) -> Tensor:
+        n = len(self._data)
+        with progress_bar("reference pictures") as progress:
+            return self._network(self._images(), radius, lambda done: progress(done, n))["features"]
 
     def _images(self) -> Iterator[Image.Image]:
         for i in range(len(self._data)):
@@ -80,8 +86,8 @@ def stored_reference(path: Path, network: PictureNetwork) -> Reference:
     moments, _ = Moments.load(path)
     if moments.dimension != network.net.dimension:
         raise ValueError(
-            f"{path} has moments of {moments.dimension} features, {network.net.name} makes {network.net.dimension}: "
-            "give the moments of this network"
+            f"{path} has moments of {moments.dimension} features, but {network.net.name} makes "
+            f"{network.net.dimension}: give moments that were computed with this network"
         )
     return Reference(moments=moments, features=None, note=f"reference: moments of {moments.n:,} pictures in {path}")
 

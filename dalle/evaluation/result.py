@@ -13,7 +13,7 @@ from dalle.output.text import aligned, counted
 NAMES = {"clip": "CLIP", "likelihood": "likelihood", "both": "both", ORACLE: "any of N (oracle)", GIVEN: "as given"}
 """Of rankings."""
 STAR = (
-    "* The same CLIP picks and judges: its cosines rise with N by selection alone, and show nothing of the pictures. "
+    "The same CLIP picks and judges: its cosines rise with N by selection alone, and show nothing of the pictures. "
     "Name another one with --judge."
 )
 METRICS = {
@@ -21,7 +21,7 @@ METRICS = {
     "judge": "cosine by the judge",
     "clip": "cosine by the CLIP that ranks",
 }
-"""Fields of a `Point`, in the order in which they are shown."""
+"""Fields of a `Point`, in the order in which they are shown; evaluation.json holds the words for the report."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +61,8 @@ class Result:
             "protocol": self.protocol,
             "ranked_by": self.rank,
             "same_clip_picks_and_judges": not self.has_judge,
+            "titles": METRICS,
+            "star": "" if self.has_judge else STAR,
             **self._numbers(self.found),
             "without_overlap": None if self.without is None else self._numbers(self.without),
             "seconds": {stage: round(seconds, 3) for stage, seconds in self.seconds.items()},
@@ -73,19 +75,29 @@ class Result:
             for each in of_sets.values():
                 assert self.net is not None
                 each["name"] = distance_name(self.net, each["n"])
-        return numbers
+                del each["notes"]
+        return {**numbers, "notes": list(_notes(found))}
 
     def text(self) -> str:
         """Return the protocol and the tables."""
         parts = [*self.lines, *self._parts(self.found)]
+        notes = _notes(self.found)
         if self.without is not None:
-            parts += [
-                f"without the samples of --without: {self.without.captions:,} captions",
-                *self._parts(self.without),
-            ]
+            parts += [self._left(self.found, self.without), *self._parts(self.without)]
+            notes |= _notes(self.without)
+        parts += [f"note: {note}" for note in notes]
         if not self.has_judge:
-            parts.append(STAR)
+            parts.append(f"* {STAR}")
         return "\n".join(parts)
+
+    def _left(self, found: BestOfN, without: BestOfN) -> str:
+        line = f"without the samples of --without: {without.captions:,} of {counted(found.captions, 'caption')}"
+        if not found.distances or not without.distances:
+            return line
+        n_reference, n_left = (next(iter(each.distances.values())).n_reference for each in (found, without))
+        if n_left == n_reference:
+            return f"{line}; all {n_reference:,} reference pictures, of which the lists name none"
+        return f"{line}; {n_left:,} of {n_reference:,} reference pictures"
 
     def _parts(self, found: BestOfN) -> list[str]:
         parts = [curve_table(found.curve, starred=not self.has_judge)] if found.curve else []
@@ -99,6 +111,12 @@ class Result:
             if rows and self.net is not None:
                 parts.append(distance_table(rows, self.net))
         return parts
+
+
+def _notes(found: BestOfN) -> dict[str, None]:
+    """Return what must be said of the distances, each once."""
+    every = (*found.distances.values(), *found.blurred.values())
+    return dict.fromkeys(note for each in every for note in each.notes)
 
 
 def curve_table(points: Sequence[Point], *, starred: bool = False) -> str:

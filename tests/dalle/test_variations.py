@@ -215,8 +215,8 @@ def test_dalle_variations_writes_pictures_sheet_and_results(bundle, pipe, tmp_pa
     ("more", "message"),
     [
         (["--strength", "nan"], "strength is nan"),
-        (["--rank", "clip"], "--rank is clip, but CLIP compares pictures with a caption, and there is none"),
-        (["--guidance", "3"], "--guidance is 3, but it compares a caption with none, and there is none"),
+        (["--rank", "clip"], "--rank clip needs a caption for CLIP to compare the pictures with"),
+        (["--guidance", "3"], "--guidance 3 needs a caption to follow"),
         (["--keep", "7"], "keep is 7, but 6 candidates"),
         ([" "], "the caption is empty"),
     ],

@@ -19,14 +19,6 @@ logger = logging.getLogger(__name__)
 Lines = dict[str, list[tuple[float, float]]]
 """By name, x and y."""
 
-METRICS = {
-    "right": "right by the checker, %",
-    "judge": "cosine by the judge",
-    "clip": "cosine by the CLIP that ranks",
-}
-SAME_CLIP = (
-    "The same CLIP picks and judges: its cosines rise with N by selection alone, and show nothing of the pictures."
-)
 TABLE = ("fd", "spread", "floor", "limit", "kid", "mmd", "precision", "recall", "inception score")
 
 
@@ -50,19 +42,24 @@ def _section(folder: Path, record: Mapping[str, Any], found: Mapping[str, Any]) 
     rows = [*_rows("best of", found["distances"]), *_rows("blur radius", found["blurred"])]
     heads = ["distance", "of", *TABLE]
     return {
-        "lines": [f"{found['captions']:,} captions, ranked by {found['ranked_by']}"],
-        "star": SAME_CLIP if found["same_clip_picks_and_judges"] else "",
-        "charts": [*_curves(found["curve"]), *_distances("best of N", found["distances"]), *_blur(found["blurred"])],
+        "lines": [f"{found['captions']:,} captions, ranked by {found['ranked_by']}", *found["notes"]],
+        "star": found["star"],
+        "charts": [
+            *_curves(found["curve"], found["titles"]),
+            *_distances("best of N", found["distances"]),
+            *_blur(found["blurred"]),
+        ],
         "tables": [[heads, *rows]] if rows else [],
         "sheet": base64.b64encode(sheet.read_bytes()).decode() if sheet.is_file() else "",
         "protocol": json.dumps(protocol, indent=2, ensure_ascii=False),
     }
 
 
-def _curves(points: list[Mapping[str, Any]]) -> list[dict[str, str]]:
+def _curves(points: list[Mapping[str, Any]], titles: Mapping[str, str]) -> list[dict[str, str]]:
     charts = []
-    for metric, title in METRICS.items():
-        scale = 100 if metric == "right" else 1
+    for metric, title in titles.items():
+        is_rate = metric == "right"
+        scale = 100 if is_rate else 1
         lines: Lines = {}
         for point in points:
             if (each := point.get(metric)) is not None:
@@ -71,7 +68,7 @@ def _curves(points: list[Mapping[str, Any]]) -> list[dict[str, str]]:
                     over_all = lines.setdefault(f"{point['rank']}, all subsets", [])
                     over_all.append((point["n"], scale * each["subsets"]))
         if any(len(line) > 1 for line in lines.values()):
-            charts.append(_chart(title, lines, "best of N", (-3, 103) if metric == "right" else None))
+            charts.append(_chart(title + ", %" * is_rate, lines, "best of N", (-3, 103) if is_rate else None))
     return charts
 
 

@@ -32,13 +32,13 @@ class Variations(Redrawing):
             check_caption(self.caption)
         elif self.sampling.rank in ("clip", "both"):
             raise ValueError(
-                f"--rank is {self.sampling.rank}, but CLIP compares pictures with a caption, and there is none: "
-                "give a caption, or --rank likelihood"
+                f"--rank {self.sampling.rank} needs a caption for CLIP to compare the pictures with, but none was "
+                "given: give one after the picture, or --rank likelihood"
             )
         elif self.sampling.guidance not in (None, 1):
             raise ValueError(
-                f"--guidance is {self.sampling.guidance:g}, but it compares a caption with none, and there is none: "
-                "give a caption, or leave --guidance out"
+                f"--guidance {self.sampling.guidance:g} needs a caption to follow, but none was given: give one after "
+                "the picture, or leave --guidance out"
             )
         self.check()
         check_strength(self.strength)

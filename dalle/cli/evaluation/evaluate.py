@@ -20,7 +20,7 @@ from dalle.data.reader import ShardData
 from dalle.evaluation.best_of import LEAST_FOR_DISTANCE, Judge, Real, evaluate_bundle_best_of, evaluate_pictures
 from dalle.evaluation.bundle import Measurement, check_n_captions, distinct_captions, measure_bundle, sample_sheet
 from dalle.evaluation.features.profiles import BLURS, ProfileName
-from dalle.evaluation.given import GivenPictures
+from dalle.evaluation.given import given_files
 from dalle.evaluation.nested.captions import Row, chosen_rows, list_hash, read_rows, rows_of
 from dalle.evaluation.nested.cost import cost_of, matrix_speed
 from dalle.evaluation.nested.sample import Checker
@@ -63,7 +63,8 @@ class CompareOptions:
     reference: tuple[str, ...] = ()
     """Shards of real pictures, or a file with their moments (.safetensors); by default those of --data."""
     without: tuple[Path, ...] = ()
-    """Lists of samples of --data, as `dalle-train duplicates` writes them: all is told a second time without them."""
+    """Lists of samples, as `dalle-train duplicates` writes them: all is told a second time without them, captions of
+    --data and real pictures alike. Of other shards in --reference those go that the lists name; moments stay whole."""
     judge: Annotated[Path | None, tyro.conf.arg(metavar="BUNDLE")] = None
     """Another bundle, or a CLIP's directory, that judges the pictures and chooses none."""
 
@@ -122,7 +123,7 @@ class Evaluate:
         """Print the tables, and write JSON, lines and sheets."""
         check_n_captions(self.captions)
         if not self.source.is_dir():
-            raise FileNotFoundError(f"no bundle and no folder of pictures at {self.source}")
+            raise FileNotFoundError(f"there is no folder {self.source}: give a bundle, or a folder of pictures")
         settings = self._settings()
         radii = _radii(self.compare.blur)
         data = ShardData.open(self.data, captions=True) if self.data else None
@@ -143,8 +144,8 @@ class Evaluate:
 
     def _run_bundle(self, settings: NestedSettings, radii: tuple[float, ...], data: ShardData | None) -> None:
         if data is None and self.captions_file is None:
-            raise ValueError("nothing to measure on: give --data SHARDS, or a file of captions after the bundle")
-        rows, keep_rows, keep_pictures = self._rows(data)
+            raise ValueError("nothing to sample: give --data SHARDS, or a file of captions after the bundle")
+        rows, keep_rows = self._rows(data)
         if self.best_of.shard_captions is None:
             settings = replace(settings, shard_rows=min(SHARD_ROWS, math.ceil(len(rows) / LEAST_SHARDS)))
         if self.plan:
@@ -162,7 +163,7 @@ class Evaluate:
         if judge is not None and judge.hash == pipe.hashes["clip"]:
             judge = None
         network = self._network(pipe.clip, pipe.hashes["clip"], pipe.dalle.device, data)
-        real = self._real(network, data, radii, keep_pictures, out / SHARDS)
+        real = self._real(network, data, radii, out / SHARDS)
         checker = self.checker([row.caption for row in rows])
         n_features, n_radii = (0, 1) if network is None else (network.n_numbers, len(radii))
         if is_first_process():
@@ -217,30 +218,37 @@ class Evaluate:
             batch_size=self.compute.batch_size,
         )
 
-    def _rows(self, data: ShardData | None) -> tuple[list[Row], Tensor | None, Tensor | None]:
-        """Return the captions to sample; and of them, and of the pictures of the data, which --without leaves."""
+    def _rows(self, data: ShardData | None) -> tuple[list[Row], Tensor | None]:
+        """Return the captions to sample, and which of them --without leaves."""
         rows = rows_of(data) if self.captions_file is None and data is not None else []
         if self.captions_file is not None:
             rows = read_rows(self.captions_file)
         chosen = chosen_rows(rows, self.best_of.images)
         if not self.compare.without:
-            return chosen, None, None
+            return chosen, None
         if data is None or self.captions_file is not None:
-            raise ValueError("--without leaves out samples of --data, whose captions must be those that are sampled")
-        return chosen, *self._kept(data, chosen)
-
-    def _kept(self, data: ShardData, rows: Sequence[Row]) -> tuple[Tensor, Tensor]:
-        """Return which captions and which pictures of the data --without leaves."""
-        kept = kept_of(data, self.compare.without)
-        if max(row.number for row in rows) >= len(kept):
-            raise ValueError("--without needs captions whose numbers are those of the samples of --data")
-        keep_rows = kept[[row.number for row in rows]]
-        if not keep_rows.any() or int(kept.sum()) < LEAST_FOR_DISTANCE:
             raise ValueError(
-                f"--without leaves {int(keep_rows.sum())} of {counted(len(rows), 'caption')} and {int(kept.sum())} of "
-                f"{counted(len(kept), 'picture')}: give lists that leave a caption and {LEAST_FOR_DISTANCE} pictures"
+                "--without names samples of shards, but the captions are those of a file: leave the file out and give "
+                "--data SHARDS, or leave --without out"
             )
-        return keep_rows, kept
+        return chosen, self._kept(data, chosen)
+
+    def _kept(self, data: ShardData, rows: Sequence[Row]) -> Tensor:
+        """Return which captions of the data --without leaves."""
+        kept = kept_of(data, self.compare.without)
+        last = max(row.number for row in rows)
+        if last >= len(kept):
+            raise ValueError(
+                f"--without names samples of --data, which has {counted(len(kept), 'sample')}, but a caption has the "
+                f"number {last}: give the captions of these samples, numbered from 0"
+            )
+        keep_rows = kept[[row.number for row in rows]]
+        if not keep_rows.any():
+            raise ValueError(
+                f"--without names all {counted(len(rows), 'caption')}, and nothing is left: give a shorter list, or "
+                "more --images"
+            )
+        return keep_rows
 
     def _plan(self, settings: NestedSettings, n_rows: int, radii: tuple[float, ...], *, has_reference: bool) -> str:
         dalle = sized_transformer(bundle_part(self.source, "dalle"))
@@ -266,29 +274,36 @@ class Evaluate:
     def _run_pictures(self, radii: tuple[float, ...], data: ShardData | None) -> None:
         assert self.captions_file is not None
         if self.plan:
-            raise ValueError("--plan is for a bundle: nothing is sampled for a folder of pictures")
+            raise ValueError(
+                f"--plan tells what sampling a bundle costs, but {self.source} is a folder of pictures: leave it out"
+            )
         if self.save_pictures is not None:
-            raise ValueError("--save-pictures is for a bundle: the pictures of a folder are there")
+            raise ValueError(
+                f"--save-pictures writes what a bundle samples, but {self.source} is a folder of pictures: leave it out"
+            )
         rows = sorted(read_rows(self.captions_file), key=lambda row: row.number)
-        pictures = GivenPictures(self.source, rows)
+        files = given_files(self.source, rows)
         out = self.out if self.out is not None else self.source
         check_writable(out)
         device = resolve_device(self.compute.device)
         judge = _judge(self.compare.judge, device)
-        keep_pictures = keep_rows = None
+        keep_rows = None
         if self.compare.without:
             if data is None:
-                raise ValueError("--without leaves out samples of --data: add --data SHARDS")
-            keep_rows, keep_pictures = self._kept(data, rows)
+                raise ValueError("--without names samples of --data, but there are none: add --data SHARDS")
+            keep_rows = self._kept(data, rows)
         clip, clip_hash = (None, "") if judge is None else (judge.clip, judge.hash)
         network = self._network(clip, clip_hash, device, data)
-        real = self._real(network, data, radii, keep_pictures, out / SHARDS)
+        real = self._real(network, data, radii, out / SHARDS)
         checker = self.checker([row.caption for row in rows])
         if judge is None and real is None and checker is None:
-            raise ValueError("nothing to measure with: add --judge BUNDLE, or --data or --reference SHARDS")
+            raise ValueError(
+                "nothing to measure the pictures with: add --judge BUNDLE for cosines, or --data or --reference SHARDS "
+                "for distances"
+            )
         captions = list_hash(rows)
         result = evaluate_pictures(
-            pictures,
+            files,
             rows,
             judge=judge,
             checker=checker,
@@ -314,9 +329,9 @@ class Evaluate:
         network: PictureNetwork | None,
         data: ShardData | None,
         radii: tuple[float, ...],
-        keep_pictures: Tensor | None,
         cache: Path,
     ) -> Real | None:
+        """Return the real pictures, and which of them --without leaves."""
         if network is None:
             return None
         given = self.compare.reference
@@ -324,8 +339,13 @@ class Evaluate:
             return Real(network=network, pictures=stored_reference(Path(given[0]), network))
         others = ShardData.open(given, captions=False) if given else data
         assert others is not None
-        pictures = RealPictures(others, network, cache)
-        return Real(network=network, pictures=pictures, radii=radii, keep_pictures=None if given else keep_pictures)
+        keep = kept_of(others, self.compare.without) if self.compare.without else None
+        if keep is not None and (n_left := int(keep.sum())) < LEAST_FOR_DISTANCE:
+            raise ValueError(
+                f"--without leaves {n_left} of {counted(len(keep), 'real picture')}, but distances need "
+                f"{LEAST_FOR_DISTANCE}: give a shorter list, or other shards with --reference"
+            )
+        return Real(network=network, pictures=RealPictures(others, network, cache), radii=radii, keep_pictures=keep)
 
     def _write(self, result: Result, out: Path, measured: dict[str, object], device: torch.device) -> None:
         """Print the tables, and write evaluation.json."""

@@ -8,7 +8,7 @@ from typing import Annotated
 import tyro
 from PIL import Image
 
-from dalle.evaluation.given import GivenPictures
+from dalle.evaluation.given import given_files
 from dalle.evaluation.nested.captions import Row, chosen_rows, read_rows
 from dalle.evaluation.study.page import key_path, write_study
 from dalle.evaluation.study.votes import FAST_S, count, read_votes, seconds_of, table
@@ -65,23 +65,29 @@ class Study:
     def _count(self) -> None:
         key = key_path(self.page)
         if not key.is_file():
-            raise FileNotFoundError(f"no key at {key}: give the study's page with --page")
+            raise FileNotFoundError(
+                f"no key at {key}, without which votes cannot be counted: give the page that was voted on with --page"
+            )
         votes, n_captions = read_votes(self.count, key)
         strangers = sorted({*self.exclude} - {vote.voter for vote in votes})
         if strangers:
-            raise ValueError(f"--exclude names {strangers[0]!r}, who has not voted")
+            voters = ", ".join(sorted({vote.voter for vote in votes}))
+            raise ValueError(f"--exclude names {strangers[0]!r}, who is not among the voters ({voters})")
         counting = [vote for vote in votes if vote.voter not in self.exclude]
         if not counting:
-            raise ValueError("--exclude names all voters: nobody is left")
+            raise ValueError("--exclude names all voters, so there is nothing to count: leave somebody in")
         print(table(count(counting, self.votes, n_captions), self.votes))
         for voter, seconds in seconds_of(counting).items():
             if seconds < FAST_S:
-                print(f"{printable(voter)} answers within {seconds:.2f} s, too fast to look: --exclude leaves out")
+                print(
+                    f"{printable(voter)} answers within {seconds:.2f} s, too fast to look: leave the voter out with "
+                    f"--exclude {printable(voter)}"
+                )
         for voter in self.exclude:
             print(f"left out: {printable(voter)}")
 
 
 def _pictures(folder: Path, every: Sequence[Row], rows: Sequence[Row]) -> Iterator[Image.Image]:
     """Yield the pictures of some rows of a folder that has those of all."""
-    files = dict(zip((row.number for row in every), GivenPictures(folder, every).files, strict=True))
+    files = dict(zip((row.number for row in every), given_files(folder, every), strict=True))
     return (open_image(files[row.number]) for row in rows)

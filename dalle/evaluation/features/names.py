@@ -2,6 +2,7 @@
 
 from dalle.evaluation.features.nets import FeatureNet
 from dalle.evaluation.numbers.kernels import KID, Estimator
+from dalle.output.text import counted
 
 
 def distance_name(net: FeatureNet, n: int) -> str:
@@ -21,7 +22,7 @@ def floor_name(net: FeatureNet, n: int) -> str:
 
 def kid_name(net: FeatureNet, n: int, kid: KID) -> str:
     """Return the name of a kernel Inception distance."""
-    return f"KID-{net.name} ({kid.subsets} subsets of {kid.subset_size}, {_of(net, n)})"
+    return f"KID-{net.name} ({counted(kid.subsets, 'subset')} of {kid.subset_size}, {_of(net, n)})"
 
 
 def mmd_name(net: FeatureNet, n: int, estimator: Estimator, *, sigma: float = 10, scale: float = 1000) -> str:

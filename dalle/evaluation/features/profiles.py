@@ -141,11 +141,11 @@ def load_profile(profile: Profile, files: Sequence[Path | str], device: torch.de
         file = load_inception(path, device)
         name = file.net.layout.name
         if name not in needed or name in found:
-            twice = "given twice" if name in found else f"of no use to the profile {profile.name}"
-            raise ValueError(f"{path} is the network {name}, {twice}; {_wanted(profile)}")
+            why = "was given before" if name in found else f"the profile {profile.name} has no use for"
+            raise ValueError(f"{path} holds the network {name}, which {why}; {_wanted(profile)}")
         found[name] = file
     if profile.network not in found:
-        raise ValueError(f"the profile {profile.name} has no weights for its distance; {_wanted(profile)}")
+        raise ValueError(f"no file has the weights for the distance of the profile {profile.name}; {_wanted(profile)}")
     features = _net(found[profile.network], profile, profile.unnormalised)
     if profile.classifier == profile.network:
         return ProfileNets(features, features)

@@ -44,12 +44,12 @@ class Point:
     rank: str
     """One of `RANKINGS`, or "oracle"."""
     n: int
-    clip: Estimate | None = None
-    """Cosine of caption and picture by the CLIP that ranks: where it chose the picture, high by that alone."""
-    judge: Estimate | None = None
-    """The same by the judge."""
     right: Estimate | None = None
     """Rate of pictures that show what the caption says, by the checker."""
+    judge: Estimate | None = None
+    """Cosine of caption and picture by the judge."""
+    clip: Estimate | None = None
+    """The same by the CLIP that ranks: where it chose the picture, high by that alone."""
 
 
 def curve(nested: Nested) -> list[Point]:

@@ -110,8 +110,8 @@ def run_nested(
     folder = ShardFolder(out, identity, len(shards), batch_size=batch_size, fresh=fresh)
     if settings.batch_size not in (None, folder.batch_size):
         raise ValueError(
-            f"--batch-size is {settings.batch_size}, but the run in {out} began with {folder.batch_size}, on which "
-            "last digits depend: leave it out, or give --fresh to begin anew there"
+            f"--batch-size is {settings.batch_size}, but the run in {out} began with {folder.batch_size}, and "
+            "another size changes last digits: leave --batch-size out, or give --fresh to begin anew there"
         )
     n_there = len(shards) - len(folder.missing())
     if n_there and is_first_process():

@@ -44,8 +44,9 @@ class NestedSettings:
             raise ValueError(f"--best-of is {given}; expected numbers from 1 to {MAX_CANDIDATES:,}")
         if self.pictures < 1 or self.best_of[-1] % self.pictures:
             raise ValueError(
-                f"{self.pictures} pictures a caption are to be written, each the best of its share of the candidates, "
-                f"but {self.best_of[-1]} candidates do not divide by {self.pictures}: give another last --best-of"
+                f"the last --best-of is {self.best_of[-1]}, which {self.pictures} does not divide: of each caption "
+                f"{self.pictures} pictures are written, each the best of as many candidates; give a multiple of "
+                f"{self.pictures}"
             )
         if self.shard_rows < 1:
             raise ValueError(f"--shard-captions is {self.shard_rows}; it must be at least 1")

@@ -52,7 +52,10 @@ class ShardFolder:
     ) -> None:
         self.folder, self.key, self.n_shards, self.identity = folder, key_of(identity), n_shards, dict(identity)
         if fresh and n_processes() > 1:
-            raise ValueError(f"--fresh is for a run of one process: delete {folder}, and start all of them without it")
+            raise ValueError(
+                f"--fresh was given to {n_processes()} processes, of which each would delete what the others write: "
+                f"delete {folder} yourself, and start them without --fresh"
+            )
         with locked(folder, wait_s=LONGEST_WAIT_S):
             if fresh:
                 self._forget()

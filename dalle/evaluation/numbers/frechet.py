@@ -9,6 +9,7 @@ Letters: N, M pictures  D features
 
 import logging
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -23,6 +24,10 @@ logger = logging.getLogger(__name__)
 Form = Literal["eigh", "product"]
 EXTRAPOLATION_POINTS = 15
 """Sample sizes through which `extrapolated` draws its line (Chong and Forsyth 2020)."""
+SMALLEST_PART = 0.25
+"""The first of them, as a part of the pictures."""
+LEAST_FOR_LINE = 16
+"""Samples of which there is a line at all."""
 
 
 class FrechetReference:
@@ -147,6 +152,11 @@ def singular_note(n: int, dimension: int) -> str | None:
     return f"covariance is singular (n={n}, {dimension} features): compare only equal n"
 
 
+def least_for_limit(dimension: int) -> int:
+    """Return how many pictures FD∞ needs of each side that is cut, so that its smallest part has more than features."""
+    return max(LEAST_FOR_LINE, math.ceil((dimension + 1) / SMALLEST_PART))
+
+
 @dataclass(frozen=True)
 class Floor:
     """What real pictures score against real pictures."""
@@ -179,7 +189,12 @@ def floor(reference: Tensor, n: int | None = None, *, seed: int = 0) -> Floor:
 
 
 def extrapolated(
-    samples: Tensor, reference: Tensor | Moments, *, points: int = EXTRAPOLATION_POINTS, seed: int = 0
+    samples: Tensor,
+    reference: Tensor | Moments | FrechetReference,
+    *,
+    points: int = EXTRAPOLATION_POINTS,
+    seed: int = 0,
+    progress: Callable[[int, int], None] | None = None,
 ) -> float:
     """Return FD∞, the distance for endless samples: a line through distances over 1/n (Chong and Forsyth 2020).
 
@@ -187,45 +202,49 @@ def extrapolated(
     moments, as in the source, the samples alone are: the bias of the finite reference stays.
 
     Below as many pictures as features distances do not lie on a line over 1/n, and FD∞ is far off, in either direction:
-    a warning says so unless a quarter of each side that is cut is more than D.
+    a warning says so where a side that is cut has fewer pictures than `least_for_limit`.
 
     Args:
         samples: features (N,D).
-        reference: features (M,D), or their moments.
+        reference: features (M,D), or their moments, prepared or not.
         points: sizes, evenly spread from a quarter to all; the line is by least squares.
         seed: of the order in which pictures are taken: each size has the pictures of the smaller ones.
+        progress: called with (points done, points).
 
     Raises:
         ValueError: there are fewer than 16 samples or 2 points, or the features do not fit.
     """
     samples_ND = checked_features(samples)
     n = len(samples_ND)
-    if n < 16 or points < 2:
-        raise ValueError(f"FD∞ needs at least 16 samples and 2 points, got {n} samples and {points} points")
+    if n < LEAST_FOR_LINE or points < 2:
+        raise ValueError(
+            f"FD∞ needs at least {LEAST_FOR_LINE} samples and 2 points, got {n} samples and {points} points"
+        )
     rng = np.random.default_rng(seed)
     samples_ND = samples_ND[torch.from_numpy(rng.permutation(n))]
-    parts = np.linspace(0.25, 1, points)
+    parts = np.linspace(SMALLEST_PART, 1, points)
     sizes = [round(part * n) for part in parts]
+    n_cut = n
     if isinstance(reference, Moments):
-        prepared = FrechetReference(reference)
-        projected_ND = prepared.project(samples_ND)
-        smallest = sizes[0]
-        distances = [prepared.distance_of_projected(samples_ND[:size], projected_ND[:size]) for size in sizes]
+        reference = FrechetReference(reference)
+    if isinstance(reference, FrechetReference):
+        whole, projected_ND = reference, reference.project(samples_ND)
+        values = (whole.distance_of_projected(samples_ND[:size], projected_ND[:size]) for size in sizes)
     else:
         reference_MD = checked_features(reference, "the reference's features")
+        n_cut = min(n, len(reference_MD))
         reference_MD = reference_MD[torch.from_numpy(rng.permutation(len(reference_MD)))]
         others = [max(2, round(part * len(reference_MD))) for part in parts]
-        smallest = min(sizes[0], others[0])
-        distances = [
-            _of_features(samples_ND[:size], reference_MD[:other]) for size, other in zip(sizes, others, strict=True)
-        ]
-    if smallest <= samples_ND.shape[1]:
+        values = (_of_features(samples_ND[:a], reference_MD[:b]) for a, b in zip(sizes, others, strict=True))
+    if n_cut < (least := least_for_limit(samples_ND.shape[1])):
         logger.warning(
-            "FD∞ is far off: a quarter of the pictures is %d, no more than the %d features; give over %d pictures",
-            smallest,
-            samples_ND.shape[1],
-            4 * samples_ND.shape[1],
+            "FD∞ is far off: there are %d pictures; for %d features give at least %d", n_cut, samples_ND.shape[1], least
         )
+    distances = []
+    for value in values:
+        distances.append(value)
+        if progress is not None:
+            progress(len(distances), points)
     _, intercept = np.polyfit(1 / np.array(sizes), distances, 1)
     return float(intercept)
 

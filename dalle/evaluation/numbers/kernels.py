@@ -3,7 +3,6 @@
 Letters: N, M pictures  D features  R rows of a block
 """
 
-import logging
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -15,8 +14,6 @@ from torch import Tensor
 
 from dalle.evaluation.numbers.moments import checked_features
 
-logger = logging.getLogger(__name__)
-
 Estimator = Literal["unbiased", "v-statistic"]
 Kernel = Callable[[Tensor, Tensor], Tensor]
 """float64 (R,D) and (M,D) to their kernel (R,M)."""
@@ -27,10 +24,11 @@ BLOCK = 1024
 
 @dataclass(frozen=True)
 class KID:
-    """Kernel Inception distance: the mean over subsets, and their standard deviation."""
+    """Kernel Inception distance: the mean over subsets."""
 
     mean: float
-    std: float
+    std: float | None
+    """Standard deviation over the subsets; None of one."""
     subsets: int
     subset_size: int
 
@@ -79,7 +77,7 @@ def squared_mmd(first: Tensor, second: Tensor, kernel: Kernel, estimator: Estima
 def kid(samples: Tensor, reference: Tensor, *, subset_size: int = 1000, subsets: int = 100, seed: int = 0) -> KID:
     """Return the kernel Inception distance: the unbiased squared MMD of the polynomial kernel, over random subsets.
 
-    Where subsets are as large as both sides, all are the same, and their deviation is 0: a warning says so.
+    A subset as large as both sides is the same whenever it is drawn: there is one then.
 
     Args:
         samples: features (N,D).
@@ -96,16 +94,14 @@ def kid(samples: Tensor, reference: Tensor, *, subset_size: int = 1000, subsets:
     if size < 2 or subsets < 1:
         raise ValueError(f"{subsets} subsets of {size} pictures; expected at least 1 subset and 2 pictures")
     if size == max(len(samples_ND), len(reference_MD)):
-        logger.warning(
-            "each of the %d subsets has all %d pictures: their deviation says nothing; take smaller ones", subsets, size
-        )
+        subsets = 1
     generator = torch.Generator().manual_seed(seed)
     values = []
     for _ in range(subsets):
         reference_rows = torch.randperm(len(reference_MD), generator=generator)[:size]
         sample_rows = torch.randperm(len(samples_ND), generator=generator)[:size]
         values.append(squared_mmd(samples_ND[sample_rows], reference_MD[reference_rows], polynomial_kernel))
-    return KID(float(np.mean(values)), float(np.std(values)), subsets, size)
+    return KID(float(np.mean(values)), float(np.std(values)) if subsets > 1 else None, subsets, size)
 
 
 def gaussian_mmd(

@@ -77,7 +77,8 @@ def read_votes(files: Sequence[Path], key: Path) -> tuple[list[Vote], int]:
             what = (vote.voter, vote.row, vote.question)
             if what in seen:
                 raise ValueError(
-                    f"{file}, line {number}: {vote.voter} has voted on row {vote.row} already: give each once"
+                    f"{file}, line {number}: {vote.voter} has voted on row {vote.row} already, in this file or one "
+                    "before it: give each file once, and have voters take different names"
                 )
             seen.add(what)
             votes.append(vote)

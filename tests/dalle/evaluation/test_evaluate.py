@@ -2,28 +2,31 @@ import io
 import json
 import math
 import re
+import shutil
 import tarfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageFilter
 from safetensors.torch import load_file
 
 from dalle.cli.main import main
 from dalle.evaluation.distances import Reference, distances
-from dalle.evaluation.given import GivenPictures
+from dalle.evaluation.features.nets import CLIPFeatures, in_equal_batches
+from dalle.evaluation.given import given_files
 from dalle.evaluation.nested.captions import Row
 from dalle.evaluation.nested.cost import cost_of
 from dalle.evaluation.nested.curves import curve
 from dalle.evaluation.nested.run import Nested
 from dalle.evaluation.nested.settings import NestedSettings
 from dalle.evaluation.nested.shards import ShardFolder
+from dalle.evaluation.numbers.frechet import frechet_distance_of_features
 from dalle.evaluation.numbers.moments import Moments
-from dalle.evaluation.study.votes import count, read_votes
 from dalle.model import DALLE, DALLEConfig
 from dvae import DVAE, DVAEConfig
+from dvae.images import resize_and_crop
 from rerank import CLIP, CLIPConfig
 
 N = 8
@@ -53,7 +56,7 @@ def run(*arguments: object) -> int:
     return main([str(argument) for argument in arguments])
 
 
-COMMAND = ("--best-of", "1,2", "--blur", "0,2", "--captions", "1", "--shard-captions", "3")
+COMMAND = ("--best-of", "1,2", "--blur", "0,40", "--captions", "1", "--shard-captions", "3")
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +123,12 @@ def test_what_is_written(evaluated: Path) -> None:
     found = record["best_of"]
     assert found["captions"] == N
     assert list(found["distances"]) == ["1", "2"]
-    assert list(found["blurred"]) == ["0", "2"]
+    assert list(found["blurred"]) == ["0", "40"]
     assert found["blurred"]["0"] == found["distances"]["2"]
+    for each in (*found["distances"].values(), *found["blurred"].values()):
+        assert each["fd"] >= each["floor"]["distance"] - 3 * each["spread"]
+        assert each["limit"] is None
+    assert len([note for note in found["notes"] if note.startswith("no FD∞, which needs")]) == 1
     lines = [json.loads(line) for line in (evaluated / "captions.jsonl").read_text().splitlines()]
     assert [line["row"] for line in lines] == list(range(N))
     picked = [line["candidates"]["clip"][line["picks"]["clip"]["2"]] for line in lines]
@@ -149,6 +156,39 @@ def test_without_half_of_the_samples_numbers_are_those_of_the_other_half(
     assert found["distances"]["2"]["n_reference"] == N // 2
 
 
+def test_both_sides_are_blurred(evaluated: Path, bundle: Path) -> None:
+    net = CLIPFeatures(CLIP.load(bundle / "clip"), "")
+
+    def features(images: list[Image.Image], radius: float) -> torch.Tensor:
+        squares = [resize_and_crop(image, 256).filter(ImageFilter.GaussianBlur(radius)) for image in images]
+        pixels = [torch.from_numpy(np.array(square)).permute(2, 0, 1) for square in squares]
+        return in_equal_batches(net.features, pixels)
+
+    made = [Image.open(path) for path in sorted((evaluated / "pictures").iterdir())]
+    real = [Image.open(io.BytesIO(png(number))) for number in range(N)]
+    both = frechet_distance_of_features(features(made, 40), features(real, 40))
+    alone = frechet_distance_of_features(features(made, 0), features(real, 40))
+    found = json.loads((evaluated / "evaluation.json").read_text())["best_of"]["blurred"]["40"]["fd"]
+    assert found == pytest.approx(both, rel=1e-3)
+    assert found != pytest.approx(alone, rel=1e-2)
+
+
+def test_lists_leave_out_samples_of_another_reference_too(
+    evaluated: Path, bundle: Path, shard: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copy(shard, tmp_path / "other.tar")
+    command = ["evaluate", evaluated / "pictures", evaluated / "captions.jsonl", "--data", shard, "--judge", bundle]
+    more = ["--blur", "0", "--without", evaluated / "half.jsonl", "--out", tmp_path / "out"]
+    (tmp_path / "same").mkdir()
+    same = shutil.copy(shard, tmp_path / "same" / "0.tar")  # the samples that the list names, in another folder
+    for reference, said in (
+        (same, "4 of 8 captions; 4 of 8 reference pictures"),
+        (tmp_path / "other.tar", "4 of 8 captions; all 8 reference pictures, of which the lists name none"),
+    ):
+        assert run(*command, "--reference", reference, *more) == 0
+        assert f"without the samples of --without: {said}" in capfd.readouterr().out
+
+
 def test_again_says_the_same_and_uses_what_is_there(
     evaluated: Path, bundle: Path, shard: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -168,7 +208,11 @@ def test_again_says_the_same_and_uses_what_is_there(
     assert not re.search(r"^\s*FID", out, re.MULTILINE)
     distance_lines = [line for line in out.splitlines() if line.startswith("FD")]
     assert len(distance_lines) == 8
-    assert all(re.match(r"FD-own-clip \(n=\d+, weights [0-9a-f]{8}\)", line) for line in distance_lines)
+    assert all(
+        re.match(r"FD-own-clip \(n=\d+, weights [0-9a-f]{8}\) .* \d[\d.e-]* \(n=\d+\)", line) for line in distance_lines
+    )
+    assert out.count("note: no FD∞") == 1
+    assert "FD∞ is far off" not in err
     assert run(*again, "--seed", 1) == 1
     assert "sampling seed is 0 there, 1 here" in capfd.readouterr().err
 
@@ -203,14 +247,15 @@ def test_geneval_has_a_folder_a_prompt_with_four_pictures(bundle: Path, tmp_path
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ([], "nothing to measure on"),
+        ([], "nothing to sample"),
         (["--best-of", "4,2"], "expected ascending numbers"),
         (["--best-of", "x"], "expected numbers with commas"),
         (["--blur", "1,2"], "expected ascending radii from 0 on"),
-        (["--layout", "geneval", "--best-of", "1,6"], "do not divide by 4"),
+        (["--layout", "geneval", "--best-of", "1,6"], "which 4 does not divide"),
         (["--images", "0", "--data", "SHARD"], "at least 1 caption"),
         (["--without", "none.jsonl", "--data", "SHARD"], "no file none.jsonl"),
-        (["--profile", "tf", "--data", "SHARD"], "the profile own takes"),
+        (["--profile", "tf", "--data", "SHARD"], "--profile tf needs Inception's weights"),
+        (["--features", "none.pth", "--profile", "own", "--data", "SHARD"], "--profile own is for --features own"),
     ],
 )
 def test_what_cannot_be_done_is_said_in_one_line(
@@ -246,72 +291,22 @@ def test_a_plan_writes_nothing(bundle: Path, shard: Path, tmp_path: Path, capfd:
     assert not (tmp_path / "out").exists()
 
 
-# ------------------------------------------------------------------------------------------------ people
-
-
-def test_votes_are_counted_by_the_majority_of_a_caption(
-    evaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    page = tmp_path / "study.html"
-    pictures = evaluated / "pictures"
-    assert run("study", pictures, pictures, evaluated / "captions.jsonl", "--images", 4, "--page", page) == 0
-    text = page.read_text()
-    assert "http" not in text.replace("http-equiv", "")
-    assert "default-src 'none'" in text
-    key = json.loads((tmp_path / "study.key.json").read_text())
-    assert len(key["left"]) == 4
-    # by hand: A wins two rows 2:1, B wins one 3:0, one row has one vote each
-    wanted = [["A", "A", "B"], ["B", "A", "A"], ["B", "B", "B"], ["A", "B"]]
-    files = []
-    for voter in range(3):
-        lines = ["study,voter,row,question,side,seconds"]
-        for (row, left), systems in zip(key["left"].items(), wanted, strict=True):
-            for question in ("realistic", "match"):
-                if voter < len(systems):
-                    side = "left" if systems[voter] == left else "right"
-                    lines.append(f'"{key["study"]}","v{voter}",{row},{question},{side},{0.2 if voter == 2 else 3}')
-        files.append(tmp_path / f"v{voter}.csv")
-        files[-1].write_text("\r\n".join(lines) + "\r\n")
-    votes, n_captions = read_votes(files, tmp_path / "study.key.json")
-    assert n_captions == 4
-    unseen = {vote.row for vote in votes if vote.voter == "v2"}
-    assert [one.short for one in count([vote for vote in votes if vote.row in unseen], 3, 4)] == [1, 1]
-    found = count(votes, 3, n_captions)
-    for one in found:
-        assert (one.first, one.second, one.tied, one.short) == (2, 1, 1, 1)
-        assert one.rate == pytest.approx(2 / 3)
-        assert one.agreement == pytest.approx((1 + 1 + 3 + 0) / (3 + 3 + 3 + 1))
-    capfd.readouterr()
-    assert run("study", "--page", page, "--votes", 3, "--count", *files) == 0
-    out = capfd.readouterr().out
-    assert "66.7%" in out
-    assert "v2 answers within 0.20 s" in out
-    assert run("study", "--page", page, "--count", files[0], files[0]) == 1
-    assert "has voted on row" in capfd.readouterr().err
-    files[0].write_text(files[0].read_text().replace(",3\n", ",nan\n"))
-    assert run("study", "--page", page, "--count", files[0]) == 1
-    assert "is no vote (nan seconds)" in capfd.readouterr().err
-
-
-def test_a_study_keeps_its_key_and_its_captions_are_text(
-    evaluated: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    page, captions = tmp_path / "study.html", tmp_path / "captions.txt"
-    captions.write_text("</script><script>alert(1)</script>\n<!--<script>\n" + "a red cube\n" * (N - 2))
-    command = ["study", evaluated / "pictures", evaluated / "pictures", captions, "--page", page]
-    assert run(*command) == 0
-    # the page's own elements, and none of a caption
-    assert page.read_text().count("<script") == page.read_text().count("</script") == 2
-    assert "<!--" not in page.read_text()
-    key = (tmp_path / "study.key.json").read_text()
-    assert run(*command) == 0  # the same study
-    assert run(*command, "--seed", 1) == 1
-    assert "is the key of another study" in capfd.readouterr().err
-    assert (tmp_path / "study.key.json").read_text() == key
+# ------------------------------------------------------------------------------------------------ given pictures
 
 
 def test_pictures_numbered_from_1_are_those_of_the_rows_in_order(tmp_path: Path) -> None:
     rows = [Row(number=number, caption="a") for number in range(11)]
     for number in range(1, 12):
         (tmp_path / f"{number}.png").write_bytes(png(number))
-    assert [int(path.stem) for path in GivenPictures(tmp_path, rows).files] == list(range(1, 12))
+    assert [int(path.stem) for path in given_files(tmp_path, rows)] == list(range(1, 12))
+
+
+def test_two_pictures_of_one_number_are_refused_and_of_a_folder_the_first_counts(tmp_path: Path) -> None:
+    rows = [Row(number=number, caption="a") for number in range(2)]
+    for name in ("00000/samples/0001.png", "00000/samples/0000.png", "00001.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(png(0))
+    assert given_files(tmp_path, rows) == [tmp_path / "00000/samples/0000.png", tmp_path / "00001.png"]
+    (tmp_path / "1.png").write_bytes(png(0))
+    with pytest.raises(ValueError, match=r"00001\.png and .*[/\\]1\.png have the same number"):
+        given_files(tmp_path, rows)

@@ -14,6 +14,7 @@ from dalle.evaluation.numbers.frechet import (
     floor,
     frechet_distance,
     frechet_distance_of_features,
+    least_for_limit,
     nuclear_distance,
 )
 from dalle.evaluation.numbers.moments import Moments, merge
@@ -64,13 +65,6 @@ def test_shards_merged_in_their_order_have_the_same_bits_whoever_computed_and_st
     assert (two.n, two.mean.tolist(), two.comoment.tolist()) == (one.n, one.mean.tolist(), one.comoment.tolist())
     reference = Moments.of(correlated(200, 9, 2))
     assert frechet_distance(two, reference) == frechet_distance(one, reference)
-
-
-def test_the_mean_of_the_distances_of_ranks_is_no_distance_of_all() -> None:
-    features, reference = normals(400, 16, 1), Moments.of(normals(400, 16, 2))
-    ranks = [Moments.of(features[rank::2]) for rank in range(2)]
-    of_all = frechet_distance(merge(ranks), reference)
-    assert np.mean([frechet_distance(rank, reference) for rank in ranks]) > 1.2 * of_all
 
 
 def test_files_that_hold_no_moments_are_refused(tmp_path) -> None:
@@ -235,7 +229,16 @@ def test_a_line_through_fewer_pictures_than_features_is_far_off_and_told(caplog:
         assert abs(extrapolated(samples, moments)) < 1
         assert caplog.text == ""
         assert extrapolated(samples[:128], moments) < -3  # below any distance; the truth is 0
-        assert "FD∞ is far off: a quarter of the pictures is 32, no more than the 64 features" in caplog.text
+        assert "FD∞ is far off: there are 128 pictures; for 64 features give at least 260" in caplog.text
         caplog.clear()
         assert abs(extrapolated(samples, reference[:128])) > 1
-    assert "give over 256 pictures" in caplog.text
+    assert "there are 128 pictures" in caplog.text
+    assert [least_for_limit(dimension) for dimension in (1, 64, 2048)] == [16, 260, 8196]
+
+
+def test_the_line_tells_every_point() -> None:
+    samples, reference = normals(40, 4, 1), normals(40, 4, 2)
+    for others in (reference, Moments.of(reference), FrechetReference(Moments.of(reference))):
+        told: list[tuple[int, int]] = []
+        extrapolated(samples, others, points=3, progress=lambda done, total, told=told: told.append((done, total)))
+        assert told == [(1, 3), (2, 3), (3, 3)]

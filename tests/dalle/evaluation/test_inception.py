@@ -157,9 +157,9 @@ def test_profiles_take_the_files_that_they_need(tf_file: Path, imagenet_file: Pa
     one = load_profile(PROFILES["clean"], [tf_file])
     assert one.features is one.classes
     wrong = {
-        "no weights for its distance; expected torchvision's inception_v3_google-0cc3c7bd": ("dalle2021", [tf_file]),
-        "is the network imagenet, of no use to the profile tf": ("tf", [imagenet_file]),
-        "given twice": ("tf", [tf_file, tf_file]),
+        "no file has the weights for the distance of the profile dalle2021; expected torch": ("dalle2021", [tf_file]),
+        "network imagenet, which the profile tf has no use for": ("tf", [imagenet_file]),
+        "network tf, which was given before": ("tf", [tf_file, tf_file]),
         "takes its features from a CLIP": ("own", [tf_file]),
     }
     for message, (profile, files) in wrong.items():

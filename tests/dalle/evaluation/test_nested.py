@@ -4,6 +4,8 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
+from torch import Tensor
 
 from dalle.best_of_n import rank_order
 from dalle.evaluation.nested.captions import Row, chosen_rows, list_hash, read_rows
@@ -11,9 +13,11 @@ from dalle.evaluation.nested.run import Nested, run_nested
 from dalle.evaluation.nested.sample import Looks
 from dalle.evaluation.nested.settings import NestedSettings
 from dalle.evaluation.nested.shards import ShardFolder
+from dalle.evaluation.numbers.inception_score import inception_score
 from dalle.family.tokenizers import text_of
 from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking, Sampling, candidate_seed, sample
+from dvae.images import to_tensor
 from rerank import score
 from storage.lock import FolderInUseError, locked
 
@@ -22,10 +26,21 @@ ROWS = [Row(number=number, caption=CAPTIONS[number % 3]) for number in range(7)]
 SETTINGS = NestedSettings(best_of=(1, 2, 4, 8), shard_rows=3, batch_size=16)
 
 
+class Colours:
+    """In a network's place: mean colours as features, and as logits."""
+
+    def __call__(self, images: list[Image.Image], radius: float = 0) -> dict[str, Tensor]:
+        rows = torch.stack([to_tensor(image).mean((1, 2)) for image in images])
+        return {"features": rows, "logits": 8 * rows}
+
+
+LOOKS = Looks(network=Colours())  # type: ignore[arg-type]
+
+
 def run(
     pipe: Pipeline, out: Path, rows: list[Row] = ROWS, settings: NestedSettings = SETTINGS, **more: object
 ) -> Nested:
-    nested = run_nested(pipe, rows, settings, Looks(), out, lambda line: None, **more)  # type: ignore[arg-type]
+    nested = run_nested(pipe, rows, settings, LOOKS, out, lambda line: None, **more)  # type: ignore[arg-type]
     assert nested is not None
     return nested
 
@@ -69,8 +84,10 @@ def test_one_run_picks_what_separate_runs_pick(pipe: Pipeline, tmp_path: Path, r
 
 
 def test_equal_captions_in_several_rows_have_different_pictures(pipe: Pipeline, tmp_path: Path) -> None:
-    rows = [Row(number=number, caption="a red cube") for number in range(8)]
-    tokens = run(pipe, tmp_path / "run", rows, NestedSettings(best_of=(1,))).read("tokens")[:, 0]
+    (tmp_path / "captions.txt").write_text("a red cube\n" * 8)
+    tokens = run(pipe, tmp_path / "run", read_rows(tmp_path / "captions.txt"), NestedSettings(best_of=(1,))).read(
+        "tokens"
+    )[:, 0]
     assert len({tuple(row) for row in tokens.tolist()}) == 8
 
 
@@ -121,17 +138,23 @@ def test_groups_have_the_best_of_each(pipe: Pipeline, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------ shards
 
 
-def test_a_run_goes_on_from_the_shards_that_are_there(pipe: Pipeline, nested: Nested, tmp_path: Path) -> None:
+def test_a_run_goes_on_from_the_shards_that_are_there_with_the_bits_of_one(
+    pipe: Pipeline, nested: Nested, tmp_path: Path
+) -> None:
     run(pipe, tmp_path / "run")
     (tmp_path / "run" / "00001.safetensors").unlink()
     kept = {path: path.stat().st_mtime_ns for path in (tmp_path / "run").glob("*.safetensors")}
     said: list[str] = []
-    again = run_nested(pipe, ROWS, SETTINGS, Looks(), tmp_path / "run", said.append)
+    again = run_nested(pipe, ROWS, SETTINGS, LOOKS, tmp_path / "run", said.append)
     assert again is not None
     assert said[0].startswith("2 of 3 shards are there")
     assert all(path.stat().st_mtime_ns == changed for path, changed in kept.items())
     assert torch.equal(again.scores, nested.scores)
     assert torch.equal(again.read("tokens"), nested.read("tokens"))
+    for column in range(len(SETTINGS.best_of)):
+        one, other = ([each.read(name, column) for name in ("features", "logits")] for each in (nested, again))
+        assert torch.equal(one[0], other[0])
+        assert inception_score(one[1], splits=2) == inception_score(other[1], splits=2)
 
 
 @pytest.mark.parametrize(

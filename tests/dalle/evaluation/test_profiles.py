@@ -1,4 +1,6 @@
+import json
 import logging
+import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torchmetrics.image.fid import FrechetInceptionDistance
 
+from dalle.cli.main import main
+from dalle.evaluation import networks
 from dalle.evaluation.features.names import (
     distance_name,
     extrapolated_name,
@@ -22,6 +26,8 @@ from dalle.evaluation.features.nets import CLIPFeatures, FeatureNet, InceptionFe
 from dalle.evaluation.features.profiles import (
     BLURS,
     PROFILES,
+    Profile,
+    ProfileNets,
     prepared,
     tf_pixels,
     unnormalised_pixels,
@@ -154,7 +160,7 @@ class AsModule(nn.Module):
 
 
 def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetrics() -> None:
-    real, fake = pictures(12, 128, 160, 1), pictures(12, 128, 128, 2)
+    real, fake = pictures(64, 128, 160, 1), pictures(64, 128, 128, 2)
     found = {}
     for name in ("dalle2021", "tf", "clean"):
         net, profile = net_of(name), PROFILES[name]
@@ -164,6 +170,41 @@ def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetr
         metric.update(sides[1], real=True)
         metric.update(sides[0], real=False)
         assert found[name] == pytest.approx(float(metric.compute()), rel=1e-5)
+    assert len({f"{value:.6g}" for value in found.values()}) == 3
+
+
+def test_the_lines_of_the_command_name_the_profile_that_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def loaded(profile: Profile, *_: object) -> ProfileNets:
+        return ProfileNets(net_of(profile.name), net_of(profile.name))
+
+    monkeypatch.setattr(networks, "load_profile", loaded)
+    (tmp_path / "made").mkdir()
+    for number, image in enumerate(pictures(6, 64, 64, 2)):
+        image.save(tmp_path / "made" / f"{number}.png")
+    (tmp_path / "captions.txt").write_text("a red cube\n" * 6)
+    with tarfile.open(tmp_path / "real.tar", "w") as tar:
+        for number, image in enumerate(pictures(8, 64, 80, 1)):
+            image.save(tmp_path / f"{number}.png")
+            tar.add(tmp_path / f"{number}.png", f"{number}.png")
+    found = {}
+    for name in ("dalle2021", "tf", "clean"):
+        given = [tmp_path / "made", tmp_path / "captions.txt", "--reference", tmp_path / "real.tar", "--profile", name]
+        more = ["--features", "weights.pth", "--blur", "0,2", "--out", tmp_path / name]
+        assert main(["evaluate", *map(str, [*given, *more])]) == 0
+        out = capfd.readouterr().out
+        lines = [line for line in out.splitlines() if line.startswith("FD")]
+        scale = f"FD-inception-{PROFILES[name].scale} (n=6, weights ab12cd34)"
+        assert len(lines) == 3
+        assert all(line.startswith(scale) for line in lines)
+        assert f"profile {name}: " in out
+        # said once, for the three sets of pictures
+        assert out.count("note: no IS, which needs 1,000 pictures") == 1
+        assert out.count("note: no FD∞, which needs 36 pictures of each side for 8 features") == 1
+        record = json.loads((tmp_path / name / "evaluation.json").read_text())["best_of"]
+        assert record["blurred"]["0"]["inception_score"] is None
+        found[name] = record["blurred"]["0"]["fd"]
     assert len({f"{value:.6g}" for value in found.values()}) == 3
 
 
