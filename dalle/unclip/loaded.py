@@ -123,7 +123,8 @@ class LoadedUnCLIP:
         shape = (1, 1, config.text_width)
         blank = Text(torch.zeros(1, config.embed_dim), torch.zeros(shape), torch.ones(1, 1, dtype=torch.bool))
         is_dropped = torch.ones(1, dtype=torch.bool, device=self.device)
-        return self.decoder.null_text(blank.to(self.device), is_dropped)
+        null: Text = self.decoder.null_text(blank.to(self.device), is_dropped)
+        return null
 
     def seen(self, picture: Image.Image) -> Seen:
         """Return a picture as CLIP and the decoder see it: its centre, as in training.

@@ -1,4 +1,4 @@
-"""DALL·E 2's parts of a bundle, checked to belong together: clip/, prior/, decoder/, upsampler-48/, upsampler-96/ …
+"""DALL·E 2's parts of a bundle, checked to belong together: clip/, prior/, decoder/, upsampler-48/ and so on.
 
 Prior and decoder remember the CLIP that they were trained with; another, whose embeddings mean something else, is
 refused. Each upsampler reads pictures of the size that is made before it.
@@ -71,11 +71,11 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
     clip, decoder = CLIP.load(bundle / "clip"), Decoder.load(bundle / "decoder")
     prior = None if "prior" in missing else Prior.load(bundle / "prior")
     chain = upsampler_chain(bundle, decoder.config.image_size, size)
-    hashes = {
-        path.name: directory_hash(path) for path in (*(bundle / part for part in NEEDED), *chain) if path.exists()
-    }
-    for model in (decoder, *([] if prior is None else [prior])):
-        _check_clip(bundle, model, clip.config, hashes["clip"])
+    parts = [*(bundle / part for part in NEEDED if part not in missing), *chain]
+    hashes = {path.name: directory_hash(path) for path in parts}
+    _check_clip(bundle, decoder, clip.config, hashes["clip"])
+    if prior is not None:
+        _check_clip(bundle, prior, clip.config, hashes["clip"])
     if prior is not None and prior.config.normalised != decoder.config.normalised:
         kinds = [f"{'' if model.config.normalised else 'not '}of unit length" for model in (prior, decoder)]
         raise ValueError(
@@ -83,7 +83,8 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
             "they were not made for each other"
         )
     upsamplers = tuple(Upsampler.load(path) for path in chain)
-    for network in (decoder, *upsamplers):
+    networks: tuple[nn.Module, ...] = (decoder, *upsamplers)
+    for network in networks:
         _set_precision(network, DTYPES[precision])
     return Parts(
         clip=clip.to(device),

@@ -233,8 +233,8 @@ class UnCLIP(LoadedUnCLIP):
         embeddings = torch.cat([slerp(ends[0].embedding, ends[1].embedding, theta) for theta in thetas])
         start = None
         if keep_ends:
-            starts = [work.inverted(seen, text) for seen in ends]
-            start = torch.cat([slerp_noise(*starts, theta) for theta in thetas])
+            first, last = (work.inverted(seen, text) for seen in ends)
+            start = torch.cat([slerp_noise(first, last, theta) for theta in thetas])
         return self._series("", work, embeddings, text, noise, start, [{"theta": theta} for theta in thetas])
 
     @undisturbed()
@@ -257,8 +257,8 @@ class UnCLIP(LoadedUnCLIP):
             picture: any; its centre is seen.
             before: what it shows, or something as general as "a photo".
             after: what it should become.
-            theta: how far the last picture goes, of the angle between the picture's embedding and the direction: 0.25 to
-                0.5 in the paper, 0 is the picture drawn again, 1 the direction itself.
+            theta: how far the last picture goes, of the angle between the picture's embedding and the direction: 0.25
+                to 0.5 in the paper, 0 is the picture drawn again, 1 the direction itself.
             n: pictures, at least 2, from 0 to theta.
             seed: of what is enlarged.
             drawing: how; with a guidance of 1 unless it is given.
