@@ -22,6 +22,10 @@ class Edited(Ranked):
     seams: Tensor
     """float32 (K,): see `Region.seams`."""
 
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each picture."""
+        return [{**said, "seam": seam} for said, seam in zip(super().described(), self.seams.tolist(), strict=True)]
+
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class Series:

@@ -75,7 +75,7 @@ class Drawing:
     def __str__(self) -> str:
         guidance = [] if self.guidance is None else [f"guidance {self.guidance:g}"]
         prior = [] if self.prior_guidance == 1 else [f"of the prior {self.prior_guidance:g}"]
-        return ", ".join([*guidance, *prior, f"{self.prior_steps} + {self.steps} steps of {self.sampler}"])
+        return ", ".join([*guidance, *prior, f"{self.steps} steps of {self.sampler}"])
 
 
 def check_share(name: str, value: float) -> None:
