@@ -76,7 +76,7 @@ class CaptionOptions(DecoderOptions):
 
 
 def check_only_dalle(options: Mapping[str, object]) -> None:
-    """Raise ValueError for options of DALL·E, name -> value, that are given where DALL·E 2 draws; guidance is of both."""
+    """Raise ValueError for options of DALL·E alone, name -> value, that are given where DALL·E 2 draws."""
     given = [
         f"--{name.replace('_', '-')}"
         for name, value in options.items()
