@@ -21,6 +21,7 @@ from rerank import CLIP
 from storage.errors import wrong_type
 from unclip import Decoder, Prior, Upsampler
 from unclip.conditions import Text
+from unclip.latents import PrincipalComponents
 
 
 class Seen(NamedTuple):
@@ -40,6 +41,7 @@ class LoadedUnCLIP:
         decoder: embeddings and captions to small pictures.
         prior: captions to embeddings; None if captions are not to be drawn.
         upsamplers: enlarge them, one after the other.
+        components: of the embeddings of pictures, for `UnCLIP.probe`; None if they are not at hand.
         hashes: part -> hash, for the metadata of the pictures.
         memory: bytes that a batch may take, beside the models; by default 2 GiB on a CPU, and half of what is free on a
             GPU.
@@ -55,6 +57,7 @@ class LoadedUnCLIP:
         decoder: Decoder,
         prior: Prior | None = None,
         upsamplers: Sequence[Upsampler] = (),
+        components: PrincipalComponents | None = None,
         hashes: Mapping[str, str],
         memory: int | None = None,
     ) -> None:
@@ -63,6 +66,7 @@ class LoadedUnCLIP:
         self.decoder = decoder.eval().requires_grad_(False)
         self.prior = None if prior is None else prior.eval().requires_grad_(False)
         self.upsamplers = tuple(upsampler.eval().requires_grad_(False) for upsampler in upsamplers)
+        self.components = components
         self.hashes = dict(hashes)
         self.memory = memory
         self.device = clip.device
@@ -107,8 +111,21 @@ class LoadedUnCLIP:
             FileNotFoundError: there is none.
         """
         if self.prior is None:
-            raise missing_part(self._bundle or Path(), "prior")
+            raise self._missing("prior")
         return self.prior
+
+    def the_components(self) -> PrincipalComponents:
+        """Return the principal components of embeddings.
+
+        Raises:
+            FileNotFoundError: there are none.
+        """
+        if self.components is None:
+            raise self._missing("components")
+        return self.components
+
+    def _missing(self, part: str) -> FileNotFoundError:
+        return missing_part(self._bundle or Path(), part)
 
     def captioned(self, caption: str) -> Text:
         """Return what the text tower makes of a caption; one that is too long is cut (logged)."""

@@ -13,9 +13,12 @@ from torch import nn
 
 from dalle.data.bundle import DTYPES, Precision, check_precision, missing_part, usable_device
 from rerank import CLIP, CLIPConfig
-from storage.models.directory import directory_hash, read_config
+from storage.models.directory import HOW_TO_MAKE, directory_hash, read_config
 from unclip import Decoder, Prior, Upsampler
+from unclip.components import KIND as COMPONENTS
+from unclip.components import Components
 from unclip.decoder import DecoderConfig
+from unclip.latents import PrincipalComponents
 from unclip.prior import PriorConfig
 from unclip.upsampler import KIND as UPSAMPLER
 from unclip.upsampler import UpsamplerConfig
@@ -37,6 +40,8 @@ class Parts(NamedTuple):
     """None if the bundle has none."""
     upsamplers: tuple[Upsampler, ...]
     """In the order in which they enlarge."""
+    components: PrincipalComponents | None
+    """Of CLIP's embeddings; None if the bundle has none."""
     hashes: dict[str, str]
     """Name of the directory -> 16 hexadecimal digits."""
 
@@ -71,7 +76,8 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
     clip, decoder = CLIP.load(bundle / "clip"), Decoder.load(bundle / "decoder")
     prior = None if "prior" in missing else Prior.load(bundle / "prior")
     chain = upsampler_chain(bundle, decoder.config.image_size, size)
-    parts = [*(bundle / part for part in NEEDED if part not in missing), *chain]
+    optional = [COMPONENTS] if (bundle / COMPONENTS).exists() else []
+    parts = [*(bundle / part for part in (*NEEDED, *optional) if part not in missing), *chain]
     hashes = {path.name: directory_hash(path) for path in parts}
     _check_clip(bundle, decoder, clip.config, hashes["clip"])
     if prior is not None:
@@ -82,6 +88,12 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
             f"the prior of {bundle} makes embeddings that are {kinds[0]}, its decoder reads such that are {kinds[1]}: "
             "they were not made for each other"
         )
+    components = Components.load(bundle / COMPONENTS) if optional else None
+    if components is not None and components.metadata.get("clip_hash") != hashes["clip"]:
+        raise ValueError(
+            f"the {COMPONENTS} of {bundle} are of another CLIP's embeddings: make them again with "
+            f"{HOW_TO_MAKE[COMPONENTS]}"
+        )
     upsamplers = tuple(Upsampler.load(path) for path in chain)
     networks: tuple[nn.Module, ...] = (decoder, *upsamplers)
     for network in networks:
@@ -91,6 +103,7 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
         decoder=decoder.to(device),
         prior=None if prior is None else prior.to(device),
         upsamplers=tuple(upsampler.to(device) for upsampler in upsamplers),
+        components=None if components is None else components.principal,
         hashes=hashes,
     )
 

@@ -1,40 +1,33 @@
-"""From captions and pictures to pictures, by DALL·E 2.
+"""From captions to pictures, and parts of pictures, by DALL·E 2.
 
 Candidates of a caption are ranked by CLIP before they are enlarged, and only those that are kept are enlarged. All
 noise is a function of the seed, the caption and the candidate's number, whatever the batch.
 
-Source: Ramesh et al. 2022 (arXiv 2204.06125): 2 for drawing captions; 3 for variations, interpolation and text
-differences, which start from a picture's embedding and from the noise that it is drawn from; 4 for principal
-components. Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for editing: how DALL·E 2 edits is not published.
-
-Letters: N pictures  K kept ones  E embedding  H, W pixels
+Source: Ramesh et al. 2022 (arXiv 2204.06125), 2. Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for editing: how
+DALL·E 2 edits is not published.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable
 
 import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.best_of_n import Best, Candidates, Ranked, Request, check_caption, check_n
-from dalle.budget import OnProgress, check_batch_size
+from dalle.best_of_n import Best, Candidates, Ranked, Request
+from dalle.budget import OnProgress
 from dalle.editing.regions import Mask, Region
 from dalle.sampling import undisturbed
-from dalle.unclip.loaded import LoadedUnCLIP
-from dalle.unclip.results import Edited, Series
-from dalle.unclip.settings import Drawing, check_share
-from dalle.unclip.work import Work
+from dalle.unclip.manipulations import Manipulations
+from dalle.unclip.results import Edited
+from dalle.unclip.settings import Drawing
 from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole
-from unclip.conditions import Text
 from unclip.decoder import Known
 from unclip.decoding import GUIDANCE
-from unclip.latents import slerp, slerp_noise, text_difference
 from unclip.sampling import Noise, Sampler, signed
 
 
-class UnCLIP(LoadedUnCLIP):
+class UnCLIP(Manipulations):
     """DALL·E 2's models, loaded, and all that is done with them: see `LoadedUnCLIP`."""
 
     def generate(
@@ -161,127 +154,6 @@ class UnCLIP(LoadedUnCLIP):
         images = region.paste(best.images)
         return Edited(**{**vars(best), "images": images}, region=region, seams=region.seams(images))
 
-    @undisturbed()
-    def variations(
-        self,
-        picture: Image.Image,
-        *,
-        n: int = 8,
-        eta: float = 0.7,
-        seed: int = 0,
-        drawing: Drawing | None = None,
-        batch_size: int | None = None,
-        progress: OnProgress | None = None,
-    ) -> Series:
-        """Draw a picture's embedding from the picture's own noise, with new noise on the way: others with its gist.
-
-        Args:
-            picture: any; its centre is seen.
-            n: variations.
-            eta: how much noise is new, from 0, with which all are the picture drawn again, to 1.
-            seed: variation k is a function of (seed, picture, k).
-            drawing: how; with a guidance of 1 unless it is given.
-            batch_size: pictures drawn at the same time.
-            progress: told how many are done.
-
-        Raises:
-            ValueError: no picture, or an argument of a wrong type or out of range.
-        """
-        check_n(n)
-        check_share("eta", eta)
-        _check_inverting(drawing)
-        noise = _noise(seed, range(n))
-        work = self._work(drawing, 1, n, batch_size, progress, inversions=1)
-        text, seen = self.uncaptioned(), self.seen(picture)
-        start, embeddings = work.inverted(seen, text), seen.embedding.expand(n, -1)
-        return self._series("", work, embeddings, text, noise, start, [{"candidate": k} for k in range(n)], eta)
-
-    @undisturbed()
-    def interpolate(
-        self,
-        a: Image.Image,
-        b: Image.Image,
-        *,
-        n: int = 9,
-        keep_ends: bool = False,
-        seed: int = 0,
-        drawing: Drawing | None = None,
-        batch_size: int | None = None,
-        progress: OnProgress | None = None,
-    ) -> Series:
-        """Draw pictures between two: of embeddings on the great circle from one to the other.
-
-        Args:
-            a: the first picture; its centre is seen.
-            b: the last.
-            n: pictures, at least 2, at equal distances.
-            keep_ends: go from the noise of the one picture to that of the other too, so that both are drawn again at
-                the ends; otherwise all are drawn from the same new noise.
-            seed: of that noise, and of what is enlarged.
-            drawing: how; to keep the ends, with a guidance of 1 unless it is given.
-            batch_size: pictures drawn at the same time.
-            progress: told how many are done.
-
-        Raises:
-            ValueError: fewer than 2 pictures, two embeddings that are opposite, or as `variations`.
-        """
-        thetas, noise = _thetas(n, 1.0), _noise(seed, [0] * n)
-        if keep_ends:
-            _check_inverting(drawing)
-        work = self._work(drawing, 1 if keep_ends else GUIDANCE, n, batch_size, progress, inversions=2 * keep_ends)
-        text, ends = self.uncaptioned(), [self.seen(picture) for picture in (a, b)]
-        embeddings = torch.cat([slerp(ends[0].embedding, ends[1].embedding, theta) for theta in thetas])
-        start = None
-        if keep_ends:
-            first, last = (work.inverted(seen, text) for seen in ends)
-            start = torch.cat([slerp_noise(first, last, theta) for theta in thetas])
-        return self._series("", work, embeddings, text, noise, start, [{"theta": theta} for theta in thetas])
-
-    @undisturbed()
-    def text_diff(
-        self,
-        picture: Image.Image,
-        before: str,
-        after: str,
-        *,
-        theta: float = 0.4,
-        n: int = 9,
-        seed: int = 0,
-        drawing: Drawing | None = None,
-        batch_size: int | None = None,
-        progress: OnProgress | None = None,
-    ) -> Series:
-        """Change a picture in the direction from one caption to another, further and further, from its own noise.
-
-        Args:
-            picture: any; its centre is seen.
-            before: what it shows, or something as general as "a photo".
-            after: what it should become.
-            theta: how far the last picture goes, of the angle between the picture's embedding and the direction: 0.25
-                to 0.5 in the paper, 0 is the picture drawn again, 1 the direction itself.
-            n: pictures, at least 2, from 0 to theta.
-            seed: of what is enlarged.
-            drawing: how; with a guidance of 1 unless it is given.
-            batch_size: pictures drawn at the same time.
-            progress: told how many are done.
-
-        Raises:
-            ValueError: an empty caption, two of the same embedding, or as `variations`.
-        """
-        for caption in (before, after):
-            check_caption(caption)
-        check_share("theta", theta)
-        thetas, noise = _thetas(n, theta), _noise(seed, [0] * n)
-        _check_inverting(drawing)
-        work = self._work(drawing, 1, n, batch_size, progress, inversions=1)
-        text, seen = self.uncaptioned(), self.seen(picture)
-        features = [self.captioned(caption).features for caption in (before, after)]
-        # not all CLIPs' embeddings are read with unit length
-        direction = text_difference(*features) * seen.embedding.norm(dim=-1, keepdim=True)
-        embeddings = torch.cat([slerp(seen.embedding, direction, share) for share in thetas])
-        start = work.inverted(seen, text)
-        return self._series(after, work, embeddings, text, noise, start, [{"theta": theta} for theta in thetas])
-
     def _best(
         self,
         request: Request,
@@ -311,62 +183,3 @@ class UnCLIP(LoadedUnCLIP):
         numbers = tuple(kept.numbers.tolist())
         images = work.large(kept.images, Noise.of(seed, caption, numbers))
         return Ranked(caption=caption, images=images, scores=kept.scores, candidates=numbers, rank="clip")
-
-    def _work(
-        self,
-        drawing: Drawing | None,
-        guidance: float,
-        n: int,
-        batch_size: int | None,
-        progress: OnProgress | None,
-        **how: Any,
-    ) -> Work:
-        """Return a piece of work of n pictures; guidance is what it is unless it is given."""
-        check_batch_size(batch_size)
-        drawing = drawing or Drawing()
-        guidance = drawing.guidance_or(guidance)
-        counts = {"drawn": n, "enlarged": n, "batch_size": batch_size, "progress": progress, **how}
-        return Work(models=self, drawing=drawing, guidance=guidance, **counts)
-
-    def _series(
-        self,
-        caption: str,
-        work: Work,
-        embeddings: Tensor,
-        text: Text,
-        noise: Noise,
-        start: Tensor | None,
-        each: Sequence[Mapping[str, float]],
-        eta: float = 0.0,
-    ) -> Series:
-        """Draw pictures of embeddings (N, E), each from its own start (N, 3, H, W), or all from one."""
-        images, scores = [], []
-        for some in work.batches():
-            rows = slice(some.start, some.stop)
-            begin = None if start is None else (start.expand(len(some), -1, -1, -1) if len(start) == 1 else start[rows])
-            drawn = work.decoded(embeddings[rows], text, Noise(noise.rows[rows]), start=begin, eta=eta)
-            scores.append(self.cosines(drawn, embeddings[rows]).cpu())
-            images.append(drawn.cpu())
-        large = work.large(torch.cat(images), noise)
-        return Series(caption=caption, images=large, scores=torch.cat(scores), each=tuple(each))
-
-
-def _check_inverting(drawing: Drawing | None) -> None:
-    """Raise ValueError for a sampler that does not go from a picture's own noise to the picture."""
-    if drawing is not None and drawing.sampler != "ddim":
-        raise ValueError(
-            f"sampler is {drawing.sampler}, but only ddim draws a picture again from the noise that it comes from"
-        )
-
-
-def _thetas(n: int, last: float) -> list[float]:
-    """Return n numbers from 0 to the last, at equal distances."""
-    check_n(n)
-    if n < 2:
-        raise ValueError(f"n is {n}; it must be at least 2, the first picture and the last")
-    return [last * i / (n - 1) for i in range(n)]
-
-
-def _noise(seed: int, numbers: Sequence[int]) -> Noise:
-    check_whole("seed", seed)
-    return Noise.of(seed, "", numbers)

@@ -20,9 +20,11 @@ from dalle.unclip.parts import kind_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
 from dalle.unclip.work import Work
+from dvae.images import to_image
 from rerank import score
 from storage.models.directory import directory_hash
 from unclip import Decoder, Upsampler
+from unclip.components import Components
 from unclip.decoding import decode, invert
 from unclip.latents import slerp, text_difference
 from unclip.sampling import Noise
@@ -229,6 +231,31 @@ def test_kept_pixels_of_an_edit_are_the_pictures_own(editing_bundle: Path, pictu
     for k, image in zip(edited.candidates, edited.images, strict=True):
         other = elsewhere.images[elsewhere.candidates.index(k)]
         assert not torch.allclose(image[:, is_new], other[:, is_new], atol=1e-2)  # it heeds what is kept
+
+
+def test_a_picture_is_probed_by_the_components_of_the_bundle(unclip_copy: Path, pictures: Pictures) -> None:
+    unclip = UnCLIP.load(unclip_copy, size=8)
+    with pytest.raises(FileNotFoundError, match=r"has no components: make it with `UnCLIP.principal_components`"):
+        unclip.probe(pictures[0], [2])
+    with pytest.raises(ValueError, match="principal components of 1 pictures: give at least 2"):
+        unclip.principal_components(pictures[:1])
+    drawn = torch.rand(20, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    unclip.principal_components(map(to_image, drawn)).save(unclip_copy / "components")
+    again = UnCLIP.load(unclip_copy, size=8)
+    assert set(again.hashes) == {"clip", "prior", "decoder", "components"}
+    probed = again.probe(pictures[0], [0, 2, 8], seed=4, drawing=DRAWING)
+    assert [said["dimensions"] for said in probed.described()] == [0, 2, 8]
+    # of all of its components an embedding is rebuilt whole
+    noise, text = Noise.of(4, "", [0]), again.uncaptioned()
+    whole = decode(again.decoder, again.seen(pictures[0]).embedding, text, noise, steps=3)[0]
+    torch.testing.assert_close(probed.images[2], whole, atol=1e-4, rtol=0)
+    mean = again.probe(pictures[1], [0], seed=4, drawing=DRAWING)
+    torch.testing.assert_close(mean.images[0], probed.images[0], atol=1e-4, rtol=0)
+    with pytest.raises(ValueError, match="9 components; expected 0 to 8"):
+        again.probe(pictures[0], [9])
+    Components.load(unclip_copy / "components").save(unclip_copy / "components", {"clip_hash": "0"})
+    with pytest.raises(ValueError, match="are of another CLIP's embeddings: make them again"):
+        UnCLIP.load(unclip_copy)
 
 
 # published weights
