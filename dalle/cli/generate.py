@@ -210,9 +210,12 @@ class Generate:
         check_only_dalle(given | {"compile": compute.compile, "early_abandon": compute.early_abandon})
         drawing = self.unclip.drawing(GUIDANCE if self.sampling.guidance is None else self.sampling.guidance)
         unclip = self.unclip.load(self.bundle, compute)
+        batch_size = compute.batch_size
+        if batch_size is None:
+            batch_size = unclip.default_batch_size(self.n, drawing, of_captions=True)
 
         def best(request: Request, progress: OnProgress) -> Ranked:
-            return unclip.best(request, drawing, seed=self.seed, batch_size=compute.batch_size, progress=progress)
+            return unclip.best(request, drawing, seed=self.seed, batch_size=batch_size, progress=progress)
 
         settings = {"seed": self.seed, **settings_of(unclip, drawing, GUIDANCE, compute, self.n, of_captions=True)}
         chosen = f"{drawing}, {drawing.prior_steps} of the prior, ranked by CLIP"

@@ -209,6 +209,19 @@ class Manipulations(LoadedUnCLIP):
         found.metadata = {"clip_hash": self.hashes["clip"], "pictures": len(embeddings)}
         return found
 
+    def default_batch_size(
+        self, n: int, drawing: Drawing | None = None, *, guidance: float = GUIDANCE, of_captions: bool = False
+    ) -> int:
+        """Return how many of n pictures are drawn at once: as many as fit the memory, in batches of equal size.
+
+        Args:
+            n: pictures.
+            drawing: how.
+            guidance: of the decoder, unless it is given.
+            of_captions: whether the prior draws their embeddings.
+        """
+        return self._work(drawing, guidance, n, None, None, of_captions=of_captions).size
+
     def _work(
         self,
         drawing: Drawing | None,

@@ -59,8 +59,7 @@ class Work:
 
     def batches(self) -> list[range]:
         """Return the numbers of the pictures that are drawn at the same time."""
-        size = self.batch_size or self._at_once()
-        return [numbers for _, numbers in batches(1, self.drawn, size)]
+        return [numbers for _, numbers in batches(1, self.drawn, self.size)]
 
     def embeddings(self, text: Text, noise: Noise) -> Tensor:
         """Return embeddings (B, E) of a caption, drawn by the prior; B rows of noise."""
@@ -117,7 +116,11 @@ class Work:
             images = torch.cat(parts)
         return images
 
-    def _at_once(self) -> int:
+    @cached_property
+    def size(self) -> int:
+        """Pictures that are drawn at the same time, at most."""
+        if self.batch_size is not None:
+            return self.batch_size
         side = self.models.decoder.config.image_size
         each = unet_bytes(self.models.decoder.unet, side) * (1 + (self.guidance != 1))
         if self.of_captions:

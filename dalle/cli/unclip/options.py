@@ -104,6 +104,9 @@ def settings_of(
         settings = {name: value for name, value in settings.items() if not name.startswith("prior_")}
     steps = [drawing.enlarging(upsampler, place)[0] for place, upsampler in enumerate(unclip.upsamplers)]
     settings |= {"guidance": drawing.guidance_or(guidance), "upsampler_steps": steps, "precision": compute.precision}
-    if compute.precision != "fp32" and compute.batch_size is not None:
-        settings["batch_size"] = min(compute.batch_size, n)
+    if compute.precision != "fp32":
+        batch_size = compute.batch_size
+        if batch_size is None:
+            batch_size = unclip.default_batch_size(n, drawing, guidance=guidance, of_captions=of_captions)
+        settings["batch_size"] = min(batch_size, n)
     return {"model": "unclip", **settings}
