@@ -20,12 +20,12 @@ from torch.nn import functional as F
 from dalle.best_of_n import check_caption, check_n
 from dalle.budget import OnProgress, check_batch_size
 from dalle.sampling import undisturbed
+from dalle.unclip.components import Components
 from dalle.unclip.loaded import LoadedUnCLIP
 from dalle.unclip.results import Series
 from dalle.unclip.settings import Drawing, check_share
 from dalle.unclip.work import Work
 from storage.errors import check_whole
-from unclip.components import Components
 from unclip.conditions import Text
 from unclip.decoding import GUIDANCE
 from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference

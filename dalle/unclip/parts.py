@@ -12,11 +12,11 @@ import torch
 from torch import nn
 
 from dalle.data.bundle import DTYPES, Precision, check_precision, missing_part, usable_device
+from dalle.unclip.components import KIND as COMPONENTS
+from dalle.unclip.components import Components
 from rerank import CLIP, CLIPConfig
 from storage.models.directory import HOW_TO_MAKE, directory_hash, read_config
 from unclip import Decoder, Prior, Upsampler
-from unclip.components import KIND as COMPONENTS
-from unclip.components import Components
 from unclip.decoder import DecoderConfig
 from unclip.latents import PrincipalComponents
 from unclip.prior import PriorConfig

@@ -15,6 +15,7 @@ from random_weights import with_random_weights
 from torch import Tensor
 
 from dalle.best_of_n import Ranked, Request
+from dalle.unclip.components import Components
 from dalle.unclip.cost import unet_bytes
 from dalle.unclip.parts import kind_of
 from dalle.unclip.pipeline import UnCLIP
@@ -24,7 +25,6 @@ from dvae.images import to_image
 from rerank import score
 from storage.models.directory import directory_hash
 from unclip import Decoder, Upsampler
-from unclip.components import Components
 from unclip.decoding import decode, invert
 from unclip.latents import slerp, text_difference
 from unclip.sampling import Noise
