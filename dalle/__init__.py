@@ -9,14 +9,16 @@ if TYPE_CHECKING:
     from dalle.model import DALLE, DALLEConfig
     from dalle.pipeline import Pipeline
     from dalle.tokenizer import Tokenizer
+    from dalle.unclip.pipeline import UnCLIP
 
-__all__ = ["DALLE", "DALLEConfig", "Pipeline", "Tokenizer"]
+__all__ = ["DALLE", "DALLEConfig", "Pipeline", "Tokenizer", "UnCLIP"]
 
 _HOMES = {
     "DALLE": "dalle.model",
     "DALLEConfig": "dalle.model",
     "Pipeline": "dalle.pipeline",
     "Tokenizer": "dalle.tokenizer",
+    "UnCLIP": "dalle.unclip.pipeline",
 }
 
 

@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -115,8 +115,8 @@ def check_top_is_open(prefix: Tensor | None, grid: int) -> None:
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
-class Result:
-    """The best K candidates of a caption, best first; all tensors are on the CPU."""
+class Ranked:
+    """The best K candidates of a caption, best first, however they were drawn; all tensors are on the CPU."""
 
     caption: str
     """As given."""
@@ -124,10 +124,6 @@ class Result:
     """float32 (K, 3, H, W) in [0, 1]."""
     scores: Tensor
     """float32 (K,) in [-1, 1]: CLIP's cosine of caption and picture."""
-    log_likelihoods: Tensor
-    """float32 (K,), nats: see `Samples`."""
-    tokens: Tensor
-    """int64 (K, I), raster order."""
     candidates: tuple[int, ...]
     """The numbers of the candidates: candidate k is a function of (seed, caption, k) and the settings."""
     rank: Ranking
@@ -138,10 +134,34 @@ class Result:
         scores = ", ".join(f"{score:.3f}" for score in self.scores[:3].tolist())
         more = ", …" if k > 3 else ""
         caption = self.caption if len(self.caption) <= 60 else f"{self.caption[:59]}…"
-        return f"Result(caption={caption!r}, {k} of {width}×{height} pixels, scores {scores}{more}, rank={self.rank!r})"
+        sizes = f"{k} of {width}×{height} pixels"
+        return f"{type(self).__name__}(caption={caption!r}, {sizes}, scores {scores}{more}, rank={self.rank!r})"
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each picture."""
+        numbers = zip(self.candidates, self.scores.tolist(), strict=True)
+        return [
+            {"rank": i, "ranked_by": self.rank, "score": score, "candidate": k}
+            for i, (k, score) in enumerate(numbers, start=1)
+        ]
 
 
-def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) -> Tensor:
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Result(Ranked):
+    """The best K candidates of a caption, drawn as tokens."""
+
+    log_likelihoods: Tensor
+    """float32 (K,), nats: see `Samples`."""
+    tokens: Tensor
+    """int64 (K, I), raster order."""
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each picture."""
+        both = zip(super().described(), self.log_likelihoods.tolist(), strict=True)
+        return [{**said, "log_likelihood": log_likelihood} for said, log_likelihood in both]
+
+
+def rank_order(scores: Tensor | None, log_likelihoods: Tensor | None, rank: Ranking) -> Tensor:
     """Return the numbers of N candidates, best first; of equal ones the earlier.
 
     By both, the order is that of the mean of two places: one among CLIP's scores, one among the likelihoods. Places
@@ -151,7 +171,7 @@ def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) ->
 
     Args:
         scores: float (N,), CLIP's, or (…, N) for many captions; may be None when ranked by likelihood.
-        log_likelihoods: float (N,) or (…, N).
+        log_likelihoods: float (N,) or (…, N); may be None when ranked by CLIP.
         rank: what is best.
 
     Returns:
@@ -161,11 +181,13 @@ def rank_order(scores: Tensor | None, log_likelihoods: Tensor, rank: Ranking) ->
         ValueError: an unknown ranking.
     """
     check_ranking(rank)
+    if rank == "clip":
+        assert scores is not None, "ranking by clip needs scores"
+        return scores.argsort(descending=True, stable=True)
+    assert log_likelihoods is not None, f"ranking by {rank} needs likelihoods"
     if rank == "likelihood":
         return log_likelihoods.argsort(descending=True, stable=True)
-    assert scores is not None, f"ranking by {rank} needs scores"
-    if rank == "clip":
-        return scores.argsort(descending=True, stable=True)
+    assert scores is not None, "ranking by both needs scores"
     return (_places(scores) + _places(log_likelihoods)).argsort(stable=True)
 
 
@@ -179,10 +201,10 @@ class Candidates(NamedTuple):
 
     numbers: Tensor
     """int64 (N,)."""
-    tokens: Tensor
-    """int64 (N, I)."""
-    log_likelihoods: Tensor
-    """float32 (N,)."""
+    tokens: Tensor | None = None
+    """int64 (N, I); None of pictures that are not drawn as tokens."""
+    log_likelihoods: Tensor | None = None
+    """float32 (N,); None as well."""
     scores: Tensor | None = None
     """float32 (N,); None before the pictures are scored."""
     images: Tensor | None = None
@@ -311,6 +333,8 @@ class Judge:
             kept = functools.reduce(Candidates.followed_by, parts)
         assert kept.scores is not None
         assert kept.images is not None
+        assert kept.tokens is not None
+        assert kept.log_likelihoods is not None
         return Result(
             caption=self._caption,
             images=kept.images.cpu(),
@@ -337,6 +361,7 @@ class Judge:
 
     def _seen(self, candidates: Candidates) -> Candidates:
         """Return candidates with pictures and scores."""
+        assert candidates.tokens is not None
         images = self.decode(candidates.tokens)
         return candidates._replace(images=images, scores=self._scores(images))
 

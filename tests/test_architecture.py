@@ -68,6 +68,7 @@ ROOMS: dict[str, set[str]] = {
     "dalle.data": {"storage", "leaf"},
     "dalle.output": {*_CORE, "dalle.pipeline"},
     "dalle.pipeline": {*_CORE, *_MODELS, "dalle.data"},
+    "dalle.unclip": {*_CORE, *_MODELS, "dalle.data", "dalle.pipeline"},
     "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
     "dalle.importers": {"storage", "dalle", *_MODELS, "dalle.data", "dalle.pipeline"},
     "dalle.server": {*_CORE, "dalle.output", "dalle.pipeline"},
@@ -77,6 +78,7 @@ ROOMS: dict[str, set[str]] = {
         "dalle.data",
         "dalle.output",
         "dalle.pipeline",
+        "dalle.unclip",
         "dalle.evaluation",
         "dalle.importers",
         "dalle.server",
@@ -221,6 +223,15 @@ dalle:Pipeline.sample_tokens(captions, n, sampling)
 dalle:Pipeline.choose(caption, tokens, log_likelihoods, keep, rank)
 dalle:Pipeline.prefix(image, keep_rows)
 dalle:Pipeline.rank(captions, images)
+dalle:UnCLIP.load(bundle, device, size, precision, memory)
+dalle:UnCLIP.generate(caption, n, keep, seed, guidance, prior_guidance, prior_steps, steps, sampler, upsampler_steps)
+dalle:UnCLIP.best(request, drawing, seed)
+dalle:UnCLIP.edit(picture, mask, caption, n, keep, seed, drawing)
+dalle:UnCLIP.variations(picture, n, eta, seed, drawing)
+dalle:UnCLIP.interpolate(a, b, n, keep_ends, seed, drawing)
+dalle:UnCLIP.text_diff(picture, before, after, theta, n, seed, drawing)
+dalle:UnCLIP.probe(picture, dimensions, seed, drawing)
+dalle:UnCLIP.principal_components(pictures)
 dalle.attention:mask(kind, text_len, grid, kernel)
 dalle.attention:layer_kinds(n_layers)
 dalle.loss:stream_loss(text_logits, image_logits, text, image_tokens, config)
@@ -242,10 +253,10 @@ unclip:Diffusion(schedule, n_steps, timesteps)
 unclip:Prior.load(path)
 unclip:Decoder.load(path)
 unclip:Upsampler.load(path)
-unclip.embeddings:sample_embeddings(prior, text, noise, steps, guidance, candidates)
-unclip.decoding:decode(decoder, embeddings, text, noise, start, steps, sampler, eta, guidance, known)
-unclip.decoding:invert(decoder, images, embeddings, text, steps, corrections)
-unclip.upsampler:upsample(upsampler, small, noise, steps, sampler, eta)
+unclip.embeddings:sample_embeddings(prior, text, noise, steps, guidance, candidates, on_pass)
+unclip.decoding:decode(decoder, embeddings, text, noise, start, steps, sampler, eta, guidance, known, on_pass)
+unclip.decoding:invert(decoder, images, embeddings, text, steps, corrections, on_pass)
+unclip.upsampler:upsample(upsampler, small, noise, steps, sampler, eta, on_pass)
 unclip.latents:slerp(start, end, theta)
 unclip.latents:text_difference(before, after)
 dalle.importers.unclip.importing:import_unclip(folder, clip)

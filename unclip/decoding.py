@@ -12,7 +12,7 @@ from torch import Tensor
 from unclip.conditions import Text, drawn_mask
 from unclip.decoder import Conditions, Decoder, Known
 from unclip.loss import denoising_loss
-from unclip.sampling import Network, Noise, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
+from unclip.sampling import Network, Noise, OnPass, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
 
 NO_IMAGE, NO_TEXT = 0.1, 0.5
 """Shares of embeddings and of captions that are left out in training, each on its own."""
@@ -100,6 +100,7 @@ def decode(
     eta: float = 0.0,
     guidance: float = GUIDANCE,
     known: Known | None = None,
+    on_pass: OnPass | None = None,
 ) -> Tensor:
     """Return pictures of embeddings and captions, float32 (B, 3, H, W) in [0, 1].
 
@@ -116,6 +117,7 @@ def decode(
         eta: of ddim, in [0, 1]: 0 adds no noise; the larger, the more a picture varies about its start.
         guidance: 1 is none.
         known: pixels that are kept as they are.
+        on_pass: told of each step.
 
     Raises:
         ValueError: numbers that do not fit each other, or are out of range.
@@ -128,7 +130,12 @@ def decode(
     network = _network(decoder, embeddings, text, guidance, known)
     process = decoder.process.respaced(steps)
     predictor = Predictor(
-        network=network, prediction=decoder.config.prediction, process=process, clamp=1.0, known=known
+        network=network,
+        prediction=decoder.config.prediction,
+        process=process,
+        clamp=1.0,
+        known=known,
+        on_pass=on_pass,
     )
     return unsigned(
         sample(
@@ -143,7 +150,14 @@ def decode(
 
 @torch.no_grad()
 def invert(
-    decoder: Decoder, images: Tensor, embeddings: Tensor, text: Text, *, steps: int = 50, corrections: int = 1
+    decoder: Decoder,
+    images: Tensor,
+    embeddings: Tensor,
+    text: Text,
+    *,
+    steps: int = 50,
+    corrections: int = 1,
+    on_pass: OnPass | None = None,
 ) -> Tensor:
     """Return x_T from which `decode` gives the pictures back, float32 (B, 3, H, W).
 
@@ -156,11 +170,13 @@ def invert(
         text: of B captions.
         steps: as in `decode`.
         corrections: passes for each step beyond the first: see `invert_ddim`.
+        on_pass: told of each pass.
     """
     predictor = Predictor(
         network=_network(decoder, embeddings, text, 1.0, None),
         prediction=decoder.config.prediction,
         process=decoder.process.respaced(steps),
+        on_pass=on_pass,
     )
     return invert_ddim(predictor, signed(images.float()), corrections)
 

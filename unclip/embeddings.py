@@ -16,7 +16,7 @@ from unclip.conditions import Text, drawn_mask
 from unclip.diffusion import Diffusion
 from unclip.loss import denoising_loss
 from unclip.prior import Prior
-from unclip.sampling import Noise, Predictor, guided, sample_ddpm
+from unclip.sampling import Noise, OnPass, Predictor, guided, sample_ddpm
 
 DROPPED = 0.1
 """Share of captions that are left out in training."""
@@ -61,6 +61,7 @@ def sample_embeddings(
     steps: int = SAMPLING_STEPS,
     guidance: float = 1.0,
     candidates: int = CANDIDATES,
+    on_pass: OnPass | None = None,
 ) -> Tensor:
     """Return embeddings of pictures of captions, float32 (B, E), of unit length if the prior's are.
 
@@ -74,6 +75,7 @@ def sample_embeddings(
         steps: of the schedule, evenly.
         guidance: 1 is none; the paper found that more hurts the prior.
         candidates: embeddings that are drawn for each row; the one with the largest dot product with z_t is returned.
+        on_pass: told of each step.
 
     Raises:
         ValueError: numbers that do not fit each other, or are out of range.
@@ -93,7 +95,9 @@ def sample_embeddings(
         drawn = [noise.normal(f"prior {k}, {purpose}", [prior.config.embed_dim], device) for k in range(candidates)]
         return torch.stack(drawn, dim=1).flatten(0, 1)
 
-    predictor = Predictor(network=network, prediction="x0", process=process, clamp=prior.config.clamp or None)
+    predictor = Predictor(
+        network=network, prediction="x0", process=process, clamp=prior.config.clamp or None, on_pass=on_pass
+    )
     variances = process.analytic_variances(prior.errors[process.timesteps])
     drawn = sample_ddpm(predictor, draw("start"), lambda step: draw(f"step {step}"), variances)
     embeddings_BKE = prior.unscaled(drawn).view(len(own), candidates, -1)

@@ -20,6 +20,8 @@ from unclip.diffusion import Diffusion, Prediction
 
 Network = Callable[[Tensor, Tensor], Tensor]
 """Takes x_t (B, C, …) and timesteps (B,), returns its prediction (B, C, …), or (B, 2C, …) with a learned variance."""
+OnPass = Callable[[], None]
+"""Called after each pass of a network; what it raises ends the sampling."""
 DrawNoise = Callable[[int], Tensor]
 """Returns the noise (B, C, …) of a step, by its timestep."""
 Sampler = Literal["ddpm", "ddim"]
@@ -82,11 +84,15 @@ class Predictor:
     """x̂_0 is kept within ± this: 1 for pictures, None for no bounds."""
     known: tuple[Tensor, Tensor] | None = None
     """Pixels that are known, (B, C, …), and a mask (B, 1, …) that is 1 where they are: x̂_0 has them at every step."""
+    on_pass: OnPass | None = None
+    """Told of each estimate."""
 
     @torch.no_grad()
     def estimate(self, x: Tensor, step: int) -> Estimate:
         """Return x̂_0, clamped, and the log variance of x_t (B, C, …) at a step."""
         output = self.network(x, self.process.timesteps_of(step, x)).to(x.dtype)
+        if self.on_pass is not None:
+            self.on_pass()
         log_variance = None
         if output.shape[1] == 2 * x.shape[1]:
             output, fractions = output.chunk(2, dim=1)

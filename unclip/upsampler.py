@@ -18,7 +18,7 @@ from storage.models.stored import StoredModel
 from unclip.degradation import KINDS
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.loss import denoising_loss
-from unclip.sampling import Noise, Predictor, Sampler, sample, signed, unsigned
+from unclip.sampling import Noise, OnPass, Predictor, Sampler, sample, signed, unsigned
 from unclip.unet import UNet, UNetConfig
 
 KIND = "upsampler"
@@ -158,6 +158,7 @@ def upsample(
     steps: int = 27,
     sampler: Sampler = "ddim",
     eta: float = 0.0,
+    on_pass: OnPass | None = None,
 ) -> Tensor:
     """Return large pictures of small ones, float32 (B, 3, H, W) in [0, 1].
 
@@ -168,6 +169,7 @@ def upsample(
         steps: of the schedule, evenly.
         sampler: see `sample`.
         eta: see `sample`.
+        on_pass: told of each step.
 
     Raises:
         ValueError: numbers that do not fit each other, or are out of range.
@@ -183,6 +185,7 @@ def upsample(
         prediction=config.prediction,
         process=process,
         clamp=1.0,
+        on_pass=on_pass,
     )
     return unsigned(
         sample(

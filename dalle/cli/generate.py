@@ -4,7 +4,7 @@ import dataclasses
 import logging
 import re
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,19 +13,21 @@ from typing import Annotated, Any
 import tyro
 from PIL import Image
 
-from dalle.best_of_n import Request, Result
-from dalle.cli.command import resolve_device
-from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
+from dalle.best_of_n import Ranked, Request, Result
+from dalle.budget import OnProgress
+from dalle.cli.computing import ComputeOptions
+from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Flag
 from dalle.cli.start import age_s
-from dalle.data.bundle import Precision
+from dalle.cli.unclip.options import CaptionOptions, check_only_dalle, settings_of
 from dalle.output.progress import part_of, progress_bar
 from dalle.output.results import ResultWriter
 from dalle.output.sheets import Section, contact_sheet, save_png
 from dalle.output.text import counted, duration, printable
-from dalle.pipeline import Pipeline
 from dalle.sampling import Ranking, Sampling, SamplingDefaults
+from dalle.unclip.parts import kind_of
 from dvae.images import open_image, to_image
 from storage.text import decode_text, is_visible, lines_of
+from unclip.decoding import GUIDANCE
 
 logger = logging.getLogger(__name__)
 
@@ -33,12 +35,6 @@ PAPER_KEEP_SHARE = 15 / 32
 """Rows that are kept by default when completing, of all: 15 of 32 in the paper."""
 EARLY_ABANDON_NOTE = "half of every batch was dropped half-finished: not the best of n whole candidates"
 """In the metadata of pictures."""
-UNITS = {"B": 1} | {
-    f"{prefix}{unit}": factor**power
-    for power, prefix in enumerate("KMGT", 1)
-    for unit, factor in (("B", 1000), ("IB", 1024))
-}
-"""Of memory, in bytes."""
 SHEET_CAPTIONS = 100
 """Captions on the contact sheet, which would otherwise grow without limit."""
 AS_THE_BUNDLE = "(default: as the bundle says)"
@@ -107,40 +103,24 @@ class CompletionOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ComputeOptions:
-    """Speed and memory."""
-
-    device: Device = "auto"
-    precision: Precision = "fp32"
-    """bf16 is faster; in fp32 candidates do not depend on the batch size."""
-    compile: Flag = False
-    """Compile sampling and decoding on a CPU: takes a minute at first, worth it for many candidates of large models."""
-    memory: Annotated[
-        str | None, tyro.conf.arg(metavar="SIZE", help_behavior_hint="(default: 2GiB; on a GPU half of what is free)")
-    ] = None
-    """Memory that a batch may take, like 4GB or 512MiB."""
-    batch_size: Annotated[
-        int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: as many as fit the memory)")
-    ] = None
-    """Candidates sampled at the same time."""
-
-    def load(self, bundle: Path) -> Pipeline:
-        """Load a bundle."""
-        return Pipeline.load(
-            bundle,
-            resolve_device(self.device),
-            precision=self.precision,
-            memory=None if self.memory is None else n_bytes(self.memory),
-            compile=self.compile,
-        )
-
-
-@dataclass(frozen=True, kw_only=True)
 class GenerateComputeOptions(ComputeOptions):
     """Speed and memory."""
 
     early_abandon: Flag = False
     """Drop the half of each batch that fits worse at half of its rows: faster, but it changes the distribution."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Drawer:
+    """What draws captions."""
+
+    best: Callable[[Request, OnProgress], Ranked]
+    chosen: str
+    """Its settings, in words."""
+    settings: Mapping[str, Any]
+    """What else pictures depend on, for their metadata."""
+    hashes: Mapping[str, str]
+    """Of the models."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -164,6 +144,7 @@ class Generate:
     """Folder for a folder of PNGs per caption, sheet.png and results.jsonl."""
     sampling: tyro.conf.OmitArgPrefixes[SamplingOptions] = SamplingOptions()
     completion: tyro.conf.OmitArgPrefixes[CompletionOptions] = CompletionOptions()
+    unclip: tyro.conf.OmitArgPrefixes[CaptionOptions] = dataclasses.field(default_factory=CaptionOptions)
     compute: tyro.conf.OmitArgPrefixes[GenerateComputeOptions] = GenerateComputeOptions()
 
     def run(self) -> None:
@@ -172,6 +153,33 @@ class Generate:
             Request(caption=caption, n=self.n, keep=self.keep, early_abandon=self.compute.early_abandon)
             for caption in self._all_captions()
         ]
+        drawer = self._unclip() if kind_of(self.bundle, self.unclip.model) == "unclip" else self._dalle()
+        sections: list[Section] = []
+        started_at = time.monotonic()
+        with ResultWriter(self.out, age_s()) as writer:
+            logger.info("sampling at %s", drawer.chosen)
+            try:
+                with progress_bar("candidates") as progress:
+                    for i, request in enumerate(requests):
+                        result = drawer.best(request, part_of(progress, i * self.n, len(requests) * self.n))
+                        writer.add(result, drawer.settings, drawer.hashes)
+                        if i < SHEET_CAPTIONS:
+                            sections.append(section_of(result))
+            except BaseException:
+                with suppress(OSError):  # the disk may be what failed
+                    self._write_sheet(sections, drawer.chosen, len(requests))
+                raise
+            elapsed_s = time.monotonic() - started_at
+            self._write_sheet(sections, drawer.chosen, len(requests))
+        pictures, candidates = len(requests) * self.keep, len(requests) * self.n
+        print(
+            f"{counted(pictures, 'picture')} in {printable(str(self.out))}: see sheet.png and results.jsonl "
+            f"({counted(candidates, 'candidate')} in {duration(elapsed_s)})"
+        )
+
+    def _dalle(self) -> Drawer:
+        """Return the bundle's transformer, which samples image tokens."""
+        self.unclip.check_unused()
         self.sampling.of(SamplingDefaults()).sampling(self.seed)  # raises for wrong options before a model is loaded
         image = self.completion.open()
         pipe = self.compute.load(self.bundle)
@@ -186,38 +194,34 @@ class Generate:
         if batch_size is None:
             early_abandon = self.compute.early_abandon
             batch_size = pipe.default_batch_size(self.n, guided=sampling.is_guided, early_abandon=early_abandon)
-        settings = self._settings(sampling, keep_rows, batch_size)
-        sections: list[Section] = []
-        started_at = time.monotonic()
-        with ResultWriter(self.out, age_s()) as writer:
-            logger.info("sampling at %s", chosen)
-            try:
-                with progress_bar("candidates") as progress:
-                    for i, request in enumerate(requests):
-                        result = pipe.best(
-                            request,
-                            sampling,
-                            rank=chosen.rank,
-                            prefix=prefix,
-                            batch_size=batch_size,
-                            progress=part_of(progress, i * self.n, len(requests) * self.n),
-                        )
-                        writer.add(result, settings, pipe.hashes)
-                        if i < SHEET_CAPTIONS:
-                            sections.append(section_of(result))
-            except BaseException:
-                with suppress(OSError):  # the disk may be what failed
-                    self._write_sheet(sections, chosen, len(requests))
-                raise
-            elapsed_s = time.monotonic() - started_at
-            self._write_sheet(sections, chosen, len(requests))
-        pictures, candidates = len(requests) * self.keep, len(requests) * self.n
-        print(
-            f"{counted(pictures, 'picture')} in {printable(str(self.out))}: see sheet.png and results.jsonl "
-            f"({counted(candidates, 'candidate')} in {duration(elapsed_s)})"
-        )
 
-    def _write_sheet(self, sections: Sequence[Section], chosen: SamplingDefaults, n_captions: int) -> None:
+        def best(request: Request, progress: OnProgress) -> Ranked:
+            return pipe.best(
+                request, sampling, rank=chosen.rank, prefix=prefix, batch_size=batch_size, progress=progress
+            )
+
+        settings = self._settings(sampling, keep_rows, batch_size)
+        return Drawer(best=best, chosen=str(chosen), settings=settings, hashes=pipe.hashes)
+
+    def _unclip(self) -> Drawer:
+        """Return the bundle's DALL·E 2."""
+        compute = self.compute
+        given = vars(self.sampling) | vars(self.completion)
+        check_only_dalle(given | {"compile": compute.compile, "early_abandon": compute.early_abandon})
+        drawing = self.unclip.drawing(GUIDANCE if self.sampling.guidance is None else self.sampling.guidance)
+        unclip = self.unclip.load(self.bundle, compute)
+        batch_size = compute.batch_size
+        if batch_size is None:
+            batch_size = unclip.default_batch_size(self.n, drawing, of_captions=True)
+
+        def best(request: Request, progress: OnProgress) -> Ranked:
+            return unclip.best(request, drawing, seed=self.seed, batch_size=batch_size, progress=progress)
+
+        settings = {"seed": self.seed, **settings_of(unclip, drawing, GUIDANCE, compute, self.n, of_captions=True)}
+        chosen = f"{drawing}, {drawing.prior_steps} of the prior, ranked by CLIP"
+        return Drawer(best=best, chosen=chosen, settings=settings, hashes=unclip.hashes)
+
+    def _write_sheet(self, sections: Sequence[Section], chosen: str, n_captions: int) -> None:
         """Write the sheet of the captions that are done, if there are any."""
         if not sections:
             return
@@ -238,7 +242,7 @@ class Generate:
             logger.info("%s left out that are given already", counted(len(captions) - len(different), "caption"))
         return different
 
-    def _title(self, chosen: SamplingDefaults) -> str:
+    def _title(self, chosen: str) -> str:
         abandoned = ", half of them abandoned early" if self.compute.early_abandon else ""
         return f"best {self.keep} of {self.n}{abandoned}, seed {self.seed}, {chosen}"
 
@@ -255,19 +259,6 @@ class Generate:
             "batch_size": min(batch_size, self.n) if depends_on_batch else None,
         }
         return {name: value for name, value in settings.items() if value is not None}
-
-
-def n_bytes(size: str) -> int:
-    """Return how many bytes a size like "4GB", "1.5 GiB" or "512mib" is.
-
-    Raises:
-        ValueError: it is not a number above 0 with a unit.
-    """
-    match = re.fullmatch(r"(\d{1,15}(?:\.\d+)?)\s*([a-z]+)", size.strip(), re.IGNORECASE)
-    factor = UNITS.get(match[2].upper()) if match else None
-    if match is None or factor is None or float(match[1]) * factor < 1:
-        raise ValueError(f"the memory {size!r} is not a number with a unit: give something like 4GB, 1.5GiB or 512MB")
-    return int(float(match[1]) * factor)
 
 
 def read_captions(file: Path) -> list[str]:
@@ -297,8 +288,10 @@ def read_captions(file: Path) -> list[str]:
     return captions
 
 
-def section_of(result: Result) -> Section:
+def section_of(result: Ranked) -> Section:
     """Return the pictures of a caption for the contact sheet."""
-    numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
-    labels = [f"#{k}  {score:.3f}  {log_likelihood:.0f} nats" for k, score, log_likelihood in numbers]
+    labels = [f"#{k}  {score:.3f}" for k, score in zip(result.candidates, result.scores.tolist(), strict=True)]
+    if isinstance(result, Result):
+        nats = result.log_likelihoods.tolist()
+        labels = [f"{label}  {of_one:.0f} nats" for label, of_one in zip(labels, nats, strict=True)]
     return Section(result.caption, [to_image(image) for image in result.images], labels)

@@ -50,11 +50,17 @@ def read(arguments: "Sequence[str]") -> "Command":
     from dalle.cli.reconstructing.reconstruct import Reconstruct
     from dalle.cli.search import Search
     from dalle.cli.serve import Serve
+    from dalle.cli.unclip.blend import Blend
+    from dalle.cli.unclip.diff import Diff
+    from dalle.cli.unclip.vary import Vary
 
     kinds = FlagCreatePairsOff[
         Annotated[Generate, subcommand("generate")]
         | Annotated[Edit, subcommand("edit")]
         | Annotated[Variations, subcommand("variations")]
+        | Annotated[Vary, subcommand("vary")]
+        | Annotated[Blend, subcommand("blend")]
+        | Annotated[Diff, subcommand("diff")]
         | Annotated[RankCaptions, subcommand("caption")]
         | Annotated[CompleteCaption, subcommand("complete-caption")]
         | Annotated[Rank, subcommand("rank")]
@@ -71,8 +77,8 @@ def read(arguments: "Sequence[str]") -> "Command":
         | Annotated[ImportBundle, subcommand("import-bundle")]
     ]
     description = (
-        "Generates pictures from captions; edits and varies pictures; ranks and completes captions; ranks, searches, "
-        "reconstructs and evaluates pictures; serves an API. Add --debug to see the traceback of an error."
+        "Generates pictures from captions; edits, varies and blends pictures; ranks and completes captions; ranks, "
+        "searches, reconstructs and evaluates pictures; serves an API. Add --debug to see the traceback of an error."
     )
     command: Command = parse(kinds, arguments, prog="dalle", description=description)
     return command

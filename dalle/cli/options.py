@@ -19,6 +19,9 @@ PictureSources = Annotated[
     tyro.conf.arg(metavar="PICTURE...", help="Pictures, folders or shards (.tar).", help_behavior_hint="(one or more)"),
 ]
 Bundle = Annotated[Path, tyro.conf.arg(metavar="DIR", help="Directory with tokenizer.json, dvae/, dalle/ and clip/.")]
+UnCLIPBundle = Annotated[
+    Path, tyro.conf.arg(metavar="DIR", help="Directory with clip/, decoder/, and upsampler-48/ or others.")
+]
 OwnCLIP = Annotated[
     Path | None,
     tyro.conf.arg(metavar="DIR", help="Directory of a CLIP.", help_behavior_hint="(default: the bundle's)"),

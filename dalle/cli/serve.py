@@ -8,7 +8,7 @@ from typing import Annotated
 
 import tyro
 
-from dalle.cli.generate import n_bytes
+from dalle.cli.computing import n_bytes
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
 from dalle.data.bundle import PARTS, Precision, bundle_part, usable_device
 from dalle.pipeline import Pipeline

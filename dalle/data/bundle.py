@@ -54,8 +54,7 @@ def load_bundle(path: Path, device: str | torch.device, precision: Precision) ->
             unknown; or there is no such device.
     """
     device = usable_device(device)
-    if precision not in DTYPES:
-        raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
+    check_precision(precision)
     parts = {part: bundle_part(path, part) for part in PARTS}
     tokenizer = load_tokenizer(parts["tokenizer.json"])
     hashes = {part: directory_hash(parts[part]) for part in MODELS}
@@ -107,19 +106,31 @@ def usable_device(device: str | torch.device) -> torch.device:
     return torch.device(name)
 
 
+def check_precision(precision: str) -> None:
+    """Raise ValueError for an unknown precision."""
+    if precision not in DTYPES:
+        raise ValueError(f"unknown precision {precision!r}: give {' or '.join(DTYPES)}")
+
+
 def bundle_part(bundle: Path, part: str) -> Path:
     """Return the path of a part of a bundle.
 
     Raises:
         FileNotFoundError: it is not there; the message says what makes it.
     """
+    if not (bundle / part).exists():
+        raise missing_part(bundle, part)
+    return bundle / part
+
+
+def missing_part(bundle: Path, *parts: str) -> FileNotFoundError:
+    """Return the error that says what makes parts that a bundle lacks, or that there is no bundle."""
     if not bundle.is_dir():
-        raise FileNotFoundError(
+        return FileNotFoundError(
             f"no bundle at {bundle}: expected a directory with {', '.join(PARTS)}; `make demo` makes one in runs/demo"
         )
-    if not (bundle / part).exists():
-        raise FileNotFoundError(f"the bundle {bundle} has no {part}: make it with {PARTS[part]}")
-    return bundle / part
+    made = [f"no {part}: make it with {(HOW_TO_MAKE | PARTS)[part]}" for part in parts]
+    return FileNotFoundError(f"the bundle {bundle} has {'; and '.join(made)}")
 
 
 class Sized(Protocol):

@@ -15,9 +15,10 @@ from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any, Self
+from typing import Any, Protocol, Self
 
-from dalle.best_of_n import Result
+from torch import Tensor
+
 from dalle.output.sheets import save_png, slug
 from dalle.output.text import counted
 from dvae.images import to_image
@@ -36,6 +37,21 @@ CLOCK_STEP_S = 0.02
 HIDDEN = {"prefix": ".", "suffix": PARTIAL}
 LONGEST_WAIT_S = 600.0
 """For the lock, which others hold as long as it takes to write the pictures of one caption."""
+
+
+class Pictures(Protocol):
+    """Pictures of a caption."""
+
+    @property
+    def caption(self) -> str:
+        """May be empty."""
+
+    @property
+    def images(self) -> Tensor:
+        """float32 (K, 3, H, W) in [0, 1]."""
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each, for its metadata."""
 
 
 class ResultWriter:
@@ -78,7 +94,7 @@ class ResultWriter:
 
     def add(
         self,
-        result: Result,
+        result: Pictures,
         settings: Mapping[str, Any],
         hashes: Mapping[str, str],
         each: Sequence[Mapping[str, Any]] | None = None,
@@ -95,7 +111,7 @@ class ResultWriter:
         replaced = {line["file"] for line in older}
         with self._locked(), TemporaryDirectory(**HIDDEN, dir=folder, ignore_cleanup_errors=True) as name:
             making = Path(name)
-            first = _free_number(folder, len(result.candidates), replaced)
+            first = _free_number(folder, len(result.images), replaced)
             lines = _lines(result, folder.name, first, {**settings, "hashes": dict(hashes)}, each)
             _make(result, lines, making, folder)
             # a line never tells of another picture than its own, even if this ends between two of these
@@ -143,31 +159,26 @@ def _free_number(folder: Path, n: int, replaced: set[str]) -> int:
 
 
 def _lines(
-    result: Result,
+    result: Pictures,
     folder: str,
     first: int,
     settings: Mapping[str, Any],
     each: Sequence[Mapping[str, Any]] | None,
 ) -> list[dict[str, Any]]:
     """Return what results.jsonl says of each picture of a caption, best first."""
-    numbers = zip(result.candidates, result.scores.tolist(), result.log_likelihoods.tolist(), strict=True)
     return [
         {
             "caption": result.caption,
             "file": f"{folder}/{first + i:02}.png",
-            "rank": i + 1,
-            "ranked_by": result.rank,
-            "score": score,
-            "log_likelihood": log_likelihood,
-            "candidate": k,
+            **said,
             **({} if each is None else each[i]),
             **settings,
         }
-        for i, (k, score, log_likelihood) in enumerate(numbers)
+        for i, said in enumerate(result.described())
     ]
 
 
-def _make(result: Result, lines: Sequence[Mapping[str, Any]], making: Path, folder: Path) -> None:
+def _make(result: Pictures, lines: Sequence[Mapping[str, Any]], making: Path, folder: Path) -> None:
     """Write the pictures of a caption to a hidden folder; an error names the one that they are meant for."""
     try:
         for image, line in zip(result.images, lines, strict=True):

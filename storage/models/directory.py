@@ -367,6 +367,7 @@ HOW_TO_MAKE = {
     "prior": "`dalle-train prior`, or `dalle import-unclip` for published weights",
     "decoder": "`dalle-train decoder`, or `dalle import-unclip` for published weights",
     "upsampler": "`dalle-train upsampler`, or `dalle import-unclip` for published weights",
+    "components": "`UnCLIP.principal_components`, of pictures like those of its training",
     "clip": "`dalle-train clip`, or `dalle import-clip` for published weights",
 }
 """The commands that make a model, by its kind."""

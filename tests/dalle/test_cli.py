@@ -14,7 +14,8 @@ from PIL import Image
 from dalle.best_of_n import rank_order
 from dalle.cli import features
 from dalle.cli.command import resolve_device, run_command
-from dalle.cli.generate import n_bytes, read_captions
+from dalle.cli.computing import n_bytes
+from dalle.cli.generate import read_captions
 from dalle.cli.importing import import_dvae
 from dalle.cli.main import main
 from dalle.data import pictures, reader

@@ -13,7 +13,8 @@ from PIL import Image
 
 from dalle.best_of_n import check_keep
 from dalle.budget import OnProgress
-from dalle.cli.generate import ComputeOptions, SamplingOptions, section_of
+from dalle.cli.computing import ComputeOptions
+from dalle.cli.generate import SamplingOptions, section_of
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle
 from dalle.cli.start import age_s
 from dalle.editing.redraw import Redrawn

@@ -13,7 +13,8 @@ import tyro
 from torch import Tensor
 
 from dalle.cli.command import resolve_device
-from dalle.cli.generate import ComputeOptions, SamplingOptions
+from dalle.cli.computing import ComputeOptions
+from dalle.cli.generate import SamplingOptions
 from dalle.cli.options import Flag, check_writable
 from dalle.data.bundle import bundle_part
 from dalle.data.reader import ShardData

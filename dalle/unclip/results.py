@@ -1,0 +1,50 @@
+"""What DALL·E 2 returns beside ranked candidates.
+
+Letters: N pictures  K kept ones  H, W pixels
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from dalle.best_of_n import Ranked
+from dalle.editing.regions import Region
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Edited(Ranked):
+    """The best K edits of a picture."""
+
+    region: Region
+    """What was drawn anew of what, in the size of the pictures."""
+    seams: Tensor
+    """float32 (K,): see `Region.seams`."""
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each picture."""
+        return [{**said, "seam": seam} for said, seam in zip(super().described(), self.seams.tolist(), strict=True)]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class Series:
+    """N pictures that were drawn of others, in order; on the CPU."""
+
+    caption: str
+    """What they lead to; empty for no caption."""
+    images: Tensor
+    """float32 (N, 3, H, W) in [0, 1]."""
+    scores: Tensor
+    """float32 (N,): CLIP's cosine of each picture with the embedding that it was drawn of."""
+    each: tuple[Mapping[str, float], ...]
+    """What each was drawn by: its number as a candidate, its theta, or how many principal components."""
+
+    def __repr__(self) -> str:
+        n, _, height, width = self.images.shape
+        told = ", ".join(f"{name} {value:g}" for each in (self.each[0], self.each[-1]) for name, value in each.items())
+        return f"Series({n} of {width}×{height} pixels, {told})"
+
+    def described(self) -> list[dict[str, Any]]:
+        """Return what is to be said of each picture."""
+        return [{"score": score, **said} for score, said in zip(self.scores.tolist(), self.each, strict=True)]
