@@ -221,7 +221,7 @@ def test_errors_of_decoders_of_any_kind_are_in_words(monkeypatch: pytest.MonkeyP
     with pytest.raises(ValueError, match=r"^cat is damaged"):
         open_image(without_palette, "cat")
 
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise RuntimeError("Failed to decode frame 0")  # as libavif's
 
     monkeypatch.setattr(images, "as_srgb", fail)
