@@ -41,9 +41,12 @@ def small_picture(picture: Image.Image, size: int, degradation: str, rng: np.ran
     """
     if degradation == "bsr":
         picture = _bsr(picture, size, rng)
-    # each pixel is the mean of those that it stands for
-    small = picture.resize((size, size), Image.Resampling.BOX)
-    return KINDS[degradation](small, rng)
+    return KINDS[degradation](shrunk(picture, size), rng)
+
+
+def shrunk(picture: Image.Image, size: int) -> Image.Image:
+    """Return a square picture in `size` pixels a side, each the mean of the pixels that it stands for."""
+    return picture.resize((size, size), Image.Resampling.BOX)
 
 
 def crop_pair(

@@ -216,12 +216,7 @@ def evaluate_pictures(
     if real is not None:
         radii = [radius for radius in real.radii if real.at(radius) is not None]
         with watch.timing("features"), progress_bar("pictures") as progress:
-            for number, radius in enumerate(radii):
-
-                def told(done: int, n_before: int = number * len(files), total: int = len(radii) * len(files)) -> None:
-                    progress(n_before + done, total)
-
-                features[radius] = real.network(map(open_image, files), radius, told)
+            features = _features(real.network, files, radii, progress)
 
     def of(keep_R: Tensor, sets: Iterator[OnProgress], *, kept: bool) -> BestOfN:
         kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
@@ -256,6 +251,18 @@ def evaluate_pictures(
         without=without,
         seconds=watch.seconds,
     )
+
+
+def _features(
+    network: PictureNetwork, files: Sequence[Path], radii: Sequence[float], progress: OnProgress
+) -> dict[float, dict[str, Tensor]]:
+    """Return what the network makes of pictures at each radius."""
+    n = len(files)
+
+    def at(radius: float, told: OnProgress) -> dict[str, Tensor]:
+        return network(map(open_image, files), radius, lambda done: told(done, n))
+
+    return {radius: at(radius, part_of(progress, i * n, len(radii) * n)) for i, radius in enumerate(radii)}
 
 
 def _embedded(clip: CLIP, files: Sequence[Path]) -> Tensor:

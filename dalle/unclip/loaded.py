@@ -21,6 +21,7 @@ from rerank import CLIP
 from storage.errors import wrong_type
 from unclip import Decoder, Prior, Upsampler
 from unclip.conditions import Text
+from unclip.degradation import shrunk
 from unclip.latents import PrincipalComponents
 
 
@@ -153,8 +154,7 @@ class LoadedUnCLIP:
             raise wrong_type("picture", picture, "a picture, opened by dvae.images.open_image")
         side = self.decoder.config.image_size
         view = resize_and_crop(picture, max(side, self.clip.config.image_size))
-        small = view.resize((side, side), Image.Resampling.BOX)
-        pixels, shown = (to_tensor(each)[None].to(self.device) for each in (small, view))
+        pixels, shown = (to_tensor(each)[None].to(self.device) for each in (shrunk(view, side), view))
         return Seen(self.clip.encode_image(shown, normalise=self.decoder.config.normalised), pixels)
 
     def cosines(self, images: Tensor, embeddings: Tensor) -> Tensor:

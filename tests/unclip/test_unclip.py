@@ -139,7 +139,7 @@ def test_the_bytes_of_a_pass_are_about_what_it_takes(rise_of_memory: Callable[[C
     unet, x = UNet(config).eval().requires_grad_(False), torch.zeros(16, 3, 64, 64)
     unet(x[:1], torch.zeros(1))
     taken = rise_of_memory(lambda: unet(x, torch.zeros(16)))
-    assert 0.5 * taken < 16 * unet_bytes(unet, 64) < 3 * taken
+    assert 0.8 * taken < 16 * unet_bytes(unet, 64) < 3 * taken
 
 
 # pictures

@@ -28,6 +28,7 @@ from training.recipes import Recipe, stage_of
 from training.stages.inputs import Inputs, first_readable
 from training.stages.program import Program
 from unclip.conditions import Text
+from unclip.degradation import shrunk
 from unclip.prior import embedding_scale
 
 Model = TypeVar("Model", bound=StoredModel[Any])
@@ -120,8 +121,7 @@ class ConditionedStage(ABC, Generic[RecipeOf, Model]):
     def _tensors(self, image: Image.Image, caption: str) -> Tensors:
         tensors = {"seen": to_tensor(image), **self._frozen.ids(caption)}
         if self.image_size:
-            small = image.resize((self.image_size, self.image_size), Image.Resampling.BOX)
-            tensors["images"] = to_tensor(small)
+            tensors["images"] = to_tensor(shrunk(image, self.image_size))
         return tensors
 
     def first_samples(self, count: int) -> tuple[Tensors, list[str]]:
