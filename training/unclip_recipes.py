@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from training.config import OptimizerConfig, TrainConfig, check_bounds
 from training.schedules import WarmupCosine
 from unclip.decoder import DecoderConfig
-from unclip.decoding import NO_IMAGE, NO_TEXT
+from unclip.decoding import NO_IMAGE, NO_TEXT, NOTHING_KNOWN
 from unclip.embeddings import DROPPED
 from unclip.prior import PriorConfig
 from unclip.upsampler import UpsamplerConfig
@@ -23,11 +23,13 @@ class DecoderOptions:
     """Fraction of embeddings that are left out, for guidance."""
     no_text: float = NO_TEXT
     """Fraction of captions that are left out, each on its own."""
+    nothing_known: float = NOTHING_KNOWN
+    """Fraction of pictures of which a decoder that inpaints knows nothing, so that it also draws whole ones."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderRecipe(DecoderOptions):
-    """The decoder; what it takes of CLIP's sizes is set when it is trained."""
+    """The decoder; what it takes of CLIP's sizes, and of the dVAE's if it draws codes, is set when it is trained."""
 
     model: DecoderConfig = field(default_factory=DecoderConfig)
     """The decoder."""
@@ -39,7 +41,7 @@ class DecoderRecipe(DecoderOptions):
     """Of these."""
 
     def __post_init__(self) -> None:
-        _check_fractions(self, ("no_image", "no_text"))
+        _check_fractions(self, ("no_image", "no_text", "nothing_known"))
 
 
 @dataclass(frozen=True, kw_only=True)

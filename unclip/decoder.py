@@ -1,39 +1,47 @@
 """The decoder: an embedding of a picture, and a caption, to a small picture; and back to the noise it came from.
 
+It draws pixels, as in the paper, or codes, which a dVAE turns into pixels: far fewer, so far sooner learned.
+
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.1 and table 3; kakaobrain/karlo at 3c68a50 for what the paper leaves
 open; Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for inpainting. A U-Net is told z_i twice, in the timestep's
 embedding and as context tokens of its attention, beside the caption's states.
 
+Deviation: the paper draws pixels only, and enlarges them.
+
 Deviation: the paper's text path is a transformer of its own, 1.2 billion parameters; here, as in all public unCLIPs,
 the states of CLIP's text tower are read.
 
-Letters: B batch  C channels  H,W picture in pixels  E embedding  M embedding of the timestep  S context positions
-         D context width
+Letters: B batch  C channels  H,W picture in pixels, or grid of codes  E embedding  M embedding of the timestep
+         S context positions  D context width  V codes
 """
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple, get_args
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from storage.models.directory import ADDED_LATER
 from storage.models.stored import StoredModel
+from unclip.codes import Codec, nearest_tokens
 from unclip.conditions import NullText, Text
 from unclip.diffusion import Diffusion, Prediction, Schedule
+from unclip.sampling import signed, unsigned
 from unclip.unet import UNet, UNetConfig
 
 KIND = "decoder"
-KNOWN_CHANNELS = 4
-"""That inpainting reads beside the picture: the known pixels, and where they are."""
 _DEVIATION = 0.02
 
 
 @dataclass(frozen=True, kw_only=True)
 class DecoderConfig(UNetConfig):
-    """Sizes of a decoder; the defaults are the paper's, 2,253 million parameters with the conditions."""
+    """Sizes of a decoder; the defaults are the paper's, 2,253 million parameters with the conditions.
+
+    If it draws codes, `image_size` is the side of their grid, and `out_channels` the numbers of a code.
+    """
 
     context_width: int = 2048
     """Width of the vectors that attention sees beside the picture."""
@@ -57,20 +65,27 @@ class DecoderConfig(UNetConfig):
     """Whether it was trained on embeddings of unit length."""
     null_length: int = 1
     """Positions of what stands in for a caption that is left out."""
+    codes: int = field(default=0, metadata=ADDED_LATER)
+    """Size of the codebook, if it draws codes; 0 for pixels."""
+    code_side: int = field(default=1, metadata=ADDED_LATER)
+    """Side in pixels of what a code stands for."""
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("context_width", "embed_dim", "text_width", "text_len", "n_tokens", "null_length"):
+        for name in ("context_width", "embed_dim", "text_width", "text_len", "n_tokens", "null_length", "code_side"):
             value = getattr(self, name)
             if type(value) is not int or not value >= 1:
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
         if self.null_length > self.text_len:
             raise ValueError(f"null_length ({self.null_length}) must be at most text_len ({self.text_len})")
-        if self.in_channels not in (3, 3 + KNOWN_CHANNELS) or self.out_channels not in (3, 6):
+        if type(self.codes) is not int or self.codes < 0 or (not self.codes and self.code_side != 1):
+            raise ValueError(f"codes ({self.codes!r}) must be a whole number of at least 0, with 0 code_side must be 1")
+        if self.in_channels not in (self.channels, 2 * self.channels + 1):
             raise ValueError(
-                f"in_channels ({self.in_channels}) must be 3, or 7 for inpainting, and out_channels "
-                f"({self.out_channels}) 3, or 6 with a learned variance"
+                f"in_channels ({self.in_channels}) must be {self.channels}, or {2 * self.channels + 1} for inpainting"
             )
+        if not self.codes and self.out_channels not in (3, 6):
+            raise ValueError(f"out_channels ({self.out_channels}) must be 3, or 6 with a learned variance")
         if self.prediction not in get_args(Prediction):
             raise ValueError(f"prediction ({self.prediction!r}) must be one of {', '.join(get_args(Prediction))}")
         if not 0 < self.scale < math.inf:
@@ -79,8 +94,18 @@ class DecoderConfig(UNetConfig):
 
     @property
     def inpaints(self) -> bool:
-        """Whether it reads known pixels."""
-        return self.in_channels > 3
+        """Whether it reads what is known of a picture."""
+        return self.in_channels > self.channels
+
+    @property
+    def channels(self) -> int:
+        """C, of what noise is added to: those of pixels, or the numbers of a code."""
+        return self.out_channels if self.codes else 3
+
+    @property
+    def picture_size(self) -> int:
+        """Side in pixels of the pictures."""
+        return self.image_size * self.code_side
 
 
 class Conditions(NamedTuple):
@@ -95,10 +120,10 @@ class Conditions(NamedTuple):
 
 
 class Known(NamedTuple):
-    """Pixels that are known."""
+    """Pixels, or codes, that are known."""
 
-    pixels: Tensor
-    """float (B, 3, H, W) in [-1, 1]; what is not known in them is not looked at."""
+    x0: Tensor
+    """float (B, C, H, W), as `Decoder.encoded` returns it; what is not known in it is not looked at."""
     mask: Tensor
     """float (B, 1, H, W), 1 where they are known and 0 where not."""
 
@@ -110,11 +135,17 @@ class Decoder(StoredModel[DecoderConfig]):
         config: the sizes.
     """
 
+    vectors: Tensor
+
     kind = KIND
     config_type = DecoderConfig
 
     def __init__(self, config: DecoderConfig) -> None:
         super().__init__(config)
+        self._codec: tuple[Codec, ...] = ()  # in a tuple, so that it does not become a part of this module
+        if config.codes:
+            self.register_buffer("vectors", torch.zeros(config.codes, config.channels))
+            """(V, C): of each code, as noise is added to it."""
         width = config.context_width
         self.unet = UNet(config)
         self.image_time = nn.Linear(config.embed_dim, config.embedding_width)
@@ -129,6 +160,44 @@ class Decoder(StoredModel[DecoderConfig]):
     def process(self) -> Diffusion:
         """The steps that it is trained on."""
         return Diffusion(self.config.schedule, self.config.n_steps)
+
+    def use_codec(self, codec: Codec) -> None:
+        """Set what turns codes into pixels: the dVAE that this was trained with; it does not become a part of this."""
+        self._codec = (codec,)
+
+    def encoded(self, images: Tensor) -> Tensor:
+        """Return pictures as noise is added to them, float32 (B, C, H, W).
+
+        Args:
+            images: float (B, 3, `picture_size`, `picture_size`) in [0, 1].
+        """
+        if not self.config.codes:
+            return signed(images.float())
+        with torch.autocast(images.device.type, enabled=False):
+            tokens = self.codec.encode(images.float())
+        return self.vectors.float()[tokens].permute(0, 3, 1, 2).contiguous()
+
+    def pictures(self, x0: Tensor) -> Tensor:
+        """Return pictures, float32 (B, 3, `picture_size`, `picture_size`) in [0, 1], of what was drawn (B, C, H, W)."""
+        if not self.config.codes:
+            return unsigned(x0)
+        return self.codec.decode(nearest_tokens(self.vectors.float(), x0))
+
+    @property
+    def codec(self) -> Codec:
+        """What turns codes into pixels."""
+        assert self._codec, "a decoder that draws codes needs `use_codec`"
+        return self._codec[0]
+
+    def known(self, images: Tensor, is_known: Tensor) -> "Known":
+        """Return what is known of pictures; a code that stands for any pixel that is not known is not known.
+
+        Args:
+            images: float (B, 3, `picture_size`, `picture_size`) in [0, 1].
+            is_known: bool (B, `picture_size`, `picture_size`), True where a pixel is known.
+        """
+        mask = -F.max_pool2d(-is_known[:, None].float(), self.config.code_side)
+        return Known(self.encoded(images), mask)
 
     def scaled(self, embeddings: Tensor, is_dropped: Tensor) -> Tensor:
         """Return embeddings (B, E) as they are read, with the learned null in the rows that are dropped."""
@@ -167,22 +236,22 @@ class Decoder(StoredModel[DecoderConfig]):
         )
 
     def predict(self, x: Tensor, timesteps: Tensor, conditions: Conditions, known: Known | None = None) -> Tensor:
-        """Return what `config.prediction` says, and perhaps a variance behind it, (B, 3 or 6, H, W).
+        """Return what `config.prediction` says, and perhaps a variance behind it, (B, C or 2C, H, W).
 
         Args:
-            x: float (B, 3, H, W), pictures with noise.
+            x: float (B, C, H, W), pictures or codes with noise.
             timesteps: (B,).
             conditions: of B rows.
-            known: known pixels; of a decoder that inpaints, None if there are none.
+            known: what is known of the pictures, for a decoder that inpaints; None for nothing.
 
         Raises:
-            ValueError: pixels are known, and the decoder does not inpaint.
+            ValueError: something is known, and the decoder does not inpaint.
         """
         if known is not None and not self.config.inpaints:
-            raise ValueError("this decoder does not inpaint: it has no channels for known pixels")
+            raise ValueError("this decoder does not inpaint: it has no channels for what is known of a picture")
         if self.config.inpaints:
-            shape = (len(x), KNOWN_CHANNELS, *x.shape[2:])
-            told = x.new_zeros(shape) if known is None else torch.cat([known.pixels * known.mask, known.mask], dim=1)
+            shape = (len(x), self.config.channels + 1, *x.shape[2:])
+            told = x.new_zeros(shape) if known is None else torch.cat([known.x0 * known.mask, known.mask], dim=1)
             x = torch.cat([x, told], dim=1)
         output: Tensor = self.unet(x, timesteps, conditions.embedding, conditions.context, conditions.mask)
         return output
@@ -201,11 +270,13 @@ class Decoder(StoredModel[DecoderConfig]):
         return self.predict(x, timesteps, self.conditions(embeddings, text, no_image, no_text), known)
 
     def inpainting(self) -> "Decoder":
-        """Return a copy that reads known pixels too, and does not heed them before it is trained to (GLIDE, 4.3)."""
+        """Return a copy that reads what is known too, and does not heed it before it is trained to (GLIDE, 4.3)."""
         if self.config.inpaints:
             raise ValueError("this decoder inpaints already")
-        decoder = type(self)(dataclasses.replace(self.config, in_channels=3 + KNOWN_CHANNELS))
+        more = self.config.channels + 1
+        decoder = type(self)(dataclasses.replace(self.config, in_channels=self.config.channels + more))
+        decoder._codec = self._codec
         state = {name: weight.clone() for name, weight in self.state_dict().items()}
-        state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, KNOWN_CHANNELS))
+        state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, more))
         decoder.load_state_dict(state, strict=True)
         return decoder.train(self.training)

@@ -3,7 +3,7 @@
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.1 and 3; Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for
 inpainting.
 
-Letters: B batch  C channels  H,W picture in pixels  E embedding
+Letters: B batch  C channels  H,W picture in pixels, or grid of codes  E embedding
 """
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor
 from unclip.conditions import Text, drawn_mask
 from unclip.decoder import Conditions, Decoder, Known
 from unclip.loss import denoising_loss
-from unclip.sampling import Network, Noise, OnPass, Predictor, Sampler, guided, invert_ddim, sample, signed, unsigned
+from unclip.sampling import Network, Noise, OnPass, Predictor, Sampler, guided, invert_ddim, sample
 
 NO_IMAGE, NO_TEXT = 0.1, 0.5
 """Shares of embeddings and of captions that are left out in training, each on its own."""
@@ -30,6 +30,7 @@ def decoder_loss(
     *,
     no_image: float = NO_IMAGE,
     no_text: float = NO_TEXT,
+    nothing_known: float = NOTHING_KNOWN,
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the hybrid loss, a scalar, and metrics of each sample, (B,): those of `denoising_loss`, and `t` in [0, 1).
 
@@ -37,42 +38,46 @@ def decoder_loss(
 
     Args:
         decoder: the decoder; if it inpaints, part of most pictures is known to it.
-        images: (B, 3, H, W) float in [0, 1].
+        images: (B, 3, H, W) float in [0, 1], of the decoder's `picture_size`.
         embeddings: (B, E), of the same pictures, as CLIP gives them.
         text: of their captions.
         seed: of timesteps, noise, what is left out and what is known.
         no_image: share of embeddings that are left out.
         no_text: share of captions that are left out.
+        nothing_known: share of pictures of which a decoder that inpaints knows nothing.
     """
     process, device, count = decoder.process, images.device, len(images)
+    x0 = decoder.encoded(images)
     generator = torch.Generator().manual_seed(seed)
     steps = torch.randint(len(process), (count,), generator=generator)
-    noise = torch.randn(images.shape, generator=generator).to(device)
+    noise = torch.randn(x0.shape, generator=generator).to(device)
     without_image = drawn_mask(count, no_image, generator, device)
     without_text = drawn_mask(count, no_text, generator, device)
-    x0 = signed(images)
-    known = Known(x0, known_regions(images.shape, generator).to(device)) if decoder.config.inpaints else None
+    known = None
+    if decoder.config.inpaints:
+        known = Known(x0, known_regions(x0.shape, generator, nothing_known).to(device))
     x, timesteps = process.noised(x0, noise, steps), process.timesteps_of(steps, x0)
     output = decoder(x, timesteps, embeddings, text, without_image, without_text, known)
     losses, parts = denoising_loss(process, decoder.config.prediction, output, x0, noise, steps)
     return losses.mean(), {**parts, "t": steps / len(process)}
 
 
-def known_regions(shape: torch.Size, generator: torch.Generator) -> Tensor:
-    """Return masks that are 0 in a random rectangle of each picture, and everywhere in a `NOTHING_KNOWN` of them.
+def known_regions(shape: torch.Size, generator: torch.Generator, nothing_known: float = NOTHING_KNOWN) -> Tensor:
+    """Return masks that are 0 in a random rectangle of each picture, and everywhere in some of them.
 
     Args:
-        shape: (B, 3, H, W), of the pictures. A rectangle's sides are a quarter of the picture's to all of it.
+        shape: (B, C, H, W), of the pictures. A rectangle's sides are a quarter of the picture's to all of it.
         generator: on the CPU.
+        nothing_known: share of pictures whose mask is 0 everywhere.
 
     Returns:
-        float32 (B, 1, H, W), 1 where pixels are known.
+        float32 (B, 1, H, W), 1 where they are known.
     """
     count, _, height, width = shape
     masks = torch.ones(count, 1, height, width)
     for mask, numbers in zip(masks, torch.rand(count, 5, generator=generator).tolist(), strict=True):
         nothing, *places = numbers
-        if nothing < NOTHING_KNOWN:
+        if nothing < nothing_known:
             mask.zero_()
             continue
         rows, columns = _part(height, *places[:2]), _part(width, *places[2:])
@@ -111,12 +116,12 @@ def decode(
         embeddings: (B, E).
         text: of B captions.
         noise: B rows: x_T, and what each step adds.
-        start: x_T (B, 3, H, W), such as of `invert`; None for noise.
+        start: x_T (B, C, H, W), such as of `invert`; None for noise.
         steps: of the schedule, evenly. The paper takes 250 with ddpm.
         sampler: ddpm, or ddim, which needs fewer steps.
         eta: of ddim, in [0, 1]: 0 adds no noise; the larger, the more a picture varies about its start.
         guidance: 1 is none.
-        known: pixels that are kept as they are.
+        known: what is kept as it is: see `Decoder.known`.
         on_pass: told of each step.
 
     Raises:
@@ -125,7 +130,7 @@ def decode(
     if len(noise) != len(embeddings):
         raise ValueError(f"{len(noise)} rows of noise for {len(embeddings)} embeddings; expected one for each")
     side, device = decoder.config.image_size, embeddings.device
-    shape = [3, side, side] if start is None else list(start.shape[1:])
+    shape = [decoder.config.channels, side, side] if start is None else list(start.shape[1:])
     first = noise.normal("decoder, start", shape, device) if start is None else start
     network = _network(decoder, embeddings, text, guidance, known)
     process = decoder.process.respaced(steps)
@@ -133,11 +138,11 @@ def decode(
         network=network,
         prediction=decoder.config.prediction,
         process=process,
-        clamp=1.0,
+        clamp=None if decoder.config.codes else 1.0,
         known=known,
         on_pass=on_pass,
     )
-    return unsigned(
+    return decoder.pictures(
         sample(
             predictor,
             first,
@@ -159,7 +164,7 @@ def invert(
     corrections: int = 1,
     on_pass: OnPass | None = None,
 ) -> Tensor:
-    """Return x_T from which `decode` gives the pictures back, float32 (B, 3, H, W).
+    """Return x_T from which `decode` gives the pictures back, float32 (B, C, H, W).
 
     That is with the same embeddings, captions and steps, by ddim with eta 0 and guidance 1.
 
@@ -178,7 +183,7 @@ def invert(
         process=decoder.process.respaced(steps),
         on_pass=on_pass,
     )
-    return invert_ddim(predictor, signed(images.float()), corrections)
+    return invert_ddim(predictor, decoder.encoded(images), corrections)
 
 
 def _network(decoder: Decoder, embeddings: Tensor, text: Text, guidance: float, known: Known | None) -> Network:
@@ -194,7 +199,7 @@ def _network(decoder: Decoder, embeddings: Tensor, text: Text, guidance: float, 
     def network(x: Tensor, timesteps: Tensor) -> Tensor:
         output = decoder.predict(torch.cat([x, x]), torch.cat([timesteps, timesteps]), both, known_twice)
         conditional, unconditional = output.chunk(2)
-        return guided(conditional, unconditional, guidance, 3)
+        return guided(conditional, unconditional, guidance, decoder.config.channels)
 
     return network
 

@@ -83,7 +83,7 @@ class Predictor:
     clamp: float | None = None
     """x̂_0 is kept within ± this: 1 for pictures, None for no bounds."""
     known: tuple[Tensor, Tensor] | None = None
-    """Pixels that are known, (B, C, …), and a mask (B, 1, …) that is 1 where they are: x̂_0 has them at every step."""
+    """What is known of x_0, (B, C, …), and a mask (B, 1, …) that is 1 where it is: x̂_0 has it at every step."""
     on_pass: OnPass | None = None
     """Told of each estimate."""
 
@@ -101,8 +101,8 @@ class Predictor:
         if self.clamp is not None:
             x0 = x0.clamp(-self.clamp, self.clamp)
         if self.known is not None:
-            pixels, mask = self.known
-            x0 = mask * pixels + (1 - mask) * x0
+            known, mask = self.known
+            x0 = mask * known + (1 - mask) * x0
         return Estimate(x0, log_variance)
 
 
@@ -178,15 +178,15 @@ def invert_ddim(predictor: Predictor, x0: Tensor, corrections: int = 1) -> Tenso
     back will ask it: with enough of them, the inversion is exact.
 
     Args:
-        predictor: as in sampling, but without clamping, known pixels or guidance, which have no inverse.
+        predictor: as in sampling, but without clamping, known parts or guidance, which have no inverse.
         x0: (B, C, …).
         corrections: passes of the network for each step beyond the first, 0 or more.
 
     Raises:
-        ValueError: the predictor clamps, or has known pixels.
+        ValueError: the predictor clamps, or knows parts.
     """
     if predictor.clamp is not None or predictor.known is not None:
-        raise ValueError("a predictor that clamps, or that is given known pixels, cannot be inverted")
+        raise ValueError("a predictor that clamps, or that is given known parts, cannot be inverted")
     x, process = x0, predictor.process
     for step in range(len(process)):
         # below the first step there is no noise to tell; the estimate of the first step stands in

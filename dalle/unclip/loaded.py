@@ -71,7 +71,7 @@ class LoadedUnCLIP:
         self.hashes = dict(hashes)
         self.memory = memory
         self.device = clip.device
-        self.image_size = (self.upsamplers or (self.decoder,))[-1].config.image_size
+        self.image_size = self.upsamplers[-1].config.image_size if self.upsamplers else decoder.config.picture_size
         """Side in pixels of the pictures that are made."""
         self._bundle: Path | None = None
 
@@ -152,7 +152,7 @@ class LoadedUnCLIP:
         """
         if not isinstance(picture, Image.Image):
             raise wrong_type("picture", picture, "a picture, opened by dvae.images.open_image")
-        side = self.decoder.config.image_size
+        side = self.decoder.config.picture_size
         view = resize_and_crop(picture, max(side, self.clip.config.image_size))
         pixels, shown = (to_tensor(each)[None].to(self.device) for each in (shrunk(view, side), view))
         return Seen(self.clip.encode_image(shown, normalise=self.decoder.config.normalised), pixels)

@@ -1,7 +1,7 @@
 """DALL·E 2's parts of a bundle, checked to belong together: clip/, prior/, decoder/, upsampler-48/ and so on.
 
-Prior and decoder remember the CLIP that they were trained with; another, whose embeddings mean something else, is
-refused. Each upsampler reads pictures of the size that is made before it.
+Prior and decoder remember the CLIP that they were trained with, and a decoder that draws codes its dVAE: another one,
+whose embeddings or codes mean something else, is refused. Each upsampler reads pictures of the size that is made before it.
 """
 
 import logging
@@ -14,6 +14,7 @@ from torch import nn
 from dalle.data.bundle import DTYPES, Precision, check_precision, missing_part, usable_device
 from dalle.unclip.components import KIND as COMPONENTS
 from dalle.unclip.components import Components
+from dvae.codec import load_codec
 from rerank import CLIP, CLIPConfig
 from storage.models.directory import HOW_TO_MAKE, directory_hash, read_config
 from unclip import Decoder, Prior, Upsampler
@@ -29,6 +30,8 @@ Kind = Literal["dalle", "unclip"]
 """Which of the two models of a bundle draws: DALL·E's transformer, or DALL·E 2's prior and decoder."""
 NEEDED = ("clip", "prior", "decoder")
 """Beside upsamplers. Without the prior, pictures can be varied but not drawn of captions."""
+DVAE = "dvae"
+"""Needed by a decoder that draws codes."""
 
 
 class Parts(NamedTuple):
@@ -74,12 +77,17 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
     if set(missing) - {"prior"}:
         raise missing_part(bundle, *missing)
     clip, decoder = CLIP.load(bundle / "clip"), Decoder.load(bundle / "decoder")
+    codec = [DVAE] if decoder.config.codes else []
+    if codec and not (bundle / DVAE).exists():
+        raise missing_part(bundle, DVAE)
     prior = None if "prior" in missing else Prior.load(bundle / "prior")
-    chain = upsampler_chain(bundle, decoder.config.image_size, size)
+    chain = upsampler_chain(bundle, decoder.config.picture_size, size)
     optional = [COMPONENTS] if (bundle / COMPONENTS).exists() else []
-    parts = [*(bundle / part for part in (*NEEDED, *optional) if part not in missing), *chain]
+    parts = [*(bundle / part for part in (*NEEDED, *codec, *optional) if part not in missing), *chain]
     hashes = {path.name: directory_hash(path) for path in parts}
     _check_clip(bundle, decoder, clip.config, hashes["clip"])
+    if codec:
+        _use_codec(bundle, decoder, hashes[DVAE], device)
     if prior is not None:
         _check_clip(bundle, prior, clip.config, hashes["clip"])
     if prior is not None and prior.config.normalised != decoder.config.normalised:
@@ -162,6 +170,18 @@ def _check_clip(bundle: Path, model: Prior | Decoder, clip: CLIPConfig, clip_has
             f"the {model.kind} reads embeddings of {read[0]}, a text width of {read[1]} and {read[2]} positions, the "
             f"CLIP of {bundle} has {given[0]}, {given[1]} and {given[2]}: put the CLIP that it was trained with there"
         )
+
+
+def _use_codec(bundle: Path, decoder: Decoder, dvae_hash: str, device: torch.device) -> None:
+    """Give a decoder that draws codes the bundle's dVAE; raise ValueError if it was trained with another."""
+    trained_with = decoder.metadata.get("dvae_hash")
+    if trained_with != dvae_hash:
+        raise ValueError(
+            f"the decoder was trained with the dVAE {trained_with or 'of an unknown hash'}, {bundle} holds {dvae_hash}: "
+            "its codes would mean something else; put that dVAE into the bundle, or train again with "
+            "`dalle-train decoder`"
+        )
+    decoder.use_codec(load_codec(bundle / DVAE, device))
 
 
 def _set_precision(network: nn.Module, dtype: torch.dtype) -> None:

@@ -24,7 +24,7 @@ from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole
 from unclip.decoder import Known
 from unclip.decoding import GUIDANCE
-from unclip.sampling import Noise, Sampler, signed
+from unclip.sampling import Noise, Sampler
 
 
 class UnCLIP(Manipulations):
@@ -140,16 +140,15 @@ class UnCLIP(Manipulations):
         """
         if not self.decoder.config.inpaints:
             raise ValueError(
-                "this decoder cannot edit: it has no channels for the pixels that are kept; make one that has with "
-                "`Decoder.inpainting()`, and train it"
+                "this decoder cannot edit: it has no channels for what is kept of a picture; train one that has, as the "
+                "recipe unclip-cpu does"
             )
         request = Request(caption=caption, n=n, keep=keep)
         region = Region.of(picture, mask, self.image_size)
-        small = Region.of(picture, mask, self.decoder.config.image_size)
+        small = Region.of(picture, mask, self.decoder.config.picture_size)
         if not bool(region.is_new.any()):
             raise ValueError("the mask keeps the whole picture: make white, or transparent, what is to be drawn anew")
-        pixels = signed(small.pixels).to(self.device)
-        known = Known(pixels[None], (~small.is_new)[None, None].float().to(self.device))
+        known = self.decoder.known(small.pixels[None].to(self.device), ~small.is_new[None].to(self.device))
         best = self._best(request, drawing, seed, batch_size, progress, known, small.paste)
         images = region.paste(best.images)
         return Edited(**{**vars(best), "images": images}, region=region, seams=region.seams(images))

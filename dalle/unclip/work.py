@@ -74,7 +74,7 @@ class Work:
         )
 
     def inverted(self, seen: Seen, text: Text) -> Tensor:
-        """Return the noise that a picture is drawn from, (1, 3, H, W)."""
+        """Return the noise that a picture is drawn from, (1, C, H, W)."""
         return invert(
             self.models.decoder,
             seen.pixels,

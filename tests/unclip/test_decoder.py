@@ -183,7 +183,7 @@ def test_inpainting_begins_as_the_decoder_it_was_made_of_and_keeps_known_pixels(
     torch.testing.assert_close(inpainting(x, timesteps, given, text, known=known), expected, atol=1e-6, rtol=1e-5)
     trained = with_random_weights(inpainting)
     assert not torch.allclose(trained(x, timesteps, given, text, known=known), trained(x, timesteps, given, text))
-    hidden = known._replace(pixels=torch.where(mask == 0, 9.0, known.pixels))
+    hidden = known._replace(x0=torch.where(mask == 0, 9.0, known.x0))
     assert torch.equal(
         trained(x, timesteps, given, text, known=hidden), trained(x, timesteps, given, text, known=known)
     )

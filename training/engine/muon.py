@@ -1,5 +1,7 @@
 """Muon for the matrices of the blocks, AdamW for everything else: one optimizer at every ZeRO stage.
 
+A convolution is a matrix too: a row for each channel that it makes.
+
 Muon (Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/) takes the momentum of a matrix's gradient and
 replaces it by the nearest orthogonal matrix, about, in five Newton-Schulz iterations. Its update is scaled to the RMS
 of AdamW's (Liu et al. 2025, https://arxiv.org/abs/2502.16982, section 2.2), so that both share one learning rate and
@@ -16,7 +18,7 @@ docs/design.md.
 """
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -34,11 +36,15 @@ DTYPES = {"cuda": torch.bfloat16, "cpu": torch.float32}
 """Type of a whole matrix, by the device it is orthogonalised on."""
 
 
-def block_matrices(model: nn.Module) -> list[Tensor]:
-    """Return the weights of the linear layers within the model's blocks, its module lists called `blocks`.
+LISTS_OF_BLOCKS = ("blocks", "down", "middle", "up")
+"""Names of the module lists in which Muon's matrices are."""
 
-    Of the transformer and of CLIP's towers: attention and MLP, without embeddings, heads and projections, which are not
-    for Muon.
+
+def block_matrices(model: nn.Module) -> list[Tensor]:
+    """Return the weights of the linear layers and convolutions within the model's blocks.
+
+    These are the module lists called `blocks` of a transformer and of CLIP's towers, and a U-Net's `down`, `middle` and
+    `up`: without embeddings, heads and projections, which are not for Muon.
 
     Raises:
         ValueError: the model has no blocks, as the dVAE.
@@ -46,14 +52,14 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     found = [
         layer.weight
         for name, module in model.named_modules()
-        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] == "blocks"
+        if isinstance(module, nn.ModuleList) and name.rpartition(".")[2] in LISTS_OF_BLOCKS
         for layer in module.modules()
-        if isinstance(layer, nn.Linear)
+        if isinstance(layer, nn.Linear | nn.Conv2d)
     ]
     if not found:
         raise ValueError(
-            f"optimizer muon is for the matrices of transformer blocks, and {type(model).__name__} has none: "
-            "--optimizer muon goes with the transformer and with CLIP, use adamw here"
+            f"optimizer muon is for the matrices of a transformer's or a U-Net's blocks, and {type(model).__name__} has "
+            "none: use --optimizer adamw here"
         )
     return found
 
@@ -93,7 +99,7 @@ class MuonAdamW(torch.optim.Optimizer):
 
     Args:
         adamw: the optimizer of the other parameters. This one takes over its groups and its state.
-        matrices: 2-D parameters.
+        matrices: parameters of 2 or more dimensions, of which the first are the rows.
         momentum: decay of the running mean of the gradients, Nesterov's.
         learning_rate: of all groups.
         weight_decay: decoupled; each step shrinks the matrices by learning rate × this.
@@ -162,8 +168,7 @@ class MuonAdamW(torch.optim.Optimizer):
         """Return the matrices in a tensor of the optimizer's: itself, unless ZeRO has shared them out."""
         if self._matrices:
             return self._matrices[weight]
-        rows, columns = weight.shape
-        return [Matrix(shape=(rows, columns), begin=0, size=weight.numel(), offset=0)]
+        return [Matrix(shape=_as_matrix(weight.shape), begin=0, size=weight.numel(), offset=0)]
 
     def _update(self, wave: list[tuple[Tensor, Matrix]], group: dict[str, Any]) -> None:
         """Update as many matrices as there are ranks, or fewer: each rank orthogonalises one of them."""
@@ -181,7 +186,10 @@ class MuonAdamW(torch.optim.Optimizer):
             self._subtract(matrix, weight, part, rate)
 
     def _subtract(self, matrix: Matrix, weight: Tensor, update: Tensor, rate: float) -> None:
-        piece = weight.view(-1)[matrix.offset : matrix.offset + matrix.size]
+        if matrix.size == weight.numel():  # of any memory layout
+            piece, update = weight, update.view(weight.shape)
+        else:
+            piece = weight.view(-1)[matrix.offset : matrix.offset + matrix.size]
         if self.found_inf is None:
             piece.add_(update, alpha=-rate)
         else:
@@ -213,6 +221,11 @@ class MuonAdamW(torch.optim.Optimizer):
     def _applied(self, weight: Tensor) -> float | Tensor:
         """Return 1, or 0 for a step that is skipped, which may be a 0-d tensor on the device."""
         return 1.0 if self.found_inf is None else 1.0 - self.found_inf.to(weight.device)
+
+
+def _as_matrix(shape: Sequence[int]) -> tuple[int, int]:
+    """Return rows and columns of a parameter as a matrix."""
+    return shape[0], math.prod(shape[1:])
 
 
 def _empty(matrix: Matrix, ranks: Ranks) -> Tensor:
@@ -273,7 +286,10 @@ def _in_parts_of_groups(zero: Any, ranks: Ranks) -> Iterator[tuple[Tensor, list[
             begin, end = (min(max(edge, position), position + weight.numel()) for edge in (first, last))
             matrices.append(
                 Matrix(
-                    shape=tuple(weight.shape), begin=begin - position, size=end - begin, offset=max(0, position - first)
+                    shape=_as_matrix(weight.shape),
+                    begin=begin - position,
+                    size=end - begin,
+                    offset=max(0, position - first),
                 )
             )
             position += weight.numel() + (gaps[i] if gaps else 0)
@@ -290,6 +306,6 @@ def _in_parts_of_parameters(zero: Any, ranks: Ranks) -> Iterator[tuple[Tensor, l
             length = weight.partition_numel()
             begin = min(ranks.rank * length, weight.ds_numel)
             size = min(length, weight.ds_numel - begin)
-            matrices.append(Matrix(shape=tuple(weight.ds_shape), begin=begin, size=size, offset=offset))
+            matrices.append(Matrix(shape=_as_matrix(weight.ds_shape), begin=begin, size=size, offset=offset))
             offset += length
         yield zero.fp32_partitioned_groups_flat[number], matrices

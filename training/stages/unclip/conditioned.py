@@ -151,7 +151,7 @@ class ConditionedStage(ABC, Generic[RecipeOf, Model]):
 
 def train_conditioned(
     kind: type[ConditionedStage[Any, Model]],
-    make: Callable[[Any, TrainConfig], Model],
+    make: Callable[[Any, TrainConfig, Program], Model],
     recipe: Recipe,
     inputs: Inputs,
     ranks: Ranks,
@@ -161,7 +161,8 @@ def train_conditioned(
 
     Args:
         kind: the stage.
-        make: returns a new model of a configuration, on the rank's device, for a run.
+        make: returns a new model of a configuration, on the rank's device, for a run; what it knows beside its
+            configuration is in its metadata.
         recipe: that has the stage.
         inputs: data and bundle.
         ranks: of the run.
@@ -183,10 +184,10 @@ def train_conditioned(
         scale=embedding_scale(clip.embed_dim),
     )
     torch.manual_seed(of.train.seed)
-    model = make(config, of.train)
-    metadata = {"recipe": recipe.name, "clip_hash": frozen.hash}
+    model = make(config, of.train, program)
+    metadata = {"recipe": recipe.name, "clip_hash": frozen.hash, **model.metadata}
     stage = kind(of, model, frozen, inputs.out / kind.name, program.validation or program.data, metadata)
-    program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": dataclasses.asdict(config)}, of))
+    program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": dataclasses.asdict(model.config)}, of))
     return stage.directory
 
 

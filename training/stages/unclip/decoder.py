@@ -1,5 +1,9 @@
-"""Training DALL·E 2's decoder on captioned pictures, with a frozen CLIP (Ramesh et al. 2022, 2.1)."""
+"""Training DALL·E 2's decoder on captioned pictures, with a frozen CLIP (Ramesh et al. 2022, 2.1).
 
+A decoder that draws codes is trained on those of the bundle's dVAE, which stays as it is too.
+"""
+
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -7,21 +11,30 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from dalle.data.reader import Sample
 from dalle.output.sheets import side_by_side
 from dalle.output.text import Say
-from dvae.images import to_image
+from dvae.codec import load_codec
+from dvae.images import open_image, resize_and_crop, to_image, to_tensor
+from storage.models.directory import directory_hash
 from training.config import TrainConfig
 from training.engine.objective import MicroBatch, Tensors
 from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.dvae import channels_last
-from training.stages.inputs import Inputs
+from training.stages.inputs import Inputs, first_readable
 from training.stages.locks import alone_in
+from training.stages.program import Program
 from training.stages.unclip.conditioned import PREVIEWS, ConditionedStage, train_conditioned, with_weights
 from training.unclip_recipes import DecoderRecipe
+from unclip.codes import whitened_codebook
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
 from unclip.sampling import Noise
+
+
+PICTURES_FOR_CODES = 512
+"""Of the training data, from which it is told how often each code is met."""
 
 
 class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
@@ -32,7 +45,7 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
     @property
     def image_size(self) -> int:  # type: ignore[override]  # where others have none
         """Side in pixels of the pictures."""
-        return int(self._config.image_size)
+        return int(self._config.picture_size)
 
     def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
         """Return the loss of `decoder_loss`, and metrics: its parts, those of each quarter of the noise, captions cut.
@@ -40,7 +53,9 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
         The parts are the squared error, and the variational bound in bits per dimension if a variance is learned.
         """
         tensors = batch.tensors
-        images = tensors["images"].contiguous(memory_format=torch.channels_last)
+        images = tensors["images"]
+        if not self._config.codes:
+            images = images.contiguous(memory_format=torch.channels_last)
         embeddings, text = self._frozen.told(tensors["seen"], tensors["text"])
         loss, parts = decoder_loss(
             self.model,
@@ -50,6 +65,7 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
             batch.noise_seed,
             no_image=self.recipe.no_image,
             no_text=self.recipe.no_text,
+            nothing_known=self.recipe.nothing_known,
         )
         metrics = {name: value.mean() for name, value in parts.items() if name != "t"}
         metrics["mse_by_quarter"] = loss_by_quarter(parts["mse"], parts["t"])
@@ -61,8 +77,8 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
         samples, captions = self.first_samples(PREVIEWS)
         if not captions:
             return None
-        decoder = with_weights(lambda: Decoder(self._config), weights).to(next(self.model.parameters()).device)
-        device = decoder.null_image.device
+        device = self.model.null_image.device
+        decoder = self._with(weights).to(device)
         embeddings, text = self._frozen.told(samples["seen"].to(device), samples["text"].to(device))
         drawn = decode(
             decoder,
@@ -77,16 +93,56 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
 
     def export(self, weights: Mapping[str, Tensor], step: int) -> None:
         """Write the decoder's directory."""
-        with_weights(lambda: Decoder(self._config), weights).save(self.directory, {**self.metadata, "step": step})
+        self._with(weights).save(self.directory, {**self.metadata, "step": step})
+
+    def _with(self, weights: Mapping[str, Tensor]) -> Decoder:
+        """Return a decoder with averaged weights, on the CPU, which draws what the model draws."""
+        decoder = with_weights(lambda: Decoder(self._config), weights)
+        if self._config.codes:
+            decoder.vectors.copy_(self.model.vectors)
+            decoder.use_codec(self.model.codec)
+        return decoder
 
 
 @alone_in("decoder")
 def train_decoder(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
-    """Train the decoder; returns its directory; raises as `train_conditioned`."""
+    """Train the decoder; returns its directory.
 
-    def made(config: DecoderConfig, train: TrainConfig) -> Decoder:
-        decoder = channels_last(Decoder(config).to(ranks.device))
+    Raises:
+        FileNotFoundError: the bundle has no dVAE, and the decoder draws codes.
+        ValueError: too few pictures to tell how often each code is met; or as `train_conditioned`.
+    """
+
+    def made(config: DecoderConfig, train: TrainConfig, program: Program) -> Decoder:
+        decoder = _of_codes(config, inputs.out / "dvae", program) if config.codes else Decoder(config)
+        decoder = channels_last(decoder.to(ranks.device))
         decoder.unet.activation_checkpointing = train.activation_checkpointing
         return decoder
 
     return train_conditioned(DecoderStage, made, recipe, inputs, ranks, say)
+
+
+def _of_codes(config: DecoderConfig, directory: Path, program: Program) -> Decoder:
+    """Return a new decoder that draws the codes of a dVAE, whose sizes replace those of the configuration."""
+    codec = load_codec(directory, program.ranks.device).requires_grad_(False)
+    side, channels = codec.config.image_size, codec.codebook.shape[1]
+    decoder = Decoder(
+        dataclasses.replace(
+            config,
+            codes=codec.config.vocab_size,
+            code_side=codec.config.downsampling,
+            image_size=codec.config.grid,
+            in_channels=2 * channels + 1 if config.inpaints else channels,
+            out_channels=channels,
+        )
+    )
+
+    def seen(sample: Sample) -> Tensor:
+        return to_tensor(resize_and_crop(open_image(sample.image_bytes, sample.source), side))
+
+    images = [image for _, image in first_readable(program.data, PICTURES_FOR_CODES, seen)]
+    tokens = [codec.encode(image[None].to(program.ranks.device)) for image in images]
+    decoder.vectors.copy_(whitened_codebook(codec.codebook, torch.cat(tokens)))
+    decoder.use_codec(codec)
+    decoder.metadata = {"dvae_hash": directory_hash(directory)}
+    return decoder

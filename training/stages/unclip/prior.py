@@ -12,6 +12,7 @@ from training.ranks.ranks import Ranks
 from training.recipes import Recipe
 from training.stages.inputs import Inputs
 from training.stages.locks import alone_in
+from training.stages.program import Program
 from training.stages.unclip.conditioned import ConditionedStage, train_conditioned, with_weights
 from training.unclip_recipes import PriorRecipe
 from unclip.decoding import loss_by_quarter
@@ -60,7 +61,7 @@ class PriorStage(ConditionedStage[PriorRecipe, Prior]):
 def train_prior(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     """Train the prior; returns its directory; raises as `train_conditioned`."""
 
-    def made(config: PriorConfig, train: TrainConfig) -> Prior:
+    def made(config: PriorConfig, train: TrainConfig, program: Program) -> Prior:
         prior = Prior(config).to(ranks.device)
         prior.activation_checkpointing = train.activation_checkpointing
         return prior
