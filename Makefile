@@ -11,10 +11,14 @@ CUDA_STAMP := $(CUDA_VENV)/.installed
 
 REFERENCES_STAMP := $(VENV)/.installed-references
 
-.PHONY: demo test test-all fuzz faults references js-client fake-cuda gpu bench bench-plan bench-scale bench-family lint clean
+.PHONY: demo demo-unclip test test-all fuzz faults references js-client fake-cuda gpu bench bench-plan bench-scale bench-family lint clean
 
 demo: $(STAMP)
 	$(BIN)/dalle-train demo --out runs/demo
+
+# Then DALL·E 2's prior and decoder on the same world, with tables and sheets in runs/demo/unclip; see docs/dalle2.md.
+demo-unclip: $(STAMP)
+	$(BIN)/dalle-train demo --unclip --out runs/demo
 
 # A process for each core: the tests' models are too small for threads. Those of one file share what they trained.
 test: $(STAMP)

@@ -220,6 +220,8 @@ def demo() -> Recipe:
             first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
+        decoder=cpu_decoder(2200),
+        prior=cpu_prior(1000),
     )
 
 
@@ -242,13 +244,13 @@ def mini_cpu() -> Recipe:
 
 
 def unclip_cpu() -> Recipe:
-    """Return the demonstration with DALL·E 2's stages beside it, which read its CLIP."""
+    """Return the demonstration with longer runs of DALL·E 2's stages, and an upsampler from 48 to 96 pixels."""
     return dataclasses.replace(
         demo(),
         name="unclip-cpu",
-        purpose="DALL·E 2 on the built-in world, on two CPU cores",
-        decoder=cpu_decoder(),
-        prior=cpu_prior(),
+        purpose="DALL·E 2 on the built-in world, in hours on two CPU cores",
+        decoder=cpu_decoder(15_000),
+        prior=cpu_prior(4000),
         upsampler=cpu_upsampler(),
     )
 

@@ -3,6 +3,8 @@
 The paper's values are those of Ramesh et al. 2022 (arXiv 2204.06125), table 3.
 """
 
+import dataclasses
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
@@ -25,6 +27,8 @@ class DecoderOptions:
     """Fraction of captions that are left out, each on its own."""
     nothing_known: float = NOTHING_KNOWN
     """Fraction of pictures of which a decoder that inpaints knows nothing, so that it also draws whole ones."""
+    noise_shift: float = 1.0
+    """Above 1, pictures are trained with more noise: see `decoder_loss`."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -42,6 +46,8 @@ class DecoderRecipe(DecoderOptions):
 
     def __post_init__(self) -> None:
         _check_fractions(self, ("no_image", "no_text", "nothing_known"))
+        if not 0 < self.noise_shift < math.inf:
+            raise ValueError(f"noise_shift ({self.noise_shift}) must be a number above 0")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,13 +101,13 @@ def _check_fractions(recipe: object, names: tuple[str, ...]) -> None:
 # ---- minutes on a CPU -------------------------------------------------------------------------------------
 
 
-def _cpu(steps: int, peak: float) -> TrainConfig:
+def _cpu(steps: int, batch: int, optimizer: OptimizerConfig, peak: float) -> TrainConfig:
     return TrainConfig(
         steps=steps,
-        global_batch=32,
-        optimizer=OptimizerConfig(betas=(0.9, 0.99), weight_decay=0.01, gradient_clipping=1.0),
-        learning_rate=WarmupCosine(peak=peak, warmup=min(100, max(1, steps // 4)), steps=steps, final=peak / 20),
-        ema_decay=0.998,
+        global_batch=batch,
+        optimizer=optimizer,
+        learning_rate=WarmupCosine(peak=peak, warmup=min(100, max(1, steps // 4)), steps=steps, final=peak / 50),
+        ema_decay=0.99,
         ema_every=1,
         precision="autocast",
         log_every=50,
@@ -110,44 +116,54 @@ def _cpu(steps: int, peak: float) -> TrainConfig:
     )
 
 
-def cpu_decoder() -> DecoderRecipe:
-    """Return a decoder of 2.5 million parameters for pictures of 24 pixels.
+_MUON = OptimizerConfig(kind="muon", betas=(0.9, 0.99), weight_decay=0.01, gradient_clipping=1.0)
+_ADAMW = dataclasses.replace(_MUON, kind="adamw")
 
-    Deviation: it predicts v, which shows pictures after a few hundred updates; noise, as in the paper, takes many more.
+
+def cpu_decoder(steps: int) -> DecoderRecipe:
+    """Return a decoder of 3.7 million parameters for the demonstration's codes, which inpaints.
+
+    Deviation: it draws the dVAE's codes and predicts v. In pixels, and by AdamW, edges take hours (docs/dalle2.md).
     """
     model = DecoderConfig(
-        image_size=24,
-        out_channels=3,
-        width=32,
-        multiples=(1, 2, 3),
+        image_size=12,
+        codes=1024,
+        code_side=4,
+        in_channels=25,
+        out_channels=12,
+        width=64,
+        multiples=(1, 2),
         n_blocks=1,
-        attention=(1, 2),
+        attention=(0, 1),
         head_width=32,
         context_width=128,
         dropout=0.0,
         prediction="v",
     )
-    return DecoderRecipe(model=model, train=_cpu(2000, 1e-3))
+    train = _cpu(steps, 16, _MUON, 3e-3)
+    return DecoderRecipe(
+        model=model, train=train, no_text=0.2, nothing_known=0.75, noise_shift=2.0, sample_steps=25, guidance=2.0
+    )
 
 
-def cpu_prior() -> PriorRecipe:
+def cpu_prior(steps: int) -> PriorRecipe:
     """Return a prior of 2 million parameters."""
-    return PriorRecipe(model=PriorConfig(width=192, n_layers=4, n_heads=6), train=_cpu(2000, 1e-3))
+    return PriorRecipe(model=PriorConfig(width=192, n_layers=4, n_heads=6), train=_cpu(steps, 32, _MUON, 3e-3))
 
 
 def cpu_upsampler() -> UpsamplerRecipe:
-    """Return an upsampler from 24 to 48 pixels."""
+    """Return an upsampler from 48 to 96 pixels."""
     model = UpsamplerConfig(
-        image_size=48,
-        input_size=24,
-        crop=24,
+        image_size=96,
+        input_size=48,
+        crop=48,
         width=32,
         multiples=(1, 2, 3),
         n_blocks=1,
         dropout=0.0,
         prediction="v",
     )
-    return UpsamplerRecipe(model=model, train=_cpu(2000, 1e-3))
+    return UpsamplerRecipe(model=model, train=_cpu(2000, 32, _ADAMW, 1e-3))
 
 
 # ---- the paper's ------------------------------------------------------------------------------------------

@@ -48,7 +48,8 @@ def whitened_codebook(codebook: Tensor, tokens: Tensor) -> Tensor:
     variances, axes = torch.linalg.eigh((vectors * weights).T @ vectors)
     # the sign of an axis is any: that of its largest coordinate is made positive
     axes = axes * axes.gather(0, axes.abs().argmax(dim=0)[None]).sign()
-    return (vectors @ axes / variances.clamp(min=variances[-1] * 1e-6).sqrt()).float()
+    whitened: Tensor = vectors @ axes / variances.clamp(min=variances[-1] * 1e-6).sqrt()
+    return whitened.float()
 
 
 def nearest_tokens(vectors: Tensor, x: Tensor) -> Tensor:
@@ -60,4 +61,5 @@ def nearest_tokens(vectors: Tensor, x: Tensor) -> Tensor:
     """
     batch, _, rows, columns = x.shape
     places = x.float().flatten(2).transpose(1, 2).flatten(0, 1)
-    return torch.cdist(places, vectors).argmin(dim=1).view(batch, rows, columns)
+    tokens: Tensor = torch.cdist(places, vectors).argmin(dim=1)
+    return tokens.view(batch, rows, columns)

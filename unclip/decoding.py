@@ -31,8 +31,11 @@ def decoder_loss(
     no_image: float = NO_IMAGE,
     no_text: float = NO_TEXT,
     nothing_known: float = NOTHING_KNOWN,
+    noise_shift: float = 1.0,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Return the hybrid loss, a scalar, and metrics of each sample, (B,): those of `denoising_loss`, and `t` in [0, 1).
+    """Return the hybrid loss, a scalar, and metrics of each sample, (B,).
+
+    These are those of `denoising_loss`, and `t` in [0, 1), how much noise it has among all that is drawn.
 
     All that is drawn is a function of the seed.
 
@@ -45,11 +48,15 @@ def decoder_loss(
         no_image: share of embeddings that are left out.
         no_text: share of captions that are left out.
         nothing_known: share of pictures of which a decoder that inpaints knows nothing.
+        noise_shift: s, above 1 for more noise: a share t of the steps is drawn as s·t / (1 + (s-1)·t) (Esser et al.
+            2024, arXiv 2403.03206, 5.3.2). Codes of neighbours tell of each other, and hide in more noise than pixels.
     """
     process, device, count = decoder.process, images.device, len(images)
     x0 = decoder.encoded(images)
     generator = torch.Generator().manual_seed(seed)
-    steps = torch.randint(len(process), (count,), generator=generator)
+    drawn = torch.randint(len(process), (count,), generator=generator)
+    t = (drawn + 0.5) / len(process)
+    steps = (len(process) * noise_shift * t / (1 + (noise_shift - 1) * t)).long()
     noise = torch.randn(x0.shape, generator=generator).to(device)
     without_image = drawn_mask(count, no_image, generator, device)
     without_text = drawn_mask(count, no_text, generator, device)
@@ -59,7 +66,7 @@ def decoder_loss(
     x, timesteps = process.noised(x0, noise, steps), process.timesteps_of(steps, x0)
     output = decoder(x, timesteps, embeddings, text, without_image, without_text, known)
     losses, parts = denoising_loss(process, decoder.config.prediction, output, x0, noise, steps)
-    return losses.mean(), {**parts, "t": steps / len(process)}
+    return losses.mean(), {**parts, "t": drawn / len(process)}
 
 
 def known_regions(shape: torch.Size, generator: torch.Generator, nothing_known: float = NOTHING_KNOWN) -> Tensor:

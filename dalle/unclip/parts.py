@@ -1,7 +1,8 @@
 """DALL·E 2's parts of a bundle, checked to belong together: clip/, prior/, decoder/, upsampler-48/ and so on.
 
-Prior and decoder remember the CLIP that they were trained with, and a decoder that draws codes its dVAE: another one,
-whose embeddings or codes mean something else, is refused. Each upsampler reads pictures of the size that is made before it.
+Prior and decoder remember the CLIP that they were trained with, and a decoder that draws codes its dVAE. Another one,
+whose embeddings or codes mean something else, is refused. Each upsampler reads pictures of the size that is made before
+it.
 """
 
 import logging
@@ -177,8 +178,8 @@ def _use_codec(bundle: Path, decoder: Decoder, dvae_hash: str, device: torch.dev
     trained_with = decoder.metadata.get("dvae_hash")
     if trained_with != dvae_hash:
         raise ValueError(
-            f"the decoder was trained with the dVAE {trained_with or 'of an unknown hash'}, {bundle} holds {dvae_hash}: "
-            "its codes would mean something else; put that dVAE into the bundle, or train again with "
+            f"the decoder was trained with the dVAE {trained_with or 'of an unknown hash'}, {bundle} holds "
+            f"{dvae_hash}: its codes would mean something else; put that dVAE into the bundle, or train again with "
             "`dalle-train decoder`"
         )
     decoder.use_codec(load_codec(bundle / DVAE, device))

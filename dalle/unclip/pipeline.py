@@ -140,8 +140,8 @@ class UnCLIP(Manipulations):
         """
         if not self.decoder.config.inpaints:
             raise ValueError(
-                "this decoder cannot edit: it has no channels for what is kept of a picture; train one that has, as the "
-                "recipe unclip-cpu does"
+                "this decoder cannot edit: it has no channels for what is kept of a picture; train one that has, "
+                "as the recipe unclip-cpu does"
             )
         request = Request(caption=caption, n=n, keep=keep)
         region = Region.of(picture, mask, self.image_size)

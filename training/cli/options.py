@@ -133,6 +133,8 @@ class DemoOptions:
     """Directory of the bundle, the sheet and the table."""
     fresh: bool = False
     """Train anew instead of reusing what is there."""
+    unclip: bool = False
+    """Then train DALL·E 2's prior and decoder beside it, and show all they do."""
 
 
 # ------------------------------------------------------------------------------------------------ defaults

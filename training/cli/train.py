@@ -53,6 +53,7 @@ from training.config import (
     WatchingOptions,
 )
 from training.demo.demo import run_demo
+from training.demo.unclip import run_unclip_demo
 from training.plan.machine import MachinePlan, plan_here
 from training.ranks.job import JobOptions, joined, to_stderr_if_open
 from training.ranks.stop import Interrupted
@@ -346,6 +347,8 @@ class DemoCommand(StagesCommand):
                 plan=plan,
                 options=self.stage_arguments(),
             )
+            if self.bundle.unclip:
+                run_unclip_demo(chosen, self.bundle.out, ranks, say, fresh=self.bundle.fresh)
 
 
 # ------------------------------------------------------------------------------------------------ image tokens

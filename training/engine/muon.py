@@ -58,8 +58,8 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     ]
     if not found:
         raise ValueError(
-            f"optimizer muon is for the matrices of a transformer's or a U-Net's blocks, and {type(model).__name__} has "
-            "none: use --optimizer adamw here"
+            f"optimizer muon is for the matrices of a transformer's or a U-Net's blocks, and {type(model).__name__} "
+            "has none: use --optimizer adamw here"
         )
     return found
 

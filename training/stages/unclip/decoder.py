@@ -32,7 +32,6 @@ from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
 from unclip.sampling import Noise
 
-
 PICTURES_FOR_CODES = 512
 """Of the training data, from which it is told how often each code is met."""
 
@@ -66,6 +65,7 @@ class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
             no_image=self.recipe.no_image,
             no_text=self.recipe.no_text,
             nothing_known=self.recipe.nothing_known,
+            noise_shift=self.recipe.noise_shift,
         )
         metrics = {name: value.mean() for name, value in parts.items() if name != "t"}
         metrics["mse_by_quarter"] = loss_by_quarter(parts["mse"], parts["t"])

@@ -1,0 +1,368 @@
+"""DALL·E 2 beside the demonstration's DALL·E: prior and decoder trained on the same world, and all they do measured.
+
+It reads the CLIP and the dVAE of a finished demonstration. The checker says what is right: of captions by three
+embeddings (a picture's own, the caption's, the prior's), of variations, text differences, interpolations and edits.
+
+Letters: N candidates  H, W pixels
+"""
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle.output.sheets import Section, contact_sheet, save_png
+from dalle.output.text import Say, aligned
+from dalle.unclip.pipeline import UnCLIP
+from dalle.unclip.settings import Drawing
+from dvae.images import to_image
+from dvae.metrics import psnr
+from rerank import score
+from storage.atomic import replace_text
+from training.demo.samples import RIGHT, SPLITS, WRONG
+from training.drawings.shape_checker import FoundThing, Reading, check, read_scene
+from training.drawings.shapes import (
+    BACKGROUNDS,
+    COLOURS,
+    OUTLINES,
+    Scene,
+    Split,
+    Thing,
+    caption,
+    draw,
+    held_out_reason,
+    random_scene,
+)
+from training.ranks.ranks import Ranks
+from training.recipes import Recipe
+from training.stages.inputs import Inputs
+from training.stages.locks import bundle_lock
+from training.stages.unclip.decoder import train_decoder
+from training.stages.unclip.prior import train_prior
+from unclip.decoding import decode, invert
+from unclip.embeddings import sample_embeddings
+from unclip.sampling import Noise
+
+Source = Literal["z_i", "z_t", "prior"]
+SOURCES: dict[Source, str] = {
+    "z_i": "a picture's embedding",
+    "z_t": "the caption's embedding",
+    "prior": "the prior's embedding",
+}
+"""Of the embedding that the decoder is given beside the caption."""
+Attribute = Literal["colour", "shape", "background"]
+
+CAPTIONS, CANDIDATES = 24, 16
+"""Of each kind, and of each caption."""
+PICTURES = 16
+"""That are varied, changed, blended and edited."""
+DRAWING = Drawing(steps=25, guidance=2.0)
+FROM_NOISE = Drawing(steps=50)
+"""From a picture's own noise, without guidance."""
+ETA = 0.7
+THETAS, LAST_THETA = 7, 0.6
+"""Pictures of a text difference, and how far the last one goes."""
+BETWEEN = 9
+"""Pictures of an interpolation."""
+SHOWN = 4
+"""Rows of a sheet."""
+
+
+def run_unclip_demo(recipe: Recipe, out: Path, ranks: Ranks, say: Say, *, fresh: bool = False) -> None:
+    """Train prior and decoder on the world of a finished demonstration, measure them, and write tables and sheets.
+
+    Args:
+        recipe: that has both.
+        out: the bundle of the demonstration.
+        ranks: one, this process.
+        say: told how far it is.
+        fresh: train anew instead of reusing what is there.
+
+    Raises:
+        FileNotFoundError: the demonstration is not finished.
+        ValueError: another job trains in `out`.
+    """
+    world = out / "world"
+    inputs = Inputs(data=[world / "train"], validation=[world / "validation"], out=out, fresh=fresh)
+    with bundle_lock(out):
+        say("\ntraining the prior: captions to CLIP's embeddings of pictures")
+        train_prior(recipe, inputs, ranks, say)
+        say("\ntraining the decoder: embeddings and captions to pictures")
+        train_decoder(recipe, inputs, ranks, say)
+        say("\ndrawing and checking")
+        measure(out, out / "unclip", say)
+
+
+def measure(bundle: Path, folder: Path, say: Say) -> None:
+    """Measure all that DALL·E 2 does on the world; write table.txt, table.json and a sheet of each to a folder.
+
+    Raises:
+        FileNotFoundError, ValueError: as `UnCLIP.load`.
+    """
+    unclip = UnCLIP.load(bundle)
+    scenes = list(some_scenes(PICTURES, "trained", seed=21))
+    pictures = [draw(scene, np.random.default_rng(k), size=unclip.image_size) for k, scene in enumerate(scenes)]
+    parts: list[tuple[str, Callable[[], Measured]]] = [
+        ("captions", lambda: of_captions(unclip, say)),
+        ("inversion", lambda: of_inversion(unclip, pictures)),
+        ("variations", lambda: of_variations(unclip, pictures, scenes)),
+        ("text differences", lambda: of_differences(unclip, pictures, scenes)),
+        ("interpolation", lambda: of_interpolations(unclip, pictures)),
+        ("edits", lambda: of_edits(unclip, pictures, scenes)),
+    ]
+    folder.mkdir(exist_ok=True)
+    told, numbers = [], {}
+    for name, make in parts:
+        found = make()
+        told.append(f"{name}\n{aligned(found.rows, '<>')}")
+        numbers[name] = found.numbers
+        if found.sections:
+            sheet = contact_sheet(found.sections, title=f"DALL·E 2: {name}", columns=found.columns)
+            save_png(sheet, folder / f"{name.replace(' ', '-')}.png")
+        say(f"\n{told[-1]}")
+    replace_text(folder / "table.txt", "\n\n".join(told) + "\n")
+    replace_text(folder / "table.json", json.dumps(numbers, indent=2))
+    say(f"\nDALL·E 2's tables and sheets are in {folder}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measured:
+    """What was measured of one thing that DALL·E 2 does."""
+
+    rows: list[list[str]]
+    """Of a table, the head first."""
+    numbers: Mapping[str, object]
+    """The same for a JSON file."""
+    sections: list[Section]
+    """Of a sheet."""
+    columns: int = 8
+    """Of the sheet."""
+
+
+def some_scenes(count: int, split: Split, seed: int) -> Iterator[Scene]:
+    """Yield scenes of two things that differ."""
+    rng = np.random.default_rng(np.random.SeedSequence((seed, list(SPLITS).index(split))))
+    while count:
+        scene = random_scene(rng, split=split, share_of_three=0.0)
+        if scene.things[0].pair != scene.things[1].pair:
+            count -= 1
+            yield scene
+
+
+def words(found: Reading | Scene, attribute: str) -> list[str | None]:
+    """Return what is read of an attribute, in order: of both things, or of the background."""
+    if attribute == "background":
+        return [found.background]
+    things: Sequence[FoundThing | Thing] = found.things
+    return [getattr(thing, attribute) for thing in things]
+
+
+def percent(share: float | np.floating[Any]) -> str:
+    """Return a share for a table."""
+    return f"{share:.1%}"
+
+
+# ---- captions ---------------------------------------------------------------------------------------------
+
+
+def of_captions(unclip: UnCLIP, say: Say) -> Measured:
+    """Measure captions of every kind, by every source of the embedding: best of 1, and best of N by CLIP."""
+    rows = [["right by the checker", "captions", "of", "best of 1", f"best of {CANDIDATES} by CLIP", "any"]]
+    numbers: dict[str, object] = {}
+    sections: list[Section] = []
+    for split in get_args(Split):
+        scenes = list(some_scenes(CAPTIONS, split, seed=22))
+        rng = np.random.default_rng(23)
+        told = [caption(scene, rng) for scene in scenes]
+        seen = [draw(scene, rng, size=unclip.image_size) for scene in scenes]
+        for source, name in SOURCES.items():
+            rights, best = [], []
+            for text, picture in zip(told, seen, strict=True):
+                images = drawn_of_caption(unclip, text, picture, source)
+                verdicts = [check(to_image(image), text).right for image in images]
+                order = score(unclip.clip, [text], images)[0].argsort(descending=True, stable=True).tolist()
+                rights.append(verdicts)
+                best.append(verdicts[order[0]])
+                if source == "prior" and len(best) <= SHOWN:
+                    sections.append(_ranked(f"{SPLITS[split]}: {text}", images, verdicts, order))
+            one, any_of = float(np.mean(rights)), float(np.mean([any(each) for each in rights]))
+            rows.append([SPLITS[split], str(len(told)), name, *map(percent, (one, float(np.mean(best)), any_of))])
+            numbers[f"{split}, {source}"] = {"best_of_1": one, "best_by_clip": float(np.mean(best)), "any": any_of}
+            say(f"{SPLITS[split]}, {name}: best of 1 {one:.1%}, of {CANDIDATES} by CLIP {np.mean(best):.1%}")
+    return Measured(rows=rows, numbers=numbers, sections=sections)
+
+
+def drawn_of_caption(unclip: UnCLIP, caption: str, picture: Image.Image, source: Source) -> Tensor:
+    """Return candidates of a caption, (N, 3, H, W) in [0, 1], by one source of the embedding."""
+    noise = Noise.of(0, caption, range(CANDIDATES))
+    text = unclip.captioned(caption).repeated(CANDIDATES)
+    if source == "prior":
+        embeddings = sample_embeddings(unclip.the_prior(), text, noise)
+    else:
+        embeddings = text.features if source == "z_t" else unclip.seen(picture).embedding.expand(CANDIDATES, -1)
+    return decode(unclip.decoder, embeddings, text, noise, steps=DRAWING.steps, guidance=DRAWING.guidance_or())
+
+
+def _ranked(heading: str, images: Tensor, rights: Sequence[bool], order: Sequence[int]) -> Section:
+    shown = order[:8]
+    return Section(
+        heading,
+        [to_image(images[k]) for k in shown],
+        ["right" if rights[k] else "wrong" for k in shown],
+        [RIGHT if rights[k] else WRONG for k in shown],
+    )
+
+
+# ---- pictures ---------------------------------------------------------------------------------------------
+
+
+def of_inversion(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
+    """Measure how exactly pictures are drawn again from their own embedding and noise."""
+    rows, numbers = [["PSNR, dB", "to the picture", "to what the decoder can draw of it"]], {}
+    seen = [unclip.seen(picture) for picture in pictures]
+    pixels = torch.cat([each.pixels for each in seen])
+    embeddings = torch.cat([each.embedding for each in seen])
+    text = unclip.uncaptioned().repeated(len(pictures))
+    possible = unclip.decoder.pictures(unclip.decoder.encoded(pixels))
+    for corrections in (0, 1, 3):
+        start = invert(unclip.decoder, pixels, embeddings, text, steps=FROM_NOISE.steps, corrections=corrections)
+        noise = Noise.of(0, "", range(len(pictures)))
+        again = decode(unclip.decoder, embeddings, text, noise, start=start, steps=FROM_NOISE.steps, guidance=1)
+        dbs = [float(psnr(target, again).mean()) for target in (pixels, possible)]
+        rows.append([f"{corrections} corrections", *(f"{db:.1f}" for db in dbs)])
+        numbers[f"{corrections} corrections"] = dict(zip(("picture", "possible"), dbs, strict=True))
+    rows.append(["the dVAE alone", f"{float(psnr(pixels, possible).mean()):.1f}", ""])
+    return Measured(rows=rows, numbers=numbers, sections=[])
+
+
+def of_variations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
+    """Measure what variations keep: colours and shapes in any order, sizes, the background, the whole scene."""
+    names = ("background", "colour", "shape", "size")
+    kept: dict[str, list[bool]] = {name: [] for name in (*names, "all")}
+    different: list[float] = []
+    sections: list[Section] = []
+    for picture, scene in zip(pictures, scenes, strict=True):
+        found = unclip.variations(picture, n=7, eta=ETA, drawing=FROM_NOISE)
+        readings = [read_scene(to_image(image)) for image in found.images]
+        for reading in readings:
+            for name in names:
+                kept[name].append(sorted(map(str, words(reading, name))) == sorted(map(str, words(scene, name))))
+            kept["all"].append(check_scene(reading, scene))
+        different.append(float((found.images.flatten(1).diff(dim=0).abs().mean(dim=1) > 0).float().mean()))
+        if len(sections) < SHOWN:
+            images = [picture, *(to_image(image) for image in found.images)]
+            sections.append(Section("", images, ["the picture", *[""] * 7]))
+    shares = {name: float(np.mean(values)) for name, values in kept.items()}
+    rows = [
+        [f"kept at eta {ETA}", *shares, "differ"],
+        ["", *map(percent, shares.values()), percent(np.mean(different))],
+    ]
+    return Measured(rows=rows, numbers={**shares, "differ": float(np.mean(different))}, sections=sections)
+
+
+def check_scene(found: Reading, scene: Scene) -> bool:
+    """Return whether what was read is the scene."""
+    told = scene.canonical()
+    same = all(words(found, name) == words(told, name) for name in ("background", "colour", "shape", "size"))
+    return same and found.relation == told.relation
+
+
+def changed(scene: Scene, attribute: Attribute, rng: np.random.Generator) -> Scene:
+    """Return a scene of a trained kind that differs in one attribute: of the background, or of the first thing."""
+    choices = {"colour": [*COLOURS], "shape": [*OUTLINES], "background": [*BACKGROUNDS]}[attribute]
+    while True:
+        word = choices[int(rng.integers(len(choices)))]
+        if attribute == "background":
+            other = replace(scene, background=word)
+        else:
+            other = replace(scene, things=(replace(scene.things[0], **{attribute: word}), *scene.things[1:]))
+        if other != scene and held_out_reason(other) is None and other.things[0].pair != other.things[1].pair:
+            return other
+
+
+def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
+    """Measure text differences, by theta: is the named attribute changed as told, and is all else as it was."""
+    rng = np.random.default_rng(24)
+    rows: list[list[str]] = []
+    numbers: dict[str, object] = {}
+    sections: list[Section] = []
+    for attribute in get_args(Attribute):
+        hits = np.zeros((len(pictures), THETAS, 2), dtype=bool)
+        for row, (picture, scene) in enumerate(zip(pictures, map(Scene.canonical, scenes), strict=True)):
+            wanted = changed(scene, attribute, rng)
+            before, after = (f"{each.things[0]} on a {each.background} background" for each in (scene, wanted))
+            found = unclip.text_diff(picture, before, after, theta=LAST_THETA, n=THETAS, drawing=FROM_NOISE)
+            for k, image in enumerate(found.images):
+                reading = read_scene(to_image(image))
+                rest = [name for name in ("background", "colour", "shape", "size") if name != attribute]
+                others = all(words(reading, name) == words(scene, name) for name in rest)
+                hits[row, k] = words(reading, attribute) == words(wanted, attribute), others
+            if row < SHOWN // 2:
+                labels = [f"theta {each['theta']:.1f}" for each in found.each]
+                sections.append(
+                    Section(f'from "{before}" to "{after}"', [to_image(each) for each in found.images], labels)
+                )
+        thetas = [f"{LAST_THETA * k / (THETAS - 1):.1f}" for k in range(THETAS)]
+        rows = rows or [["share, by theta", *thetas]]
+        told = {"changed as named": hits[..., 0], "all else as it was": hits[..., 1], "both": hits.all(axis=2)}
+        for name, values in told.items():
+            shares = values.mean(axis=0)
+            rows.append([f"{attribute}: {name}", *map(percent, shares)])
+            numbers[f"{attribute}: {name}"] = dict(zip(thetas, shares.tolist(), strict=True))
+    return Measured(rows=rows, numbers=numbers, sections=sections, columns=THETAS)
+
+
+def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
+    """Measure interpolations: are the ends the pictures, and does CLIP see a steady way from one to the other."""
+    ends: list[float] = []
+    steady: list[float] = []
+    sections: list[Section] = []
+    for a, b in zip(pictures[::2], pictures[1::2], strict=True):
+        found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, drawing=FROM_NOISE)
+        for picture, image in ((a, found.images[0]), (b, found.images[-1])):
+            ends.append(float(psnr(unclip.seen(picture).pixels, image[None]).mean()))
+        embeddings = unclip.clip.encode_image(found.images)
+        towards = embeddings @ (embeddings[-1] - embeddings[0])
+        steady.append(float((towards.diff() > 0).float().mean()))
+        if len(sections) < SHOWN:
+            labels = [f"{each['theta']:.2f}" for each in found.each]
+            sections.append(Section("", [to_image(image) for image in found.images], labels))
+    numbers: dict[str, object] = {"ends_psnr": float(np.mean(ends)), "steps_forward": float(np.mean(steady))}
+    rows = [["ends, PSNR to the pictures", "steps that go forward, by CLIP"]]
+    rows.append([f"{np.mean(ends):.1f} dB", percent(np.mean(steady))])
+    return Measured(rows=rows, numbers=numbers, sections=sections, columns=BETWEEN)
+
+
+def of_edits(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
+    """Measure edits that draw a half anew, with another colour or shape: is the whole right, and the rest exact."""
+    rng = np.random.default_rng(25)
+    rows = [["edits", f"right, best of {CANDIDATES}", "right, each", "kept pixels exact"]]
+    numbers: dict[str, object] = {}
+    sections: list[Section] = []
+    attributes: tuple[Attribute, ...] = ("colour", "shape")
+    for attribute in attributes:
+        best, each, exact = [], [], []
+        for picture, scene in zip(pictures, map(Scene.canonical, scenes), strict=True):
+            wanted = changed(scene, attribute, rng)
+            text, half = caption(wanted, rng), unclip.image_size // 2
+            mask = np.zeros((unclip.image_size, unclip.image_size), dtype=bool)
+            mask[(slice(None), slice(half)) if scene.relation == "left of" else slice(half)] = True
+            found = unclip.edit(picture, mask, text, n=CANDIDATES, keep=CANDIDATES, drawing=DRAWING)
+            verdicts = [check(to_image(image), text).right for image in found.images]
+            kept = ~found.region.is_new
+            best.append(verdicts[0])
+            each.append(float(np.mean(verdicts)))
+            exact.append(torch.equal(found.images[0][:, kept], found.region.pixels[:, kept]))
+            if len(best) <= SHOWN // 2:
+                images = torch.cat([found.region.pixels[None], found.images[:7]])
+                sections.append(_ranked(text, images, [True, *verdicts[:7]], range(len(images))))
+        shares = [float(np.mean(values)) for values in (best, each, exact)]
+        rows.append([f"another {attribute}", *map(percent, shares)])
+        numbers[attribute] = dict(zip(("best", "each", "exact"), shares, strict=True))
+    return Measured(rows=rows, numbers=numbers, sections=sections)
