@@ -240,6 +240,8 @@ def mini_cpu() -> Recipe:
         name="mini-cpu",
         purpose="DALL·E mini's encoder-decoder on the built-in world, in minutes on two CPU cores",
         transformer=dataclasses.replace(base.transformer, model=fitted, init_scale=4.0),
+        decoder=None,
+        prior=None,
     )
 
 
@@ -264,6 +266,8 @@ def one_million() -> Recipe:
         name="1m",
         purpose="about 1M parameters, 12×12 tokens: for trying things out",
         transformer=dataclasses.replace(base.transformer, model=model),
+        decoder=None,
+        prior=None,
     )
 
 

@@ -150,9 +150,10 @@ def test_a_plan_tells_what_the_stages_need() -> None:
 def test_a_recipe_without_the_stage_is_named_with_those_that_have_it(
     verb: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert training.cli.main.main([verb, "demo", "--data", "x", "--out", "y"]) == 1
+    assert training.cli.main.main([verb, "icons-cpu", "--data", "x", "--out", "y"]) == 1
     error = capsys.readouterr().err
-    assert f"the recipe demo has no {verb}: use one of unclip-cpu" in error
+    with_it = "unclip-cpu" if verb == "upsampler" else "demo, unclip-cpu"
+    assert f"the recipe icons-cpu has no {verb}: use one of {with_it}" in error
     assert "Traceback" not in error
     command = read(verb, ["unclip-cpu", "--data", "x", "--out", "y", "--steps", "7"])
     assert isinstance(command, COMMANDS[verb])
@@ -167,7 +168,7 @@ def test_a_bundle_without_a_clip_is_refused(shards: Path, tmp_path: Path) -> Non
 
 def test_recipes_without_the_stages_have_none_of_them() -> None:
     having = {name for name in RECIPES if recipe(name).decoder is not None}
-    assert having == {"unclip-cpu", "unclip-paper", "unclip-paper-1024"}
+    assert having == {"demo", "unclip-cpu", "unclip-paper", "unclip-paper-1024"}
 
 
 @pytest.mark.slow
