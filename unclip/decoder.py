@@ -1,6 +1,8 @@
 """The decoder: an embedding of a picture, and a caption, to a small picture; and back to the noise it came from.
 
-It draws pixels, as in the paper, or codes, which a dVAE turns into pixels: far fewer, so far sooner learned.
+It draws pixels, as in the paper, or the vectors of a dVAE's codebook, "codes", which that dVAE turns into pixels: far
+fewer, and so sooner learned. What is drawn is the nearest code at each place of a grid. Latent diffusion (Rombach et
+al. 2022, arXiv 2112.10752) does so with what its autoencoder makes of a picture.
 
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.1 and table 3; kakaobrain/karlo at 3c68a50 for what the paper leaves
 open; Nichol et al. 2021 (GLIDE, arXiv 2112.10741), 4.3, for inpainting. A U-Net is told z_i twice, in the timestep's
@@ -18,7 +20,7 @@ Letters: B batch  C channels  H,W picture in pixels, or grid of codes  E embeddi
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, get_args
+from typing import NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +28,6 @@ from torch.nn import functional as F
 
 from storage.models.directory import ADDED_LATER
 from storage.models.stored import StoredModel
-from unclip.codes import Codec, nearest_tokens
 from unclip.conditions import NullText, Text
 from unclip.diffusion import Diffusion, Prediction, Schedule
 from unclip.sampling import signed, unsigned
@@ -106,6 +107,16 @@ class DecoderConfig(UNetConfig):
     def picture_size(self) -> int:
         """Side in pixels of the pictures."""
         return self.image_size * self.code_side
+
+
+class Codec(Protocol):
+    """What turns pictures into tokens and back."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Return tokens int64 (B, Y, X) of pictures (B, 3, H, W) in [0, 1]."""
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        """Return pictures (B, 3, H, W) in [0, 1] of tokens (B, Y, X)."""
 
 
 class Conditions(NamedTuple):
@@ -280,3 +291,16 @@ class Decoder(StoredModel[DecoderConfig]):
         state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, more))
         decoder.load_state_dict(state, strict=True)
         return decoder.train(self.training)
+
+
+def nearest_tokens(vectors: Tensor, x: Tensor) -> Tensor:
+    """Return the token whose vector is nearest at each place, int64 (B, Y, X).
+
+    Args:
+        vectors: float32 (V, C).
+        x: (B, C, Y, X).
+    """
+    batch, _, rows, columns = x.shape
+    places = x.float().flatten(2).transpose(1, 2).flatten(0, 1)
+    tokens: Tensor = torch.cdist(places, vectors).argmin(dim=1)
+    return tokens.view(batch, rows, columns)

@@ -27,7 +27,6 @@ from training.stages.locks import alone_in
 from training.stages.program import Program
 from training.stages.unclip.conditioned import PREVIEWS, ConditionedStage, train_conditioned, with_weights
 from training.unclip_recipes import DecoderRecipe
-from unclip.codes import whitened_codebook
 from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
 from unclip.sampling import Noise
@@ -146,3 +145,31 @@ def _of_codes(config: DecoderConfig, directory: Path, program: Program) -> Decod
     decoder.use_codec(codec)
     decoder.metadata = {"dvae_hash": directory_hash(directory)}
     return decoder
+
+
+def whitened_codebook(codebook: Tensor, tokens: Tensor) -> Tensor:
+    """Return a codebook's vectors, shifted, turned and scaled to deviation 1 in each coordinate: float32 (V, C).
+
+    A token counts by the square root of how often it is met: frequent ones, of the background, do not decide alone.
+
+    Args:
+        codebook: (V, C).
+        tokens: int64 of any shape, of pictures like those that will be drawn.
+
+    Raises:
+        ValueError: fewer tokens are met than a code has numbers.
+    """
+    vectors = codebook.detach().double()
+    weights = torch.bincount(tokens.flatten().to(vectors.device), minlength=len(vectors)).double().sqrt()
+    if int((weights > 0).sum()) <= vectors.shape[1]:
+        raise ValueError(
+            f"{int((weights > 0).sum())} tokens are met, of {len(vectors)}; expected more than the "
+            f"{vectors.shape[1]} numbers of a code: give more, and more various, pictures"
+        )
+    weights = (weights / weights.sum())[:, None]
+    vectors = vectors - (weights * vectors).sum(dim=0)
+    variances, axes = torch.linalg.eigh((vectors * weights).T @ vectors)
+    # the sign of an axis is any: that of its largest coordinate is made positive
+    axes = axes * axes.gather(0, axes.abs().argmax(dim=0)[None]).sign()
+    whitened: Tensor = vectors @ axes / variances.clamp(min=variances[-1] * 1e-6).sqrt()
+    return whitened.float()
