@@ -220,8 +220,8 @@ def demo() -> Recipe:
             first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
-        decoder=cpu_decoder(2200),
-        prior=cpu_prior(1000),
+        decoder=cpu_decoder(1300),
+        prior=cpu_prior(200),
     )
 
 

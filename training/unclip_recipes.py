@@ -140,9 +140,9 @@ def cpu_decoder(steps: int) -> DecoderRecipe:
         dropout=0.0,
         prediction="v",
     )
-    train = _cpu(steps, 16, _MUON, 3e-3)
+    train = _cpu(steps, 16, _MUON, 4e-3)
     return DecoderRecipe(
-        model=model, train=train, no_text=0.2, nothing_known=0.75, noise_shift=2.0, sample_steps=25, guidance=2.0
+        model=model, train=train, no_text=0.2, nothing_known=0.75, noise_shift=3.0, sample_steps=25, guidance=2.0
     )
 
 

@@ -52,7 +52,7 @@ from training.config import (
     ValidationOptions,
     WatchingOptions,
 )
-from training.demo.demo import run_demo
+from training.demo.demo import is_finished, run_demo
 from training.demo.unclip import run_unclip_demo
 from training.plan.machine import MachinePlan, plan_here
 from training.ranks.job import JobOptions, joined, to_stderr_if_open
@@ -334,6 +334,13 @@ class DemoCommand(StagesCommand):
     def run(self) -> None:
         """Make the demonstration."""
         chosen = self.changed(recipe("demo"))
+        if not self.bundle.unclip or self.bundle.fresh or not is_finished(self.bundle.out):
+            self._run_dalle(chosen)
+        if self.bundle.unclip:
+            with joined(self.job, self.arguments) as (ranks, say):
+                run_unclip_demo(chosen, self.bundle.out, ranks, say, fresh=self.bundle.fresh)
+
+    def _run_dalle(self, chosen: Recipe) -> None:
         plan = plan_here(chosen, one_at_a_time=self.order.one_at_a_time)
         # with phases, every stage is restarted by itself
         job = dataclasses.replace(self.job, auto_restart=0) if plan.phases else self.job
@@ -347,8 +354,6 @@ class DemoCommand(StagesCommand):
                 plan=plan,
                 options=self.stage_arguments(),
             )
-            if self.bundle.unclip:
-                run_unclip_demo(chosen, self.bundle.out, ranks, say, fresh=self.bundle.fresh)
 
 
 # ------------------------------------------------------------------------------------------------ image tokens

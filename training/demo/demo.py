@@ -108,6 +108,11 @@ def run_demo(
     say(f"\nthe demonstration took {took} (this time; finished parts are reused)")
 
 
+def is_finished(out: Path) -> bool:
+    """Return whether a demonstration was made to its end in a folder."""
+    return (out / "table.json").is_file()
+
+
 def _train_here(
     recipe: Recipe,
     inputs: Inputs,

@@ -58,11 +58,11 @@ SOURCES: dict[Source, str] = {
 """Of the embedding that the decoder is given beside the caption."""
 Attribute = Literal["colour", "shape", "background"]
 
-CAPTIONS, CANDIDATES = 24, 16
-"""Of each kind, and of each caption."""
-PICTURES = 16
+CAPTIONS, CANDIDATES = 8, 16
+"""Captions of each kind, and candidates of each caption."""
+PICTURES = 8
 """That are varied, changed, blended and edited."""
-DRAWING = Drawing(steps=25, guidance=2.0)
+DRAWING = Drawing(steps=20, guidance=2.0)
 FROM_NOISE = Drawing(steps=50)
 """From a picture's own noise, without guidance."""
 ETA = 0.7
@@ -99,17 +99,24 @@ def run_unclip_demo(recipe: Recipe, out: Path, ranks: Ranks, say: Say, *, fresh:
         measure(out, out / "unclip", say)
 
 
-def measure(bundle: Path, folder: Path, say: Say) -> None:
+def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS, n_pictures: int = PICTURES) -> None:
     """Measure all that DALL·E 2 does on the world; write table.txt, table.json and a sheet of each to a folder.
+
+    Args:
+        bundle: with DALL·E 2's parts.
+        folder: is made.
+        say: told how far it is.
+        n_captions: of each kind.
+        n_pictures: that are varied, changed, blended and edited; even.
 
     Raises:
         FileNotFoundError, ValueError: as `UnCLIP.load`.
     """
     unclip = UnCLIP.load(bundle)
-    scenes = list(some_scenes(PICTURES, "trained", seed=21))
+    scenes = list(some_scenes(n_pictures, "trained", seed=21))
     pictures = [draw(scene, np.random.default_rng(k), size=unclip.image_size) for k, scene in enumerate(scenes)]
     parts: list[tuple[str, Callable[[], Measured]]] = [
-        ("captions", lambda: of_captions(unclip, say)),
+        ("captions", lambda: of_captions(unclip, say, n_captions)),
         ("inversion", lambda: of_inversion(unclip, pictures)),
         ("variations", lambda: of_variations(unclip, pictures, scenes)),
         ("text differences", lambda: of_differences(unclip, pictures, scenes)),
@@ -171,13 +178,13 @@ def percent(share: float | np.floating[Any]) -> str:
 # ---- captions ---------------------------------------------------------------------------------------------
 
 
-def of_captions(unclip: UnCLIP, say: Say) -> Measured:
+def of_captions(unclip: UnCLIP, say: Say, count: int) -> Measured:
     """Measure captions of every kind, by every source of the embedding: best of 1, and best of N by CLIP."""
     rows = [["right by the checker", "captions", "of", "best of 1", f"best of {CANDIDATES} by CLIP", "any"]]
     numbers: dict[str, object] = {}
     sections: list[Section] = []
     for split in get_args(Split):
-        scenes = list(some_scenes(CAPTIONS, split, seed=22))
+        scenes = list(some_scenes(count, split, seed=22))
         rng = np.random.default_rng(23)
         told = [caption(scene, rng) for scene in scenes]
         seen = [draw(scene, rng, size=unclip.image_size) for scene in scenes]
