@@ -391,6 +391,31 @@ def test_of_clip_the_matrices_of_both_towers_are_muons() -> None:
     assert found == {f"{tower}.blocks.0.{layer}.weight" for tower in ("vision", "text") for layer in layers}
 
 
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last])
+def test_a_convolution_is_trained_as_a_matrix_with_a_row_for_each_channel(
+    ranks: Ranks, layout: torch.memory_format
+) -> None:
+    class Model(nn.Module):
+        def __init__(self, layer: nn.Module) -> None:
+            super().__init__()
+            self.down = nn.ModuleList([layer])
+
+    torch.manual_seed(0)
+    convolution = Model(nn.Conv2d(3, 5, 3).to(memory_format=layout))  # type: ignore[call-overload]
+    linear = Model(nn.Linear(27, 5))
+    (weight,), (matrix,) = block_matrices(convolution), block_matrices(linear)
+    matrix.data = weight.detach().reshape(5, 27).clone()
+    for model in (convolution, linear):
+        optimizer = build_optimizer(model, settings().optimizer, RATE, ranks)
+        for step in range(3):
+            for parameter in model.parameters():
+                drawn = torch.randn(parameter.numel(), generator=torch.Generator().manual_seed(step))
+                form = layout if parameter.ndim == 4 else torch.contiguous_format
+                parameter.grad = drawn.view(parameter.shape).contiguous(memory_format=form)
+            optimizer.step()
+    assert torch.allclose(weight.reshape(5, 27), matrix, atol=1e-6)
+
+
 def test_every_parameter_is_in_one_group(ranks: Ranks) -> None:
     model = objective().model
     optimizer = build_optimizer(model, settings().optimizer, RATE, ranks)

@@ -9,6 +9,8 @@ import torch
 from support import tiny
 
 import training.cli.main
+from dalle.unclip.pipeline import UnCLIP
+from dvae import DVAE
 from rerank import CLIP, CLIPTokenizer
 from storage.models.directory import directory_hash
 from training.cli.train import COMMANDS, read
@@ -21,7 +23,7 @@ from training.ranks.ranks import join
 from training.recipes import RECIPES, Recipe, recipe
 from training.run_files import read_metrics
 from training.stages.inputs import RUNS, Inputs
-from training.stages.unclip.decoder import train_decoder
+from training.stages.unclip.decoder import train_decoder, whitened_codebook
 from training.stages.unclip.prior import train_prior
 from training.stages.unclip.upsampler import train_upsampler
 from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
@@ -90,6 +92,78 @@ def test_a_decoder_trains_resumes_exactly_and_shows_what_it_draws(
     measured = list(read_metrics(whole / RUNS / "decoder"))
     assert any({"mse", "vb", "mse_by_quarter"} <= line.keys() for line in measured)
     assert list((whole / RUNS / "decoder").rglob("*.png"))
+
+
+def of_codes(**changes: object) -> Recipe:
+    """A recipe whose decoder draws codes, inpaints and is trained by Muon; the dVAE's sizes are not in it yet."""
+    model = DecoderConfig(
+        image_size=2,
+        codes=3,
+        in_channels=5,
+        out_channels=2,
+        width=32,
+        multiples=(1,),
+        n_blocks=1,
+        attention=(0,),
+        head_width=16,
+        context_width=16,
+        prediction="v",
+    )
+    train = tiny.train_config(**changes)
+    train = dataclasses.replace(train, optimizer=dataclasses.replace(train.optimizer, kind="muon"))
+    return dataclasses.replace(chosen(), decoder=DecoderRecipe(model=model, train=train, sample_steps=2, noise_shift=3))
+
+
+def with_dvae(given: Inputs, seed: int = 0) -> Inputs:
+    torch.manual_seed(seed)
+    DVAE(tiny.recipe().dvae.model).save(given.out / "dvae")
+    return given
+
+
+def test_a_decoder_of_codes_trains_on_the_bundles_dvae_and_resumes_exactly(
+    with_clip: Path, shards: Path, tmp_path: Path
+) -> None:
+    whole, parts = tmp_path / "whole", tmp_path / "parts"
+    train_decoder(of_codes(), with_dvae(inputs(with_clip, shards, whole)), join(), quiet)
+    train_decoder(of_codes(steps=2), with_dvae(inputs(with_clip, shards, parts)), join(), quiet)
+    train_decoder(of_codes(), inputs(with_clip, shards, parts), join(), quiet)
+    assert losses(whole) == losses(parts)
+    trained, resumed = Decoder.load(whole / "decoder"), Decoder.load(parts / "decoder")
+    for name, weight in trained.state_dict().items():
+        assert torch.equal(weight, resumed.state_dict()[name]), name
+    dvae = DVAE.load(whole / "dvae")
+    config = trained.config
+    assert (config.codes, config.image_size) == (dvae.config.vocab_size, dvae.config.grid)
+    assert config.picture_size == dvae.config.image_size
+    assert config.inpaints
+    assert trained.metadata["dvae_hash"] == directory_hash(whole / "dvae")
+    assert trained.vectors.std() > 0
+    assert list((whole / RUNS / "decoder").rglob("*.png"))
+    unclip = UnCLIP.load(whole)
+    assert unclip.decoder.codec.config == dvae.config
+    with_dvae(Inputs(data=[shards], out=whole), seed=1)
+    with pytest.raises(ValueError, match="the decoder was trained with the dVAE"):
+        UnCLIP.load(whole)
+    shutil.rmtree(whole / "dvae")
+    with pytest.raises(FileNotFoundError, match="no dvae: make it with `dalle-train dvae`"):
+        UnCLIP.load(whole)
+
+
+def test_a_decoder_of_codes_needs_a_dvae_and_pictures(with_clip: Path, shards: Path, tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no dvae in"):
+        train_decoder(of_codes(), inputs(with_clip, shards, tmp_path), join(), quiet)
+
+
+def test_a_whitened_codebook_has_independent_coordinates_of_deviation_one() -> None:
+    generator = torch.Generator().manual_seed(0)
+    codebook = torch.randn(64, 4, generator=generator) @ torch.randn(4, 4, generator=generator) + 3
+    tokens = torch.randint(64, (8, 6, 6), generator=generator)
+    vectors = whitened_codebook(codebook, tokens)
+    weights = (torch.bincount(tokens.flatten(), minlength=64) + 1).sqrt()
+    weights = (weights / weights.sum())[:, None]
+    assert (weights * vectors).sum(dim=0).abs().max() < 1e-5
+    assert torch.allclose((vectors * weights).T @ vectors, torch.eye(4), atol=1e-5)
+    assert whitened_codebook(codebook, torch.tensor([3])).abs().max() < 10
 
 
 def test_a_prior_trains_and_measures_its_errors(with_clip: Path, shards: Path, tmp_path: Path) -> None:

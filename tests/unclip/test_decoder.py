@@ -235,3 +235,95 @@ def test_a_saved_decoder_is_the_same_and_wrong_conditions_are_refused(tmp_path: 
 def test_impossible_decoders_are_refused(wrong: dict[str, object]) -> None:
     with pytest.raises(ValueError, match=next(iter(wrong))):
         replace(TINY, **wrong)  # type: ignore[arg-type]
+
+
+# ---- codes ------------------------------------------------------------------------------------------------
+
+
+class Greys:
+    """A codec of eight greys, of which each stands for 2×2 pixels."""
+
+    greys = torch.linspace(0, 1, 8)
+
+    def encode(self, images: Tensor) -> Tensor:
+        means = F.avg_pool2d(images.mean(dim=1, keepdim=True), 2)
+        return (means - self.greys[:, None, None]).abs().argmin(dim=1)
+
+    def decode(self, tokens: Tensor) -> Tensor:
+        return self.greys[tokens][:, None].expand(-1, 3, -1, -1).repeat_interleave(2, 2).repeat_interleave(2, 3)
+
+
+CODES = replace(TINY, image_size=4, codes=8, code_side=2, in_channels=7, out_channels=3)
+
+
+def of_codes(config: DecoderConfig = CODES) -> Decoder:
+    decoder = tiny(config)
+    decoder.vectors.copy_(normal(8, 3, seed=8))
+    decoder.use_codec(Greys())
+    return decoder.eval()
+
+
+def test_codes_are_the_vectors_of_tokens_and_come_back_as_the_codecs_pictures() -> None:
+    decoder, pictures = of_codes(), images()
+    tokens = Greys().encode(pictures)
+    x0 = decoder.encoded(pictures)
+    assert decoder.config.picture_size == 8
+    assert x0.shape == (2, 3, 4, 4)
+    assert torch.equal(x0[1, :, 2, 3], decoder.vectors[tokens[1, 2, 3]])
+    assert torch.equal(decoder.pictures(x0 + 0.01 * normal(2, 3, 4, 4)), Greys().decode(tokens))
+
+
+def test_a_decoder_of_codes_trains_and_draws_pictures_that_the_codec_makes() -> None:
+    decoder, text, given = of_codes().requires_grad_(True), some_text(), embeddings()
+    loss, parts = decoder_loss(decoder, images(), given, text, 0)
+    loss.backward()
+    assert parts["mse"].shape == (2,)
+    assert all(weight.grad is not None for weight in decoder.unet.parameters())
+    drawn = decode(decoder, given, text, Noise.of(0, "", range(2)), steps=4)
+    assert torch.equal(drawn, Greys().decode(Greys().encode(drawn)))
+
+
+def test_a_picture_of_codes_is_drawn_again_exactly_from_its_own_noise() -> None:
+    decoder, text, given = of_codes(replace(CODES, in_channels=3)), some_text(), embeddings()
+    pictures = Greys().decode(Greys().encode(images()))
+    start = invert(decoder, pictures, given, text, steps=20, corrections=8)
+    drawn = decode(decoder, given, text, Noise.of(0, "", range(2)), start=start, steps=20, guidance=1)
+    assert torch.equal(drawn, pictures)
+
+
+def test_a_code_is_known_only_where_all_its_pixels_are() -> None:
+    decoder, pictures = of_codes(), images(1)
+    is_known = torch.ones(1, 8, 8, dtype=torch.bool)
+    is_known[0, 2, 5] = False
+    known = decoder.known(pictures, is_known)
+    assert known.mask.shape == (1, 1, 4, 4)
+    assert known.mask.sum() == 15
+    assert known.mask[0, 0, 1, 2] == 0
+    drawn = decode(decoder, embeddings(1), some_text(1), Noise.of(0, "", [0]), steps=4, known=known)
+    kept, asked = (Greys().encode(each)[0] for each in (drawn, pictures))
+    assert torch.equal(kept[known.mask[0, 0] == 1], asked[known.mask[0, 0] == 1])
+
+
+def test_more_noise_is_drawn_with_a_shift_and_all_of_it_without() -> None:
+    decoder, text, given = of_codes(), some_text(), embeddings()
+    seen: list[Tensor] = []
+    decoder.unet.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[1]))
+    for shift in (1.0, 3.0):
+        for seed in range(40):
+            decoder_loss(decoder, images(), given, text, seed, noise_shift=shift)
+    plain, shifted = (torch.cat(seen[first : first + 40]) for first in (0, 40))
+    t = (plain + 0.5) / 1000
+    assert torch.equal(shifted, (1000 * 3 * t / (1 + 2 * t)).long())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"codes": -1}, "codes"),
+        ({"codes": 0}, "code_side must be 1"),
+        ({"in_channels": 4}, "must be 3, or 7 for inpainting"),
+    ],
+)
+def test_impossible_codes_are_refused(changes: dict[str, int], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        replace(CODES, **changes)

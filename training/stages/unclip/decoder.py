@@ -109,7 +109,7 @@ def train_decoder(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Pat
 
     Raises:
         FileNotFoundError: the bundle has no dVAE, and the decoder draws codes.
-        ValueError: too few pictures to tell how often each code is met; or as `train_conditioned`.
+        ValueError: as `train_conditioned`.
     """
 
     def made(config: DecoderConfig, train: TrainConfig, program: Program) -> Decoder:
@@ -150,22 +150,16 @@ def _of_codes(config: DecoderConfig, directory: Path, program: Program) -> Decod
 def whitened_codebook(codebook: Tensor, tokens: Tensor) -> Tensor:
     """Return a codebook's vectors, shifted, turned and scaled to deviation 1 in each coordinate: float32 (V, C).
 
-    A token counts by the square root of how often it is met: frequent ones, of the background, do not decide alone.
+    A token counts by the square root of how often it is met, and once more: frequent ones, of the background, do not
+    decide alone, nor do the vectors of those that are never met become large.
 
     Args:
         codebook: (V, C).
         tokens: int64 of any shape, of pictures like those that will be drawn.
-
-    Raises:
-        ValueError: fewer tokens are met than a code has numbers.
     """
     vectors = codebook.detach().double()
-    weights = torch.bincount(tokens.flatten().to(vectors.device), minlength=len(vectors)).double().sqrt()
-    if int((weights > 0).sum()) <= vectors.shape[1]:
-        raise ValueError(
-            f"{int((weights > 0).sum())} tokens are met, of {len(vectors)}; expected more than the "
-            f"{vectors.shape[1]} numbers of a code: give more, and more various, pictures"
-        )
+    counts = torch.bincount(tokens.flatten().to(vectors.device), minlength=len(vectors))
+    weights = (counts + 1).double().sqrt()
     weights = (weights / weights.sum())[:, None]
     vectors = vectors - (weights * vectors).sum(dim=0)
     variances, axes = torch.linalg.eigh((vectors * weights).T @ vectors)
