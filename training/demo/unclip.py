@@ -63,7 +63,7 @@ CAPTIONS, CANDIDATES = 8, 16
 PICTURES = 8
 """That are varied, changed, blended and edited."""
 DRAWING = Drawing(steps=20, guidance=2.0)
-FROM_NOISE = Drawing(steps=50)
+FROM_NOISE = Drawing(steps=25)
 """From a picture's own noise, without guidance."""
 ETA = 0.7
 THETAS, LAST_THETA = 7, 0.6
