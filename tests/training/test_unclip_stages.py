@@ -264,6 +264,7 @@ def test_a_plan_tells_what_the_stages_need() -> None:
     told = plan_text(plan)
     assert "DALL·E 2's decoder: 2,252,866,054 parameters" in told
     assert not make_plan(recipe("12b"), PlanOptions(gpus=64)).unclip
+    assert set(make_plan(recipe("demo"), PlanOptions()).unclip) == {"prior", "decoder"}  # of codes
     second = recipe("unclip-paper-1024").upsampler
     assert second is not None
     with shapes_only():

@@ -48,7 +48,7 @@ from training.stages.tokenizer import train_tokenizer
 from training.stages.transformer import train_transformer
 
 N_TRAIN, N_VALIDATION = 16_000, 256
-WORLD_S, SAMPLES_S = 18.0, 100.0
+WORLD_S, SAMPLES_S = 18.0, 225.0
 """Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
 SHARE_OF_THREE = 0.0
 """Share of the pictures with three things in a row: none, because a tenth is too few to learn in these minutes."""

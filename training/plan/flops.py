@@ -133,7 +133,7 @@ def decoder_flops(decoder: Decoder) -> int:
     """Return the operations of a picture's pass through DALL·E 2's decoder, on the meta device, conditions included."""
     config = decoder.config
     text = _any_text(config.embed_dim, config.text_len, config.text_width)
-    x = torch.empty(1, 3, config.image_size, config.image_size, device="meta")
+    x = torch.empty(1, config.channels, config.image_size, config.image_size, device="meta")
     return _counted(decoder, x, torch.zeros(1, device="meta"), text.features, text)
 
 
