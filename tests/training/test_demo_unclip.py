@@ -1,0 +1,122 @@
+"""What the demonstration says of DALL·E 2, held to models that are always right, and to ones that do nothing."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from dalle.editing.regions import Mask, Region
+from dvae.images import to_tensor
+from training.demo.unclip import (
+    THETAS,
+    Attribute,
+    changed,
+    check_scene,
+    of_differences,
+    of_edits,
+    of_variations,
+    some_scenes,
+    words,
+)
+from training.drawings.shape_checker import read_scene
+from training.drawings.shapes import Scene, draw, held_out_reason, parse
+
+SIDE = 48
+
+
+def drawn(scene: Scene, seed: int = 0) -> Image.Image:
+    return draw(scene, np.random.default_rng(seed), size=SIDE)
+
+
+@pytest.fixture(scope="module")
+def scenes() -> list[Scene]:
+    return [scene.canonical() for scene in some_scenes(4, "trained", seed=1)]
+
+
+@pytest.fixture(scope="module")
+def pictures(scenes: list[Scene]) -> list[Image.Image]:
+    return [drawn(scene) for scene in scenes]
+
+
+class Model:
+    """Stands in for UnCLIP: gives every picture back, or edits as it is told."""
+
+    image_size = SIDE
+
+    def __init__(self, edits: bool = True) -> None:
+        self.edits = edits
+
+    def variations(self, picture: Image.Image, *, n: int, **how: Any) -> Any:
+        return SimpleNamespace(images=self._same(picture, n))
+
+    def text_diff(self, picture: Image.Image, before: str, after: str, *, n: int, **how: Any) -> Any:
+        each = [{"theta": 0.0}] * n
+        return SimpleNamespace(images=self._same(picture, n), each=each)
+
+    def edit(self, picture: Image.Image, mask: Mask, caption: str, *, n: int, **how: Any) -> Any:
+        region = Region.of(picture, mask, SIDE)
+        images = self._same(drawn(parse(caption), 7) if self.edits else picture, n)
+        return SimpleNamespace(images=region.paste(images), region=region)
+
+    def _same(self, picture: Image.Image, n: int) -> Tensor:
+        return to_tensor(picture).expand(n, -1, -1, -1)
+
+
+def test_scenes_are_always_the_same_and_their_things_differ(scenes: list[Scene]) -> None:
+    assert scenes == [scene.canonical() for scene in some_scenes(4, "trained", seed=1)]
+    assert all(scene.things[0].pair != scene.things[1].pair for scene in scenes)
+
+
+@pytest.mark.parametrize("attribute", ["colour", "shape", "background"])
+def test_one_attribute_is_changed_and_the_scene_stays_of_a_trained_kind(
+    attribute: Attribute, scenes: list[Scene]
+) -> None:
+    for scene in scenes:
+        other = changed(scene, attribute, np.random.default_rng(0))
+        differ = [
+            name for name in ("colour", "shape", "size", "background") if words(scene, name) != words(other, name)
+        ]
+        assert differ == [attribute]
+        assert held_out_reason(other) is None
+
+
+def test_a_picture_is_its_own_scene_and_no_other(scenes: list[Scene], pictures: list[Image.Image]) -> None:
+    readings = [read_scene(picture) for picture in pictures]
+    found = torch.tensor([[check_scene(reading, scene) for scene in scenes] for reading in readings])
+    assert torch.equal(found, torch.eye(4, dtype=torch.bool))
+
+
+def test_variations_that_are_the_picture_keep_everything_and_do_not_differ(
+    scenes: list[Scene], pictures: list[Image.Image]
+) -> None:
+    model: Any = Model()
+    found = of_variations(model, pictures, scenes)
+    assert found.numbers == {"background": 1, "colour": 1, "shape": 1, "size": 1, "all": 1, "differ": 0}
+    others = of_variations(model, pictures[1:] + pictures[:1], scenes).numbers
+    assert others["all"] == 0
+
+
+def test_a_picture_that_stays_has_not_changed_as_named_and_all_else_is_as_it_was(
+    scenes: list[Scene], pictures: list[Image.Image]
+) -> None:
+    model: Any = Model()
+    numbers = of_differences(model, pictures, scenes).numbers
+    shares = {name: set(each.values()) for name, each in numbers.items() if isinstance(each, dict)}
+    assert len(next(iter(numbers.values()))) == THETAS  # type: ignore[arg-type]
+    for attribute in ("colour", "shape", "background"):
+        assert shares[f"{attribute}: changed as named"] == {0.0}
+        assert shares[f"{attribute}: all else as it was"] == {1.0}
+        assert shares[f"{attribute}: both"] == {0.0}
+
+
+@pytest.mark.parametrize("edits", [True, False])
+def test_edits_that_are_made_are_right_and_others_are_not(
+    edits: bool, scenes: list[Scene], pictures: list[Image.Image]
+) -> None:
+    model: Any = Model(edits)
+    numbers = of_edits(model, pictures, scenes).numbers
+    assert numbers == {name: {"best": edits, "each": edits, "exact": 1.0} for name in ("colour", "shape")}
