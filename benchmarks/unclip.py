@@ -86,9 +86,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--bundle", type=Path, default=Path("runs/demo"), help="of the demonstration, with DALL·E 2")
     parser.add_argument("--captions", type=int, default=24, help="of each kind")
-    parser.add_argument("--pictures", type=int, default=16, help="that are varied, changed, blended and edited")
+    parser.add_argument("--pictures", type=int, default=16, help="that are varied, changed, blended and edited; even")
     parser.add_argument("--out", type=Path, default=RESULTS / "unclip.json")
     arguments = parser.parse_args()
+    if arguments.pictures % 2:
+        parser.error("--pictures is odd, and pictures are blended in pairs")
     dalle, unclip = Pipeline.load(arguments.bundle), UnCLIP.load(arguments.bundle)
     record: dict[str, object] = {"machine": machine(), "versions": versions(), "commit": commit()}
 
@@ -114,7 +116,7 @@ def main() -> None:
     record["sampling"] = times = sampling_times(unclip)
     rows = [[name, f"{1000 * seconds:.0f} ms"] for name, seconds in times.items()]
     print(text_table(Table(title="The decoder, a picture", columns=["", "time"], rows=rows)), flush=True)
-    folder = arguments.bundle / "unclip"
+    folder = arguments.bundle / "unclip-measured"
     measure(arguments.bundle, folder, print, n_captions=arguments.captions, n_pictures=arguments.pictures)
     record["all"] = json.loads((folder / "table.json").read_text(encoding="utf-8"))
     arguments.out.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -61,7 +61,7 @@ class OptimizerConfig(ClippingOptions):
     """AdamW, or Muon beside it. The defaults are the transformer's of the paper (B.2)."""
 
     kind: OptimizerKind = "adamw"
-    """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (transformer, CLIP),
+    """adamw: all parameters by AdamW, as in the paper. muon: the matrices of the blocks by Muon (not of a dVAE),
     with the same learning rate, weight decay and clipping, and everything else by AdamW: see engine/muon.py."""
     betas: tuple[float, float] = (0.9, 0.96)
     """Decay of AdamW's running mean and variance."""

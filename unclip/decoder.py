@@ -20,7 +20,7 @@ Letters: B batch  C channels  H,W picture in pixels, or grid of codes  E embeddi
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import NamedTuple, Protocol, get_args
+from typing import Any, NamedTuple, Protocol, get_args
 
 import torch
 from torch import Tensor, nn
@@ -79,8 +79,10 @@ class DecoderConfig(UNetConfig):
                 raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
         if self.null_length > self.text_len:
             raise ValueError(f"null_length ({self.null_length}) must be at most text_len ({self.text_len})")
-        if type(self.codes) is not int or self.codes < 0 or (not self.codes and self.code_side != 1):
-            raise ValueError(f"codes ({self.codes!r}) must be a whole number of at least 0, with 0 code_side must be 1")
+        if type(self.codes) is not int or self.codes < 0:
+            raise ValueError(f"codes ({self.codes!r}) must be a whole number of at least 0")
+        if not self.codes and self.code_side != 1:
+            raise ValueError(f"code_side ({self.code_side}) must be 1 where there are no codes")
         if self.in_channels not in (self.channels, 2 * self.channels + 1):
             raise ValueError(
                 f"in_channels ({self.in_channels}) must be {self.channels}, or {2 * self.channels + 1} for inpainting"
@@ -111,6 +113,10 @@ class DecoderConfig(UNetConfig):
 
 class Codec(Protocol):
     """What turns pictures into tokens and back."""
+
+    @property
+    def config(self) -> Any:
+        """Its sizes, and `bytes_per_picture`, the memory that a picture takes."""
 
     def encode(self, images: Tensor) -> Tensor:
         """Return tokens int64 (B, Y, X) of pictures (B, 3, H, W) in [0, 1]."""
@@ -196,11 +202,14 @@ class Decoder(StoredModel[DecoderConfig]):
 
     @property
     def codec(self) -> Codec:
-        """What turns codes into pixels."""
-        assert self._codec, "a decoder that draws codes needs `use_codec`"
+        """What turns codes into pixels; ValueError before `use_codec`."""
+        if not self._codec:
+            raise ValueError(
+                "this decoder draws codes: give it its dVAE, `decoder.use_codec(load_codec(bundle / 'dvae'))`"
+            )
         return self._codec[0]
 
-    def known(self, images: Tensor, is_known: Tensor) -> "Known":
+    def known(self, images: Tensor, is_known: Tensor) -> Known:
         """Return what is known of pictures; a code that stands for any pixel that is not known is not known.
 
         Args:
@@ -286,7 +295,7 @@ class Decoder(StoredModel[DecoderConfig]):
             raise ValueError("this decoder inpaints already")
         more = self.config.channels + 1
         decoder = type(self)(dataclasses.replace(self.config, in_channels=self.config.channels + more))
-        decoder._codec = self._codec
+        decoder._codec, decoder.metadata = self._codec, dict(self.metadata)
         state = {name: weight.clone() for name, weight in self.state_dict().items()}
         state["unet.conv_in.weight"] = F.pad(state["unet.conv_in.weight"], (0, 0, 0, 0, 0, more))
         decoder.load_state_dict(state, strict=True)
@@ -294,13 +303,11 @@ class Decoder(StoredModel[DecoderConfig]):
 
 
 def nearest_tokens(vectors: Tensor, x: Tensor) -> Tensor:
-    """Return the token whose vector is nearest at each place, int64 (B, Y, X).
+    """Return the token whose vector is nearest at each place, int64 (B, Y, X); a picture at a time, to save memory.
 
     Args:
         vectors: float32 (V, C).
         x: (B, C, Y, X).
     """
-    batch, _, rows, columns = x.shape
-    places = x.float().flatten(2).transpose(1, 2).flatten(0, 1)
-    tokens: Tensor = torch.cdist(places, vectors).argmin(dim=1)
-    return tokens.view(batch, rows, columns)
+    tokens = [torch.cdist(picture.float().flatten(1).T, vectors).argmin(dim=1) for picture in x]
+    return torch.stack(tokens).view(len(x), *x.shape[2:])

@@ -35,7 +35,7 @@ def decoder_loss(
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Return the hybrid loss, a scalar, and metrics of each sample, (B,).
 
-    These are those of `denoising_loss`, and `t` in [0, 1), how much noise it has among all that is drawn.
+    These are those of `denoising_loss`, and `t` in [0, 1), the share of drawn steps that have less noise.
 
     All that is drawn is a function of the seed.
 
@@ -48,15 +48,16 @@ def decoder_loss(
         no_image: share of embeddings that are left out.
         no_text: share of captions that are left out.
         nothing_known: share of pictures of which a decoder that inpaints knows nothing.
-        noise_shift: s, above 1 for more noise: a share t of the steps is drawn as s·t / (1 + (s-1)·t) (Esser et al.
-            2024, arXiv 2403.03206, 5.3.2). Codes of neighbours tell of each other, and hide in more noise than pixels.
+        noise_shift: s, above 1 for more noise: a share t of the steps is drawn as s·t / (1 + (s-1)·t). Codes of
+            neighbours tell of each other, and hide in more noise than pixels. Deviation: Esser et al. 2024 (arXiv
+            2403.03206, 5.3.2) shift the noise of rectified flow so, here it is the step of any schedule.
     """
     process, device, count = decoder.process, images.device, len(images)
     x0 = decoder.encoded(images)
     generator = torch.Generator().manual_seed(seed)
     drawn = torch.randint(len(process), (count,), generator=generator)
     t = (drawn + 0.5) / len(process)
-    steps = (len(process) * noise_shift * t / (1 + (noise_shift - 1) * t)).long()
+    steps = (len(process) * noise_shift * t / (1 + (noise_shift - 1) * t)).long().clamp(max=len(process) - 1)
     noise = torch.randn(x0.shape, generator=generator).to(device)
     without_image = drawn_mask(count, no_image, generator, device)
     without_text = drawn_mask(count, no_text, generator, device)
@@ -212,13 +213,13 @@ def _network(decoder: Decoder, embeddings: Tensor, text: Text, guidance: float, 
 
 
 def loss_by_quarter(losses: Tensor, t: Tensor) -> Tensor:
-    """Return four parts of the mean loss, times four: the mean over many batches is the loss of each quarter of noise.
+    """Return four parts of the mean loss, times four: the mean over many batches is that of each quarter of the steps.
 
     A batch need not have a sample in every quarter; each sample's is one of the four by equal chance.
 
     Args:
         losses: (B,).
-        t: (B,), where in [0, 1) of the noise each sample was.
+        t: (B,), the share of drawn steps that have less noise than each sample, in [0, 1).
 
     Returns:
         (4,), from little noise to much.

@@ -20,7 +20,7 @@ PictureSources = Annotated[
 ]
 Bundle = Annotated[Path, tyro.conf.arg(metavar="DIR", help="Directory with tokenizer.json, dvae/, dalle/ and clip/.")]
 UnCLIPBundle = Annotated[
-    Path, tyro.conf.arg(metavar="DIR", help="Directory with clip/, decoder/, and upsampler-48/ or others.")
+    Path, tyro.conf.arg(metavar="DIR", help="Directory with clip/, decoder/, perhaps dvae/, and upsamplers.")
 ]
 OwnCLIP = Annotated[
     Path | None,

@@ -96,9 +96,9 @@ class LoadedUnCLIP:
             memory: see `LoadedUnCLIP`.
 
         Raises:
-            FileNotFoundError: the bundle, its CLIP or its decoder is missing.
-            ValueError: a part is damaged or of another CLIP, upsamplers do not follow each other, or an argument is out
-                of range.
+            FileNotFoundError: the bundle, its CLIP, its decoder or the decoder's dVAE is missing.
+            ValueError: a part is damaged or of another CLIP or dVAE, upsamplers do not follow each other, or an
+                argument is out of range.
         """
         check_memory(memory)
         loaded = cls(**load_parts(Path(bundle), device, precision, size)._asdict(), memory=memory)

@@ -68,9 +68,9 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
         size: side in pixels of the pictures that are made: upsamplers beyond it are not loaded; None for all of them.
 
     Raises:
-        FileNotFoundError: the bundle, its CLIP or its decoder is missing.
-        ValueError: a part is damaged or of another CLIP, upsamplers do not follow each other, or an argument is out of
-            range.
+        FileNotFoundError: the bundle, its CLIP, its decoder or the decoder's dVAE is missing.
+        ValueError: a part is damaged or of another CLIP or dVAE, upsamplers do not follow each other, or an argument is
+            out of range.
     """
     device = usable_device(device)
     check_precision(precision)
@@ -80,7 +80,10 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
     clip, decoder = CLIP.load(bundle / "clip"), Decoder.load(bundle / "decoder")
     codec = [DVAE] if decoder.config.codes else []
     if codec and not (bundle / DVAE).exists():
-        raise missing_part(bundle, DVAE)
+        raise FileNotFoundError(
+            f"the bundle {bundle} has no {DVAE}, whose codes its decoder draws: put the one there that the decoder was "
+            f"trained with, of the hash {decoder.metadata.get('dvae_hash', 'unknown')}"
+        )
     prior = None if "prior" in missing else Prior.load(bundle / "prior")
     chain = upsampler_chain(bundle, decoder.config.picture_size, size)
     optional = [COMPONENTS] if (bundle / COMPONENTS).exists() else []

@@ -123,6 +123,8 @@ class Work:
             return self.batch_size
         side = self.models.decoder.config.image_size
         each = unet_bytes(self.models.decoder.unet, side) * (1 + (self.guidance != 1))
+        if self.models.decoder.config.codes:
+            each = max(each, self.models.decoder.codec.config.bytes_per_picture)
         if self.of_captions:
             guided = 1 + (self.drawing.prior_guidance != 1)
             each = max(each, prior_bytes(self.models.the_prior()) * self.drawing.prior_candidates * guided)

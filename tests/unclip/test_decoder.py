@@ -320,7 +320,7 @@ def test_more_noise_is_drawn_with_a_shift_and_all_of_it_without() -> None:
     ("changes", "words"),
     [
         ({"codes": -1}, "codes"),
-        ({"codes": 0}, "code_side must be 1"),
+        ({"codes": 0}, r"code_side \(2\) must be 1"),
         ({"in_channels": 4}, "must be 3, or 7 for inpainting"),
     ],
 )

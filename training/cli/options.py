@@ -57,7 +57,7 @@ class StageOptions(SizeOptions):
     learning_rate: float
     """Highest learning rate; the recipe's schedule is scaled to it."""
     optimizer: OptimizerKind
-    """adamw, or muon (transformer and CLIP; the dVAE refuses it): Muon for the matrices of the layers, with the same
+    """adamw, or muon (the dVAE refuses it): Muon for the matrices of the layers, with the same
     learning rate and weight decay, and AdamW for everything else. A run resumes with the one that it began with."""
 
 
@@ -134,7 +134,7 @@ class DemoOptions:
     fresh: bool = False
     """Train anew instead of reusing what is there."""
     unclip: bool = False
-    """Then train DALL·E 2's prior and decoder beside it, and show all they do."""
+    """Then train DALL·E 2's prior and decoder beside it, as the recipe says, and show all they do."""
 
 
 # ------------------------------------------------------------------------------------------------ defaults

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -334,11 +335,20 @@ class DemoCommand(StagesCommand):
     def run(self) -> None:
         """Make the demonstration."""
         chosen = self.changed(recipe("demo"))
-        if not self.bundle.unclip or self.bundle.fresh or not is_finished(self.bundle.out):
+        if not self.bundle.unclip:
             self._run_dalle(chosen)
-        if self.bundle.unclip:
-            with joined(self.job, self.arguments) as (ranks, say):
-                run_unclip_demo(chosen, self.bundle.out, ranks, say, fresh=self.bundle.fresh)
+            return
+        if self.job.auto_restart:
+            raise ValueError("--auto-restart does not go with --unclip: make the demonstration with it first")
+        if self.bundle.fresh or not is_finished(self.bundle.out):
+            self._run_dalle(chosen)
+        elif others := [word for word in self.arguments if re.match("--(?!unclip|out)", word)]:
+            raise ValueError(
+                f"the demonstration in {self.bundle.out} is finished, and {', '.join(others)} would change nothing: "
+                "leave that out, or give --fresh to make all anew"
+            )
+        with joined(self.job, self.arguments) as (ranks, say):
+            run_unclip_demo(chosen, self.bundle.out, ranks, say, fresh=self.bundle.fresh)
 
     def _run_dalle(self, chosen: Recipe) -> None:
         plan = plan_here(chosen, one_at_a_time=self.order.one_at_a_time)

@@ -50,6 +50,8 @@ from training.stages.transformer import train_transformer
 N_TRAIN, N_VALIDATION = 16_000, 256
 WORLD_S, SAMPLES_S = 18.0, 225.0
 """Seconds that drawing and sampling take on two CPU cores; only proportions matter."""
+TABLE = "table.json"
+"""Written last, once a demonstration is finished."""
 SHARE_OF_THREE = 0.0
 """Share of the pictures with three things in a row: none, because a tenth is too few to learn in these minutes."""
 
@@ -80,10 +82,7 @@ def run_demo(
         ValueError: there is more than one rank, or another job trains in `out`.
         Interrupted, OSError: as `run_jobs`, or as the stages.
     """
-    if ranks.size > 1:
-        raise ValueError(
-            f"the demonstration runs in one process, and a launcher started it in {ranks.size}: start it without one"
-        )
+    require_one_process(ranks)
     plan = plan or MachinePlan(seconds=seconds_alone(recipe))
     if plan.reason:
         say(plan.reason)
@@ -94,6 +93,7 @@ def run_demo(
         time_left.begin(part)
 
     with bundle_lock(out):
+        (out / TABLE).unlink(missing_ok=True)
         begin("world", f"drawing {N_TRAIN + N_VALIDATION:,} captioned pictures")
         train, validation = _world_shards(out / "world", recipe.dvae.model.image_size, fresh=fresh, say=say)
         time_left.end("world")
@@ -108,9 +108,17 @@ def run_demo(
     say(f"\nthe demonstration took {took} (this time; finished parts are reused)")
 
 
+def require_one_process(ranks: Ranks) -> None:
+    """Raise ValueError if a launcher started several processes."""
+    if ranks.size > 1:
+        raise ValueError(
+            f"the demonstration runs in one process, and a launcher started it in {ranks.size}: start it without one"
+        )
+
+
 def is_finished(out: Path) -> bool:
     """Return whether a demonstration was made to its end in a folder."""
-    return (out / "table.json").is_file()
+    return (out / TABLE).is_file()
 
 
 def _train_here(
@@ -151,16 +159,11 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, say: Say) -> tuple[Pa
         ValueError: another world is there, as of an earlier version of this program, or runs without a world, which
             are not the demonstration's.
     """
-    made_of = {"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION}
     note = folder / "world.json"
-    if not fresh and note.is_file() and note.read_text() == json.dumps(made_of):
+    if not fresh and note.is_file():
+        require_this_world(folder, size)
         say(f"the world is in {folder}")
         return folder / "train", folder / "validation"
-    if note.is_file() and not fresh:
-        raise ValueError(
-            f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
-            f"mixed ({note.read_text()}, expected {json.dumps(made_of)}): give another --out, or --fresh to replace it"
-        )
     if not note.is_file() and any((folder.parent / "training").glob(f"*/{CHECKPOINTS}")):
         raise ValueError(f"{folder.parent} holds runs that are not a demonstration's: give another --out")
     if fresh:
@@ -169,9 +172,23 @@ def _world_shards(folder: Path, size: int, *, fresh: bool, say: Say) -> tuple[Pa
         note.unlink(missing_ok=True)
     for name, count, seed in (("train", N_TRAIN, 0), ("validation", N_VALIDATION, 1)):
         write_shards(_drawings(count, seed, size, say), folder / name, "world", 4_000, overwrite=True)
-    replace_text(note, json.dumps(made_of))
+    replace_text(note, _made_of(size))
     say(f"drew the world into {folder}")
     return folder / "train", folder / "validation"
+
+
+def require_this_world(folder: Path, size: int) -> None:
+    """Raise ValueError if a folder holds another world than this version draws; FileNotFoundError if none."""
+    made_of = (folder / "world.json").read_text()
+    if made_of != _made_of(size):
+        raise ValueError(
+            f"{folder.parent} holds a demonstration of another world than this version draws, and both must not be "
+            f"mixed ({made_of}, expected {_made_of(size)}): give another --out, or --fresh to replace it"
+        )
+
+
+def _made_of(size: int) -> str:
+    return json.dumps({"train": N_TRAIN, "validation": N_VALIDATION, "size": size, "version": WORLD_VERSION})
 
 
 def _drawings(count: int, seed: int, size: int, say: Say) -> Iterator[DrawnSample]:
@@ -207,6 +224,6 @@ def _finish(out: Path, validation: Path, say: Say) -> None:
         "exchanged_captions": dataclasses.asdict(exchanged),
         "evaluation": dataclasses.asdict(evaluation),
     }
-    replace_text(out / "table.json", json.dumps(numbers, indent=2))
+    replace_text(out / TABLE, json.dumps(numbers, indent=2))
     say(f"\n{table}\n")
     say(f"bundle: {out}\nsheet:  {out / 'sheet.png'}\ncurves: {out / 'curves.png'}\ntable:  {out / 'table.txt'}")

@@ -17,14 +17,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.output.sheets import Section, contact_sheet, save_png
+from dalle.output.sheets import INK, Section, contact_sheet, save_png
 from dalle.output.text import Say, aligned
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
-from dvae.images import to_image
-from dvae.metrics import psnr
+from dvae.images import to_image, to_tensor
 from rerank import score
 from storage.atomic import replace_text
+from storage.models.directory import read_config
+from training.demo.demo import require_one_process, require_this_world
 from training.demo.samples import RIGHT, SPLITS, WRONG
 from training.drawings.shape_checker import FoundThing, Reading, check, read_scene
 from training.drawings.shapes import (
@@ -45,6 +46,8 @@ from training.stages.inputs import Inputs
 from training.stages.locks import bundle_lock
 from training.stages.unclip.decoder import train_decoder
 from training.stages.unclip.prior import train_prior
+from unclip.decoder import KIND as DECODER
+from unclip.decoder import DecoderConfig
 from unclip.decoding import decode, invert
 from unclip.embeddings import sample_embeddings
 from unclip.sampling import Noise
@@ -78,17 +81,20 @@ def run_unclip_demo(recipe: Recipe, out: Path, ranks: Ranks, say: Say, *, fresh:
     """Train prior and decoder on the world of a finished demonstration, measure them, and write tables and sheets.
 
     Args:
-        recipe: that has both.
+        recipe: that has a prior and a decoder.
         out: the bundle of the demonstration.
         ranks: one, this process.
         say: told how far it is.
         fresh: train anew instead of reusing what is there.
 
     Raises:
-        FileNotFoundError: the demonstration is not finished.
-        ValueError: another job trains in `out`.
+        FileNotFoundError: the world, CLIP or dVAE is missing.
+        ValueError: there is more than one rank, the world is another than this version draws, or another job trains in
+            `out`.
     """
+    require_one_process(ranks)
     world = out / "world"
+    require_this_world(world, recipe.dvae.model.image_size)
     inputs = Inputs(data=[world / "train"], validation=[world / "validation"], out=out, fresh=fresh)
     with bundle_lock(out):
         say("\ntraining the prior: captions to CLIP's embeddings of pictures")
@@ -112,7 +118,9 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
     Raises:
         FileNotFoundError, ValueError: as `UnCLIP.load`.
     """
-    unclip = UnCLIP.load(bundle)
+    # as the decoder draws: the world's pictures are of that size
+    size = read_config(bundle / "decoder", DECODER, DecoderConfig).picture_size
+    unclip = UnCLIP.load(bundle, size=size)
     scenes = list(some_scenes(n_pictures, "trained", seed=21))
     pictures = [draw(scene, np.random.default_rng(k), size=unclip.image_size) for k, scene in enumerate(scenes)]
     parts: list[tuple[str, Callable[[], Measured]]] = [
@@ -123,18 +131,19 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
         ("interpolation", lambda: of_interpolations(unclip, pictures)),
         ("edits", lambda: of_edits(unclip, pictures, scenes)),
     ]
-    folder.mkdir(exist_ok=True)
-    told, numbers = [], {}
+    folder.mkdir(exist_ok=True, parents=True)
+    told, measured = [], {}
     for name, make in parts:
-        found = make()
-        told.append(f"{name}\n{aligned(found.rows, '<>')}")
-        numbers[name] = found.numbers
+        measured[name] = make()
+        told.append(f"{name}\n{aligned(measured[name].rows, '<>')}")
+        say(f"\n{told[-1]}")
+    for name, found in measured.items():
         if found.sections:
             sheet = contact_sheet(found.sections, title=f"DALL·E 2: {name}", columns=found.columns)
             save_png(sheet, folder / f"{name.replace(' ', '-')}.png")
-        say(f"\n{told[-1]}")
+    numbers = {name: found.numbers for name, found in measured.items()}
     replace_text(folder / "table.txt", "\n\n".join(told) + "\n")
-    replace_text(folder / "table.json", json.dumps(numbers, indent=2))
+    replace_text(folder / "table.json", json.dumps(numbers, indent=2, allow_nan=False))
     say(f"\nDALL·E 2's tables and sheets are in {folder}")
 
 
@@ -153,13 +162,10 @@ class Measured:
 
 
 def some_scenes(count: int, split: Split, seed: int) -> Iterator[Scene]:
-    """Yield scenes of two things that differ."""
+    """Yield scenes of two things, always the same ones."""
     rng = np.random.default_rng(np.random.SeedSequence((seed, list(SPLITS).index(split))))
-    while count:
-        scene = random_scene(rng, split=split, share_of_three=0.0)
-        if scene.things[0].pair != scene.things[1].pair:
-            count -= 1
-            yield scene
+    for _ in range(count):
+        yield random_scene(rng, split=split, share_of_three=0.0)
 
 
 def words(found: Reading | Scene, attribute: str) -> list[str | None]:
@@ -230,8 +236,8 @@ def _ranked(heading: str, images: Tensor, rights: Sequence[bool], order: Sequenc
 
 
 def of_inversion(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
-    """Measure how exactly pictures are drawn again from their own embedding and noise."""
-    rows, numbers = [["PSNR, dB", "to the picture", "to what the decoder can draw of it"]], {}
+    """Measure how exactly pictures are drawn again from their own embedding and noise, by corrections on the way up."""
+    rows, numbers = [["", "PSNR to the picture, dB", "all that the decoder can draw"]], {}
     seen = [unclip.seen(picture) for picture in pictures]
     pixels = torch.cat([each.pixels for each in seen])
     embeddings = torch.cat([each.embedding for each in seen])
@@ -241,11 +247,18 @@ def of_inversion(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
         start = invert(unclip.decoder, pixels, embeddings, text, steps=FROM_NOISE.steps, corrections=corrections)
         noise = Noise.of(0, "", range(len(pictures)))
         again = decode(unclip.decoder, embeddings, text, noise, start=start, steps=FROM_NOISE.steps, guidance=1)
-        dbs = [float(psnr(target, again).mean()) for target in (pixels, possible)]
-        rows.append([f"{corrections} corrections", *(f"{db:.1f}" for db in dbs)])
-        numbers[f"{corrections} corrections"] = dict(zip(("picture", "possible"), dbs, strict=True))
-    rows.append(["the dVAE alone", f"{float(psnr(pixels, possible).mean()):.1f}", ""])
+        decibels, exact = _decibels(pixels, again), float((again == possible).flatten(1).all(dim=1).float().mean())
+        rows.append([f"{corrections} corrections", f"{decibels:.1f}", percent(exact)])
+        numbers[f"{corrections} corrections"] = {"psnr": decibels, "exact": exact}
+    decibels = _decibels(pixels, possible)
+    rows.append(["what the decoder can draw", f"{decibels:.1f}", ""])
+    numbers["possible"] = {"psnr": decibels}
     return Measured(rows=rows, numbers=numbers, sections=[])
+
+
+def _decibels(images: Tensor, others: Tensor) -> float:
+    """Return the PSNR of the mean squared error of all pictures, in dB; at most 100."""
+    return float(-10 * (images - others).square().mean().clamp_min(1e-10).log10())
 
 
 def of_variations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
@@ -333,7 +346,7 @@ def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measur
     for a, b in zip(pictures[::2], pictures[1::2], strict=True):
         found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, drawing=FROM_NOISE)
         for picture, image in ((a, found.images[0]), (b, found.images[-1])):
-            ends.append(float(psnr(unclip.seen(picture).pixels, image[None]).mean()))
+            ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
         embeddings = unclip.clip.encode_image(found.images)
         towards = embeddings @ (embeddings[-1] - embeddings[0])
         steady.append(float((towards.diff() > 0).float().mean()))
@@ -365,10 +378,11 @@ def of_edits(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[S
             kept = ~found.region.is_new
             best.append(verdicts[0])
             each.append(float(np.mean(verdicts)))
-            exact.append(torch.equal(found.images[0][:, kept], found.region.pixels[:, kept]))
+            exact.append(torch.equal(found.images[0][:, kept], to_tensor(picture)[:, kept]))
             if len(best) <= SHOWN // 2:
-                images = torch.cat([found.region.pixels[None], found.images[:7]])
-                sections.append(_ranked(text, images, [True, *verdicts[:7]], range(len(images))))
+                shown = _ranked(text, found.images, verdicts, range(min(7, len(verdicts))))
+                before = Section(text, [picture, *shown.images], ["the picture", *shown.labels])
+                sections.append(before._replace(marks=[INK, *(shown.marks or ())]))
         shares = [float(np.mean(values)) for values in (best, each, exact)]
         rows.append([f"another {attribute}", *map(percent, shares)])
         numbers[attribute] = dict(zip(("best", "each", "exact"), shares, strict=True))

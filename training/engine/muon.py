@@ -44,7 +44,7 @@ def block_matrices(model: nn.Module) -> list[Tensor]:
     """Return the weights of the linear layers and convolutions within the model's blocks.
 
     These are the module lists called `blocks` of a transformer and of CLIP's towers, and a U-Net's `down`, `middle` and
-    `up`: without embeddings, heads and projections, which are not for Muon.
+    `up`: without embeddings, heads and projections outside of them, which are not for Muon.
 
     Raises:
         ValueError: the model has no blocks, as the dVAE.

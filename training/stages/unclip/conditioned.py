@@ -18,7 +18,7 @@ from dalle.data.reader import Sample, ShardData
 from dalle.output.text import Say
 from dvae.images import open_image, resize_and_crop, to_tensor, transformer_augmentation
 from rerank import CLIP
-from storage.models.directory import directory_hash
+from storage.models.directory import as_written_before, directory_hash
 from storage.models.stored import StoredModel
 from training.config import TrainConfig
 from training.engine.objective import MicroBatch, Tensors
@@ -187,7 +187,7 @@ def train_conditioned(
     model = make(config, of.train, program)
     metadata = {"recipe": recipe.name, "clip_hash": frozen.hash, **model.metadata}
     stage = kind(of, model, frozen, inputs.out / kind.name, program.validation or program.data, metadata)
-    program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": dataclasses.asdict(model.config)}, of))
+    program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": as_written_before(model.config)}, of))
     return stage.directory
 
 

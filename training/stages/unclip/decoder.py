@@ -31,8 +31,8 @@ from unclip.decoder import Decoder, DecoderConfig
 from unclip.decoding import decode, decoder_loss, loss_by_quarter
 from unclip.sampling import Noise
 
-PICTURES_FOR_CODES = 512
-"""Of the training data, from which it is told how often each code is met."""
+PICTURES_FOR_CODES, AT_ONCE = 512, 16
+"""Pictures of the training data from which it is told how often each code is met, and those encoded together."""
 
 
 class DecoderStage(ConditionedStage[DecoderRecipe, Decoder]):
@@ -109,7 +109,7 @@ def train_decoder(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Pat
 
     Raises:
         FileNotFoundError: the bundle has no dVAE, and the decoder draws codes.
-        ValueError: as `train_conditioned`.
+        ValueError: none of the first pictures can be read; or as `train_conditioned`.
     """
 
     def made(config: DecoderConfig, train: TrainConfig, program: Program) -> Decoder:
@@ -140,7 +140,12 @@ def _of_codes(config: DecoderConfig, directory: Path, program: Program) -> Decod
         return to_tensor(resize_and_crop(open_image(sample.image_bytes, sample.source), side))
 
     images = [image for _, image in first_readable(program.data, PICTURES_FOR_CODES, seen)]
-    tokens = [codec.encode(image[None].to(program.ranks.device)) for image in images]
+    if not images:
+        raise ValueError(f"none of the first {PICTURES_FOR_CODES} pictures of --data can be read")
+    tokens = [
+        codec.encode(torch.stack(images[first : first + AT_ONCE]).to(program.ranks.device))
+        for first in range(0, len(images), AT_ONCE)
+    ]
     decoder.vectors.copy_(whitened_codebook(codec.codebook, torch.cat(tokens)))
     decoder.use_codec(codec)
     decoder.metadata = {"dvae_hash": directory_hash(directory)}
