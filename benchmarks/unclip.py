@@ -24,7 +24,7 @@ from dalle.unclip.pipeline import UnCLIP
 from dvae.images import to_image
 from rerank import score
 from training.demo.unclip import DRAWING, measure, some_scenes, words
-from training.drawings.shape_checker import read_scene
+from training.drawings.shape_checker import difference, read_scene
 from training.drawings.shapes import Scene, caption
 from unclip.decoding import decode
 from unclip.sampling import Noise, Sampler
@@ -45,8 +45,7 @@ def bound(image: Tensor, scene: Scene) -> tuple[bool, bool, bool]:
     parts = all(sorted(map(str, words(found, name))) == sorted(map(str, words(told, name))) for name in _THINGS)
     pairs = sorted((str(thing.colour), str(thing.shape)) for thing in found.things)
     each = pairs == sorted(thing.pair for thing in told.things)
-    whole = all(words(found, name) == words(told, name) for name in (*_THINGS, "size", "background"))
-    return parts, each, whole and found.relation == told.relation
+    return parts, each, difference(told, found) is None
 
 
 _THINGS = ("colour", "shape")

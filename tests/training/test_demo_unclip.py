@@ -18,7 +18,6 @@ from training.demo.unclip import (
     THETAS,
     Attribute,
     changed,
-    check_scene,
     of_differences,
     of_edits,
     of_variations,
@@ -26,7 +25,7 @@ from training.demo.unclip import (
     some_scenes,
     words,
 )
-from training.drawings.shape_checker import read_scene
+from training.drawings.shape_checker import difference, read_scene
 from training.drawings.shapes import Scene, draw, held_out_reason, parse
 from training.ranks.ranks import join
 from training.recipes import recipe
@@ -91,7 +90,7 @@ def test_one_attribute_is_changed_and_the_scene_stays_of_a_trained_kind(
 
 def test_a_picture_is_its_own_scene_and_no_other(scenes: list[Scene], pictures: list[Image.Image]) -> None:
     readings = [read_scene(picture) for picture in pictures]
-    found = torch.tensor([[check_scene(reading, scene) for scene in scenes] for reading in readings])
+    found = torch.tensor([[difference(scene, reading) is None for scene in scenes] for reading in readings])
     assert torch.equal(found, torch.eye(4, dtype=torch.bool))
 
 

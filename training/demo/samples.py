@@ -122,7 +122,7 @@ def check_samples(
             if len(sections) < SHEET_CAPTIONS:
                 order = rank_order(scores[-1], likelihoods, pipe.defaults.rank)
                 sections.append(
-                    _section(f"{SPLITS[split]}: {told}", pictures, rights[-1], order[:SHEET_PICTURES].tolist())
+                    marked_section(f"{SPLITS[split]}: {told}", pictures, rights[-1], order[:SHEET_PICTURES].tolist())
                 )
         say(f"{SPLITS[split]}: checked {min(start + CAPTIONS_AT_ONCE, len(captions))}/{len(captions)} captions")
     checked = CheckedSamples(
@@ -135,7 +135,10 @@ def check_samples(
     return checked, sections
 
 
-def _section(heading: str, pictures: Sequence[Image.Image], right: Sequence[bool], best: Sequence[int]) -> Section:
+def marked_section(
+    heading: str, pictures: Sequence[Image.Image], right: Sequence[bool], best: Sequence[int]
+) -> Section:
+    """Return a part of a sheet: the `best` of some pictures, by their numbers, each marked as right or wrong."""
     return Section(
         heading,
         [pictures[k] for k in best],

@@ -26,8 +26,8 @@ from rerank import score
 from storage.atomic import replace_text
 from storage.models.directory import read_config
 from training.demo.demo import require_one_process, require_this_world
-from training.demo.samples import RIGHT, SPLITS, WRONG
-from training.drawings.shape_checker import FoundThing, Reading, check, read_scene
+from training.demo.samples import SPLITS, marked_section
+from training.drawings.shape_checker import FoundThing, Reading, check, difference, read_scene
 from training.drawings.shapes import (
     BACKGROUNDS,
     COLOURS,
@@ -64,7 +64,7 @@ Attribute = Literal["colour", "shape", "background"]
 CAPTIONS, CANDIDATES = 8, 16
 """Captions of each kind, and candidates of each caption."""
 PICTURES = 8
-"""That are varied, changed, blended and edited."""
+"""Pictures that are varied, changed, blended and edited."""
 DRAWING = Drawing(steps=20, guidance=2.0)
 FROM_NOISE = Drawing(steps=25)
 """From a picture's own noise, without guidance."""
@@ -110,10 +110,10 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
 
     Args:
         bundle: with DALL·E 2's parts.
-        folder: is made.
+        folder: where they are written; made if missing.
         say: told how far it is.
         n_captions: of each kind.
-        n_pictures: that are varied, changed, blended and edited; even.
+        n_pictures: an even number, varied, changed, blended and edited.
 
     Raises:
         FileNotFoundError, ValueError: as `UnCLIP.load`.
@@ -203,7 +203,8 @@ def of_captions(unclip: UnCLIP, say: Say, count: int) -> Measured:
                 rights.append(verdicts)
                 best.append(verdicts[order[0]])
                 if source == "prior" and len(best) <= SHOWN:
-                    sections.append(_ranked(f"{SPLITS[split]}: {text}", images, verdicts, order))
+                    drawn = [to_image(image) for image in images]
+                    sections.append(marked_section(f"{SPLITS[split]}: {text}", drawn, verdicts, order[:8]))
             one, any_of = float(np.mean(rights)), float(np.mean([any(each) for each in rights]))
             rows.append([SPLITS[split], str(len(told)), name, *map(percent, (one, float(np.mean(best)), any_of))])
             numbers[f"{split}, {source}"] = {"best_of_1": one, "best_by_clip": float(np.mean(best)), "any": any_of}
@@ -220,16 +221,6 @@ def drawn_of_caption(unclip: UnCLIP, caption: str, picture: Image.Image, source:
     else:
         embeddings = text.features if source == "z_t" else unclip.seen(picture).embedding.expand(CANDIDATES, -1)
     return decode(unclip.decoder, embeddings, text, noise, steps=DRAWING.steps, guidance=DRAWING.guidance_or())
-
-
-def _ranked(heading: str, images: Tensor, rights: Sequence[bool], order: Sequence[int]) -> Section:
-    shown = order[:8]
-    return Section(
-        heading,
-        [to_image(images[k]) for k in shown],
-        ["right" if rights[k] else "wrong" for k in shown],
-        [RIGHT if rights[k] else WRONG for k in shown],
-    )
 
 
 # ---- pictures ---------------------------------------------------------------------------------------------
@@ -273,7 +264,7 @@ def of_variations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Seque
         for reading in readings:
             for name in names:
                 kept[name].append(sorted(map(str, words(reading, name))) == sorted(map(str, words(scene, name))))
-            kept["all"].append(check_scene(reading, scene))
+            kept["all"].append(difference(scene.canonical(), reading) is None)
         different.append(float((found.images.flatten(1).diff(dim=0).abs().mean(dim=1) > 0).float().mean()))
         if len(sections) < SHOWN:
             images = [picture, *(to_image(image) for image in found.images)]
@@ -284,13 +275,6 @@ def of_variations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Seque
         ["", *map(percent, shares.values()), percent(np.mean(different))],
     ]
     return Measured(rows=rows, numbers={**shares, "differ": float(np.mean(different))}, sections=sections)
-
-
-def check_scene(found: Reading, scene: Scene) -> bool:
-    """Return whether what was read is the scene."""
-    told = scene.canonical()
-    same = all(words(found, name) == words(told, name) for name in ("background", "colour", "shape", "size"))
-    return same and found.relation == told.relation
 
 
 def changed(scene: Scene, attribute: Attribute, rng: np.random.Generator) -> Scene:
@@ -380,7 +364,8 @@ def of_edits(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[S
             each.append(float(np.mean(verdicts)))
             exact.append(torch.equal(found.images[0][:, kept], to_tensor(picture)[:, kept]))
             if len(best) <= SHOWN // 2:
-                shown = _ranked(text, found.images, verdicts, range(min(7, len(verdicts))))
+                edits = [to_image(image) for image in found.images[:7]]
+                shown = marked_section(text, edits, verdicts, range(len(edits)))
                 before = Section(text, [picture, *shown.images], ["the picture", *shown.labels])
                 sections.append(before._replace(marks=[INK, *(shown.marks or ())]))
         shares = [float(np.mean(values)) for values in (best, each, exact)]

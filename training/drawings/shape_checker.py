@@ -82,11 +82,12 @@ def check(image: Image.Image | NDArray[np.uint8], caption: str) -> Verdict:
     """
     scene = parse(caption)
     found = read_scene(image)
-    difference = _difference(scene, found)
-    return Verdict(difference is None, difference or "right", found)
+    reason = difference(scene, found)
+    return Verdict(reason is None, reason or "right", found)
 
 
-def _difference(scene: Scene, found: Reading) -> str | None:
+def difference(scene: Scene, found: Reading) -> str | None:
+    """Return in words how a picture first differs from a canonical scene; None if it shows it."""
     if found.background != scene.background:
         return f"the background is {found.background or 'unclear'}, not {scene.background}"
     if len(found.things) != len(scene.things):
