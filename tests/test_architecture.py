@@ -71,7 +71,7 @@ ROOMS: dict[str, set[str]] = {
     "dalle.unclip": {*_CORE, *_MODELS, "dalle.data", "dalle.pipeline"},
     "dalle.evaluation": {*_CORE, *_MODELS, "dalle.data", "dalle.output", "dalle.pipeline"},
     "dalle.importers": {"storage", "dalle", *_MODELS, "dalle.data", "dalle.pipeline"},
-    "dalle.server": {*_CORE, "dalle.output", "dalle.pipeline"},
+    "dalle.server": {*_CORE, "dalle.output", "dalle.pipeline", "dalle.unclip", "rerank"},
     "dalle.cli": {
         *_CORE,
         *_MODELS,

@@ -12,6 +12,7 @@ from dalle.cli.computing import n_bytes
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Device, Flag
 from dalle.data.bundle import PARTS, Precision, bundle_part, usable_device
 from dalle.pipeline import Pipeline
+from dalle.unclip.pipeline import UnCLIP
 
 KEY_VARIABLE = "DALLE_API_KEY"
 PICTURE_BYTES = 4_000_000
@@ -132,6 +133,7 @@ class Serve:
     def run(self) -> None:
         """Serve until SIGTERM or Ctrl-C."""
         try:
+            from dalle.server.api.requests import names_of_both
             from dalle.server.security import Rules
             from dalle.server.serving import Process, check_safe, run
             from dalle.server.state import Settings
@@ -151,8 +153,9 @@ class Serve:
             keys=network.keys(),
         )
         check_safe(rules, no_auth=network.no_auth)
+        name, has_unclip = self.bundle.resolve().name, (self.bundle / "decoder").exists()
         settings = Settings(
-            models=(self.bundle.resolve().name, *self.model_alias),
+            models=(name, *self.model_alias, *(names_of_both(name) if has_unclip else ())),
             created=int(self.bundle.stat().st_mtime),
             best_of=limits.best_of,
             max_n=limits.max_n,
@@ -166,4 +169,7 @@ class Serve:
         load = lambda: Pipeline.load(  # noqa: E731
             self.bundle, device, precision=self.precision, memory=memory, compile=self.compile
         )
-        run(load, settings, rules, process)
+        load_unclip = lambda: UnCLIP.load(  # noqa: E731
+            self.bundle, device, precision=self.precision, memory=memory
+        )
+        run(load, settings, rules, process, load_unclip if has_unclip else None)

@@ -15,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
+from dalle.best_of_n import Result
 from dalle.editing.redraw import Redrawn
 from dalle.editing.regions import Region
 from dalle.server.api.answers import Drawn, Usage, answer, completed_event, partial_event
@@ -103,7 +104,9 @@ class Routes:
     async def _draw(self, request: Request, ask: Ask, endpoint: Endpoint, source: Source | None) -> Response:
         state = self._state
         state.note(request, ask)
-        previews = Previews(rows=_partial_rows(_drawn_rows(source, state.limits().grid), ask.partial_images))
+        previews = Previews()
+        if ask.drawing is None:  # DALL·E 2 draws no rows to be shown
+            previews = Previews(rows=_partial_rows(_drawn_rows(source, state.limits().grid), ask.partial_images))
         job = state.job(ask, request.state.owner, endpoint, source=source, previews=previews)
         submit(state.engine.queue, job)
         headers = {"X-Ignored-Parameters": ", ".join(ask.ignored)} if ask.ignored else {}
@@ -123,8 +126,7 @@ class Routes:
         places = range(len(job.result.images))  # an edit may find fewer different ones than were asked for
         drawn = [self._drawn(job, ask, place, self._base_url(request)) for place in places]
         created = int(time.time())
-        native = self._native()
-        return answer(ask, drawn, _usage(job), created=created, caption_cut=job.caption_cut, native=native)
+        return answer(ask, drawn, _usage(job), created=created, caption_cut=job.caption_cut)
 
     def _drawn(self, job: Job, ask: Ask, place: int, base_url: str) -> Drawn:
         result = job.result
@@ -140,7 +142,7 @@ class Routes:
         return Drawn(
             place=found,
             score=float(result.scores[place]) if ask.prompt else None,
-            log_likelihood=float(result.log_likelihoods[place]),
+            log_likelihood=float(result.log_likelihoods[place]) if isinstance(result, Result) else None,
             rank=place + 1,
             candidate=result.candidates[place],
             details=details(result, place),
@@ -149,13 +151,12 @@ class Routes:
     async def _events(self, job: Job, ask: Ask, endpoint: Endpoint) -> AsyncIterator[bytes]:
         """Yield a job as server-sent events; cancel it if nobody listens any more."""
         index = 0
-        native = self._native()
         try:
             async for event in events(job):
                 if event is None:
                     yield PING
                 elif isinstance(event, Rows) and event.tops is not None:
-                    b64_json = await asyncio.to_thread(_partial, event, job.work.source, ask, native)
+                    b64_json = await asyncio.to_thread(_partial, event, job.work.source, ask)
                     created = int(time.time())
                     partial = partial_event(ask, endpoint, b64_json, index=index, created=created)
                     yield sse(partial["type"], partial)
@@ -171,7 +172,6 @@ class Routes:
                             _usage(job),
                             created=int(time.time()),
                             caption_cut=job.caption_cut,
-                            native=native,
                         )
                         yield sse(done["type"], done)
                 elif isinstance(event, Ended):
@@ -179,11 +179,6 @@ class Routes:
         finally:
             if not job.has_ended:
                 self._state.engine.queue.cancel(job)
-
-    def _native(self) -> int:
-        pipe = self._state.engine.pipe
-        assert pipe is not None, "a job ran"
-        return pipe.dvae.config.image_size
 
     def _base_url(self, request: Request) -> str:
         return (self._state.settings.public_url or str(request.base_url)).rstrip("/")
@@ -203,11 +198,11 @@ def _partial_rows(drawn: range, n: int) -> frozenset[int]:
     return frozenset(row for row in rows if drawn.start < row < drawn.stop)
 
 
-def _partial(event: Rows, source: Source | None, ask: Ask, native: int) -> str:
+def _partial(event: Rows, source: Source | None, ask: Ask) -> str:
     """Return an unfinished picture in base64."""
     assert event.tops is not None
     top = event.tops[0]
-    whole = unfinished(top, native, top.shape[1] // event.n_rows)
+    whole = unfinished(top, ask.native, top.shape[1] // event.n_rows)
     if isinstance(source, Region):
         whole = source.paste(whole[None])[0]
     options: dict[str, Any] = {"output_format": ask.output_format, "compression": ask.compression, "texts": None}
@@ -216,6 +211,8 @@ def _partial(event: Rows, source: Source | None, ask: Ask, native: int) -> str:
 
 def _usage(job: Job) -> Usage:
     assert job.result is not None
+    if not isinstance(job.result, Result):  # not drawn as tokens
+        return Usage(text_tokens=job.n_text_tokens, image_tokens=0, output_tokens=0)
     n_image = job.result.tokens.shape[1]
     given = n_image - job.result.n_unknown if isinstance(job.result, Redrawn) else 0
     return Usage(text_tokens=job.n_text_tokens, image_tokens=given, output_tokens=(n_image - given) * job.work.n)

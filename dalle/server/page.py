@@ -20,7 +20,7 @@ from starlette.routing import Route
 
 from dalle.editing.regions import Region
 from dalle.server.api.errors import APIError, wrong
-from dalle.server.api.requests import PICTURES, Endpoint, read_ask
+from dalle.server.api.requests import PICTURES, Endpoint, names_of_both, read_ask
 from dalle.server.pictures import encode, sheet, unfinished
 from dalle.server.queueing.batch import Source
 from dalle.server.queueing.jobs import Ended, Event, Job, Previews, Rows
@@ -33,6 +33,7 @@ COLUMNS = 8
 """Of the sheet of growing candidates."""
 MAX_JOBS = 200
 """Jobs of pages that are remembered, beside those that have not ended."""
+_TOLD = ("score", "log_likelihood", "candidate", "rank")
 WAIT_S = 1.0
 """Seconds between what is told of a job that waits."""
 WEB = Path(__file__).parent / "web"
@@ -93,6 +94,8 @@ class Page:
         return JSONResponse(
             {
                 "model": limits.models[0],
+                "both": names_of_both(limits.models[0]) if limits.unclip is not None else (),
+                "by_unclip": sorted(limits.unclip.endpoints - {"generations"}) if limits.unclip is not None else (),
                 "size": limits.native,
                 "grid": limits.grid,
                 "image_vocab": limits.image_vocab,
@@ -191,7 +194,7 @@ class Page:
             texts = self._state.texts(job, place)
             data = encode(image, side=image.shape[-1], output_format="png", compression=100, texts=texts)
             page_job.names.append(self._state.results.add(data, "image/png"))
-            page_job.pictures.append({name: texts[name] for name in ("score", "log_likelihood", "candidate", "rank")})
+            page_job.pictures.append({name: texts.get(name) for name in _TOLD})
 
     async def _events(self, page_job: _PageJob, after: int) -> AsyncIterator[bytes]:
         job, queue = page_job.job, self._state.engine.queue

@@ -21,6 +21,7 @@ from dalle.server.queueing.engine import Engine
 from dalle.server.queueing.jobs import Queue
 from dalle.server.security import LOOPBACK, Rules
 from dalle.server.state import Settings, State
+from dalle.unclip.pipeline import UnCLIP
 
 logger = logging.getLogger(__name__)
 
@@ -98,11 +99,16 @@ class DrainingServer(uvicorn.Server):
         self.should_exit = True
 
 
-def make_state(load: Callable[[], Pipeline], settings: Settings, process: Process) -> State:
+def make_state(
+    load: Callable[[], Pipeline],
+    settings: Settings,
+    process: Process,
+    load_unclip: Callable[[], UnCLIP] | None = None,
+) -> State:
     """Return what serves a bundle, not yet started."""
     metrics = Metrics()
     queue = Queue(max_jobs=process.max_jobs, max_candidates=process.max_waiting_candidates, on_ended=metrics.job_ended)
-    return State(Engine(load, queue, metrics), metrics, settings)
+    return State(Engine(load, queue, metrics, load_unclip=load_unclip), metrics, settings)
 
 
 def make_server(state: State, rules: Rules, process: Process) -> DrainingServer:
@@ -148,7 +154,13 @@ def check_safe(rules: Rules, *, no_auth: bool) -> None:
         )
 
 
-def run(load: Callable[[], Pipeline], settings: Settings, rules: Rules, process: Process) -> None:
+def run(
+    load: Callable[[], Pipeline],
+    settings: Settings,
+    rules: Rules,
+    process: Process,
+    load_unclip: Callable[[], UnCLIP] | None = None,
+) -> None:
     """Serve until told to end.
 
     Args:
@@ -156,6 +168,7 @@ def run(load: Callable[[], Pipeline], settings: Settings, rules: Rules, process:
         settings: how requests are answered.
         rules: what they must fulfil.
         process: how the process runs.
+        load_unclip: returns the bundle's DALL·E 2; None if it has none.
 
     Raises:
         ValueError: the bundle cannot be loaded.
@@ -163,7 +176,7 @@ def run(load: Callable[[], Pipeline], settings: Settings, rules: Rules, process:
     """
     _check_multipart()
     listening = listen(rules.host, process.port)
-    state = make_state(load, settings, process)
+    state = make_state(load, settings, process, load_unclip)
     server = make_server(state, rules, process)
     host = f"[{rules.host}]" if ":" in rules.host else rules.host
     address = f"http://{host}:{listening.getsockname()[1]}"

@@ -9,18 +9,20 @@ from typing import Any
 
 from starlette.requests import Request
 
-from dalle.best_of_n import Result
+from dalle.best_of_n import Ranked
 from dalle.editing.edit import Edited
 from dalle.editing.redraw import Redrawn
 from dalle.editing.variations import Varied
 from dalle.pipeline import Pipeline
 from dalle.server.api.errors import APIError, not_yet, wrong
-from dalle.server.api.requests import Ask, Limits
+from dalle.server.api.requests import Ask, Endpoint, Limits, UnCLIPLimits
 from dalle.server.metrics import Metrics
 from dalle.server.pictures import Results, region_of, varying
 from dalle.server.queueing.batch import Source, Varying, Work
 from dalle.server.queueing.engine import Engine
 from dalle.server.queueing.jobs import Job, Previews
+from dalle.unclip.pipeline import UnCLIP
+from dalle.unclip.results import Edited as EditedByUnCLIP
 from storage.errors import reason_of
 
 
@@ -29,7 +31,7 @@ class Settings:
     """How a server answers, beyond `Rules`."""
 
     models: tuple[str, ...]
-    """Names of the bundle; the first is its own."""
+    """As of `Limits`."""
     created: int = 0
     """Seconds since 1970 when the bundle was made."""
     best_of: int = 16
@@ -95,6 +97,7 @@ class State:
             best_of=settings.best_of,
             max_n=min(settings.max_n, settings.max_candidates),
             max_candidates=settings.max_candidates,
+            unclip=_unclip_limits(self.engine.unclip),
         )
 
     def job(
@@ -114,6 +117,7 @@ class State:
                 sampling=settings.sampling(ask.seed),
                 rank=settings.rank,
                 source=source,
+                drawing=ask.drawing,
             )
         except ValueError as error:
             raise APIError(400, reason_of(error)) from error
@@ -127,35 +131,34 @@ class State:
         """
         if "image" not in files:
             raise wrong("image", "there is no image: send the picture to start from", "missing")
-        limits, image = self.limits(), files["image"]
+        limits, image, side = self.limits(), files["image"], ask.native
         async with self.opening:
             if ask.strength is not None:
-                return await asyncio.to_thread(varying, image, ask.strength, side=limits.native)
+                return await asyncio.to_thread(varying, image, ask.strength, side=side)
             rows, mask = ask.keep_rows, files.get("mask")
-            return await asyncio.to_thread(region_of, image, mask, rows, side=limits.native, grid=limits.grid)
+            return await asyncio.to_thread(region_of, image, mask, rows, side=side, grid=limits.grid)
 
     def texts(self, job: Job, place: int) -> dict[str, Any]:
         """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
-        result, work, pipe = job.result, job.work, self.engine.pipe
+        result, work = job.result, job.work
         assert result is not None
-        assert pipe is not None
+        by = self.engine.pipe if work.drawing is None else self.engine.unclip
+        assert by is not None
+        settings = work.sampling if work.drawing is None else work.drawing
         about = {
             "caption": work.caption,
-            "rank": place + 1,
-            "ranked_by": result.rank,
-            "score": float(result.scores[place]),
-            "log_likelihood": float(result.log_likelihoods[place]),
-            "candidate": result.candidates[place],
-            **dataclasses.asdict(work.sampling),
+            **result.described()[place],
+            "seed": work.sampling.seed,
+            **dataclasses.asdict(settings),
             "best_of": work.n,
-            "hashes": pipe.hashes,
+            "hashes": by.hashes,
         }
         if isinstance(result, Redrawn):
             about["unknown_tokens"] = result.n_unknown
-        if isinstance(result, Edited):
+        if isinstance(result, Edited | EditedByUnCLIP):
             about["original_seam"] = result.region.original_seam
         if isinstance(work.source, Varying):
-            about["strength"] = work.source.strength
+            about["strength" if work.drawing is None else "eta"] = work.source.strength
         about |= details(result, place)
         return {name: value for name, value in about.items() if value is not None}
 
@@ -166,9 +169,21 @@ class State:
         request.state.note = f"the best {ask.n} of {ask.best_of}, caption{words}"
 
 
-def details(result: Result, place: int) -> dict[str, float]:
+def _unclip_limits(unclip: UnCLIP | None) -> UnCLIPLimits | None:
+    if unclip is None:
+        return None
+    can: dict[Endpoint, bool] = {
+        "generations": unclip.prior is not None,
+        "edits": unclip.decoder.config.inpaints,
+        "variations": True,
+    }
+    endpoints = frozenset(endpoint for endpoint, is_there in can.items() if is_there)
+    return UnCLIPLimits(endpoints=endpoints, native=unclip.image_size, n_steps=unclip.decoder.config.n_steps)
+
+
+def details(result: Ranked, place: int) -> dict[str, float]:
     """Return what is told of one picture that starts from another."""
-    if isinstance(result, Edited):
+    if isinstance(result, Edited | EditedByUnCLIP):
         return {"seam": float(result.seams[place])}
     if isinstance(result, Varied):
         return {"changed_tokens": result.n_changed[place]}

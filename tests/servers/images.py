@@ -17,6 +17,7 @@ from dalle.server.queueing.jobs import Queue
 from dalle.server.security import Rules
 from dalle.server.serving import Process, listen, make_server, make_state
 from dalle.server.state import Settings
+from dalle.unclip.pipeline import UnCLIP
 
 LONG_S = 60.0
 """Before a test gives up."""
@@ -82,6 +83,7 @@ class LiveServer:
         slow: draws for it.
         rules: as for `Rules`.
         process: as for `Process`.
+        load_unclip: returns the bundle's DALL·E 2.
         settings: as for `Settings`.
     """
 
@@ -92,11 +94,13 @@ class LiveServer:
         slow: SlowDraw | None = None,
         rules: dict[str, Any] | None = None,
         process: dict[str, Any] | None = None,
+        load_unclip: Callable[[], UnCLIP] | None = None,
         **settings: Any,
     ) -> None:
         self.slow = slow or SlowDraw()
         chosen = Process(**{"grace_s": 5.0, **(process or {})})
-        self.state = make_state(load, Settings(**{"models": ("tiny",), "best_of": 4, **settings}), chosen)
+        told = Settings(**{"models": ("tiny",), "best_of": 4, **settings})
+        self.state = make_state(load, told, chosen, load_unclip)
         self.state.engine._draw = self.slow
         self.server = make_server(self.state, Rules(**(rules or {})), chosen)
         self._socket = listen("127.0.0.1", 0)

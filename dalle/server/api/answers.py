@@ -22,7 +22,8 @@ class Drawn:
     """Its bytes in base64, or its URL."""
     score: float | None
     """CLIP's; None without a caption."""
-    log_likelihood: float
+    log_likelihood: float | None
+    """None where DALL·E 2 draws."""
     rank: int
     """1 is the best."""
     candidate: int
@@ -53,15 +54,12 @@ class Usage:
         }
 
 
-def answer(
-    ask: Ask, drawn: list[Drawn], usage: Usage, *, created: int, caption_cut: int, native: int
-) -> dict[str, Any]:
+def answer(ask: Ask, drawn: list[Drawn], usage: Usage, *, created: int, caption_cut: int) -> dict[str, Any]:
     """Return the body of the answer, as JSON has it."""
     body: dict[str, Any] = {
         "created": created,
         "data": [
-            {"url" if ask.as_url else "b64_json": one.place, "dalle": about(ask, one, caption_cut, native)}
-            for one in drawn
+            {"url" if ask.as_url else "b64_json": one.place, "dalle": about(ask, one, caption_cut)} for one in drawn
         ],
         **_common(ask),
         "usage": usage.json(),
@@ -72,7 +70,7 @@ def answer(
     return body
 
 
-def about(ask: Ask, one: Drawn, caption_cut: int, native: int) -> dict[str, Any]:
+def about(ask: Ask, one: Drawn, caption_cut: int) -> dict[str, Any]:
     """Return what is told of a picture beyond the API."""
     return {
         "score": one.score,
@@ -82,7 +80,7 @@ def about(ask: Ask, one: Drawn, caption_cut: int, native: int) -> dict[str, Any]
         "seed": ask.seed,
         "best_of": ask.best_of,
         "caption_cut": caption_cut,
-        "native_size": f"{native}x{native}",
+        "native_size": f"{ask.native}x{ask.native}",
         **one.details,
     }
 
@@ -99,8 +97,8 @@ def partial_event(ask: Ask, endpoint: Endpoint, b64_json: str, *, index: int, cr
 
 
 def completed_event(
-    ask: Ask, endpoint: Endpoint, one: Drawn, usage: Usage, *, created: int, caption_cut: int, native: int
+    ask: Ask, endpoint: Endpoint, one: Drawn, usage: Usage, *, created: int, caption_cut: int
 ) -> dict[str, Any]:
     """Return the event of a finished picture."""
     event = {"type": f"{KINDS[endpoint]}.completed", "b64_json": one.place, "created_at": created, **_common(ask)}
-    return {**event, "usage": usage.json(), "dalle": about(ask, one, caption_cut, native)}
+    return {**event, "usage": usage.json(), "dalle": about(ask, one, caption_cut)}

@@ -12,13 +12,16 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from reprlib import repr as short_repr
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dalle.best_of_n import check_caption
 from dalle.editing.variations import check_strength
 from dalle.sampling import SamplingDefaults
 from dalle.server.api.errors import APIError, wrong
 from dalle.server.api.fields import number, one_of, switch, text, whole, within
+from dalle.unclip.parts import Kind
+from dalle.unclip.settings import Drawing
+from storage.errors import reason_of
 
 MAX_PROMPT = 32_000
 """Characters, as the API documents."""
@@ -50,13 +53,25 @@ OutputFormat = Literal["png", "jpeg", "webp"]
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnCLIPLimits:
+    """What requests may ask of DALL·E 2."""
+
+    endpoints: frozenset[Endpoint]
+    """Which it can answer: captions need its prior, edits a decoder that reads what is kept."""
+    native: int
+    """Side of its pictures in pixels."""
+    n_steps: int
+    """Steps of its decoder at most."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Limits:
     """What requests may ask for."""
 
     models: tuple[str, ...]
-    """Names of the bundle; the first is its own."""
+    """Names of the bundle, its own first, and of its two models, if it has both: see `names_of_both`."""
     native: int
-    """Side of the bundle's pictures in pixels."""
+    """Side of DALL·E's pictures in pixels."""
     grid: int
     """Rows of tokens."""
     image_vocab: int
@@ -65,6 +80,8 @@ class Limits:
     """Candidates unless told."""
     max_n: int = 10
     max_candidates: int = 512
+    unclip: UnCLIPLimits | None = None
+    """None for a bundle without DALL·E 2."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,6 +97,8 @@ class Ask:
     """Candidates they are the best of."""
     side: int
     """Of the answered pictures in pixels."""
+    native: int
+    """Of the pictures as they are drawn."""
     quality: str
     """As told, or "auto"."""
     seed: int
@@ -91,7 +110,9 @@ class Ask:
     partial_images: int = 0
     keep_rows: int | None = None
     strength: float | None = None
-    """Share of the tokens that is drawn anew; of variations only."""
+    """Share of the tokens, or of DALL·E 2's noise, that is drawn anew; of variations only."""
+    drawing: Drawing | None = None
+    """How DALL·E 2 draws; None where DALL·E does."""
     metadata: bool = True
     """Whether pictures say how they were made."""
     safety_identifier: str | None = None
@@ -118,6 +139,7 @@ FIELDS: dict[str, Callable[[str, object], Any]] = {
     "top_k": whole,
     "top_p": number,
     "guidance": number,
+    "steps": whole,
     "rank": one_of("clip", "likelihood", "both"),
     "metadata": switch,
 }
@@ -153,6 +175,9 @@ def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = 
         if name not in known and name not in ignored:
             raise _unknown(name, (*known, *pictures), endpoint)
     found = {name: known[name](name, value) for name, value in given.items() if name not in ignored}
+    model = _model(found, limits)
+    drawing = _drawing(found, limits) if _kind(model, limits, endpoint) == "unclip" else None
+    native = limits.native if drawing is None or limits.unclip is None else limits.unclip.native
     n, best_of, quality = _numbers(found, limits)
     output_format = found.get("output_format", "png")
     if output_format == "png" and found.get("output_compression", 100) != 100:
@@ -166,13 +191,14 @@ def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = 
         raise wrong("response_format", "a stream sends pictures as b64_json: leave out response_format, or stream")
     return Ask(
         prompt=_prompt(found, may_be_empty=endpoint == "variations"),
-        model=_model(found, limits),
+        model=model,
         n=n,
         best_of=best_of,
-        side=_side(found.get("size"), limits.native),
+        side=_side(found.get("size"), native),
+        native=native,
         quality=quality,
         seed=found["seed"] if "seed" in found else secrets.randbits(SEED_BITS),
-        settings=_settings(found, limits, endpoint),
+        settings=_settings(found, limits, endpoint) if drawing is None else limits.defaults.updated(rank="clip"),
         as_url=found.get("response_format") == "url",
         output_format=output_format,
         compression=found.get("output_compression", DEFAULT_COMPRESSION),
@@ -180,6 +206,7 @@ def read_ask(values: Mapping[str, object], limits: Limits, endpoint: Endpoint = 
         partial_images=found.get("partial_images", 0),
         keep_rows=_keep_rows(found, limits),
         strength=_strength(found) if endpoint == "variations" else None,
+        drawing=drawing,
         metadata=found.get("metadata", True),
         safety_identifier=found.get("safety_identifier"),
         ignored=ignored,
@@ -218,6 +245,43 @@ def _model(found: Mapping[str, Any], limits: Limits) -> str:
     if model not in limits.models:
         raise unknown_model(model, limits.models)
     return model
+
+
+def names_of_both(bundle: str) -> tuple[str, ...]:
+    """Return the names of DALL·E and DALL·E 2 in a bundle that has both."""
+    return tuple(f"{bundle}/{kind}" for kind in get_args(Kind))
+
+
+def _kind(model: str, limits: Limits, endpoint: Endpoint) -> Kind:
+    """Return the model that draws: the named one, or DALL·E 2 where it can and a picture is given, or else DALL·E."""
+    endpoints = frozenset() if limits.unclip is None else limits.unclip.endpoints
+    if model not in names_of_both(limits.models[0]):
+        return "unclip" if endpoint in endpoints - {"generations"} else "dalle"
+    kind: Kind = "unclip" if model.endswith("/unclip") else "dalle"
+    if kind == "unclip" and endpoint not in endpoints:
+        needed = {"generations": "has no prior", "edits": "has a decoder that cannot read what is kept of a picture"}
+        raise wrong("model", f"{model} cannot answer {endpoint}: the bundle {needed[endpoint]}", "unsupported_model")
+    return kind
+
+
+def _drawing(found: Mapping[str, Any], limits: Limits) -> Drawing:
+    """Return how DALL·E 2 draws."""
+    assert limits.unclip is not None
+    for name in ("temperature", "top_k", "top_p", "rank"):
+        if found.get(name, "clip") != "clip":
+            other = f"{limits.models[0]}/dalle"
+            message = f"{name} is for DALL·E, but DALL·E 2 draws this: leave it out, or send model {other}"
+            raise wrong(name, message, "unsupported_parameter")
+    drawing = Drawing()
+    for name in ("guidance", "steps"):
+        try:
+            drawing = drawing.updated(**{name: found.get(name)})
+        except ValueError as error:
+            raise wrong(name, reason_of(error), "out_of_range") from error
+    if drawing.steps > limits.unclip.n_steps:
+        message = f"steps is {drawing.steps}; expected 1 to {limits.unclip.n_steps}, the decoder's own"
+        raise wrong("steps", message, "out_of_range")
+    return drawing
 
 
 def unknown_model(model: str, models: tuple[str, ...]) -> APIError:
@@ -259,6 +323,11 @@ def _side(size: str | None, native: int) -> int:
 def _settings(found: Mapping[str, Any], limits: Limits, endpoint: Endpoint) -> SamplingDefaults:
     """Return how candidates are sampled and ranked."""
     settings = limits.defaults
+    if "steps" in found:
+        hint = "" if limits.unclip is None else f", or send model {limits.models[0]}/unclip"
+        raise wrong(
+            "steps", f"steps is for DALL·E 2, but DALL·E draws this: leave it out{hint}", "unsupported_parameter"
+        )
     if endpoint == "variations" and not found.get("prompt"):
         settings = settings.updated(rank="likelihood", guidance=1.0)
         for name, only in (("rank", "likelihood"), ("guidance", 1)):

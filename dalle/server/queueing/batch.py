@@ -32,6 +32,7 @@ from dalle.sampling import (
     sample_each,
     undisturbed,
 )
+from dalle.unclip.settings import Drawing
 
 MAX_TOGETHER = 512
 """Candidates of several works in one batch: with more, the first to come would wait long for the last."""
@@ -65,6 +66,8 @@ class Work:
     rank: Ranking
     source: Source | None = None
     """None for whole new pictures."""
+    drawing: Drawing | None = None
+    """How DALL·E 2 draws them; None where DALL·E does."""
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.n)
@@ -74,9 +77,9 @@ class Work:
     def goes_with(self, other: "Work") -> bool:
         """Return whether both can share a batch: of whole new pictures, with all settings but the seed equal.
 
-        The particles that draw a picture's parts anew are a population of their own.
+        The particles that draw a picture's parts anew are a population of their own, and DALL·E 2 draws one caption.
         """
-        if self.source is not None or other.source is not None:
+        if any(work.source is not None or work.drawing is not None for work in (self, other)):
             return False
         return replace(self.sampling, seed=0) == replace(other.sampling, seed=0)
 

@@ -3,17 +3,20 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from dalle.best_of_n import Judge
+from dalle.best_of_n import Judge, Ranked
 from dalle.pipeline import Pipeline
 from dalle.server.queueing.batch import Draw, Work, draw, fits
 from dalle.server.queueing.jobs import Job, Queue, Rows
+from dalle.server.queueing.unclip import draw_by_unclip
+from dalle.unclip.pipeline import UnCLIP
+from rerank.tokenizer import N_SPECIAL
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -58,10 +61,21 @@ class Engine:
         queue: what to draw; closing it ends the thread.
         observer: is told of batches.
         draw: replaces `dalle.server.queueing.batch.draw` in tests.
+        load_unclip: returns the bundle's DALL·E 2, called as `load`; None for a bundle without it.
     """
 
-    def __init__(self, load: Callable[[], Pipeline], queue: Queue, observer: Observer, draw: Draw = draw) -> None:
+    def __init__(
+        self,
+        load: Callable[[], Pipeline],
+        queue: Queue,
+        observer: Observer,
+        draw: Draw = draw,
+        load_unclip: Callable[[], UnCLIP] | None = None,
+    ) -> None:
         self._load, self.queue, self._observer, self._draw = load, queue, observer, draw
+        self._load_unclip = load_unclip
+        self.unclip: UnCLIP | None = None
+        """The bundle's DALL·E 2, if it has one, as soon as `pipe` is there."""
         self.pipe: Pipeline | None = None
         """The bundle, once it is loaded and has sampled once."""
         self.failure: Exception | None = None
@@ -82,6 +96,7 @@ class Engine:
         try:
             pipe = self._load()
             pipe.sample_tokens(["a first picture"], 1)  # what is set up at first use is not part of the first request
+            self.unclip = None if self._load_unclip is None else self._load_unclip()
         except Exception as error:
             self.failure = error
             self.queue.end_all()
@@ -123,12 +138,18 @@ class Engine:
 
     def _draw_all(self, pipe: Pipeline, works: Sequence[Work], jobs: Sequence[Job]) -> None:
         for job in jobs:
-            n_text = len(pipe.tokenizer.encode(job.work.caption))
-            job.n_text_tokens = min(n_text, pipe.dalle.config.max_caption)
+            n_text, most = self._text_tokens(pipe, job.work)
+            job.n_text_tokens = min(n_text, most)
             job.caption_cut = n_text - job.n_text_tokens
         watch = _Watch(pipe.dalle.config.grid, self.queue, jobs)
         started_at = time.monotonic()
-        results = self._draw(pipe, works, watch)
+        results: Mapping[Work, Ranked]
+        if works[0].drawing is None:
+            results = self._draw(pipe, works, watch)
+        else:
+            assert self.unclip is not None, "only what the bundle has is asked for"
+            results = {works[0]: draw_by_unclip(self.unclip, works[0], watch.came_to)}
+            watch.sampling_s = time.monotonic() - started_at
         elapsed_s = time.monotonic() - started_at
         for job in jobs:
             if job.work in results:
@@ -145,6 +166,15 @@ class Engine:
             )
         )
 
+    def _text_tokens(self, pipe: Pipeline, work: Work) -> tuple[int, int]:
+        """Return how many text tokens a work's caption has, and how many are read at most."""
+        if work.drawing is None:
+            return len(pipe.tokenizer.encode(work.caption)), pipe.dalle.config.max_caption
+        assert self.unclip is not None
+        clip = self.unclip.clip
+        assert clip.tokenizer is not None
+        return len(clip.tokenizer.encode(work.caption)), clip.config.context_length - N_SPECIAL
+
 
 class _Watch:
     """Passes on what is drawn to the jobs, and drops works whose jobs have all ended."""
@@ -155,6 +185,7 @@ class _Watch:
         self._drawn_before: dict[Work, int] = {}
         self._shown_at: dict[str, float] = {}
         self._preview_s = 0.0
+        self._n_rows = 0
         self._last_at = time.monotonic()
         self.n_tokens = 0
         self.sampling_s = self.showing_s = 0.0
@@ -179,6 +210,15 @@ class _Watch:
     def judged(self, work: Work) -> None:
         self._gone([work])
         self._last_at = time.monotonic()
+
+    def came_to(self, share: float) -> None:
+        """Tell the jobs how much of a work that DALL·E 2 draws alone is done, as rows."""
+        self._gone(())
+        n_rows = int(share * self._grid)
+        if n_rows > self._n_rows:
+            self._n_rows = n_rows
+            for job in self._jobs:
+                job.tell(Rows(n_rows, [], None))
 
     def _gone(self, works: Collection[Work]) -> set[Work]:
         """Return the works that nobody waits for.

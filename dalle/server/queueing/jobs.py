@@ -16,7 +16,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from dalle.best_of_n import Result
+from dalle.best_of_n import Ranked
 from dalle.server.queueing.batch import Work
 from storage.errors import reason_of
 
@@ -73,7 +73,7 @@ class Rows:
     """Some rows of a job's candidates are known."""
 
     n_rows: int
-    """Rows of tokens known so far, those that were given among them."""
+    """Rows of tokens known so far, those that were given among them; of DALL·E 2 the share of its work, as rows."""
     candidates: Sequence[int]
     """Numbers of the candidates shown."""
     tops: Tensor | None
@@ -112,7 +112,7 @@ class Job:
         self.work, self.owner, self.timeout_s, self.kind = work, owner, timeout_s, kind
         self.previews = previews or Previews()
         self.state: JobState = "queued"
-        self.result: Result | None = None
+        self.result: Ranked | None = None
         self.error: Exception | None = None
         self.n_text_tokens = 0
         """Tokens of the caption that the model reads."""
@@ -172,7 +172,7 @@ class Job:
         self.tell(Begun())
         return True
 
-    def end(self, state: Ending, *, result: Result | None = None, error: Exception | None = None) -> bool:
+    def end(self, state: Ending, *, result: Ranked | None = None, error: Exception | None = None) -> bool:
         """End it; False, and nothing changes, if it has ended before."""
         with self._lock:
             if self.has_ended:
@@ -289,7 +289,7 @@ class Queue:
                 self._remove(job)
         self.end(job, "cancelled" if error is None else "failed", error=error)
 
-    def end(self, job: Job, state: Ending, *, result: Result | None = None, error: Exception | None = None) -> None:
+    def end(self, job: Job, state: Ending, *, result: Ranked | None = None, error: Exception | None = None) -> None:
         """End a job, once."""
         if job.end(state, result=result, error=error):
             self._on_ended(job)

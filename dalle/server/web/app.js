@@ -3,6 +3,7 @@
 
 const $ = (id) => document.getElementById(id);
 const FIRST_SHOWN = 11;
+const NAMES = { dalle: "DALL·E", unclip: "DALL·E 2" };
 const SETTINGS = ["temperature", "top_k", "top_p", "guidance", "rank"];
 
 let info = null; // what the server says of the bundle
@@ -70,6 +71,8 @@ async function learn() {
   $("best").value = Math.round(Math.log2(info.best_of));
   for (const name of SETTINGS) if (info.defaults[name] !== null && $(name).value === "") $(name).value = info.defaults[name];
   $("rank").value = info.defaults.rank;
+  $("model").replaceChildren(new Option("what suits", ""), ...info.both.map((name) => new Option(NAMES[name.split("/").at(-1)], name)));
+  for (const element of document.querySelectorAll(".models")) element.hidden = !info.both.length;
   tellCost();
   say("");
   return true;
@@ -103,6 +106,11 @@ function wanted() {
   return asked;
 }
 
+function drawnBy(endpoint) {
+  const named = $("model").value.split("/").at(-1);
+  return named || (info.by_unclip.includes(endpoint) ? "unclip" : "dalle");
+}
+
 async function base64(blob) {
   const bytes = new Uint8Array(await blob.arrayBuffer());
   let text = "";
@@ -124,7 +132,10 @@ async function draw(start = null) {
       start = { image: await base64(painting.blob), mask: await base64(await painting.file()) };
     }
     if (start?.strength !== undefined) asked.strength = start.strength;
-    const { painted: _, ...fields } = asked;
+    asked.by = drawnBy(start ? (start.mask ? "edits" : "variations") : "generations");
+    if ($("model").value) asked.model = $("model").value;
+    if (asked.by === "unclip") for (const name of SETTINGS) delete asked[name]; // it draws no tokens
+    const { painted: _, by: __, ...fields } = asked;
     const body = { ...fields, ...start };
     const answer = await ask("api/jobs", { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) });
     const made = await answer.json();
@@ -201,7 +212,7 @@ async function cancel() {
 }
 
 async function grow(data) {
-  say(`Row ${data.rows} of ${data.grid}`);
+  say(job.asked.by === "unclip" ? `Drawing by DALL·E 2 … ${Math.round((100 * data.rows) / data.grid)}%` : `Row ${data.rows} of ${data.grid}`);
   $("progress").hidden = false;
   $("progress").value = data.rows / data.grid;
   if (!data.sheet) return;
@@ -303,12 +314,12 @@ function open(k) {
   const facts = {
     Rank: `${k + 1} of ${asked.best_of}`,
     "CLIP's score": picture.score.toFixed(4),
-    "Log-likelihood": `${picture.log_likelihood.toFixed(1)} nats`,
+    ...(picture.log_likelihood == null ? {} : { "Log-likelihood": `${picture.log_likelihood.toFixed(1)} nats` }),
     Seed: asked.seed,
     Candidate: picture.candidate,
     ...(asked.painted ? { "Drawn anew": `${Math.round(100 * asked.painted)}% of a picture` } : {}),
     ...(asked.strength === undefined ? {} : { "Variation of strength": asked.strength }),
-    ...(info ? { Model: `${info.model} (${info.hashes.dalle.slice(0, 8)})` } : {}),
+    ...(info ? { Model: asked.by === "unclip" ? `${info.model}, DALL·E 2` : `${info.model} (${info.hashes.dalle.slice(0, 8)})` } : {}),
   };
   $("detail-facts").replaceChildren(
     ...Object.entries(facts).flatMap(([name, value]) => {
@@ -320,7 +331,7 @@ function open(k) {
   );
   $("save").href = picture.url;
   $("save").download = `${asked.prompt.toLowerCase().replace(/[^a-z0-9]+/g, "-").slice(0, 60) || "picture"}-${asked.seed}-${picture.candidate}.png`;
-  $("copy").hidden = Boolean(asked.painted) || asked.strength !== undefined;
+  $("copy").hidden = Boolean(asked.painted) || asked.strength !== undefined || asked.by === "unclip";
   $("copy").textContent = "Copy command";
   if (!$("detail").open) $("detail").showModal();
 }

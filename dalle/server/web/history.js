@@ -64,6 +64,7 @@ function restore(asked) {
   $("lock").checked = asked.seed !== undefined;
   if (asked.best_of) $("best").value = Math.round(Math.log2(asked.best_of));
   for (const name of SETTINGS) if (asked[name] !== undefined) $(name).value = asked[name];
+  $("model").value = asked.model ?? "";
   tellCost();
 }
 
