@@ -3,13 +3,12 @@
 import base64
 import io
 import json
-import shutil
 import time
-from contextlib import contextmanager
 
 import numpy as np
 import pytest
 from PIL import Image
+from servers.browser import CHROMIUM, draw, page_of
 from servers.images import LiveServer, SlowDraw, running, wait_until
 
 from dalle.best_of_n import Request
@@ -18,7 +17,6 @@ from dalle.server.page import FILES
 from dvae.images import resize_and_crop, to_image
 
 CUBE = "a red cube on a blue cube"
-CHROMIUM = shutil.which("chromium")
 SETTINGS = ("Caption", "Best of", "Seed", "Temperature", "Top-k", "Top-p", "Guidance", "Ranked by", "API key")
 
 
@@ -116,35 +114,6 @@ def test_the_page_loads_nothing_from_elsewhere(server):
 
 
 # ------------------------------------------------------------------------------------------------ in a browser
-
-
-@contextmanager
-def page_of(server, **options):
-    """The page in Chromium; in the end, nothing was asked of other hosts, and nothing is in the console."""
-    playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
-    if CHROMIUM is None:
-        pytest.skip("Chromium is not installed: `apt-get install chromium`")
-    flags = ["--disable-gpu", "--no-first-run", "--disable-background-networking", "--disable-component-update"]
-    with playwright.sync_playwright() as driver:
-        browser = driver.chromium.launch(executable_path=CHROMIUM, args=flags)
-        page = browser.new_page(**options)
-        problems = []
-        page.on("console", lambda message: problems.append(message.text))
-        page.on("pageerror", lambda error: problems.append(str(error)))
-        page.on(
-            "request",
-            lambda request: request.url.startswith((server.url, "blob:", "data:")) or problems.append(request.url),
-        )
-        page.goto(server.url)
-        page.get_by_text("tiny ·").wait_for()
-        yield page
-        assert problems == []
-        browser.close()
-
-
-def draw(page, caption=CUBE):
-    page.get_by_label("Caption").fill(caption)
-    page.get_by_label("Caption").press("Enter")
 
 
 @pytest.mark.slow

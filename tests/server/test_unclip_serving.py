@@ -10,6 +10,7 @@ import pytest
 import torch
 from PIL import Image
 from random_weights import with_random_weights
+from servers.browser import draw, page_of
 from servers.images import LiveServer, running, wait_until
 from tiny_unclip import write_unclip
 
@@ -172,3 +173,25 @@ def test_the_page_is_told_how_far_dalle_2_is_and_it_can_be_cancelled(both, pictu
     both.ask("DELETE", f"/api/jobs/{long}")
     assert '"state": "cancelled"' in both.ask("GET", f"/api/jobs/{long}/events").text.replace('":"', '": "')
     wait_until(lambda: both.state.engine.queue.is_idle)
+
+
+@pytest.mark.slow
+def test_in_a_browser_dalle_2_varies_the_open_picture_and_draws_captions_if_chosen(both):
+    with page_of(both) as page:
+        draw(page)
+        page.get_by_text("4 candidates, best first").wait_for()
+        page.locator("#ranked button").first.click()
+        page.get_by_role("button", name="Variations").click()
+        page.locator("#status", has_text="candidates, best first, in").wait_for()
+        page.locator("#ranked button").first.click()
+        facts = page.locator("#detail-facts").inner_text()
+        assert "tiny, DALL·E 2" in facts
+        assert "Log-likelihood" not in facts
+        page.keyboard.press("Escape")
+        page.locator("summary").click()
+        page.get_by_label("Drawn by").select_option("DALL·E 2")
+        draw(page, "a blue cube")
+        page.locator("#status", has_text="candidates, best first, in").wait_for()
+        page.locator("#ranked button").first.click()
+        assert "Variation" not in page.locator("#detail-facts").inner_text()
+        assert "tiny, DALL·E 2" in page.locator("#detail-facts").inner_text()

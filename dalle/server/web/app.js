@@ -254,7 +254,7 @@ async function finished(data) {
     data.pictures.map(async (about, k) => ({ ...about, blob: await (await ask(`api/jobs/${id}/pictures/${k}`)).blob() })),
   );
   const cut = data.cut ? ` The caption was too long: its last ${data.cut} tokens were not read.` : "";
-  const isStarted = asked.painted || asked.strength !== undefined; // equal candidates of these are one picture
+  const isStarted = asked.by !== "unclip" && (asked.painted || asked.strength !== undefined); // equal candidates of these are one picture
   const which = isStarted ? `${pictures.length} different picture${pictures.length === 1 ? "" : "s"}` : pictures.length < asked.best_of ? `The best ${pictures.length} of ${asked.best_of}` : `${pictures.length} candidates, best first`;
   say(`${which}, in ${data.seconds.toFixed(1)} s.${cut}`);
   if (!$("lock").checked) $("seed").value = "";
