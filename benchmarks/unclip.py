@@ -23,14 +23,19 @@ from dalle.pipeline import Pipeline
 from dalle.unclip.pipeline import UnCLIP
 from dvae.images import to_image
 from rerank import score
+from storage.models.directory import read_config
 from training.demo.unclip import DRAWING, measure, some_scenes, words
 from training.drawings.shape_checker import difference, read_scene
 from training.drawings.shapes import Scene, caption
+from unclip.decoder import KIND as DECODER
+from unclip.decoder import DecoderConfig
 from unclip.decoding import decode
 from unclip.sampling import Noise, Sampler
 
 CANDIDATES = 16
-SAMPLERS: tuple[tuple[Sampler, int], ...] = (("ddim", 20), ("ddim", 50), ("ddpm", 250))
+SAMPLERS: tuple[tuple[Sampler, int], ...] = (("ddim", 20), ("ddim", 25), ("ddim", 50), ("ddpm", 250))
+HALF: tuple[Sampler, int] = ("ddim", 25)
+"""What is also timed in bfloat16."""
 BATCHES = (1, 16)
 BINDING = ("parts", "bound", "right")
 """Both colours and both shapes are there; each shape has its colour; all that the caption says is right."""
@@ -65,10 +70,10 @@ def binding(draw: Draw, clip: torch.nn.Module, scenes: Sequence[Scene]) -> dict[
     return {**shares, "seconds": (time.perf_counter() - begun) / len(scenes)}
 
 
-def sampling_times(unclip: UnCLIP) -> dict[str, float]:
+def sampling_times(unclip: UnCLIP, samplers: Sequence[tuple[Sampler, int]] = SAMPLERS) -> dict[str, float]:
     """Return seconds for a picture, by sampler, steps and batch, with guidance; the median of three."""
     text, found = unclip.captioned("a large red circle left of a large blue square on a white background"), {}
-    for sampler, steps in SAMPLERS:
+    for sampler, steps in samplers:
         for batch in BATCHES:
             times = []
             for _ in range(3):
@@ -90,7 +95,8 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.pictures % 2:
         parser.error("--pictures is odd, and pictures are blended in pairs")
-    dalle, unclip = Pipeline.load(arguments.bundle), UnCLIP.load(arguments.bundle)
+    size = read_config(arguments.bundle / "decoder", DECODER, DecoderConfig).picture_size
+    dalle, unclip = Pipeline.load(arguments.bundle), UnCLIP.load(arguments.bundle, size=size)
     record: dict[str, object] = {"machine": machine(), "versions": versions(), "commit": commit()}
 
     def by_dalle(told: str) -> Tensor:
@@ -113,6 +119,8 @@ def main() -> None:
     ]
     print(text_table(Table(title="Binding", columns=["", *list(shares["DALL·E"])], rows=rows)), flush=True)
     record["sampling"] = times = sampling_times(unclip)
+    half = UnCLIP.load(arguments.bundle, size=size, precision="bf16")
+    times |= {f"bf16, {name}": seconds for name, seconds in sampling_times(half, [HALF]).items()}
     rows = [[name, f"{1000 * seconds:.0f} ms"] for name, seconds in times.items()]
     print(text_table(Table(title="The decoder, a picture", columns=["", "time"], rows=rows)), flush=True)
     folder = arguments.bundle / "unclip-measured"

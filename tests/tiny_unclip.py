@@ -34,11 +34,15 @@ UPSAMPLER = UpsamplerConfig(
 )
 
 
-def write_unclip(path: Path, clip: Path, *, clip_hash: str | None = None, **changes: Any) -> Path:
-    """Write a bundle of DALL·E 2 alone; changes are of the prior's and the decoder's configurations."""
+def write_unclip(path: Path, clip: Path, *, clip_hash: str | None = None, side: int = 8, **changes: Any) -> Path:
+    """Write a bundle of DALL·E 2 alone, of pictures of `side` pixels and of twice that.
+
+    Changes are of the prior's and the decoder's configurations.
+    """
     shutil.copytree(clip, path / "clip")
     metadata = {"clip_hash": clip_hash or directory_hash(path / "clip")} if clip_hash != "" else {}
     with_random_weights(Prior(replace(PRIOR, **changes))).save(path / "prior", metadata)
-    with_random_weights(Decoder(replace(DECODER, **changes))).save(path / "decoder", metadata)
-    with_random_weights(Upsampler(UPSAMPLER)).save(path / "upsampler-16")
+    with_random_weights(Decoder(replace(DECODER, image_size=side, **changes))).save(path / "decoder", metadata)
+    upsampler = replace(UPSAMPLER, image_size=2 * side, input_size=side, crop=side)
+    with_random_weights(Upsampler(upsampler)).save(path / f"upsampler-{2 * side}")
     return path

@@ -1,23 +1,32 @@
 """The demonstration of DALL·E 2: what it refuses, and what it says of models that are always right or do nothing."""
 
-import dataclasses
+import json
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_weights import with_random_weights
+from tiny_unclip import write_unclip
 from torch import Tensor
 
+import training.demo.unclip
 from dalle.editing.regions import Mask, Region
+from dalle.unclip.settings import Drawing
 from dvae.images import to_tensor
+from rerank import CLIP
+from rerank.tokenizer import CLIPTokenizer
 from training.cli.main import main
 from training.demo.unclip import (
+    SOURCES,
     THETAS,
     Attribute,
     changed,
+    measure,
     of_differences,
     of_edits,
     of_variations,
@@ -26,9 +35,10 @@ from training.demo.unclip import (
     words,
 )
 from training.drawings.shape_checker import difference, read_scene
-from training.drawings.shapes import Scene, draw, held_out_reason, parse
+from training.drawings.shapes import Scene, Split, caption, draw, held_out_reason, parse
 from training.ranks.ranks import join
 from training.recipes import recipe
+from unclip import Decoder
 
 SIDE = 48
 
@@ -126,6 +136,33 @@ def test_edits_that_are_made_are_right_and_kept_pixels_are_those_of_the_picture(
     assert numbers == {name: {"best": edits, "each": edits, "exact": pastes} for name in ("colour", "shape")}
 
 
+@pytest.mark.slow
+def test_everything_is_measured_and_written(bundle: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training.demo.unclip, "CANDIDATES", 2)
+    for name in ("DRAWING", "FROM_NOISE"):
+        monkeypatch.setattr(training.demo.unclip, name, Drawing(steps=2))
+    # a tokenizer of the world's words, so that whole captions are read
+    clip, rng = CLIP.load(bundle / "clip"), np.random.default_rng(0)
+    told = [caption(scene, rng) for scene in some_scenes(200, "trained", seed=1)]
+    tokenizer = CLIPTokenizer.train(told, 600)
+    CLIP(replace(clip.config, vocab_size=tokenizer.vocab_size), tokenizer).save(tmp_path / "clip")
+    path = write_unclip(tmp_path / "tiny", tmp_path / "clip", side=32)
+    decoder = Decoder.load(path / "decoder")
+    with_random_weights(decoder.inpainting()).save(path / "decoder", decoder.metadata)
+    measure(path, tmp_path / "measured", lambda line: None, n_captions=1, n_pictures=2)
+    numbers = json.loads((tmp_path / "measured" / "table.json").read_text())
+    assert [*numbers] == ["captions", "inversion", "variations", "text differences", "interpolation", "edits"]
+    shares = {"best_of_1", "best_by_clip", "any", "first_enlarged", "best_enlarged"}
+    kinds = {f"{split}, {source}" for split in get_args(Split) for source in SOURCES}
+    assert {name: {*found} for name, found in numbers["captions"].items()} == dict.fromkeys(kinds, shares)
+    assert numbers["edits"]["colour"]["exact"] == 1
+    table = (tmp_path / "measured" / "table.txt").read_text()
+    sheets = [f"{name.replace(' ', '-')}.png" for name in numbers if name != "inversion"]
+    for name in numbers:
+        assert f"{name}\n" in table
+    assert sorted(file.name for file in (tmp_path / "measured").glob("*.png")) == sorted(sheets)
+
+
 def test_a_finished_demonstration_takes_no_other_options(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "table.json").write_text("{}")
     command = ["demo", "--unclip", "--out", str(tmp_path)]
@@ -144,4 +181,4 @@ def test_another_world_and_several_processes_are_refused(tmp_path: Path) -> None
     with pytest.raises(ValueError, match="a demonstration of another world"):
         run_unclip_demo(recipe("demo"), tmp_path, ranks, print)
     with pytest.raises(ValueError, match="the demonstration runs in one process"):
-        run_unclip_demo(recipe("demo"), tmp_path, dataclasses.replace(ranks, size=2), print)
+        run_unclip_demo(recipe("demo"), tmp_path, replace(ranks, size=2), print)

@@ -51,6 +51,7 @@ from unclip.decoder import DecoderConfig
 from unclip.decoding import decode, invert
 from unclip.embeddings import sample_embeddings
 from unclip.sampling import Noise
+from unclip.upsampler import Upsampler, upsample
 
 Source = Literal["z_i", "z_t", "prior"]
 SOURCES: dict[Source, str] = {
@@ -120,11 +121,11 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
     """
     # as the decoder draws: the world's pictures are of that size
     size = read_config(bundle / "decoder", DECODER, DecoderConfig).picture_size
-    unclip = UnCLIP.load(bundle, size=size)
+    unclip, upsamplers = UnCLIP.load(bundle, size=size), UnCLIP.load(bundle).upsamplers
     scenes = list(some_scenes(n_pictures, "trained", seed=21))
     pictures = [draw(scene, np.random.default_rng(k), size=unclip.image_size) for k, scene in enumerate(scenes)]
     parts: list[tuple[str, Callable[[], Measured]]] = [
-        ("captions", lambda: of_captions(unclip, say, n_captions)),
+        ("captions", lambda: of_captions(unclip, say, n_captions, upsamplers)),
         ("inversion", lambda: of_inversion(unclip, pictures)),
         ("variations", lambda: of_variations(unclip, pictures, scenes)),
         ("text differences", lambda: of_differences(unclip, pictures, scenes)),
@@ -184,9 +185,13 @@ def percent(share: float | np.floating[Any]) -> str:
 # ---- captions ---------------------------------------------------------------------------------------------
 
 
-def of_captions(unclip: UnCLIP, say: Say, count: int) -> Measured:
-    """Measure captions of every kind, by every source of the embedding: best of 1, and best of N by CLIP."""
-    rows = [["right by the checker", "captions", "of", "best of 1", f"best of {CANDIDATES} by CLIP", "any"]]
+def of_captions(unclip: UnCLIP, say: Say, count: int, upsamplers: Sequence[Upsampler] = ()) -> Measured:
+    """Measure captions of every kind, by every source of the embedding: best of 1, and best of N by CLIP.
+
+    With upsamplers, the first candidate of each caption and the best by CLIP are enlarged, and checked again.
+    """
+    head = ["right by the checker", "captions", "of", "best of 1", f"best of {CANDIDATES} by CLIP", "any"]
+    rows = [[*head, *(["the first, enlarged", "the best, enlarged"] if upsamplers else [])]]
     numbers: dict[str, object] = {}
     sections: list[Section] = []
     for split in get_args(Split):
@@ -195,21 +200,35 @@ def of_captions(unclip: UnCLIP, say: Say, count: int) -> Measured:
         told = [caption(scene, rng) for scene in scenes]
         seen = [draw(scene, rng, size=unclip.image_size) for scene in scenes]
         for source, name in SOURCES.items():
-            rights, best = [], []
+            rights, best, large = [], [], []
             for text, picture in zip(told, seen, strict=True):
                 images = drawn_of_caption(unclip, text, picture, source)
                 verdicts = [check(to_image(image), text).right for image in images]
                 order = score(unclip.clip, [text], images)[0].argsort(descending=True, stable=True).tolist()
                 rights.append(verdicts)
                 best.append(verdicts[order[0]])
+                chosen = [0, order[0]]
+                enlarged = enlarge(upsamplers, images[chosen], Noise.of(0, text, chosen))
+                large.append([check(to_image(image), text).right for image in enlarged])
                 if source == "prior" and len(best) <= SHOWN:
                     drawn = [to_image(image) for image in images]
+                    drawn[order[0]] = to_image(enlarged[1])
                     sections.append(marked_section(f"{SPLITS[split]}: {text}", drawn, verdicts, order[:8]))
             one, any_of = float(np.mean(rights)), float(np.mean([any(each) for each in rights]))
-            rows.append([SPLITS[split], str(len(told)), name, *map(percent, (one, float(np.mean(best)), any_of))])
-            numbers[f"{split}, {source}"] = {"best_of_1": one, "best_by_clip": float(np.mean(best)), "any": any_of}
+            found = {"best_of_1": one, "best_by_clip": float(np.mean(best)), "any": any_of}
+            if upsamplers:
+                found |= dict(zip(("first_enlarged", "best_enlarged"), np.mean(large, axis=0).tolist(), strict=True))
+            rows.append([SPLITS[split], str(len(told)), name, *map(percent, found.values())])
+            numbers[f"{split}, {source}"] = found
             say(f"{SPLITS[split]}, {name}: best of 1 {one:.1%}, of {CANDIDATES} by CLIP {np.mean(best):.1%}")
     return Measured(rows=rows, numbers=numbers, sections=sections)
+
+
+def enlarge(upsamplers: Sequence[Upsampler], images: Tensor, noise: Noise) -> Tensor:
+    """Return pictures (N, 3, H, W) enlarged by upsamplers, one after the other."""
+    for upsampler in upsamplers:
+        images = upsample(upsampler, images, noise)
+    return images
 
 
 def drawn_of_caption(unclip: UnCLIP, caption: str, picture: Image.Image, source: Source) -> Tensor:
