@@ -220,7 +220,7 @@ def demo() -> Recipe:
             first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
-        decoder=cpu_decoder(1300),
+        decoder=cpu_decoder(1300, no_text=0.2),
         prior=cpu_prior(200),
     )
 
@@ -251,9 +251,9 @@ def unclip_cpu() -> Recipe:
         demo(),
         name="unclip-cpu",
         purpose="DALL·E 2 on the built-in world, in hours on two CPU cores",
-        decoder=cpu_decoder(15_000),
-        prior=cpu_prior(4000),
-        upsampler=cpu_upsampler(),
+        decoder=cpu_decoder(8000),
+        prior=cpu_prior(1000),
+        upsampler=cpu_upsampler(400),
     )
 
 

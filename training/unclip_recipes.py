@@ -120,11 +120,16 @@ _MUON = OptimizerConfig(kind="muon", betas=(0.9, 0.99), weight_decay=0.01, gradi
 _ADAMW = dataclasses.replace(_MUON, kind="adamw")
 
 
-def cpu_decoder(steps: int) -> DecoderRecipe:
+def cpu_decoder(steps: int, no_text: float = NO_TEXT) -> DecoderRecipe:
     """Return a decoder of 3.7 million parameters for the demonstration's codes, which inpaints.
 
-    Deviation: it draws the dVAE's codes, predicts v, leaves out 20% of the captions, sees more noise, and is trained by
-    Muon. In pixels, and by AdamW, edges take hours (docs/dalle2.md).
+    Deviation: it draws the dVAE's codes, predicts v, sees more noise, and is trained by Muon. In pixels, and by AdamW,
+    edges take hours (docs/dalle2.md).
+
+    Args:
+        steps: of the run.
+        no_text: fraction of captions that are left out. Deviation: fewer than in the paper where the run is too short
+            to learn drawing without them.
     """
     model = DecoderConfig(
         image_size=12,
@@ -143,7 +148,7 @@ def cpu_decoder(steps: int) -> DecoderRecipe:
     )
     train = _cpu(steps, 16, _MUON, 4e-3)
     return DecoderRecipe(
-        model=model, train=train, no_text=0.2, nothing_known=0.75, noise_shift=3.0, sample_steps=25, guidance=2.0
+        model=model, train=train, no_text=no_text, nothing_known=0.75, noise_shift=3.0, sample_steps=25, guidance=2.0
     )
 
 
@@ -152,7 +157,7 @@ def cpu_prior(steps: int) -> PriorRecipe:
     return PriorRecipe(model=PriorConfig(width=192, n_layers=4, n_heads=6), train=_cpu(steps, 32, _MUON, 3e-3))
 
 
-def cpu_upsampler() -> UpsamplerRecipe:
+def cpu_upsampler(steps: int) -> UpsamplerRecipe:
     """Return an upsampler from 48 to 96 pixels."""
     model = UpsamplerConfig(
         image_size=96,
@@ -164,7 +169,7 @@ def cpu_upsampler() -> UpsamplerRecipe:
         dropout=0.0,
         prediction="v",
     )
-    return UpsamplerRecipe(model=model, train=_cpu(2000, 32, _ADAMW, 1e-3))
+    return UpsamplerRecipe(model=model, train=_cpu(steps, 32, _ADAMW, 1e-3))
 
 
 # ---- the paper's ------------------------------------------------------------------------------------------
