@@ -332,12 +332,15 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
                     Section(f'from "{before}" to "{after}"', [to_image(each) for each in found.images], labels)
                 )
         thetas = [f"{LAST_THETA * k / (THETAS - 1):.1f}" for k in range(THETAS)]
-        rows = rows or [["share, by theta", *thetas]]
+        rows = rows or [["share, by theta", *thetas, "at any"]]
         told = {"changed as named": hits[..., 0], "all else as it was": hits[..., 1], "both": hits.all(axis=2)}
         for name, values in told.items():
-            shares = values.mean(axis=0)
-            rows.append([f"{attribute}: {name}", *map(percent, shares)])
-            numbers[f"{attribute}: {name}"] = dict(zip(thetas, shares.tolist(), strict=True))
+            shares = {
+                **dict(zip(thetas, values.mean(axis=0).tolist(), strict=True)),
+                "any": float(values.any(axis=1).mean()),
+            }
+            rows.append([f"{attribute}: {name}", *map(percent, shares.values())])
+            numbers[f"{attribute}: {name}"] = shares
     return Measured(rows=rows, numbers=numbers, sections=sections, columns=THETAS)
 
 
