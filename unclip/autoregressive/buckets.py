@@ -80,7 +80,7 @@ class Buckets(NamedTuple):
         Args:
             uniform: (B,), in [0, 1): 0 is the median's bucket.
         """
-        return drawn_tokens(self.counts.expand(len(uniform), -1), UPPER_HALF + (1 - UPPER_HALF) * uniform)
+        return drawn_tokens(self.counts.expand(len(uniform), -1), UPPER_HALF + (1 - UPPER_HALF) * uniform.double())
 
 
 def drawn_tokens(weights: Tensor, uniform: Tensor) -> Tensor:

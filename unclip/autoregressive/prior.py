@@ -172,22 +172,17 @@ def draw_tokens(
         guidance: of the logits, away from those without a caption; 1 is none.
         on_pass: told of each component.
     """
-    size = len(text.features)
-    told = [(text, prior.buckets.dot_tokens(uniform[:, 0]))]
+    dots = prior.buckets.dot_tokens(uniform[:, 0])
+    told = [(dots, *prior.remember(text))]
     if guidance != 1:
-        nobody = torch.ones(size, dtype=torch.bool, device=uniform.device)
-        told.append((prior.null_text(text, nobody), torch.full_like(told[0][1], prior.config.buckets)))
-    memories = [prior.remember(each) for each, _ in told]
-    before, drawn = [dots for _, dots in told], []
+        null = prior.null_text(text, torch.ones_like(dots, dtype=torch.bool))
+        told.append((torch.full_like(dots, prior.config.buckets), *prior.remember(null)))
+    drawn = []
     for place in range(prior.config.dimensions):
-        answers = []
-        for which, (memory, visible) in enumerate(memories):
-            logits, memory = prior.continued(before[which], place, memory, visible)
-            memories[which] = memory, visible
-            answers.append(logits)
-        logits = guided(answers[0], answers[-1], guidance, prior.config.buckets)
+        answers = [prior.continued(before, place, memory, visible) for before, memory, visible in told]
+        logits = guided(answers[0][0], answers[-1][0], guidance, prior.config.buckets)
         drawn.append(drawn_tokens(logits.softmax(dim=-1), uniform[:, place + 1]))
-        before = [drawn[-1]] * len(told)
+        told = [(drawn[-1], memory, visible) for (_, memory), (_, _, visible) in zip(answers, told, strict=True)]
         if on_pass is not None:
             on_pass()
     return torch.stack(drawn, dim=1)
