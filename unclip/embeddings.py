@@ -1,4 +1,4 @@
-"""What the prior minimises, and embeddings drawn from it.
+"""What the diffusion prior minimises, and embeddings drawn from either prior.
 
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 2.2: the squared error of z_i itself; 64 strided steps with
 Analytic-DPM's variances; of two samples the one with the larger dot product with z_t.
@@ -7,15 +7,19 @@ Letters: B batch  E embedding  T steps of the schedule  K candidates
 """
 
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from storage.models.directory import directory_kind
+from unclip.autoregressive.prior import KIND as AUTOREGRESSIVE
+from unclip.autoregressive.prior import AutoregressivePrior, draw_tokens
 from unclip.conditions import Text, drawn_mask
 from unclip.diffusion import Diffusion
 from unclip.loss import denoising_loss
-from unclip.prior import Prior
+from unclip.prior import KIND, Prior
 from unclip.sampling import Noise, OnPass, Predictor, guided, sample_ddpm
 
 DROPPED = 0.1
@@ -23,6 +27,20 @@ DROPPED = 0.1
 SAMPLING_STEPS = 64
 CANDIDATES = 2
 """Embeddings that are drawn for each that is returned."""
+
+AnyPrior = Prior | AutoregressivePrior
+
+
+def load_prior(path: Path | str) -> AnyPrior:
+    """Return the prior of a directory, of either kind, on the CPU.
+
+    Raises:
+        FileNotFoundError: there is no such directory.
+        ValueError: it holds something else, or is damaged.
+    """
+    if directory_kind(path, expected=KIND) == AUTOREGRESSIVE:
+        return AutoregressivePrior.load(path)
+    return Prior.load(path)
 
 
 def prior_loss(
@@ -54,7 +72,7 @@ def prior_loss(
 
 @torch.no_grad()
 def sample_embeddings(
-    prior: Prior,
+    prior: AnyPrior,
     text: Text,
     noise: Noise,
     *,
@@ -65,17 +83,17 @@ def sample_embeddings(
 ) -> Tensor:
     """Return embeddings of pictures of captions, float32 (B, E), of unit length if the prior's are.
 
-    Row b is a function of the text and of noise row b alone. Variances are the best for the prior's measured errors,
-    and the posterior's where none were measured.
+    Row b is a function of the text and of noise row b alone. The diffusion prior's variances are the best for its
+    measured errors, and the posterior's where none were measured.
 
     Args:
-        prior: in evaluation mode.
+        prior: of either kind, in evaluation mode.
         text: of B captions.
         noise: B rows.
-        steps: of the schedule, evenly.
-        guidance: 1 is none; the paper found that more hurts the prior.
+        steps: of the diffusion prior's schedule, evenly; of no meaning to the autoregressive prior.
+        guidance: 1 is none; the paper found that more hurts the diffusion prior.
         candidates: embeddings that are drawn for each row; the one with the largest dot product with z_t is returned.
-        on_pass: told of each step.
+        on_pass: told of each step, or of each token.
 
     Raises:
         ValueError: numbers that do not fit each other, or are out of range.
@@ -85,24 +103,40 @@ def sample_embeddings(
             f"{len(noise)} rows of noise and {candidates} candidates for {len(text.features)} captions; expected as "
             "many rows as captions, and at least 1 candidate"
         )
-    process = prior.process.respaced(steps)
-    device = text.features.device
     own = text.features.float()
     every = text.repeated(candidates)
-    network = _network(prior, every, guidance)
+    if isinstance(prior, AutoregressivePrior):
+        shape = [1 + prior.config.dimensions]
+        uniform = [noise.uniform(f"prior {k}, tokens", shape, own.device) for k in range(candidates)]
+        tokens = draw_tokens(prior, every, torch.stack(uniform, dim=1).flatten(0, 1), guidance, on_pass)
+        embeddings = prior.unquantised(tokens)
+    else:
+        embeddings = _diffused(prior, every, noise, steps, guidance, candidates, on_pass)
+    embeddings_BKE = embeddings.view(len(own), candidates, -1)
+    best_B = torch.einsum("bke,be->bk", embeddings_BKE, own).argmax(dim=1)
+    return embeddings_BKE[torch.arange(len(best_B), device=own.device), best_B]
+
+
+def _diffused(
+    prior: Prior, text: Text, noise: Noise, steps: int, guidance: float, candidates: int, on_pass: OnPass | None
+) -> Tensor:
+    """Return embeddings (B·K, E) that the diffusion prior draws for a text in which every caption is K times."""
+    process = prior.process.respaced(steps)
+    device = text.features.device
 
     def draw(purpose: str) -> Tensor:
         drawn = [noise.normal(f"prior {k}, {purpose}", [prior.config.embed_dim], device) for k in range(candidates)]
         return torch.stack(drawn, dim=1).flatten(0, 1)
 
     predictor = Predictor(
-        network=network, prediction="x0", process=process, clamp=prior.config.clamp or None, on_pass=on_pass
+        network=_network(prior, text, guidance),
+        prediction="x0",
+        process=process,
+        clamp=prior.config.clamp or None,
+        on_pass=on_pass,
     )
     variances = process.analytic_variances(prior.errors[process.timesteps])
-    drawn = sample_ddpm(predictor, draw("start"), lambda step: draw(f"step {step}"), variances)
-    embeddings_BKE = prior.unscaled(drawn).view(len(own), candidates, -1)
-    best_B = torch.einsum("bke,be->bk", embeddings_BKE, own).argmax(dim=1)
-    return embeddings_BKE[torch.arange(len(best_B), device=device), best_B]
+    return prior.unscaled(sample_ddpm(predictor, draw("start"), lambda step: draw(f"step {step}"), variances))
 
 
 def _network(prior: Prior, text: Text, guidance: float) -> Callable[[Tensor, Tensor], Tensor]:

@@ -13,6 +13,7 @@ Letters: B batch  E embedding  L text positions  D text width  S positions  W wi
 
 import math
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -41,8 +42,8 @@ def embedding_scale(embed_dim: int) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PriorConfig:
-    """Sizes of a prior, and how embeddings are scaled; the defaults are the paper's, 1,226 million parameters."""
+class TransformerSizes:
+    """Sizes of a transformer that reads captions; the defaults are those of the paper's diffusion prior."""
 
     embed_dim: int = 1024
     """Numbers of an embedding."""
@@ -56,32 +57,48 @@ class PriorConfig:
     """Its blocks."""
     n_heads: int = 32
     """Its attention heads; divide `width`."""
-    schedule: Schedule = "cosine"
-    """Of the noise."""
-    n_steps: int = 1000
-    """Steps of the schedule."""
-    scale: float = 17.2
-    """Factor of embeddings before noise is added, taken back at the end: see `embedding_scale`."""
     normalised: bool = True
     """Whether embeddings are of unit length, and so is what is sampled."""
-    clamp: float = 0.0
-    """Bound of the coordinates of what is predicted when sampling, in scaled units; 0 for none, as in the paper."""
     null_length: int = 1
     """Positions of what stands in for a caption that is left out."""
 
     def __post_init__(self) -> None:
         sizes = ("embed_dim", "text_width", "text_len", "width", "n_layers", "n_heads", "null_length")
         for name in sizes:
-            value = getattr(self, name)
-            if type(value) is not int or not value >= 1:
-                raise ValueError(f"{name} ({value!r}) must be a whole number of at least 1")
+            check_size(name, getattr(self, name))
         if self.width % self.n_heads or self.width % 2:
             raise ValueError(f"width ({self.width}) must be even and a multiple of n_heads ({self.n_heads})")
         if self.null_length > self.text_len:
             raise ValueError(f"null_length ({self.null_length}) must be at most text_len ({self.text_len})")
+
+
+def check_size(name: str, value: object, least: int = 1) -> None:
+    """Raise ValueError unless a size is a whole number of at least `least`."""
+    if type(value) is not int or not value >= least:
+        raise ValueError(f"{name} ({value!r}) must be a whole number of at least {least}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class PriorConfig(TransformerSizes):
+    """Sizes of a prior, and how embeddings are scaled; the defaults are the paper's, 1,226 million parameters."""
+
+    schedule: Schedule = "cosine"
+    """Of the noise."""
+    n_steps: int = 1000
+    """Steps of the schedule."""
+    scale: float = 17.2
+    """Factor of embeddings before noise is added, taken back at the end: see `embedding_scale`."""
+    clamp: float = 0.0
+    """Bound of the coordinates of what is predicted when sampling, in scaled units; 0 for none, as in the paper."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
         if not 0 < self.scale < math.inf or not 0 <= self.clamp < math.inf:
             raise ValueError(f"scale ({self.scale}) must be above 0, and clamp ({self.clamp}) at least 0")
         Diffusion(self.schedule, self.n_steps)  # checks both
+
+
+Sizes = TypeVar("Sizes", bound=TransformerSizes)
 
 
 class Block(nn.Module):
@@ -117,7 +134,68 @@ class Block(nn.Module):
         return h_BSW, (k_BHSK, v_BHSK)
 
 
-class Prior(StoredModel[PriorConfig]):
+class CaptionTransformer(StoredModel[Sizes]):
+    """A causal transformer that reads a caption's states and z_t first, and then what a prior asks it.
+
+    Args:
+        config: the sizes.
+    """
+
+    text_states: nn.Linear
+    text_features: nn.Linear
+    positions: nn.Parameter
+    """(…, W): those of the states, that of z_t, and those of what comes after."""
+    null_text: NullText
+    blocks: nn.ModuleList
+    norm: nn.LayerNorm
+    answer: nn.Linear
+
+    def __init__(self, config: Sizes) -> None:
+        super().__init__(config)
+        self.activation_checkpointing = False
+        """Whether blocks are computed again in the backward pass instead of being kept."""
+
+    @torch.no_grad()
+    def remember(self, text: Text) -> tuple[Memory, Tensor]:
+        """Return the keys and values of a text, and which of its positions are seen, bool (B, L+1).
+
+        Raises:
+            ValueError: the text does not fit the configuration.
+        """
+        h_BSW, visible = self._read(text), visible_positions(text)
+        _, memory = self._blocks(h_BSW, visible, None)
+        return memory, visible
+
+    def _read(self, text: Text) -> Tensor:
+        """Return the positions of a text, (B, L+1, W); the last ones of the table are not the text's."""
+        config = self.config
+        text.checked(config.embed_dim, config.text_len, config.text_width)
+        dtype = self.answer.weight.dtype
+        states = self.text_states(text.states.to(dtype)) + self.positions[: text.states.shape[1]]
+        features = self.text_features(text.features.to(dtype)) + self.positions[config.text_len]
+        return torch.cat([states, features[:, None]], dim=1)
+
+    def _blocks(self, h_BSW: Tensor, visible: Tensor, before: Memory | None) -> tuple[Tensor, Memory]:
+        """Return what the blocks make of positions (B, S, W) after those before, and all keys and values.
+
+        Args:
+            h_BSW: positions.
+            visible: bool (B, L+1), which positions of the text are seen; later ones are.
+            before: keys and values of all positions before these.
+        """
+        n_before = before[0][0].shape[2] if before else 0
+        mask = _causal(visible, h_BSW.shape[1], n_before + h_BSW.shape[1])
+        memory: Memory = []
+        recompute = self.activation_checkpointing and torch.is_grad_enabled()
+        for i, block in enumerate(self.blocks):
+            inputs = (h_BSW, mask, before[i] if before else None)
+            h_BSW, kept = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
+            if not torch.is_grad_enabled():
+                memory.append(kept)
+        return h_BSW, memory
+
+
+class Prior(CaptionTransformer[PriorConfig]):
     """The prior.
 
     Args:
@@ -133,8 +211,6 @@ class Prior(StoredModel[PriorConfig]):
 
     def __init__(self, config: PriorConfig) -> None:
         super().__init__(config)
-        self.activation_checkpointing = False
-        """Whether blocks are computed again in the backward pass instead of being kept."""
         width = config.width
         self.text_states = nn.Linear(config.text_width, width)
         self.text_features = nn.Linear(config.embed_dim, width)
@@ -179,35 +255,13 @@ class Prior(StoredModel[PriorConfig]):
             ValueError: the text does not fit the configuration.
         """
         h_BSW = torch.cat([self._read(text), self._asked(x, timesteps)], dim=1)
-        h_BSW, _ = self._blocks(h_BSW, _causal(self._visible(text), h_BSW.shape[1], h_BSW.shape[1]), None)
+        h_BSW, _ = self._blocks(h_BSW, visible_positions(text), None)
         return self._answered(h_BSW)
-
-    @torch.no_grad()
-    def remember(self, text: Text) -> tuple[Memory, Tensor]:
-        """Return the keys and values of a text, and which of its positions are seen, for `continued`."""
-        h_BSW, visible = self._read(text), self._visible(text)
-        _, memory = self._blocks(h_BSW, _causal(visible, h_BSW.shape[1], h_BSW.shape[1]), None)
-        return memory, visible
 
     def continued(self, x: Tensor, timesteps: Tensor, memory: Memory, visible: Tensor) -> Tensor:
-        """Return what `forward` does, from a text that has been read."""
-        h_BSW = self._asked(x, timesteps)
-        n_keys = visible.shape[1] + h_BSW.shape[1]
-        h_BSW, _ = self._blocks(h_BSW, _causal(visible, h_BSW.shape[1], n_keys), memory)
+        """Return what `forward` does, from a text that `remember` has read."""
+        h_BSW, _ = self._blocks(self._asked(x, timesteps), visible, memory)
         return self._answered(h_BSW)
-
-    def _read(self, text: Text) -> Tensor:
-        """Return the positions of a text, (B, L+1, W); the last ones of the table are not the text's."""
-        config = self.config
-        text.checked(config.embed_dim, config.text_len, config.text_width)
-        dtype = self.answer.weight.dtype
-        states = self.text_states(text.states.to(dtype)) + self.positions[: text.states.shape[1]]
-        features = self.text_features(text.features.to(dtype)) + self.positions[config.text_len]
-        return torch.cat([states, features[:, None]], dim=1)
-
-    def _visible(self, text: Text) -> Tensor:
-        """Return which positions of a text are seen, bool (B, L+1)."""
-        return F.pad(text.mask, (0, 1), value=True)
 
     def _asked(self, x: Tensor, timesteps: Tensor) -> Tensor:
         """Return the positions after a text, (B, 3, W)."""
@@ -215,19 +269,14 @@ class Prior(StoredModel[PriorConfig]):
         asked = torch.stack([self.time(timesteps), noised, self.last.expand_as(noised)], dim=1)
         return asked + self.positions[self.config.text_len + 1 :]
 
-    def _blocks(self, h_BSW: Tensor, mask: Tensor, before: Memory | None) -> tuple[Tensor, Memory]:
-        memory: Memory = []
-        recompute = self.activation_checkpointing and torch.is_grad_enabled()
-        for i, block in enumerate(self.blocks):
-            inputs = (h_BSW, mask, before[i] if before else None)
-            h_BSW, kept = checkpoint(block, *inputs, use_reentrant=False) if recompute else block(*inputs)
-            if not torch.is_grad_enabled():
-                memory.append(kept)
-        return h_BSW, memory
-
     def _answered(self, h_BSW: Tensor) -> Tensor:
         output: Tensor = self.answer(self.norm(h_BSW[:, -1])).float()
         return output
+
+
+def visible_positions(text: Text) -> Tensor:
+    """Return which positions of a text, z_t among them, are seen: bool (B, L+1)."""
+    return F.pad(text.mask, (0, 1), value=True)
 
 
 def _causal(visible: Tensor, n_queries: int, n_keys: int) -> Tensor:

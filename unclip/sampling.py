@@ -56,6 +56,11 @@ class Noise:
         drawn = [torch.randn(*shape, generator=_generator(f"{row}\0{purpose}")) for row in self.rows]
         return torch.stack(drawn).to(device)
 
+    def uniform(self, purpose: str, shape: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+        """Return noise that is uniform in [0, 1), otherwise as `normal`."""
+        drawn = [torch.rand(*shape, generator=_generator(f"{row}\0{purpose}")) for row in self.rows]
+        return torch.stack(drawn).to(device)
+
 
 def _generator(text: str) -> torch.Generator:
     digest = blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).digest()

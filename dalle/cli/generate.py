@@ -218,7 +218,7 @@ class Generate:
             return unclip.best(request, drawing, seed=self.seed, batch_size=batch_size, progress=progress)
 
         settings = {"seed": self.seed, **settings_of(unclip, drawing, GUIDANCE, compute, self.n, of_captions=True)}
-        chosen = f"{drawing}, {drawing.prior_steps} of the prior, ranked by CLIP"
+        chosen = f"{drawing}, {settings['prior_steps']} of the prior, ranked by CLIP"
         return Drawer(best=best, chosen=chosen, settings=settings, hashes=unclip.hashes)
 
     def _write_sheet(self, sections: Sequence[Section], chosen: str, n_captions: int) -> None:

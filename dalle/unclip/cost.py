@@ -8,7 +8,8 @@ from typing import NamedTuple
 
 from dalle.budget import MAX_PICTURES_AT_ONCE, OnProgress, equal_batches
 from storage.models.stored import n_weights
-from unclip import Prior
+from unclip import AutoregressivePrior
+from unclip.embeddings import AnyPrior
 from unclip.sampling import OnPass
 from unclip.unet import Layer, UNet
 
@@ -20,7 +21,7 @@ activated, convolved, and what a convolution rearranges. On a CPU 6 to 8 are mea
 _PRIOR_COPIES = 15
 """Of the positions of a prior's layer, while it computes: queries, keys, values, and the MLP's."""
 _ASKED = 3
-"""Positions that the prior computes in a step: the timestep, the embedding with noise, and the answer."""
+"""Positions that the diffusion prior computes in a step: the timestep, the embedding with noise, and the answer."""
 
 
 class _Step(NamedTuple):
@@ -54,15 +55,25 @@ def unet_bytes(unet: UNet, side: int) -> int:
     return _BYTES * (skips + _COPIES * largest)
 
 
-def prior_products(prior: Prior) -> int:
-    """Return the multiplications of a step for one embedding, about; without those of reading the caption."""
-    return _ASKED * n_weights(prior.blocks)
+def prior_passes(prior: AnyPrior, steps: int) -> int:
+    """Return the passes for an embedding: of the diffusion prior its steps, of the autoregressive one its tokens.
+
+    Raises:
+        ValueError: there are more steps than in the schedule.
+    """
+    return prior.config.dimensions if isinstance(prior, AutoregressivePrior) else len(prior.process.respaced(steps))
 
 
-def prior_bytes(prior: Prior) -> int:
-    """Return the bytes that one embedding takes: keys and values of the caption, and what a layer computes of it."""
+def prior_products(prior: AnyPrior) -> int:
+    """Return the multiplications of a pass for one embedding, about; without those of reading the caption."""
+    return (1 if isinstance(prior, AutoregressivePrior) else _ASKED) * n_weights(prior.blocks)
+
+
+def prior_bytes(prior: AnyPrior) -> int:
+    """Return the bytes that one embedding takes: keys and values of all positions, and what a layer computes of it."""
     config = prior.config
-    positions = config.text_len + 1 + _ASKED
+    asked = prior.config.dimensions if isinstance(prior, AutoregressivePrior) else _ASKED
+    positions = config.text_len + 1 + asked
     return _BYTES * positions * config.width * (2 * config.n_layers + _PRIOR_COPIES)
 
 

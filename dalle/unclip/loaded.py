@@ -19,9 +19,10 @@ from dalle.unclip.parts import load_parts
 from dvae.images import resize_and_crop, to_tensor
 from rerank import CLIP
 from storage.errors import wrong_type
-from unclip import Decoder, Prior, Upsampler
+from unclip import Decoder, Upsampler
 from unclip.conditions import Text
 from unclip.degradation import shrunk
+from unclip.embeddings import AnyPrior
 from unclip.latents import PrincipalComponents
 
 
@@ -40,7 +41,7 @@ class LoadedUnCLIP:
     Args:
         clip: of captions and pictures; it also ranks.
         decoder: embeddings and captions to small pictures.
-        prior: captions to embeddings; None if captions are not to be drawn.
+        prior: captions to embeddings, of either kind; None if captions are not to be drawn.
         upsamplers: enlarge them, one after the other.
         components: of the embeddings of pictures, for `UnCLIP.probe`; None if they are not at hand.
         hashes: part -> hash, for the metadata of the pictures.
@@ -56,7 +57,7 @@ class LoadedUnCLIP:
         *,
         clip: CLIP,
         decoder: Decoder,
-        prior: Prior | None = None,
+        prior: AnyPrior | None = None,
         upsamplers: Sequence[Upsampler] = (),
         components: PrincipalComponents | None = None,
         hashes: Mapping[str, str],
@@ -105,7 +106,7 @@ class LoadedUnCLIP:
         loaded._bundle = Path(bundle)
         return loaded
 
-    def the_prior(self) -> Prior:
+    def the_prior(self) -> AnyPrior:
         """Return the prior.
 
         Raises:

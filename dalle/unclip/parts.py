@@ -18,10 +18,11 @@ from dalle.unclip.components import Components
 from dvae.codec import load_codec
 from rerank import CLIP, CLIPConfig
 from storage.models.directory import HOW_TO_MAKE, directory_hash, read_config
-from unclip import Decoder, Prior, Upsampler
+from unclip import Decoder, Upsampler
 from unclip.decoder import DecoderConfig
+from unclip.embeddings import AnyPrior, load_prior
 from unclip.latents import PrincipalComponents
-from unclip.prior import PriorConfig
+from unclip.prior import TransformerSizes
 from unclip.upsampler import KIND as UPSAMPLER
 from unclip.upsampler import UpsamplerConfig
 
@@ -40,8 +41,8 @@ class Parts(NamedTuple):
 
     clip: CLIP
     decoder: Decoder
-    prior: Prior | None
-    """None if the bundle has none."""
+    prior: AnyPrior | None
+    """Of either kind; None if the bundle has none."""
     upsamplers: tuple[Upsampler, ...]
     """In the order in which they enlarge."""
     components: PrincipalComponents | None
@@ -84,7 +85,7 @@ def load_parts(bundle: Path, device: str | torch.device, precision: Precision, s
             f"the bundle {bundle} has no {DVAE}, whose codes its decoder draws: put the one there that the decoder was "
             f"trained with, of the hash {decoder.metadata.get('dvae_hash', 'unknown')}"
         )
-    prior = None if "prior" in missing else Prior.load(bundle / "prior")
+    prior = None if "prior" in missing else load_prior(bundle / "prior")
     chain = upsampler_chain(bundle, decoder.config.picture_size, size)
     optional = [COMPONENTS] if (bundle / COMPONENTS).exists() else []
     parts = [*(bundle / part for part in (*NEEDED, *codec, *optional) if part not in missing), *chain]
@@ -156,17 +157,17 @@ def upsampler_chain(bundle: Path, side: int, size: int | None = None) -> list[Pa
     return chain
 
 
-def _check_clip(bundle: Path, model: Prior | Decoder, clip: CLIPConfig, clip_hash: str) -> None:
+def _check_clip(bundle: Path, model: AnyPrior | Decoder, clip: CLIPConfig, clip_hash: str) -> None:
     """Raise ValueError if a model was trained with another CLIP than the bundle's."""
-    trained_with = model.metadata.get("clip_hash")
+    trained_with, stage = model.metadata.get("clip_hash"), model.kind.partition("-")[0]
     if trained_with is None:
         logger.info("the %s does not say which CLIP it was trained with: taken to be the bundle's", model.kind)
     elif trained_with != clip_hash:
         raise ValueError(
             f"the {model.kind} was trained with the CLIP {trained_with}, {bundle} holds {clip_hash}: its embeddings "
-            f"would mean something else; put that CLIP into the bundle, or train again with `dalle-train {model.kind}`"
+            f"would mean something else; put that CLIP into the bundle, or train again with `dalle-train {stage}`"
         )
-    config: PriorConfig | DecoderConfig = model.config
+    config: TransformerSizes | DecoderConfig = model.config
     read = (config.embed_dim, config.text_width, config.text_len)
     given = (clip.embed_dim, clip.text_width, clip.context_length)
     if read != given:

@@ -31,7 +31,7 @@ class Drawing:
     prior_guidance: float = 1.0
     """Of the prior, away from "no caption"; the paper found that more than 1 hurts."""
     prior_steps: int = SAMPLING_STEPS
-    """Of the prior."""
+    """Of a diffusion prior; an autoregressive one has a step for each of its tokens, whatever this says."""
     prior_candidates: int = CANDIDATES
     """Embeddings that are drawn for each picture; the one that fits its caption best is kept."""
     steps: int = 50

@@ -11,7 +11,15 @@ import torch
 from torch import Tensor
 
 from dalle.budget import OnProgress, batches, memory_budget
-from dalle.unclip.cost import Meter, pictures_at_once, prior_bytes, prior_products, unet_bytes, unet_products
+from dalle.unclip.cost import (
+    Meter,
+    pictures_at_once,
+    prior_bytes,
+    prior_passes,
+    prior_products,
+    unet_bytes,
+    unet_products,
+)
 from dalle.unclip.loaded import LoadedUnCLIP, Seen
 from dalle.unclip.settings import Drawing
 from unclip.conditions import Text
@@ -53,7 +61,7 @@ class Work:
     def __post_init__(self) -> None:
         self.models.decoder.process.respaced(self.drawing.steps)
         if self.of_captions:
-            self.models.the_prior().process.respaced(self.drawing.prior_steps)
+            prior_passes(self.models.the_prior(), self.drawing.prior_steps)
         for place, upsampler in enumerate(self.models.upsamplers):
             upsampler.process.respaced(self.drawing.enlarging(upsampler, place)[0])
 
@@ -152,7 +160,7 @@ class Work:
         passes = self.drawn * guided + self.inversions * (1 + CORRECTIONS)
         total = drawing.steps * passes * self._decoder_pass
         if self.of_captions:
-            total += drawing.prior_steps * self.drawn * self._prior_step
+            total += prior_passes(self.models.the_prior(), drawing.prior_steps) * self.drawn * self._prior_step
         for place, upsampler in enumerate(self.models.upsamplers):
             steps, _ = drawing.enlarging(upsampler, place)
             total += self.enlarged * steps * unet_products(upsampler.unet, upsampler.config.image_size)

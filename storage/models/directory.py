@@ -365,6 +365,7 @@ HOW_TO_MAKE = {
     "dvae": "`dalle-train dvae`, or `dalle import-dvae` or `dalle import-vqgan` for published weights",
     "dalle": "`dalle-train transformer`",
     "prior": "`dalle-train prior`, or `dalle import-unclip` for published weights",
+    "prior-autoregressive": "`dalle-train prior --prior-kind autoregressive`",
     "decoder": "`dalle-train decoder`, or `dalle import-unclip` for published weights",
     "upsampler": "`dalle-train upsampler`, or `dalle import-unclip` for published weights",
     "components": "`UnCLIP.principal_components`, of pictures like those of its training",

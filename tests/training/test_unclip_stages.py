@@ -30,7 +30,8 @@ from training.stages.unclip.decoder import train_decoder, whitened_codebook
 from training.stages.unclip.prior import train_prior
 from training.stages.unclip.upsampler import train_upsampler
 from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
-from unclip import Decoder, Prior, Upsampler
+from unclip import AutoregressivePrior, Decoder, Prior, Upsampler
+from unclip.autoregressive.prior import AutoregressiveConfig
 from unclip.decoder import DecoderConfig
 from unclip.prior import PriorConfig, embedding_scale
 from unclip.unet import UNet
@@ -49,6 +50,12 @@ def chosen(**changes: object) -> Recipe:
         prior=PriorRecipe(model=PriorConfig(width=32, n_layers=1, n_heads=2), train=train),
         upsampler=UpsamplerRecipe(model=upsampler, train=train, sample_steps=2),
     )
+
+
+def autoregressive(**changes: object) -> Recipe:
+    model = AutoregressiveConfig(width=32, n_layers=1, n_heads=2, dimensions=4, buckets=8)
+    prior = PriorRecipe(prior_kind="autoregressive", autoregressive=model, train=tiny.train_config(**changes))
+    return dataclasses.replace(tiny.recipe(), prior=prior)
 
 
 @pytest.fixture(scope="module")
@@ -161,6 +168,7 @@ PROGRAMS: dict[str, tuple[Callable[..., Path], Callable[..., Recipe], str]] = {
     "decoder": (train_decoder, chosen, "decoder"),
     "decoder of codes": (train_decoder, of_codes, "decoder"),
     "prior": (train_prior, chosen, "prior"),
+    "autoregressive prior": (train_prior, autoregressive, "prior"),
     "upsampler": (train_upsampler, chosen, "upsampler-16"),
 }
 
@@ -191,7 +199,7 @@ def test_two_ranks_train_what_one_trains_at_every_stage_of_zero(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["prior", "upsampler"])
+@pytest.mark.parametrize("name", ["prior", "autoregressive prior", "upsampler"])
 def test_the_other_stages_resume_exactly_too(name: str, with_clip: Path, shards: Path, tmp_path: Path) -> None:
     train, make, run = PROGRAMS[name]
     for out, lasts in (("whole", (4,)), ("parts", (2, 4))):
@@ -199,7 +207,7 @@ def test_the_other_stages_resume_exactly_too(name: str, with_clip: Path, shards:
         for steps in lasts:
             train(make(steps=steps), given, join(), quiet)
     assert losses(tmp_path / "whole", run) == losses(tmp_path / "parts", run)
-    kind = {"prior": Prior, "upsampler": Upsampler}[name]
+    kind = {"prior": Prior, "autoregressive prior": AutoregressivePrior, "upsampler": Upsampler}[name]
     whole, parts = (kind.load(tmp_path / out / run).state_dict() for out in ("whole", "parts"))
     for weight, value in whole.items():
         assert torch.equal(value, parts[weight]), weight
@@ -224,6 +232,45 @@ def test_a_prior_trains_and_measures_its_errors(with_clip: Path, shards: Path, t
     assert prior.errors.shape == (1000,)
     assert (prior.errors > 0).all()
     assert any("cosine" in line for line in read_metrics(tmp_path / RUNS / "prior"))
+
+
+def test_an_autoregressive_prior_trains_on_tokens_of_its_own_data_and_draws_for_the_bundle(
+    with_clip: Path, shards: Path, tmp_path: Path
+) -> None:
+    given = inputs(with_clip, shards, tmp_path)
+    train_prior(autoregressive(), given, join(), quiet)
+    prior = AutoregressivePrior.load(tmp_path / "prior")
+    assert (prior.config.embed_dim, prior.config.text_width, prior.config.text_len) == (8, 16, 24)
+    torch.testing.assert_close(prior.components @ prior.components.T, torch.eye(4))
+    assert prior.counts.sum() > 8
+    assert (prior.high > prior.low).all()
+    assert prior.metadata["clip_hash"] == directory_hash(with_clip / "clip")
+    assert any("first_component" in line for line in read_metrics(tmp_path / RUNS / "prior"))
+    with pytest.raises(ValueError, match="holds a prior of the other kind"):
+        train_prior(chosen(), given, join(), quiet)
+    Decoder(
+        dataclasses.replace(chosen().decoder.model, embed_dim=8, text_width=16, text_len=24)  # type: ignore[union-attr]
+    ).save(tmp_path / "decoder", {"clip_hash": directory_hash(tmp_path / "clip")})
+    drawn = [UnCLIP.load(tmp_path).generate("a red square", n=3, keep=3, steps=2, batch_size=size) for size in (3, 2)]
+    assert drawn[0].candidates == drawn[1].candidates
+    torch.testing.assert_close(drawn[0].images, drawn[1].images, atol=1e-4, rtol=0)
+
+
+def test_an_autoregressive_prior_needs_more_samples_than_dimensions(
+    with_clip: Path, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("training.stages.unclip.prior.SAMPLES_FOR_BUCKETS", 4)
+    monkeypatch.setattr("training.stages.unclip.prior.AT_ONCE", 2)
+    with pytest.raises(ValueError, match="of the first samples of --data 4 can be read: a prior of 4 dimensions"):
+        train_prior(autoregressive(), inputs(with_clip, shards, tmp_path), join(), quiet)
+
+
+def test_the_kind_of_prior_is_an_option(capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["unclip-cpu", "--data", "x", "--out", "y"]
+    changed = [read("prior", [*words, *more]).changed() for more in ([], ["--prior-kind", "autoregressive"])]  # type: ignore[union-attr]
+    assert [each.prior.prior_kind for each in changed if each.prior] == ["diffusion", "autoregressive"]
+    with pytest.raises(ValueError, match="prior_kind is 'both'"):
+        dataclasses.replace(changed[0].prior, prior_kind="both")  # type: ignore[type-var]
 
 
 def test_an_upsampler_trains_and_shows_itself_beside_bilinear_enlargement(shards: Path, tmp_path: Path) -> None:

@@ -126,10 +126,12 @@ class Inputs(BundleOptions, ShardOptions, ValidationShardOptions, ResumeOptions)
         return self.out / RUNS / stage
 
 
-def first_readable(data: ShardData, count: int, read: Callable[[Sample], Read]) -> list[tuple[Sample, Read]]:
-    """Return the readable ones of the first `count` samples of some data, each with what `read` makes of it."""
+def first_readable(
+    data: ShardData, count: int, read: Callable[[Sample], Read], *, start: int = 0
+) -> list[tuple[Sample, Read]]:
+    """Return the readable ones of `count` samples of some data from `start` on, each with what `read` makes of it."""
     found = []
-    for index in range(min(count, len(data))):
+    for index in range(start, min(start + count, len(data))):
         try:
             sample = data.read(index)
             found.append((sample, read(sample)))

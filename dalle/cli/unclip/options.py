@@ -10,6 +10,7 @@ import tyro
 
 from dalle.cli.command import resolve_device
 from dalle.cli.computing import DeviceOptions
+from dalle.unclip.cost import prior_passes
 from dalle.unclip.parts import Kind
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -62,7 +63,7 @@ class CaptionOptions(DecoderOptions):
     )
     """Of the decoder: ddpm is the paper's, and wants some 250 steps."""
     prior_steps: Annotated[int | None, tyro.conf.arg(metavar="INT", help_behavior_hint="(default: 64)")] = None
-    """Steps of the prior."""
+    """Steps of a diffusion prior; an autoregressive one has a step for each of its tokens."""
     prior_guidance: Annotated[float | None, tyro.conf.arg(metavar="FLOAT", help_behavior_hint="(default: 1)")] = None
     """Guidance of the prior; 1 is none, and best in the paper."""
 
@@ -102,6 +103,8 @@ def settings_of(
     settings = dataclasses.asdict(drawing)
     if not of_captions:
         settings = {name: value for name, value in settings.items() if not name.startswith("prior_")}
+    else:
+        settings["prior_steps"] = prior_passes(unclip.the_prior(), drawing.prior_steps)
     steps = [drawing.enlarging(upsampler, place)[0] for place, upsampler in enumerate(unclip.upsamplers)]
     settings |= {"guidance": drawing.guidance_or(guidance), "upsampler_steps": steps, "precision": compute.precision}
     if compute.precision != "fp32":

@@ -126,12 +126,23 @@ class ConditionedStage(ABC, Generic[RecipeOf, Model]):
 
     def first_samples(self, count: int) -> tuple[Tensors, list[str]]:
         """Return the readable ones of the first `count` previews, stacked, and their captions."""
-
-        def read(sample: Sample) -> Tensors:
-            return self.transform_for_validation(sample, np.random.default_rng(0))
-
-        found = first_readable(self._previews, count, read)
+        found = first_readable(self._previews, count, self._centre)
         return stacked([tensors for _, tensors in found]), [sample.captions[0] for sample, _ in found]
+
+    def _centre(self, sample: Sample) -> Tensors:
+        return self.transform_for_validation(sample, np.random.default_rng(0))
+
+    @classmethod
+    def config_of(cls, recipe: RecipeOf) -> Any:
+        """Return the configuration of the recipe's model."""
+        return recipe.model  # type: ignore[attr-defined]
+
+    def prepare(self, data: ShardData) -> None:
+        """Set what the model holds beside its weights, before a run begins or goes on: nothing here.
+
+        Args:
+            data: that it is trained on.
+        """
 
     @abstractmethod
     def loss(self, batch: MicroBatch, step: int) -> tuple[Tensor, Tensors]:
@@ -175,18 +186,20 @@ def train_conditioned(
     of = stage_of(recipe, kind.name)
     frozen = FrozenCLIP(inputs.out / "clip")
     program = Program.open(inputs, ranks, say, captions=True)
-    clip = frozen.clip.config
-    config = dataclasses.replace(
-        of.model,
-        embed_dim=clip.embed_dim,
-        text_width=clip.text_width,
-        text_len=clip.context_length,
-        scale=embedding_scale(clip.embed_dim),
-    )
+    clip, config = frozen.clip.config, kind.config_of(of)
+    sizes: dict[str, float] = {
+        "embed_dim": clip.embed_dim,
+        "text_width": clip.text_width,
+        "text_len": clip.context_length,
+    }
+    if hasattr(config, "scale"):
+        sizes["scale"] = embedding_scale(clip.embed_dim)
+    config = dataclasses.replace(config, **sizes)
     torch.manual_seed(of.train.seed)
     model = make(config, of.train, program)
     metadata = {"recipe": recipe.name, "clip_hash": frozen.hash, **model.metadata}
     stage = kind(of, model, frozen, inputs.out / kind.name, program.validation or program.data, metadata)
+    stage.prepare(program.data)
     program.fit(stage, of.train, program.spec(kind.name, {**metadata, "model": as_written_before(model.config)}, of))
     return stage.directory
 
