@@ -18,12 +18,13 @@ from dalle.budget import OnProgress
 from dalle.cli.computing import ComputeOptions
 from dalle.cli.options import DEFAULT_BUNDLE, Bundle, Flag
 from dalle.cli.start import age_s
-from dalle.cli.unclip.options import CaptionOptions, check_only_dalle, settings_of
+from dalle.cli.unclip.options import CaptionOptions, check_only_dalle
 from dalle.output.progress import part_of, progress_bar
 from dalle.output.results import ResultWriter
 from dalle.output.sheets import Section, contact_sheet, save_png
 from dalle.output.text import counted, duration, printable
 from dalle.sampling import Ranking, Sampling, SamplingDefaults
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.parts import kind_of
 from dvae.images import open_image, to_image
 from storage.text import decode_text, is_visible, lines_of
@@ -217,7 +218,8 @@ class Generate:
         def best(request: Request, progress: OnProgress) -> Ranked:
             return unclip.best(request, drawing, seed=self.seed, batch_size=batch_size, progress=progress)
 
-        settings = {"seed": self.seed, **settings_of(unclip, drawing, GUIDANCE, compute, self.n, of_captions=True)}
+        told = settings_of(unclip, drawing, GUIDANCE, self.n, batch_size=compute.batch_size, of_captions=True)
+        settings = {"seed": self.seed, **told}
         chosen = f"{drawing}, {settings['prior_steps']} of the prior, ranked by CLIP"
         return Drawer(best=best, chosen=chosen, settings=settings, hashes=unclip.hashes)
 

@@ -115,7 +115,7 @@ class LimitOptions:
 
 @dataclass(frozen=True, kw_only=True)
 class Serve:
-    """Serve OpenAI's Images API, and a web page, from a bundle."""
+    """Serve OpenAI's Images API, and a web page, from a bundle; edits and variations by DALL·E 2 if it is there."""
 
     bundle: Bundle = DEFAULT_BUNDLE
     model_alias: Annotated[tuple[str, ...], tyro.conf.arg(metavar="NAME ...", help_behavior_hint="")] = ()
@@ -126,7 +126,7 @@ class Serve:
     precision: Precision = "fp32"
     """bf16 is faster; in fp32 candidates do not depend on the batch size."""
     compile: Flag = False
-    """Compile sampling and decoding on a CPU: takes a minute for each new number of candidates."""
+    """Compile DALL·E's sampling and decoding on a CPU: takes a minute for each new number of candidates."""
     log_prompts: Flag = False
     """Write captions to the log."""
 
@@ -169,7 +169,12 @@ class Serve:
         load = lambda: Pipeline.load(  # noqa: E731
             self.bundle, device, precision=self.precision, memory=memory, compile=self.compile
         )
-        load_unclip = lambda: UnCLIP.load(  # noqa: E731
-            self.bundle, device, precision=self.precision, memory=memory
-        )
+
+        def load_unclip() -> UnCLIP:
+            try:
+                return UnCLIP.load(self.bundle, device, precision=self.precision, memory=memory)
+            except ValueError as error:
+                away = f"or move {self.bundle / 'decoder'} away, so that DALL·E alone is served"
+                raise ValueError(f"{error}; {away}") from error
+
         run(load, settings, rules, process, load_unclip if has_unclip else None)

@@ -106,7 +106,7 @@ def check_strength(strength: float) -> None:
     check_number("strength", strength)
     if not 0 <= strength <= 1:
         raise ValueError(
-            f"strength is {strength}: give the share of the tokens that is drawn anew, from 0 (none) to 1 (all)"
+            f"strength is {strength}: give the share of the picture that is drawn anew, from 0 (none) to 1 (all)"
         )
 
 

@@ -62,7 +62,7 @@ class Routes:
         return await self._draw(request, ask, "edits", await self._state.source(ask, files))
 
     async def vary(self, request: Request) -> Response:
-        """POST /v1/images/variations: a share of a picture's tokens is drawn anew."""
+        """POST /v1/images/variations: a share of a picture's tokens, or of its noise, is drawn anew."""
         values, files = await _read_form(request, ("image",))
         ask = read_ask(values, self._state.limits(), "variations")
         return await self._draw(request, ask, "variations", await self._state.source(ask, files))
@@ -141,7 +141,7 @@ class Routes:
             found = base64.b64encode(data).decode()
         return Drawn(
             place=found,
-            score=float(result.scores[place]) if ask.prompt else None,
+            score=float(result.scores[place]) if ask.prompt or ask.drawing is not None else None,
             log_likelihood=float(result.log_likelihoods[place]) if isinstance(result, Result) else None,
             rank=place + 1,
             candidate=result.candidates[place],

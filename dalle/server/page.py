@@ -34,6 +34,7 @@ COLUMNS = 8
 MAX_JOBS = 200
 """Jobs of pages that are remembered, beside those that have not ended."""
 _TOLD = ("score", "log_likelihood", "candidate", "rank")
+"""Of each picture, to the page."""
 WAIT_S = 1.0
 """Seconds between what is told of a job that waits."""
 WEB = Path(__file__).parent / "web"
@@ -181,11 +182,13 @@ class Page:
     async def _complete(self, page_job: _PageJob) -> None:
         """Encode the pictures of a job, and let go of its tensors."""
         job = page_job.job
-        if job.result is not None:
-            await asyncio.to_thread(self._encode, page_job)
-        job.result = page_job.rows = None
-        job.work = replace(job.work, source=None)
-        page_job.is_complete.set()
+        try:
+            if job.result is not None:
+                await asyncio.to_thread(self._encode, page_job)
+        finally:
+            job.result = page_job.rows = None
+            job.work = replace(job.work, source=None)
+            page_job.is_complete.set()
 
     def _encode(self, page_job: _PageJob) -> None:
         job = page_job.job

@@ -21,9 +21,11 @@ from dalle.server.pictures import Results, region_of, varying
 from dalle.server.queueing.batch import Source, Varying, Work
 from dalle.server.queueing.engine import Engine
 from dalle.server.queueing.jobs import Job, Previews
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.results import Edited as EditedByUnCLIP
 from storage.errors import reason_of
+from unclip.decoding import GUIDANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -131,9 +133,12 @@ class State:
         """
         if "image" not in files:
             raise wrong("image", "there is no image: send the picture to start from", "missing")
-        limits, image, side = self.limits(), files["image"], ask.native
+        limits, image = self.limits(), files["image"]
+        side = ask.native
         async with self.opening:
             if ask.strength is not None:
+                if ask.drawing is not None and self.engine.unclip is not None:
+                    side = self.engine.unclip.seen_size
                 return await asyncio.to_thread(varying, image, ask.strength, side=side)
             rows, mask = ask.keep_rows, files.get("mask")
             return await asyncio.to_thread(region_of, image, mask, rows, side=side, grid=limits.grid)
@@ -142,16 +147,14 @@ class State:
         """Return what is told of a finished job's picture, as `dalle generate` writes it into its PNGs."""
         result, work = job.result, job.work
         assert result is not None
-        by = self.engine.pipe if work.drawing is None else self.engine.unclip
-        assert by is not None
-        settings = work.sampling if work.drawing is None else work.drawing
+        settings, hashes = self._settings(work)
         about = {
             "caption": work.caption,
             **result.described()[place],
             "seed": work.sampling.seed,
-            **dataclasses.asdict(settings),
+            **settings,
             "best_of": work.n,
-            "hashes": by.hashes,
+            "hashes": hashes,
         }
         if isinstance(result, Redrawn):
             about["unknown_tokens"] = result.n_unknown
@@ -161,6 +164,17 @@ class State:
             about["strength" if work.drawing is None else "eta"] = work.source.strength
         about |= details(result, place)
         return {name: value for name, value in about.items() if value is not None}
+
+    def _settings(self, work: Work) -> tuple[dict[str, Any], Mapping[str, str]]:
+        """Return how a work was drawn, and the hashes of the parts that drew it."""
+        pipe, unclip = self.engine.pipe, self.engine.unclip
+        assert pipe is not None
+        if work.drawing is None:
+            return dataclasses.asdict(work.sampling), pipe.hashes
+        assert unclip is not None
+        is_varied = isinstance(work.source, Varying)
+        guidance = 1 if is_varied else GUIDANCE
+        return settings_of(unclip, work.drawing, guidance, work.n, of_captions=not is_varied), unclip.hashes
 
     def note(self, request: Request, ask: Ask) -> None:
         """Say in the log what is asked for, without its words."""
@@ -174,7 +188,7 @@ def _unclip_limits(unclip: UnCLIP | None) -> UnCLIPLimits | None:
         return None
     can: dict[Endpoint, bool] = {
         "generations": unclip.prior is not None,
-        "edits": unclip.decoder.config.inpaints,
+        "edits": unclip.prior is not None and unclip.decoder.config.inpaints,
         "variations": True,
     }
     endpoints = frozenset(endpoint for endpoint, is_there in can.items() if is_there)

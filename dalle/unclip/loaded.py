@@ -74,6 +74,8 @@ class LoadedUnCLIP:
         self.device = clip.device
         self.image_size = self.upsamplers[-1].config.image_size if self.upsamplers else decoder.config.picture_size
         """Side in pixels of the pictures that are made."""
+        self.precision: Precision = "fp32"
+        """Of decoder and upsamplers."""
         self._bundle: Path | None = None
 
     @classmethod
@@ -103,8 +105,13 @@ class LoadedUnCLIP:
         """
         check_memory(memory)
         loaded = cls(**load_parts(Path(bundle), device, precision, size)._asdict(), memory=memory)
-        loaded._bundle = Path(bundle)
+        loaded._bundle, loaded.precision = Path(bundle), precision
         return loaded
+
+    @property
+    def seen_size(self) -> int:
+        """Side in pixels of what is seen of a picture: more than that changes nothing."""
+        return max(self.decoder.config.picture_size, self.clip.config.image_size)
 
     def the_prior(self) -> AnyPrior:
         """Return the prior.
@@ -154,7 +161,7 @@ class LoadedUnCLIP:
         if not isinstance(picture, Image.Image):
             raise wrong_type("picture", picture, "a picture, opened by dvae.images.open_image")
         side = self.decoder.config.picture_size
-        view = resize_and_crop(picture, max(side, self.clip.config.image_size))
+        view = resize_and_crop(picture, self.seen_size)
         pixels, shown = (to_tensor(each)[None].to(self.device) for each in (shrunk(view, side), view))
         return Seen(self.clip.encode_image(shown, normalise=self.decoder.config.normalised), pixels)
 

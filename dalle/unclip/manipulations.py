@@ -17,7 +17,7 @@ from PIL import Image
 from torch import Tensor
 from torch.nn import functional as F
 
-from dalle.best_of_n import check_caption, check_n
+from dalle.best_of_n import check_caption, check_keep, check_n
 from dalle.budget import OnProgress, check_batch_size
 from dalle.sampling import undisturbed
 from dalle.unclip.components import Components
@@ -25,6 +25,7 @@ from dalle.unclip.loaded import LoadedUnCLIP
 from dalle.unclip.results import Series
 from dalle.unclip.settings import Drawing, check_share
 from dalle.unclip.work import Work
+from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole
 from unclip.conditions import Text
 from unclip.decoding import GUIDANCE
@@ -41,6 +42,8 @@ class Manipulations(LoadedUnCLIP):
         picture: Image.Image,
         *,
         n: int = 8,
+        keep: int | None = None,
+        caption: str = "",
         eta: float = 0.7,
         seed: int = 0,
         drawing: Drawing | None = None,
@@ -52,6 +55,9 @@ class Manipulations(LoadedUnCLIP):
         Args:
             picture: any; its centre is seen.
             n: variations.
+            keep: how many of them to return, the best by CLIP's cosine with `caption`, or with the picture, first; None
+                for all, in order. Only these are enlarged.
+            caption: what the best are chosen by; empty for the picture itself. It does not change what is drawn.
             eta: how much noise is new, from 0, with which all are the picture drawn again, to 1.
             seed: variation k is a function of (seed, picture, k).
             drawing: how; with a guidance of 1 unless it is given.
@@ -61,14 +67,22 @@ class Manipulations(LoadedUnCLIP):
         Raises:
             ValueError: no picture, or an argument of a wrong type or out of range.
         """
-        check_n(n)
+        check_keep(n if keep is None else keep, n)
         check_share("eta", eta)
         _check_inverting(drawing)
         noise = _noise(seed, range(n))
-        work = self._work(drawing, 1, n, batch_size, progress, inversions=1)
+        work = self._work(drawing, 1, n, batch_size, progress, inversions=1, enlarged=n if keep is None else keep)
         text, seen = self.uncaptioned(), self.seen(picture)
         start, embeddings = work.inverted(seen, text), seen.embedding.expand(n, -1)
-        return self._series("", work, embeddings, text, noise, start, [{"candidate": k} for k in range(n)], eta)
+        images, scores = self._drawn(work, embeddings, text, noise, start, eta)
+        if caption:
+            asked = embed_captions(self.clip, [caption])[0]
+            scores = torch.cat([embed_images(self.clip, some) @ asked for some in torch.split(images, work.size)]).cpu()
+        order = torch.arange(n) if keep is None else scores.argsort(descending=True, stable=True)[:keep]
+        numbers = order.tolist()
+        large = work.large(images[order], Noise(tuple(noise.rows[k] for k in numbers)))
+        each = tuple({"candidate": k} for k in numbers)
+        return Series(caption=caption, images=large, scores=scores[order].float(), each=each)
 
     @undisturbed()
     def interpolate(
@@ -247,9 +261,25 @@ class Manipulations(LoadedUnCLIP):
         noise: Noise,
         start: Tensor | None,
         each: Sequence[Mapping[str, float]],
-        eta: float = 0.0,
     ) -> Series:
-        """Draw pictures of embeddings (N, E), each from its own start (N, 3, H, W), or all from one."""
+        """Draw and enlarge pictures, as `_drawn` does."""
+        images, scores = self._drawn(work, embeddings, text, noise, start)
+        return Series(caption=caption, images=work.large(images, noise), scores=scores, each=tuple(each))
+
+    def _drawn(
+        self,
+        work: Work,
+        embeddings: Tensor,
+        text: Text,
+        noise: Noise,
+        start: Tensor | None,
+        eta: float = 0.0,
+    ) -> tuple[Tensor, Tensor]:
+        """Draw pictures of embeddings (N, E), each from its own start (N, 3, H, W), or all from one; on the CPU.
+
+        Returns:
+            Pictures (N, 3, H, W), and CLIP's cosine of each with its embedding, (N,).
+        """
         images, scores = [], []
         for some in work.batches():
             rows = slice(some.start, some.stop)
@@ -257,8 +287,7 @@ class Manipulations(LoadedUnCLIP):
             drawn = work.decoded(embeddings[rows], text, Noise(noise.rows[rows]), start=begin, eta=eta)
             scores.append(self.cosines(drawn, embeddings[rows]).cpu())
             images.append(drawn.cpu())
-        large = work.large(torch.cat(images), noise)
-        return Series(caption=caption, images=large, scores=torch.cat(scores), each=tuple(each))
+        return torch.cat(images), torch.cat(scores)
 
 
 def _check_inverting(drawing: Drawing | None) -> None:

@@ -161,10 +161,10 @@ def _check_clip(bundle: Path, model: AnyPrior | Decoder, clip: CLIPConfig, clip_
     """Raise ValueError if a model was trained with another CLIP than the bundle's."""
     trained_with, stage = model.metadata.get("clip_hash"), model.kind.partition("-")[0]
     if trained_with is None:
-        logger.info("the %s does not say which CLIP it was trained with: taken to be the bundle's", model.kind)
+        logger.info("the %s does not say which CLIP it was trained with: taken to be the bundle's", stage)
     elif trained_with != clip_hash:
         raise ValueError(
-            f"the {model.kind} was trained with the CLIP {trained_with}, {bundle} holds {clip_hash}: its embeddings "
+            f"the {stage} was trained with the CLIP {trained_with}, {bundle} holds {clip_hash}: its embeddings "
             f"would mean something else; put that CLIP into the bundle, or train again with `dalle-train {stage}`"
         )
     config: TransformerSizes | DecoderConfig = model.config
@@ -172,7 +172,7 @@ def _check_clip(bundle: Path, model: AnyPrior | Decoder, clip: CLIPConfig, clip_
     given = (clip.embed_dim, clip.text_width, clip.context_length)
     if read != given:
         raise ValueError(
-            f"the {model.kind} reads embeddings of {read[0]}, a text width of {read[1]} and {read[2]} positions, the "
+            f"the {stage} reads embeddings of {read[0]}, a text width of {read[1]} and {read[2]} positions, the "
             f"CLIP of {bundle} has {given[0]}, {given[1]} and {given[2]}: put the CLIP that it was trained with there"
         )
 

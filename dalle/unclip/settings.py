@@ -5,7 +5,6 @@ The paper draws embeddings in 64 steps, pictures in 250 by DDPM, and enlarges th
 """
 
 import dataclasses
-import math
 from dataclasses import dataclass
 from typing import get_args
 
@@ -15,6 +14,8 @@ from unclip.decoding import GUIDANCE
 from unclip.embeddings import CANDIDATES, SAMPLING_STEPS
 from unclip.sampling import Sampler
 
+MAX_GUIDANCE = 1000
+"""Above it, pictures are not even finite."""
 KARLO_STEPS = 7
 """Of an upsampler whose last step is a network of its own."""
 UPSAMPLER_STEPS = (27, 15)
@@ -90,5 +91,5 @@ def _check_guidance(name: str, value: object) -> None:
         return
     check_number(name, value)
     assert isinstance(value, int | float)
-    if not 0 <= value < math.inf:
-        raise ValueError(f"{name} is {value}; expected a number of at least 0, and 1 for none")
+    if not 0 <= value <= MAX_GUIDANCE:
+        raise ValueError(f"{name} is {value}; expected a number from 0 to {MAX_GUIDANCE}, and 1 for none")

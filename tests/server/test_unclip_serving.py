@@ -3,6 +3,7 @@
 import base64
 import io
 import json
+import shutil
 import time
 
 import numpy as np
@@ -17,6 +18,7 @@ from tiny_unclip import write_unclip
 from dalle.best_of_n import Request
 from dalle.sampling import Sampling
 from dalle.server.api.requests import names_of_both
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
 from dvae.images import to_image
@@ -26,14 +28,14 @@ from unclip import Decoder
 CUBE = "a red cube on a blue cube"
 STEPS = 2
 DRAWING = Drawing(steps=STEPS)
-SIDE = 16
-"""Of the pictures of both models."""
+SIDE = 24
+"""Of DALL·E 2's pictures; DALL·E's have 16 pixels."""
 
 
 @pytest.fixture(scope="session")
 def unclip(bundle, tmp_path_factory):
     """DALL·E 2 that edits, of the CLIP of the other tests."""
-    path = write_unclip(tmp_path_factory.mktemp("both") / "tiny", bundle / "clip")
+    path = write_unclip(tmp_path_factory.mktemp("both") / "tiny", bundle / "clip", side=SIDE // 2)
     decoder = Decoder.load(path / "decoder")
     with_random_weights(decoder.inpainting()).save(path / "decoder", decoder.metadata)
     return UnCLIP.load(path)
@@ -70,6 +72,20 @@ def asked(server, endpoint, picture=None, mask=None, **fields):
     return answer.status_code, body, opened
 
 
+def told(picture):
+    """What a PNG tells of itself."""
+    texts = {name: value for name, value in picture.text.items() if name != "XML:com.adobe.xmp"}
+    return {name: json.loads(value) if is_json(value) else value for name, value in texts.items()}
+
+
+def is_json(text):
+    try:
+        json.loads(text)
+    except ValueError:
+        return False
+    return True
+
+
 def assert_are(pictures, images):
     assert len(pictures) == len(images)
     for found, expected in zip(pictures, images, strict=True):
@@ -84,18 +100,29 @@ def test_variations_are_dalle_2s_by_its_own_seed_strength_and_steps(both, unclip
     assert_are(pictures, expected.images[order[:2]])
     assert [one["dalle"]["candidate"] for one in body["data"]] == order[:2]
     about = body["data"][0]["dalle"]
+    assert about["score"] == pytest.approx(float(expected.scores[order[0]]))
     assert about["log_likelihood"] is None
     assert about["native_size"] == f"{SIDE}x{SIDE}"
-    texts = pictures[0].text
-    assert (texts["seed"], texts["eta"], texts["steps"], texts["best_of"]) == ("5", "0.7", str(STEPS), "3")
-    assert json.loads(texts["hashes"]) == unclip.hashes
-    assert "temperature" not in texts
+    texts = told(pictures[0])
+    assert texts.pop("score") == pytest.approx(about["score"])
+    assert texts == {
+        "caption": "",
+        "rank": 1,
+        "ranked_by": "clip",
+        "candidate": order[0],
+        "seed": 5,
+        "eta": 0.7,
+        "best_of": 3,
+        "hashes": unclip.hashes,
+        **settings_of(unclip, DRAWING, 1, 3),
+    }
 
 
 def test_variations_with_a_caption_are_ranked_by_it(both, unclip, picture):
     _, body, pictures = asked(both, "variations", picture, prompt=CUBE, n=3, best_of=3, seed=5, steps=STEPS)
+    small = UnCLIP(clip=unclip.clip, decoder=unclip.decoder, hashes={})
+    scores = score(unclip.clip, [CUBE], small.variations(picture, n=3, eta=0.5, seed=5, drawing=DRAWING).images)[0]
     expected = unclip.variations(picture, n=3, eta=0.5, seed=5, drawing=DRAWING)
-    scores = score(unclip.clip, [CUBE], expected.images)[0]
     order = scores.argsort(descending=True).tolist()
     assert_are(pictures, expected.images[order])
     assert [one["dalle"]["score"] for one in body["data"]] == pytest.approx(scores[order].tolist(), abs=1e-6)
@@ -103,7 +130,7 @@ def test_variations_with_a_caption_are_ranked_by_it(both, unclip, picture):
 
 def test_edits_are_dalle_2s_and_what_is_kept_is_exact(both, unclip, picture):
     is_new = np.zeros((SIDE, SIDE), dtype=bool)
-    is_new[:, 8:] = True
+    is_new[:, 12:] = True
     alpha = np.where(is_new, 0, 255).astype(np.uint8)
     mask = file_of(Image.fromarray(np.dstack([np.asarray(picture), alpha])))
     fields = {"prompt": CUBE, "n": 2, "best_of": 2, "seed": 4, "steps": STEPS}
@@ -111,7 +138,9 @@ def test_edits_are_dalle_2s_and_what_is_kept_is_exact(both, unclip, picture):
     assert status == 200, body
     expected = unclip.edit(picture, is_new, CUBE, n=2, keep=2, seed=4, drawing=DRAWING)
     assert_are(pictures, expected.images)
-    assert np.array_equal(np.asarray(pictures[0])[:, :8], np.asarray(picture)[:, :8])
+    assert np.array_equal(np.asarray(pictures[0])[:, :12], np.asarray(picture)[:, :12])
+    texts = told(pictures[0])
+    assert (texts["guidance"], texts["prior_steps"], texts["upsampler_steps"]) == (3.0, 64, [27])
     assert body["data"][0]["dalle"]["seam"] == pytest.approx(float(expected.seams[0]))
 
 
@@ -124,6 +153,22 @@ def test_captions_are_dalles_unless_dalle_2_is_named(both, pipe, unclip):
     drawing = Drawing(steps=STEPS, guidance=2.0)
     assert_are(pictures, unclip.best(Request(caption=CUBE, n=1, keep=1), drawing, seed=3).images)
     assert body["usage"]["output_tokens"] == 0
+    assert told(pictures[0])["guidance"] == 2
+
+
+def test_a_caption_is_cut_and_counted_as_dalle_2_reads_it(both):
+    fields = {"prompt": 30 * "cube ", "best_of": 1, "steps": STEPS, "model": "tiny/unclip"}
+    _, body, _ = asked(both, "generations", **fields)
+    assert body["usage"]["input_tokens_details"]["text_tokens"] == 22  # of the 24 that CLIP reads, less start and end
+    assert body["data"][0]["dalle"]["caption_cut"] > 0
+
+
+def test_a_stream_of_dalle_2_has_finished_pictures_alone(both, picture):
+    fields = {"n": "2", "best_of": "2", "steps": str(STEPS), "stream": "true", "partial_images": "2"}
+    answer = both.ask("POST", "/v1/images/variations", files={"image": file_of(picture)}, data=fields)
+    assert [line for line in answer.text.splitlines() if line.startswith("event: ")] == 2 * [
+        "event: image_variation.completed"
+    ]
 
 
 def test_dalle_varies_where_it_is_named(both, picture):
@@ -160,6 +205,30 @@ def test_a_bundle_that_cannot_edit_lets_dalle_do_it(pipe, bundle, tmp_path, pict
         assert (status, body["error"]["param"]) == (400, "model")
 
 
+def test_without_a_prior_dalle_2_varies_alone(pipe, bundle, tmp_path, picture):
+    path = write_unclip(tmp_path / "tiny", bundle / "clip")
+    decoder = Decoder.load(path / "decoder")
+    with_random_weights(decoder.inpainting()).save(path / "decoder", decoder.metadata)
+    shutil.rmtree(path / "prior")
+    names = ("tiny", *names_of_both("tiny"))
+    with running(LiveServer(lambda: pipe, load_unclip=lambda: UnCLIP.load(path), models=names)) as server:
+        assert server.ask("GET", "/api/info").json()["by_unclip"] == ["variations"]
+        status, body, _ = asked(server, "edits", picture, prompt=CUBE, keep_rows=2, best_of=1)
+        assert (status, body["data"][0]["dalle"]["native_size"]) == (200, "16x16")
+        status, body, _ = asked(server, "generations", prompt=CUBE, model="tiny/unclip")
+        assert (status, body["error"]["param"]) == (400, "model")
+        status, body, _ = asked(server, "generations", prompt=CUBE, steps=3)
+        assert "tiny/unclip" not in body["error"]["message"]
+
+
+def test_a_page_job_without_a_caption_ends(both, picture):
+    image = base64.b64encode(file_of(picture)).decode()
+    for model, more in (("tiny/unclip", {"steps": STEPS}), ("tiny/dalle", {})):
+        fields = {"prompt": "", "image": image, "strength": 0.5, "best_of": 1, "n": 1, "model": model, **more}
+        job = both.ask("POST", "/api/jobs", json=fields).json()["id"]
+        assert "event: done" in both.ask("GET", f"/api/jobs/{job}/events").text
+
+
 def test_the_page_is_told_how_far_dalle_2_is_and_it_can_be_cancelled(both, picture):
     assert both.ask("GET", "/api/info").json()["by_unclip"] == ["edits", "variations"]
     image = base64.b64encode(file_of(picture)).decode()
@@ -168,11 +237,15 @@ def test_the_page_is_told_how_far_dalle_2_is_and_it_can_be_cancelled(both, pictu
     told = both.ask("GET", f"/api/jobs/{job}/events").text
     assert "event: rows" in told
     assert "event: done" in told
-    long = both.ask("POST", "/api/jobs", json={**fields, "steps": 1000}).json()["id"]
-    time.sleep(0.2)
+    long = both.ask("POST", "/api/jobs", json={**fields, "best_of": 500, "n": 4, "steps": 1000}).json()["id"]
+    queue = both.state.engine.queue
+    wait_until(lambda: queue.n_running)
     both.ask("DELETE", f"/api/jobs/{long}")
-    assert '"state": "cancelled"' in both.ask("GET", f"/api/jobs/{long}/events").text.replace('":"', '": "')
-    wait_until(lambda: both.state.engine.queue.is_idle)
+    begun = time.monotonic()
+    wait_until(lambda: queue.is_idle)
+    assert time.monotonic() - begun < 5, "it takes minutes to its end"
+    failed = both.ask("GET", f"/api/jobs/{long}/events").text.partition("event: failed\ndata: ")[2]
+    assert json.loads(failed.splitlines()[0])["state"] == "cancelled"
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from dalle.output.sheets import INK, Section, contact_sheet, save_png
 from dalle.output.text import Say, aligned
+from dalle.unclip.parts import upsampler_chain
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
 from dvae.images import to_image, to_tensor
@@ -121,7 +122,8 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
     """
     # as the decoder draws: the world's pictures are of that size
     size = read_config(bundle / "decoder", DECODER, DecoderConfig).picture_size
-    unclip, upsamplers = UnCLIP.load(bundle, size=size), UnCLIP.load(bundle).upsamplers
+    unclip = UnCLIP.load(bundle, size=size)
+    upsamplers = [Upsampler.load(path).eval() for path in upsampler_chain(bundle, size)]
     scenes = list(some_scenes(n_pictures, "trained", seed=21))
     pictures = [draw(scene, np.random.default_rng(k), size=unclip.image_size) for k, scene in enumerate(scenes)]
     parts: list[tuple[str, Callable[[], Measured]]] = [
@@ -207,12 +209,14 @@ def of_captions(unclip: UnCLIP, say: Say, count: int, upsamplers: Sequence[Upsam
                 order = score(unclip.clip, [text], images)[0].argsort(descending=True, stable=True).tolist()
                 rights.append(verdicts)
                 best.append(verdicts[order[0]])
-                chosen = [0, order[0]]
-                enlarged = enlarge(upsamplers, images[chosen], Noise.of(0, text, chosen))
-                large.append([check(to_image(image), text).right for image in enlarged])
+                drawn = [to_image(image) for image in images]
+                if upsamplers:
+                    chosen = [0, order[0]]
+                    first, drawn[order[0]] = map(
+                        to_image, enlarge(upsamplers, images[chosen], Noise.of(0, text, chosen))
+                    )
+                    large.append([check(image, text).right for image in (first, drawn[order[0]])])
                 if source == "prior" and len(best) <= SHOWN:
-                    drawn = [to_image(image) for image in images]
-                    drawn[order[0]] = to_image(enlarged[1])
                     sections.append(marked_section(f"{SPLITS[split]}: {text}", drawn, verdicts, order[:8]))
             one, any_of = float(np.mean(rights)), float(np.mean([any(each) for each in rights]))
             found = {"best_of_1": one, "best_by_clip": float(np.mean(best)), "any": any_of}
@@ -337,7 +341,7 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
         for name, values in told.items():
             shares = {
                 **dict(zip(thetas, values.mean(axis=0).tolist(), strict=True)),
-                "any": float(values.any(axis=1).mean()),
+                "any": float(np.mean([each.any() for each in values])),
             }
             rows.append([f"{attribute}: {name}", *map(percent, shares.values())])
             numbers[f"{attribute}: {name}"] = shares

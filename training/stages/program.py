@@ -19,8 +19,16 @@ from training.stages.inputs import Inputs, note_data
 from training.unclip_recipes import DecoderRecipe, PriorRecipe, UpsamplerRecipe
 
 StageRecipe = DVAERecipe | CLIPRecipe | TransformerRecipe | DecoderRecipe | PriorRecipe | UpsamplerRecipe
-_MODELS = {"model", "autoregressive", "prior_kind"}
-_AT_THE_START = {*_MODELS, "train", "warmup", "init_scale", "init_from_codebook", "embedding_scale"}
+_AT_THE_START = {
+    "model",
+    "autoregressive",
+    "prior_kind",
+    "train",
+    "warmup",
+    "init_scale",
+    "init_from_codebook",
+    "embedding_scale",
+}
 """Fields of a recipe that say nothing to a resumed run, or that are written down elsewhere."""
 
 

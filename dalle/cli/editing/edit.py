@@ -12,9 +12,10 @@ from torch import Tensor
 from dalle.best_of_n import check_caption
 from dalle.budget import OnProgress
 from dalle.cli.editing.redrawing import Drawn, Redrawing
-from dalle.cli.unclip.options import CaptionOptions, check_only_dalle, settings_of
+from dalle.cli.unclip.options import CaptionOptions, check_only_dalle
 from dalle.cli.unclip.writing import Sheet, write_pictures
 from dalle.editing.regions import Region
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.parts import kind_of
 from dvae.images import open_image
 from unclip.decoding import GUIDANCE
@@ -82,7 +83,7 @@ class Edit(Redrawing):
             "image": str(self.picture),
             "mask": str(self.mask),
             "original_seam": region.original_seam,
-            **settings_of(unclip, drawing, GUIDANCE, self.compute, self.n, of_captions=True),
+            **settings_of(unclip, drawing, GUIDANCE, self.n, batch_size=self.compute.batch_size, of_captions=True),
         }
         edited = write_pictures(
             self.out,

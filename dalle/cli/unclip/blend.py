@@ -9,8 +9,9 @@ import tyro
 
 from dalle.cli.computing import DeviceOptions
 from dalle.cli.options import DEFAULT_BUNDLE, Flag, UnCLIPBundle
-from dalle.cli.unclip.options import DecoderOptions, settings_of
+from dalle.cli.unclip.options import DecoderOptions
 from dalle.cli.unclip.writing import Sheet, write_pictures
+from dalle.unclip.metadata import settings_of
 from dvae.images import open_image, resize_and_crop
 from unclip.decoding import GUIDANCE
 
@@ -71,7 +72,9 @@ class Blend:
                 "eta": 0.0,
                 "image": str(self.first),
                 "last_image": str(self.last),
-                **settings_of(unclip, drawing, 1 if self.keep_ends else GUIDANCE, self.compute, self.n),
+                **settings_of(
+                    unclip, drawing, 1 if self.keep_ends else GUIDANCE, self.n, batch_size=self.compute.batch_size
+                ),
             },
             unclip.hashes,
         )

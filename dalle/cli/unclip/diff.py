@@ -10,8 +10,9 @@ import tyro
 from dalle.best_of_n import check_caption
 from dalle.cli.computing import DeviceOptions
 from dalle.cli.options import DEFAULT_BUNDLE, UnCLIPBundle
-from dalle.cli.unclip.options import DecoderOptions, settings_of
+from dalle.cli.unclip.options import DecoderOptions
 from dalle.cli.unclip.writing import Sheet, write_pictures
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.settings import check_share
 from dvae.images import open_image, resize_and_crop
 
@@ -73,7 +74,7 @@ class Diff:
                 "before": self.before,
                 "eta": 0.0,
                 "image": str(self.picture),
-                **settings_of(unclip, drawing, 1, self.compute, self.n),
+                **settings_of(unclip, drawing, 1, self.n, batch_size=self.compute.batch_size),
             },
             unclip.hashes,
         )

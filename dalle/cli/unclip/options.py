@@ -1,16 +1,14 @@
 """How DALL·E 2 draws, as options, and what of it pictures tell."""
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import tyro
 
 from dalle.cli.command import resolve_device
 from dalle.cli.computing import DeviceOptions
-from dalle.unclip.cost import prior_passes
 from dalle.unclip.parts import Kind
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -85,31 +83,3 @@ def check_only_dalle(options: Mapping[str, object]) -> None:
     ]
     if given:
         raise ValueError(f"{' and '.join(given)} are for DALL·E, but DALL·E 2 draws here: leave them out")
-
-
-def settings_of(
-    unclip: UnCLIP, drawing: Drawing, guidance: float, compute: DeviceOptions, n: int, *, of_captions: bool = False
-) -> dict[str, Any]:
-    """Return what pictures depend on, for their metadata.
-
-    Args:
-        unclip: what draws.
-        drawing: how.
-        guidance: of the decoder, unless it is given.
-        compute: speed and memory.
-        n: pictures that are drawn.
-        of_captions: whether the prior draws.
-    """
-    settings = dataclasses.asdict(drawing)
-    if not of_captions:
-        settings = {name: value for name, value in settings.items() if not name.startswith("prior_")}
-    else:
-        settings["prior_steps"] = prior_passes(unclip.the_prior(), drawing.prior_steps)
-    steps = [drawing.enlarging(upsampler, place)[0] for place, upsampler in enumerate(unclip.upsamplers)]
-    settings |= {"guidance": drawing.guidance_or(guidance), "upsampler_steps": steps, "precision": compute.precision}
-    if compute.precision != "fp32":
-        batch_size = compute.batch_size
-        if batch_size is None:
-            batch_size = unclip.default_batch_size(n, drawing, guidance=guidance, of_captions=of_captions)
-        settings["batch_size"] = min(batch_size, n)
-    return {"model": "unclip", **settings}

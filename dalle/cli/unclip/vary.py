@@ -9,8 +9,9 @@ import tyro
 
 from dalle.cli.computing import DeviceOptions
 from dalle.cli.options import DEFAULT_BUNDLE, UnCLIPBundle
-from dalle.cli.unclip.options import DecoderOptions, settings_of
+from dalle.cli.unclip.options import DecoderOptions
 from dalle.cli.unclip.writing import Sheet, write_pictures
+from dalle.unclip.metadata import settings_of
 from dalle.unclip.settings import check_share
 from dvae.images import open_image, resize_and_crop
 
@@ -61,7 +62,7 @@ class Vary:
                 "seed": self.seed,
                 "eta": self.eta,
                 "image": str(self.picture),
-                **settings_of(unclip, drawing, 1, self.compute, self.n),
+                **settings_of(unclip, drawing, 1, self.n, batch_size=self.compute.batch_size),
             },
             unclip.hashes,
         )

@@ -21,7 +21,7 @@ class Drawn:
     place: str
     """Its bytes in base64, or its URL."""
     score: float | None
-    """CLIP's; None without a caption."""
+    """CLIP's cosine with the caption, or, of DALL·E 2 without one, with the picture; of DALL·E None then."""
     log_likelihood: float | None
     """None where DALL·E 2 draws."""
     rank: int

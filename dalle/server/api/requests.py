@@ -57,7 +57,7 @@ class UnCLIPLimits:
     """What requests may ask of DALL·E 2."""
 
     endpoints: frozenset[Endpoint]
-    """Which it can answer: captions need its prior, edits a decoder that reads what is kept."""
+    """Which it can answer: captions need its prior, edits a decoder that reads what is kept, too."""
     native: int
     """Side of its pictures in pixels."""
     n_steps: int
@@ -259,8 +259,9 @@ def _kind(model: str, limits: Limits, endpoint: Endpoint) -> Kind:
         return "unclip" if endpoint in endpoints - {"generations"} else "dalle"
     kind: Kind = "unclip" if model.endswith("/unclip") else "dalle"
     if kind == "unclip" and endpoint not in endpoints:
-        needed = {"generations": "has no prior", "edits": "has a decoder that cannot read what is kept of a picture"}
-        raise wrong("model", f"{model} cannot answer {endpoint}: the bundle {needed[endpoint]}", "unsupported_model")
+        needed = {"generations": "a prior", "edits": "a prior, and a decoder that reads what is kept of a picture"}
+        message = f"{model} cannot answer {endpoint}: the bundle lacks {needed[endpoint]}; leave model out"
+        raise wrong("model", message, "unsupported_model")
     return kind
 
 
@@ -268,7 +269,7 @@ def _drawing(found: Mapping[str, Any], limits: Limits) -> Drawing:
     """Return how DALL·E 2 draws."""
     assert limits.unclip is not None
     for name in ("temperature", "top_k", "top_p", "rank"):
-        if found.get(name, "clip") != "clip":
+        if name in found and (name, found[name]) != ("rank", "clip"):
             other = f"{limits.models[0]}/dalle"
             message = f"{name} is for DALL·E, but DALL·E 2 draws this: leave it out, or send model {other}"
             raise wrong(name, message, "unsupported_parameter")
@@ -324,7 +325,8 @@ def _settings(found: Mapping[str, Any], limits: Limits, endpoint: Endpoint) -> S
     """Return how candidates are sampled and ranked."""
     settings = limits.defaults
     if "steps" in found:
-        hint = "" if limits.unclip is None else f", or send model {limits.models[0]}/unclip"
+        can = limits.unclip is not None and endpoint in limits.unclip.endpoints
+        hint = f", or send model {limits.models[0]}/unclip" if can else ""
         raise wrong(
             "steps", f"steps is for DALL·E 2, but DALL·E draws this: leave it out{hint}", "unsupported_parameter"
         )

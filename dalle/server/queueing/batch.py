@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from dalle.best_of_n import Best, Candidates, Judge, Request, Result, check_caption, check_keep
+from dalle.best_of_n import Best, Candidates, Judge, Request, Result, check_keep
 from dalle.budget import batches, memory_budget
 from dalle.editing.edit import edit
 from dalle.editing.redraw import Redrawn
@@ -32,6 +32,7 @@ from dalle.sampling import (
     sample_each,
     undisturbed,
 )
+from dalle.unclip.parts import Kind
 from dalle.unclip.settings import Drawing
 
 MAX_TOGETHER = 512
@@ -43,9 +44,9 @@ class Varying:
     """A picture whose variations are drawn; equal to itself only."""
 
     image: Image.Image
-    """As the bundle sees it."""
+    """As the model that draws sees it."""
     strength: float
-    """Share of its tokens that is drawn anew."""
+    """Share of its tokens that is drawn anew, or, of DALL·E 2, of its noise."""
 
 
 Source = Region | Varying
@@ -57,7 +58,7 @@ class Work:
     """Everything that the pictures of one request depend on; equal works have equal pictures."""
 
     caption: str
-    """Of variations it may be empty."""
+    """Checked before; of variations it may be empty."""
     n: int
     """Candidates to sample."""
     keep: int
@@ -71,8 +72,11 @@ class Work:
 
     def __post_init__(self) -> None:
         check_keep(self.keep, self.n)
-        if self.caption or not isinstance(self.source, Varying):
-            check_caption(self.caption)
+
+    @property
+    def by(self) -> Kind:
+        """Which of the bundle's models draws."""
+        return "dalle" if self.drawing is None else "unclip"
 
     def goes_with(self, other: "Work") -> bool:
         """Return whether both can share a batch: of whole new pictures, with all settings but the seed equal.

@@ -155,7 +155,7 @@ class Engine:
             if job.work in results:
                 self.queue.end(job, "done", result=results[job.work])
         n_candidates = sum(work.n for work in works)
-        self.queue.took(n_candidates, elapsed_s)
+        self.queue.took(works[0].by, n_candidates, elapsed_s)
         self._observer.batch_done(
             BatchTimes(
                 n_jobs=len(jobs),

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from dalle.best_of_n import Ranked
 from dalle.server.queueing.batch import Work
+from dalle.unclip.parts import Kind
 from storage.errors import reason_of
 
 logger = logging.getLogger(__name__)
@@ -199,8 +200,8 @@ class Queue:
         self._waiting: OrderedDict[str, deque[Job]] = OrderedDict()
         self._running: list[Job] = []
         self._closed = False
-        self.seconds_per_candidate = 0.05
-        """Moving mean, from which waiting is estimated."""
+        self.seconds_per_candidate: dict[Kind, float] = {"dalle": 0.05, "unclip": 0.5}
+        """Moving means, from which waiting is estimated."""
 
     def submit(self, job: Job) -> None:
         """Let a job wait.
@@ -315,9 +316,10 @@ class Queue:
         for job in left:
             self.cancel(job, ClosedError("the server ends: this request was not finished"))
 
-    def took(self, n_candidates: int, seconds: float) -> None:
-        """Learn from a batch how long candidates take."""
-        self.seconds_per_candidate += 0.3 * (seconds / max(1, n_candidates) - self.seconds_per_candidate)
+    def took(self, by: Kind, n_candidates: int, seconds: float) -> None:
+        """Learn from a batch how long candidates take that a model draws."""
+        known = self.seconds_per_candidate[by]
+        self.seconds_per_candidate[by] = known + 0.3 * (seconds / max(1, n_candidates) - known)
 
     def _order(self) -> list[Job]:
         """Return the jobs that wait in the order in which they would be served one by one."""
@@ -333,5 +335,6 @@ class Queue:
             self._waiting.pop(job.owner, None)
 
     def _retry_after_s(self) -> int:
-        left = self.n_candidates + sum(job.work.n for job in self._running)
-        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(left * self.seconds_per_candidate)))
+        left = [*self._order(), *self._running]
+        seconds = sum(job.work.n * self.seconds_per_candidate[job.work.by] for job in left)
+        return max(1, min(MAX_RETRY_AFTER_S, math.ceil(seconds)))

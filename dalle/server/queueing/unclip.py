@@ -8,7 +8,6 @@ from dalle.editing.regions import Region
 from dalle.server.queueing.batch import Varying, Work
 from dalle.unclip.pipeline import UnCLIP
 from dvae.images import to_image
-from rerank import score
 
 
 def draw_by_unclip(unclip: UnCLIP, work: Work, on_share: Callable[[float], None]) -> Ranked:
@@ -24,23 +23,12 @@ def draw_by_unclip(unclip: UnCLIP, work: Work, on_share: Callable[[float], None]
         "drawing": work.drawing,
         "progress": lambda done, n: on_share(done / n),
     }
-    if isinstance(work.source, Varying):
-        return _varied(unclip, work, work.source, told)
-    if isinstance(work.source, Region):
-        picture, mask = to_image(work.source.pixels), work.source.is_new
-        return unclip.edit(picture, mask, work.caption, n=work.n, keep=work.keep, **told)
-    return unclip.best(Request(caption=work.caption, n=work.n, keep=work.keep), **told)
-
-
-def _varied(unclip: UnCLIP, work: Work, source: Varying, told: dict[str, Any]) -> Ranked:
-    """Return variations, ranked by what CLIP sees of the caption in them; without one, of the picture."""
-    found = unclip.variations(source.image, n=work.n, eta=source.strength, **told)
-    scores = score(unclip.clip, [work.caption], found.images)[0] if work.caption else found.scores
-    order = scores.argsort(descending=True, stable=True)[: work.keep]
-    return Ranked(
-        caption=work.caption,
-        images=found.images[order],
-        scores=scores[order].float(),
-        candidates=tuple(order.tolist()),
-        rank="clip",
-    )
+    source, n, keep = work.source, work.n, work.keep
+    if isinstance(source, Region):
+        return unclip.edit(to_image(source.pixels), source.is_new, work.caption, n=n, keep=keep, **told)
+    if isinstance(source, Varying):
+        found = unclip.variations(source.image, n=n, keep=keep, caption=work.caption, eta=source.strength, **told)
+        numbers = tuple(int(each["candidate"]) for each in found.each)
+        images, scores = found.images, found.scores
+        return Ranked(caption=work.caption, images=images, scores=scores, candidates=numbers, rank="clip")
+    return unclip.best(Request(caption=work.caption, n=n, keep=keep), **told)

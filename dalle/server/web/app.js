@@ -71,7 +71,7 @@ async function learn() {
   $("best").value = Math.round(Math.log2(info.best_of));
   for (const name of SETTINGS) if (info.defaults[name] !== null && $(name).value === "") $(name).value = info.defaults[name];
   $("rank").value = info.defaults.rank;
-  $("model").replaceChildren(new Option("what suits", ""), ...info.both.map((name) => new Option(NAMES[name.split("/").at(-1)], name)));
+  $("model").replaceChildren(new Option("automatic", ""), ...info.both.map((name) => new Option(NAMES[name.split("/").at(-1)], name)));
   for (const element of document.querySelectorAll(".models")) element.hidden = !info.both.length;
   tellCost();
   say("");
@@ -90,7 +90,7 @@ function bestOf() {
 }
 
 function seconds(n) {
-  const s = n * (info?.seconds_per_candidate ?? 0);
+  const s = n * (info ? info.seconds_per_candidate[drawnBy(painting.mask ? "edits" : "generations")] : 0);
   return s < 1 ? "under a second" : s < 90 ? `about ${Math.round(s)} s` : `about ${Math.round(s / 60)} min`;
 }
 
@@ -365,7 +365,7 @@ async function vary() {
   const { asked, pictures } = shown, { blob } = pictures[opened];
   $("detail").close();
   editOff();
-  restore({ ...asked, seed: undefined });
+  restore({ ...asked, seed: undefined, model: $("model").value });
   await draw({ image: await base64(blob), strength: Number($("strength").value) });
 }
 

@@ -111,8 +111,10 @@ async function dropped(file) {
     return;
   }
   const asked = { prompt: texts.caption };
-  for (const field of ["seed", "best_of", ...SETTINGS]) if (texts[field] !== undefined) asked[field] = field === "rank" ? undefined : Number(texts[field]);
-  if (["clip", "likelihood", "both"].includes(texts.ranked_by)) asked.rank = texts.ranked_by;
+  const byUnclip = texts.model === "unclip";
+  if (byUnclip) asked.model = info?.both.find((name) => name.endsWith("/unclip"));
+  for (const field of ["seed", "best_of", ...(byUnclip ? [] : SETTINGS)]) if (texts[field] !== undefined) asked[field] = field === "rank" ? undefined : Number(texts[field]);
+  if (!byUnclip && ["clip", "likelihood", "both"].includes(texts.ranked_by)) asked.rank = texts.ranked_by;
   restore(asked);
   say("The settings of the picture are back.");
 }

@@ -94,8 +94,8 @@ class AutoregressiveStage(ConditionedStage[PriorRecipe, AutoregressivePrior]):
         embeddings, features = torch.cat(found, dim=1) if found else torch.zeros(2, 0, 0)
         if len(embeddings) <= self._config.dimensions:
             raise ValueError(
-                f"of the first samples of --data {len(embeddings)} can be read: a prior of {self._config.dimensions} "
-                "dimensions needs more"
+                f"of the first {SAMPLES_FOR_BUCKETS:,} samples of --data {len(embeddings)} can be read; a prior of "
+                f"{self._config.dimensions} dimensions needs more"
             )
         self._buckets = Buckets.of(embeddings, features, self._config.dimensions, self._config.buckets)
         self.model.set_buckets(self._buckets)
@@ -130,8 +130,11 @@ def train_prior(recipe: Recipe, inputs: Inputs, ranks: Ranks, say: Say) -> Path:
     if recipe.prior is not None and recipe.prior.prior_kind == "autoregressive":
         model, stage = AutoregressivePrior, AutoregressiveStage
     directory = inputs.out / "prior"
-    if (directory / WEIGHTS_FILE).exists() and directory_kind(directory, expected=model.kind) != model.kind:
-        raise ValueError(f"{directory} holds a prior of the other kind: move it away, or give another --out")
+    found = directory_kind(directory, expected=model.kind) if (directory / WEIGHTS_FILE).exists() else model.kind
+    if found != model.kind:
+        raise ValueError(
+            f"{directory} holds a {found}, and a {model.kind} is asked for: move it away, or give another --out"
+        )
 
     def made(config: Any, train: TrainConfig, program: Program) -> AnyPrior:
         prior = model(config).to(ranks.device)
