@@ -366,7 +366,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(unclip: UnCLIP, pictures: Pict
         "seed is None": lambda: unclip.generate(CAPTION, seed=nothing),
         "steps is 2000; expected a whole number from 1 to 1000": lambda: unclip.generate(CAPTION, steps=2000),
         "prior_steps is 0; it must be at least 1": lambda: unclip.generate(CAPTION, prior_steps=0),
-        "guidance is -1; expected a number of at least 0": lambda: unclip.generate(CAPTION, guidance=-1),
+        "guidance is -1; expected a number from 0 to 1000": lambda: unclip.generate(CAPTION, guidance=-1),
         "sampler is 'euler'; expected one of ddpm, ddim": lambda: Drawing(sampler="euler"),  # type: ignore[arg-type]
         "batch_size is 0": lambda: unclip.generate(CAPTION, batch_size=0),
         "DALL·E 2 draws them whole": lambda: unclip.best(Request(caption=CAPTION, early_abandon=True)),
