@@ -13,6 +13,7 @@ from PIL import Image
 from random_weights import with_random_weights
 from tiny_unclip import write_unclip
 from torch import Tensor
+from torch.nn import functional as F
 
 import training.demo.unclip
 from dalle.editing.regions import Mask, Region
@@ -29,6 +30,7 @@ from training.demo.unclip import (
     measure,
     of_differences,
     of_edits,
+    of_interpolations,
     of_variations,
     run_unclip_demo,
     some_scenes,
@@ -125,6 +127,30 @@ def test_a_picture_that_stays_has_not_changed_as_named_and_all_else_is_as_it_was
         assert shares[f"{attribute}: changed as named"] == {0.0}
         assert shares[f"{attribute}: all else as it was"] == {1.0}
         assert shares[f"{attribute}: both"] == {0.0}
+
+
+def test_an_interpolation_that_stands_still_and_then_jumps_never_goes_back(pictures: list[Image.Image]) -> None:
+    ends = {False: pictures[:2], True: pictures[1::-1]}
+
+    class Jumps(Model):
+        clip = SimpleNamespace(encode_image=lambda images: F.normalize(images.flatten(1), dim=1))
+
+        def __init__(self, returns: bool) -> None:
+            self.returns = returns
+
+        def interpolate(self, a: Image.Image, b: Image.Image, *, n: int, **how: Any) -> Any:
+            images = [to_tensor(a)] * (n - 3) + [to_tensor(b), to_tensor(a if self.returns else b), to_tensor(b)]
+            return SimpleNamespace(images=torch.stack(images), each=[{"theta": 0.0}] * n)
+
+        def seen(self, picture: Image.Image) -> Any:
+            return SimpleNamespace(pixels=to_tensor(picture)[None])
+
+    for returns, two in ends.items():
+        model: Any = Jumps(returns)
+        numbers = of_interpolations(model, two).numbers
+        steps = (numbers["steps_forward"], numbers["steps_nowhere"], numbers["steps_back"])
+        assert steps == ((2 / 8, 5 / 8, 1 / 8) if returns else (1 / 8, 7 / 8, 0))
+        assert numbers["ends_psnr"] == pytest.approx(100)
 
 
 @pytest.mark.parametrize(("edits", "pastes"), [(True, True), (False, True), (True, False)])

@@ -75,6 +75,8 @@ THETAS, LAST_THETA = 7, 0.6
 """Pictures of a text difference, and how far the last one goes."""
 BETWEEN = 9
 """Pictures of an interpolation."""
+NOWHERE = 1e-6
+"""Change of CLIP's numbers between two equal pictures, at most."""
 SHOWN = 4
 """Rows of a sheet."""
 
@@ -349,9 +351,12 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
 
 
 def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
-    """Measure interpolations: are the ends the pictures, and does CLIP see a steady way from one to the other."""
+    """Measure interpolations: are the ends the pictures, and does CLIP see a way from one to the other without return.
+
+    A step between two equal pictures goes nowhere.
+    """
     ends: list[float] = []
-    steady: list[float] = []
+    steps: list[float] = []
     sections: list[Section] = []
     for a, b in zip(pictures[::2], pictures[1::2], strict=True):
         found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, drawing=FROM_NOISE)
@@ -359,13 +364,19 @@ def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measur
             ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
         embeddings = unclip.clip.encode_image(found.images)
         towards = embeddings @ (embeddings[-1] - embeddings[0])
-        steady.append(float((towards.diff() > 0).float().mean()))
+        steps += towards.diff().tolist()
         if len(sections) < SHOWN:
             labels = [f"{each['theta']:.2f}" for each in found.each]
             sections.append(Section("", [to_image(image) for image in found.images], labels))
-    numbers: dict[str, object] = {"ends_psnr": float(np.mean(ends)), "steps_forward": float(np.mean(steady))}
-    rows = [["ends, PSNR to the pictures", "steps that go forward, by CLIP"]]
-    rows.append([f"{np.mean(ends):.1f} dB", percent(np.mean(steady))])
+    went = np.array(steps)
+    shares = {
+        "steps_forward": float((went > NOWHERE).mean()),
+        "steps_nowhere": float((abs(went) <= NOWHERE).mean()),
+        "steps_back": float((went < -NOWHERE).mean()),
+    }
+    numbers: dict[str, object] = {"ends_psnr": float(np.mean(ends)), **shares}
+    rows = [["ends, PSNR to the pictures", "steps that go forward, by CLIP", "nowhere", "back"]]
+    rows.append([f"{np.mean(ends):.1f} dB", *map(percent, shares.values())])
     return Measured(rows=rows, numbers=numbers, sections=sections, columns=BETWEEN)
 
 
