@@ -25,7 +25,6 @@ from dalle.unclip.metadata import settings_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.results import Edited as EditedByUnCLIP
 from storage.errors import reason_of
-from unclip.decoding import GUIDANCE
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,7 +172,7 @@ class State:
             return dataclasses.asdict(work.sampling), pipe.hashes
         assert unclip is not None
         is_varied = isinstance(work.source, Varying)
-        guidance = 1 if is_varied else GUIDANCE
+        guidance = 1 if is_varied else work.drawing.guidance_or()
         return settings_of(unclip, work.drawing, guidance, work.n, of_captions=not is_varied), unclip.hashes
 
     def note(self, request: Request, ask: Ask) -> None:

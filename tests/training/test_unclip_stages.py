@@ -246,7 +246,7 @@ def test_an_autoregressive_prior_trains_on_tokens_of_its_own_data_and_draws_for_
     assert (prior.high > prior.low).all()
     assert prior.metadata["clip_hash"] == directory_hash(with_clip / "clip")
     assert any("first_component" in line for line in read_metrics(tmp_path / RUNS / "prior"))
-    with pytest.raises(ValueError, match="holds a prior of the other kind"):
+    with pytest.raises(ValueError, match="holds a prior-autoregressive, and a prior is asked for"):
         train_prior(chosen(), given, join(), quiet)
     Decoder(
         dataclasses.replace(chosen().decoder.model, embed_dim=8, text_width=16, text_len=24)  # type: ignore[union-attr]
@@ -261,7 +261,7 @@ def test_an_autoregressive_prior_needs_more_samples_than_dimensions(
 ) -> None:
     monkeypatch.setattr("training.stages.unclip.prior.SAMPLES_FOR_BUCKETS", 4)
     monkeypatch.setattr("training.stages.unclip.prior.AT_ONCE", 2)
-    with pytest.raises(ValueError, match="of the first samples of --data 4 can be read: a prior of 4 dimensions"):
+    with pytest.raises(ValueError, match="samples of --data 4 can be read; a prior of 4 dimensions needs more"):
         train_prior(autoregressive(), inputs(with_clip, shards, tmp_path), join(), quiet)
 
 

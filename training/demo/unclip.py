@@ -339,11 +339,12 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
                 )
         thetas = [f"{LAST_THETA * k / (THETAS - 1):.1f}" for k in range(THETAS)]
         rows = rows or [["share, by theta", *thetas, "at any"]]
-        told = {"changed as named": hits[..., 0], "all else as it was": hits[..., 1], "both": hits.all(axis=2)}
+        is_changed, is_kept = hits[..., 0], hits[..., 1]
+        told = {"changed as named": is_changed, "all else as it was": is_kept, "both": is_changed & is_kept}
         for name, values in told.items():
             shares = {
                 **dict(zip(thetas, values.mean(axis=0).tolist(), strict=True)),
-                "any": float(np.mean([each.any() for each in values])),
+                "any": float(values.any(axis=1).mean()),
             }
             rows.append([f"{attribute}: {name}", *map(percent, shares.values())])
             numbers[f"{attribute}: {name}"] = shares
