@@ -207,11 +207,11 @@ def of_captions(unclip: UnCLIP, say: Say, count: int, upsamplers: Sequence[Upsam
             rights, best, large = [], [], []
             for text, picture in zip(told, seen, strict=True):
                 images = drawn_of_caption(unclip, text, picture, source)
-                verdicts = [check(to_image(image), text).right for image in images]
+                drawn = [to_image(image) for image in images]
+                verdicts = [check(image, text).right for image in drawn]
                 order = score(unclip.clip, [text], images)[0].argsort(descending=True, stable=True).tolist()
                 rights.append(verdicts)
                 best.append(verdicts[order[0]])
-                drawn = [to_image(image) for image in images]
                 if upsamplers:
                     chosen = [0, order[0]]
                     first, drawn[order[0]] = map(

@@ -1,4 +1,4 @@
-"""How DALL·E 2 draws, as options, and what of it pictures tell."""
+"""How DALL·E 2 draws, as options."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
