@@ -8,11 +8,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.functional.image import (
-    multiscale_structural_similarity_index_measure,
-    peak_signal_noise_ratio,
-    structural_similarity_index_measure,
-)
 
 _MS_SSIM_WEIGHTS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
 """Weights of the five scales, finest first (Wang, Simoncelli and Bovik 2003)."""
@@ -33,6 +28,8 @@ def psnr(images: Tensor, reconstructions: Tensor) -> Tensor:
     Raises:
         ValueError: the shapes differ or are no batches of pictures.
     """
+    from torchmetrics.functional.image import peak_signal_noise_ratio  # slow to import
+
     _require_pairs(images, reconstructions)
     per_image: Tensor = peak_signal_noise_ratio(
         reconstructions, images, data_range=1.0, reduction="none", dim=(1, 2, 3)
@@ -48,6 +45,8 @@ def ssim(images: Tensor, reconstructions: Tensor) -> Tensor:
     Returns:
         (B,) float32.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure  # slow to import
+
     _require_pairs(images, reconstructions)
     values = structural_similarity_index_measure(reconstructions, images, data_range=1.0, reduction="none")
     per_image: Tensor = values.reshape(len(images))
@@ -66,6 +65,8 @@ def ms_ssim(images: Tensor, reconstructions: Tensor) -> Tensor | None:
     Returns:
         (B,) float32, or None for pictures too small for one scale.
     """
+    from torchmetrics.functional.image import multiscale_structural_similarity_index_measure  # slow to import
+
     _require_pairs(images, reconstructions)
     n_scales = _n_scales(min(images.shape[2:]))
     if n_scales == 0:

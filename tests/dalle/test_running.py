@@ -83,7 +83,8 @@ class Slow:
         if name == "WHERE":
             print("importing", flush=True)
             try:
-                time.sleep(60)
+                for _ in range(600):  # a signal just before a call of sleep is heard only after it
+                    time.sleep(0.1)
             except BaseException as error:
                 raise ImportError("hidden") from error
 
