@@ -202,6 +202,7 @@ def test_a_bundles_settings_are_used_unless_others_are_given(bundle, warm_bundle
         assert one == two
 
 
+@pytest.mark.slow
 def test_candidates_are_sampled_in_batches_that_fit_the_memory(bundle, tmp_path, monkeypatch):
     sizes = []
     best = Pipeline.best

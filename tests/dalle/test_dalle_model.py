@@ -266,6 +266,7 @@ def loss_curve(n_steps, seed):
     return losses
 
 
+@pytest.mark.slow
 def test_one_batch_can_be_overfitted():
     assert loss_curve(200, seed=0)[-1] < 0.05
 

@@ -102,6 +102,7 @@ def test_marginals_are_those_of_the_posterior(model, known, temperature):
     assert ((found.mean(0) - exact).abs() < 5 * error + 2 / 512).all()
 
 
+@pytest.mark.slow
 def test_naive_forcing_has_other_marginals(model):
     known, sampling = torch.tensor([UNKNOWN, 2, UNKNOWN, 0]), Sampling()
     exact = posterior(model, known, sampling)

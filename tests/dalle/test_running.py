@@ -21,7 +21,9 @@ def run(*argv: str, **options) -> "subprocess.Popen[str]":
     return subprocess.Popen([sys.executable, *argv], **options)
 
 
-@pytest.mark.parametrize("module", ["dalle", "dalle.cli", "dalle.cli.main"])
+@pytest.mark.parametrize(
+    "module", ["dalle", *(pytest.param(f"dalle.{name}", marks=pytest.mark.slow) for name in ("cli", "cli.main"))]
+)
 def test_the_package_runs_like_the_command(module):
     with run("-m", module, "generate", "a cube", "--bundle", "nowhere") as program:
         shown, errors = program.communicate(timeout=120)
@@ -37,8 +39,16 @@ def test_the_package_of_training_runs_like_the_command(module):
     assert "usage: dalle-train COMMAND" in errors
 
 
-@pytest.mark.parametrize("unbuffered", ["", "1"])
-@pytest.mark.parametrize("argv", [("dalle", "--help"), ("training", "--help"), ("training", "plan"), ("training",)])
+@pytest.mark.parametrize("unbuffered", [pytest.param("", marks=pytest.mark.slow), "1"])
+@pytest.mark.parametrize(
+    "argv",
+    [
+        pytest.param(("dalle", "--help"), marks=pytest.mark.slow),
+        ("training", "--help"),
+        ("training", "plan"),
+        ("training",),
+    ],
+)
 def test_a_reader_that_has_gone_is_no_error(argv, unbuffered):
     reading, writing = os.pipe()
     os.close(reading)
@@ -53,6 +63,7 @@ def test_a_reader_that_has_gone_is_no_error(argv, unbuffered):
     assert not errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("unbuffered", ["", "1"])
 def test_output_on_a_full_disk_is_named(unbuffered):
     if not Path("/dev/full").exists():

@@ -88,6 +88,7 @@ def test_kept_tokens_stay_and_the_others_are_counted(pipe):
     assert len({tuple(tokens) for tokens in varied.tokens.tolist()}) == len(varied.tokens)
 
 
+@pytest.mark.slow
 def test_tokens_that_are_drawn_anew_have_the_marginals_of_the_posterior(pipe, monkeypatch):
     # with two tokens drawn anew, the 1,024 pictures that are possible can be listed
     pipe = copy.copy(pipe)

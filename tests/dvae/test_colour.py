@@ -273,6 +273,7 @@ def test_remarks_have_a_bound(monkeypatch: pytest.MonkeyPatch, caplog: pytest.Lo
     assert caplog.messages[-1] == "5 pictures in all move"
 
 
+@pytest.mark.slow
 def test_large_pictures_and_odd_metadata_give_no_warning_of_pillows(tmp_path: Path) -> None:
     for name, side in (("large", 9_500), ("huge", 11_500)):  # Pillow's own bound is 89 megapixels
         data = encoded(plain("L", 9))

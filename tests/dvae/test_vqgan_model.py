@@ -139,6 +139,7 @@ def test_a_vqgan_is_used_as_it_is_where_a_dvae_would_be_made_faster() -> None:
     assert torch.equal(copy.decode(tokens), vqgan.decode(tokens))
 
 
+@pytest.mark.slow
 def test_the_counted_memory_of_a_picture_holds_for_both_halves(
     rise_of_memory: Callable[[Callable[[], object]], int],
 ) -> None:

@@ -66,6 +66,7 @@ def test_at_the_papers_size_a_kernel_computes_so_many_of_the_55_causal_blocks(ki
     assert len(allowed) * (len(allowed) + 1) // 2 == 55
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not CAN_PRETEND, reason="needs Linux and g++")
 @pytest.mark.parametrize("kind", ["row", "column", "conv"])
 def test_block_masks_of_a_gpu_have_the_shapes_of_the_cpus(kind: Kind) -> None:

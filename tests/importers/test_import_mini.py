@@ -191,6 +191,7 @@ def test_a_flax_file_with_a_false_length_is_refused(tmp_path: Path) -> None:
         import_dalle_mini(folder, image_vocab=IMAGE_VOCAB)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("is_flax", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_importing_a_mini_holds_its_weights_once_and_one_tensor(
     tmp_path: Path, rise_of_memory: Callable[[Callable[[], object]], int], is_flax: bool
@@ -257,7 +258,7 @@ def detokenizer(path: Path) -> None:
     torch.save({name.replace("quantize.embedding", "embedding"): weight for name, weight in state.items()}, path)
 
 
-@pytest.mark.parametrize("is_flax", [True, False])
+@pytest.mark.parametrize("is_flax", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_the_command_writes_a_bundle_and_tells_what_was_read(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_flax: bool
 ) -> None:

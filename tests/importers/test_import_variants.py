@@ -183,6 +183,7 @@ def test_a_file_that_names_code_or_is_no_checkpoint_is_refused(tmp_path: Path, v
             imported(file, tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["ruDALLE v3", "minDALL-E"])
 def test_importing_a_variant_holds_one_tensor_at_a_time(
     tmp_path: Path, variant: str, rise_of_memory: Callable[[Callable[[], object]], int]
@@ -281,7 +282,7 @@ def test_files_of_rudalle_become_a_bundle_that_draws_and_ranks(
     assert 0 <= float(image.min()) < float(image.max()) <= 1
 
 
-@pytest.mark.parametrize("is_packed", [True, False])
+@pytest.mark.parametrize("is_packed", [pytest.param(True, marks=pytest.mark.slow), False])
 def test_files_of_mindalle_become_a_bundle_that_draws_and_ranks(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], is_packed: bool
 ) -> None:

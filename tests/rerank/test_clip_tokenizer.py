@@ -91,6 +91,7 @@ def test_an_empty_caption_is_start_and_end(tokenizer, caption):
     assert tokenizer.tokenize([caption], 4).tolist() == [[tokenizer.start_id, tokenizer.end_id, 0, 0]]
 
 
+@pytest.mark.slow
 def test_training_gives_the_same_tokenizer_in_another_process(tokenizer):
     code = (
         "import sys; from rerank.tokenizer import CLIPTokenizer;"

@@ -61,6 +61,7 @@ def test_a_key_that_clients_cannot_send_and_a_port_in_use_are_told(bundle, capsy
     assert "DALLE_API_KEY is not in ASCII" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_without_the_extra_it_says_what_to_install(bundle):
     without = "import sys; sys.modules['starlette'] = None; from dalle.cli.main import main"
     program = f"{without}; sys.exit(main(sys.argv[1:]))"

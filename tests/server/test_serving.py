@@ -405,6 +405,7 @@ def test_a_client_that_leaves_frees_the_engine(pipe, streams):
         assert server.metric("dalle_tokens_sampled_total") == 0  # no batch was finished
 
 
+@pytest.mark.slow
 def test_a_client_that_gives_up_and_retries_leaves_one_job_running(pipe):
     with running(LiveServer(lambda: pipe, slow=SlowDraw(0.4))) as server:
         with pytest.raises(openai.APITimeoutError):

@@ -1,7 +1,10 @@
 import dataclasses
+import gc
 import logging
 import multiprocessing
+import os
 import subprocess
+import weakref
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from itertools import islice
@@ -17,6 +20,7 @@ from torch import Tensor
 
 from dalle.data.reader import Sample, ShardData
 from training.data.batches import Batch, Share, batches, validation_batches
+from training.data.workers import forking
 
 
 def transform(sample: Sample, rng: np.random.Generator) -> dict[str, Tensor]:
@@ -91,6 +95,30 @@ def test_reading_in_workers_leaves_the_global_generator_alone(data: ShardData) -
 def signal_from_elsewhere(name: str, processes: Sequence[BaseProcess]) -> None:
     assert all(process.pid for process in processes)
     subprocess.run(["sh", "-c", f"kill -{name} {' '.join(str(process.pid) for process in processes)}"], check=True)
+
+
+class Garbage:
+    itself: object
+
+
+def test_a_worker_leaves_the_garbage_of_its_parent_be() -> None:
+    gc.disable()  # until it is asked for
+    try:
+        garbage = Garbage()
+        garbage.itself = garbage
+        readable, writable = os.pipe2(os.O_NONBLOCK)
+        weakref.finalize(garbage, os.write, writable, b"ended").atexit = False
+        del garbage
+        worker = multiprocessing.get_context("fork").Process(target=gc.collect)
+        with forking():
+            worker.start()
+        worker.join()
+        with pytest.raises(BlockingIOError):
+            os.read(readable, 5)
+        gc.collect()
+        assert os.read(readable, 5) == b"ended"
+    finally:
+        gc.enable()
 
 
 def test_workers_end_when_the_training_process_says_so(data: ShardData) -> None:

@@ -31,7 +31,7 @@ CASES = {
     "stage 3": Case(zero_stage=3, ranks=2),
     "stage 3, bf16, 4 ranks": Case(zero_stage=3, ranks=4, precision="bf16"),
 }
-SLOW = {"stage 1", "stage 3", "stage 3, bf16, 4 ranks"}
+SLOW = {"stage 0", "stage 1", "stage 2, bf16, muon", "stage 3", "stage 3, bf16, 4 ranks"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
@@ -96,7 +96,9 @@ def test_only_what_ranks_share_must_be_converted() -> None:
 # ------------------------------------------------------------------------------------------------ in the plan
 
 
-@pytest.mark.parametrize("name", list(RECIPES))
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("unclip-paper") else n for n in RECIPES]
+)
 def test_every_recipe_says_what_its_checkpoints_take(name: str) -> None:
     plan = make_plan(recipe(name), PlanOptions())
     said = text(plan)
@@ -109,6 +111,7 @@ def test_every_recipe_says_what_its_checkpoints_take(name: str) -> None:
         assert f"checkpoint {stage.checkpoint.total / GIB:.2f} GiB" in said
 
 
+@pytest.mark.slow
 def test_the_disk_of_the_run_is_measured(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     speeds = measured_speeds(tmp_path / "not" / "there" / "yet")
     assert min(speeds.write, speeds.read, speeds.pack, speeds.digest) > 0

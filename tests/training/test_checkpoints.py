@@ -275,6 +275,7 @@ def test_random_states_go_on_where_they_were(tmp_path: Path, ranks: Ranks) -> No
     assert draw() == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
 def test_a_run_moves_between_stages_1_and_2(tmp_path: Path, ranks: Ranks, before: int, after: int) -> None:
     straight = engine_of(Objective(), config(zero_stage=before), ranks)
@@ -340,7 +341,7 @@ def test_resuming_prints_nothing(tmp_path: Path, ranks: Ranks, capfd: pytest.Cap
 # ------------------------------------------------------------------------------------------------------ forgery
 
 
-@pytest.mark.parametrize("stage", [0, 2, 3])
+@pytest.mark.parametrize("stage", [0, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Path, ranks: Ranks, stage: int) -> None:
     engine = engine_of(Objective(), config(zero_stage=stage), ranks)
     engine.save(tmp_path, 1, {})
@@ -359,7 +360,7 @@ def test_code_in_a_checkpoint_with_consistent_digests_does_not_run(tmp_path: Pat
     assert loaded(tmp_path, zero_stage=stage) == {}
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("content", [5, None, [], {}, {"module": 5, "optimizer_state_dict": []}], ids=str)
 def test_harmless_things_of_wrong_types_are_an_error_in_words(
     tmp_path: Path, ranks: Ranks, stage: int, content: object

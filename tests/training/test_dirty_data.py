@@ -96,7 +96,7 @@ def test_unusual_pictures_are_fine(kind: str) -> None:
     assert min(picture.size) >= 40
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
 def test_exactly_the_200_corrupt_pictures_are_counted_in_an_epoch(tmp_path: Path, workers: int) -> None:
     bad = dirty_set(tmp_path, 500)
     data = ShardData.open([tmp_path], captions=True)

@@ -532,6 +532,7 @@ def train(inputs: Inputs, recipe: Recipe | None = None) -> list[dict[str, Any]]:
     return [{name: line.get(name) for name in ("step", "split", "loss", "image_loss", "text_loss")} for line in lines]
 
 
+@pytest.mark.slow
 def test_training_on_tokens_is_training_on_the_crops_they_are_of(tmp_path: Path, out: Path) -> None:
     pictures = write_identical_crops(tmp_path / "pictures")
     encode(pictures, tmp_path / "tokens", out / "dvae")
@@ -557,6 +558,7 @@ def test_training_on_tokens_opens_no_picture_and_does_not_run_the_encoder(
     assert (out / "training" / "transformer" / "samples" / "step00000004.png").is_file()
 
 
+@pytest.mark.slow
 def test_validation_pictures_may_go_with_training_tokens(out: Path, shards: Path, encoded: Path) -> None:
     other = shutil.copytree(out, out.parent / "other")
     mixed, tokens = (

@@ -119,6 +119,7 @@ def test_a_killed_training_keeps_nobody_out_and_locks_go_with_their_holders(tmp_
         assert run("dvae", "tiny", "--data", shards, "--out", tmp_path) == 0, "stages may be trained side by side"
 
 
+@pytest.mark.slow
 def test_the_end_of_a_job_that_is_ending_is_waited_for(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

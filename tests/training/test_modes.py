@@ -382,7 +382,7 @@ def test_fp16_is_refused_in_words_where_the_device_has_none(ranks: Ranks, monkey
 
 
 @pytest.mark.usefixtures("with_fp16")
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_fp16_trains_with_a_loss_scale_and_lowers_it_where_it_is_too_large(
     ranks: Ranks, reference: list[float], stage: int, tmp_path: Path
 ) -> None:

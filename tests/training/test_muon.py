@@ -191,7 +191,7 @@ def weights_and_calls(ranks: Ranks, config: TrainConfig) -> tuple[dict[str, Any]
     return {name: weight.tolist() for name, weight in weights.items()}, calls
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_one_rank_trains_as_torchs_muon_does(ranks: Ranks, stage: int) -> None:
     weights, calls = weights_and_calls(ranks, settings(zero_stage=stage, micro_batch=4))
     assert calls == MATRICES * STEPS
@@ -289,7 +289,7 @@ def changes_of_resuming(ranks: Ranks, folder: Path, run: TrainConfig) -> list[st
     return [name for name, tensor in whole.items() if not torch.equal(tensor, parts[name])]
 
 
-@pytest.mark.parametrize("stage", [0, 3])
+@pytest.mark.parametrize("stage", [0, pytest.param(3, marks=pytest.mark.slow)])
 def test_a_run_goes_on_bit_for_bit(ranks: Ranks, tmp_path: Path, stage: int) -> None:
     assert changes_of_resuming(ranks, tmp_path, settings(zero_stage=stage)) == []
 

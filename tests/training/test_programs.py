@@ -97,6 +97,7 @@ def test_what_was_trained_is_a_bundle_that_generates_and_ranks(bundle: Path) -> 
     assert list(evaluation["exchanged_captions"]["fractions"]) == list(EXCHANGES)
 
 
+@pytest.mark.slow
 def test_the_command_line_trains_the_same_bundle_part_by_part(tmp_path: Path, bundle: Path, shards: Path) -> None:
     out = tmp_path / "out"
     for stage in ("tokenizer", "dvae", "clip", "transformer"):
@@ -193,6 +194,7 @@ def test_a_stage_trained_in_two_parts_is_the_same_bit_for_bit(
     assert directory_hash(out / name) == directory_hash(bundle / name)
 
 
+@pytest.mark.slow
 def test_a_warm_up_in_two_parts_leads_to_the_same_dvae_and_is_not_repeated_after_it(
     tmp_path: Path, bundle: Path, shards: Path
 ) -> None:
@@ -225,6 +227,7 @@ def test_a_warm_up_takes_the_options_and_the_proportion_of_steps(tmp_path: Path,
         assert record["learning_rate"]["peak"] == (1e-5 if stage == "dvae" else 2e-3)
 
 
+@pytest.mark.slow
 def test_clip_goes_on_from_its_warm_up_and_from_a_warm_up_that_was_interrupted(tmp_path: Path, shards: Path) -> None:
     chosen = tiny.recipe()
     said: list[str] = []
@@ -367,6 +370,7 @@ def test_the_demonstration_leaves_the_runs_of_others_alone(bundle_copy: Path, fr
     assert sorted(bundle_copy.rglob("*")) == before
 
 
+@pytest.mark.slow
 def test_a_fresh_dvae_interrupted_in_its_warm_up_does_not_go_on_from_the_old_one(
     tmp_path: Path, shards: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,7 +404,7 @@ def test_the_demonstration_refuses_to_run_on_several_ranks(tmp_path: Path) -> No
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("zero_stage", [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 3))])
 def test_a_dvae_learns_the_same_at_every_zero_stage(tmp_path: Path, shards: Path, zero_stage: int) -> None:
     # at a high rate, AdamW's first steps turn rounding in a gradient near 0 into another code here and there
     command = ["dvae", "tiny", "--data", shards, "--learning-rate", 1e-3]
@@ -643,7 +647,9 @@ def test_metrics_of_later_steps_are_dropped_and_a_torn_last_line_is_ignored(tmp_
     assert lines[0]["bad"] is None
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("unclip-paper") else n for n in NAMES]
+)
 def test_every_recipe_constructs_and_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = recipe(name)
     assert chosen.name == name

@@ -222,6 +222,7 @@ def test_kmeans_centres_are_points_where_there_are_fewer_points_than_centres(n_p
     assert (centres_KC[:, None] - points_NC).abs().amax(dim=-1).amin(dim=1).max() < 1e-5
 
 
+@pytest.mark.slow
 def test_a_small_dvae_keeps_its_codes_alive(tmp_path: Path, data: ShardData, warm: DVAE, images: torch.Tensor) -> None:
     recipe = dvae_recipe()
     with torch.no_grad():
@@ -290,6 +291,7 @@ def transformer_stage(folder: Path, data: ShardData, recipe: TransformerRecipe) 
     return TransformerStage(recipe, model, tokenizer, dvae, folder / "dalle", captions[:2], {"recipe": "tiny"})
 
 
+@pytest.mark.slow
 def test_the_transformer_learns_a_batch_by_heart(
     tmp_path: Path, data: ShardData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -412,6 +414,7 @@ def test_in_its_first_steps_the_transformer_may_read_the_first_captions_only(dat
     assert read(20) == set(range(10))
 
 
+@pytest.mark.slow
 def test_clip_learns_which_caption_belongs_to_which_picture(tmp_path: Path, data: ShardData) -> None:
     recipe = tiny.recipe(steps=200, global_batch=12, log_every=30).clip
     train = dataclasses.replace(recipe.train, learning_rate=WarmupCosine(peak=5e-3, warmup=5, steps=200))

@@ -51,7 +51,7 @@ def bucket(shards: Path, s3_bucket: str) -> str:
     return s3_bucket
 
 
-@pytest.fixture(params=["web", "s3"])
+@pytest.fixture(params=["web", pytest.param("s3", marks=pytest.mark.slow)])
 def world(request: pytest.FixtureRequest) -> str:
     """The URL of the folder of shards, in either store."""
     return (

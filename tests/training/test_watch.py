@@ -287,6 +287,7 @@ def never() -> None:
     threading.Event().wait()
 
 
+@pytest.mark.slow
 def test_a_disk_that_hangs_does_not_keep_a_hung_job_from_ending(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last_words: list[str], capfd: pytest.CaptureFixture[str]
 ) -> None:

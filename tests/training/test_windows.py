@@ -233,8 +233,8 @@ def test_a_lost_shard_as_large_as_its_window_is_replaced_from_others(tmp_path: P
     assert len([key for step in seen(data, shuffle, 93) for key in step]) == 93 * BATCH
 
 
-@pytest.mark.parametrize("window", [1, 3])
-@pytest.mark.parametrize("is_lost", [True, False])
+@pytest.mark.parametrize("window", [pytest.param(1, marks=pytest.mark.slow), 3])
+@pytest.mark.parametrize("is_lost", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_one_shard_of_many_stops_nothing_and_a_part_of_each_does(tmp_path: Path, window: int, is_lost: bool) -> None:
     for shard in range(20):
         bad = range(50) if shard == 7 and not is_lost else ()

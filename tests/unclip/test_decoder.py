@@ -283,6 +283,7 @@ def test_a_decoder_of_codes_trains_and_draws_pictures_that_the_codec_makes() -> 
     assert torch.equal(drawn, Greys().decode(Greys().encode(drawn)))
 
 
+@pytest.mark.slow
 def test_a_picture_of_codes_is_drawn_again_exactly_from_its_own_noise() -> None:
     decoder, text, given = of_codes(replace(CODES, in_channels=3)), some_text(), embeddings()
     pictures = Greys().decode(Greys().encode(images()))

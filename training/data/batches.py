@@ -26,7 +26,7 @@ from torch.utils.data import DataLoader, Dataset
 from dalle.data.order import MAX_FULL_SHUFFLE, Order, Shuffle
 from dalle.data.reader import Sample, ShardData, sample_rng
 from storage.stores.errors import StoreError
-from training.data.workers import interrupts_held_back, obey_the_parent_alone
+from training.data.workers import forking, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -279,7 +279,7 @@ def _reads(reader: Dataset[_Read], parts: Iterable[Sequence[int]], workers: int,
         worker_init_fn=partial(obey_the_parent_alone, os.getpid()),
         generator=torch.Generator(),  # or it draws from the global one, and workers=0 would train differently
     )
-    with interrupts_held_back():
+    with forking():
         return iter(loader)  # forks the workers
 
 

@@ -30,7 +30,7 @@ from training.data.check_report import DUPLICATES, NAMED_IN_REPORT, UNUSABLE, Su
 from training.data.check_shard import SUBJECTS, UNREADABLE, check_shard
 from training.data.manifest import EXCLUDED, RECORDS, Entry, Manifest, write_summary
 from training.data.record import Counts, ShardRecord, state_if_there
-from training.data.workers import interrupts_held_back, obey_the_parent_alone
+from training.data.workers import forking, obey_the_parent_alone
 
 logger = logging.getLogger(__name__)
 
@@ -185,7 +185,7 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=obey_the_parent_alone, initargs=(os.getpid(),))
     try:
         while True:
-            with interrupts_held_back():  # the first submit forks
+            with forking():  # the first submit forks
                 for path in itertools.islice(waiting, 4 * workers - len(running)):
                     running[pool.submit(_check_quietly, path, tokenizer)] = path
             if not running:

@@ -4,6 +4,7 @@ A launcher or a terminal sends SIGINT and SIGTERM to all processes. The parent s
 saves a checkpoint first.
 """
 
+import gc
 import os
 import signal
 import threading
@@ -16,19 +17,24 @@ _PARENT_CHECK_S = 1.0
 
 
 @contextmanager
-def interrupts_held_back() -> Iterator[None]:
-    """Block SIGINT and SIGTERM in this thread: a process forked meanwhile begins with them blocked."""
+def forking() -> Iterator[None]:
+    """Let a process that is forked meanwhile begin with SIGINT and SIGTERM blocked, and leave its parent's garbage be.
+
+    Among the garbage are fsspec's sessions: closing one takes seconds in a process without the thread that it needs.
+    """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    gc.freeze()
     try:
         yield
     finally:
+        gc.unfreeze()  # in the parent alone: a forked worker never comes here
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def obey_the_parent_alone(parent: int, worker: int = 0) -> None:
     """End this process when its parent ends, or sends it SIGTERM; ignore SIGINT, and SIGTERM from anyone else.
 
-    Runs in a worker forked under `interrupts_held_back`.
+    Runs in a worker forked under `forking`.
 
     Args:
         parent: process number of the parent.

@@ -189,6 +189,7 @@ def test_lists_leave_out_samples_of_another_reference_too(
         assert f"without the samples of --without: {said}" in capfd.readouterr().out
 
 
+@pytest.mark.slow
 def test_again_says_the_same_and_uses_what_is_there(
     evaluated: Path, bundle: Path, shard: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

@@ -148,6 +148,7 @@ def test_a_torchscript_archive_with_the_names_of_the_state_dict_is_read(tmp_path
     assert file.net.logits(torch.ones(1, 2048), bias=True).unique().tolist() == [1024.5]
 
 
+@pytest.mark.slow
 def test_profiles_take_the_files_that_they_need(tf_file: Path, imagenet_file: Path) -> None:
     both = load_profile(PROFILES["dalle2021"], [tf_file, imagenet_file])
     assert both.classes is not None

@@ -159,6 +159,7 @@ class AsModule(nn.Module):
         return self.net.features(images)
 
 
+@pytest.mark.slow
 def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetrics() -> None:
     real, fake = pictures(64, 128, 160, 1), pictures(64, 128, 128, 2)
     found = {}
@@ -173,6 +174,7 @@ def test_the_profiles_differ_on_the_same_pictures_and_each_agrees_with_torchmetr
     assert len({f"{value:.6g}" for value in found.values()}) == 3
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_command_name_the_profile_that_was_asked_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
