@@ -91,7 +91,7 @@ def estimates(model, known, sampling, *, populations, n, naive=False):
     return torch.stack(found)
 
 
-@pytest.mark.parametrize("temperature", [1.0, 0.5])
+@pytest.mark.parametrize("temperature", [1.0, pytest.param(0.5, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("known", [(-1, 2, -1, 0), (-1, -1, -1, 1), (0, -1, 2, 1)], ids=str)
 def test_marginals_are_those_of_the_posterior(model, known, temperature):
     known, sampling = torch.tensor(known), Sampling(temperature=temperature)

@@ -45,7 +45,7 @@ def test_the_package_of_training_runs_like_the_command(module):
     [
         pytest.param(("dalle", "--help"), marks=pytest.mark.slow),
         ("training", "--help"),
-        ("training", "plan"),
+        pytest.param(("training", "plan"), marks=pytest.mark.slow),
         ("training",),
     ],
 )

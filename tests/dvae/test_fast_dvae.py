@@ -89,6 +89,7 @@ def test_bfloat16_changes_few_tokens_and_pictures_by_little(compile: bool, token
     assert (found - expected).std() < error * expected.std()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("uncompiled")
 def test_with_a_small_gain_the_identity_path_decides_and_no_token_changes_in_bfloat16() -> None:
     dvae = DVAE(dataclasses.replace(SMALL, n_blocks=4), generator=torch.Generator().manual_seed(0)).eval()

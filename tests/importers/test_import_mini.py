@@ -232,6 +232,7 @@ def codec() -> DVAE:
     return dvae
 
 
+@pytest.mark.slow
 def test_a_bundle_of_an_imported_mini_draws_and_ranks(
     bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

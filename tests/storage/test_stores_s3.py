@@ -9,6 +9,8 @@ from storage.stores.errors import Patience, StoreError, WrongBytesError
 
 DATA = bytes(range(256)) * 400
 
+pytestmark = pytest.mark.slow  # the server takes seconds
+
 
 @pytest.fixture(scope="module")
 def bucket() -> Iterator[str]:
@@ -41,7 +43,6 @@ def test_a_file_of_s3_is_verified_by_its_md5(bucket: str, tmp_path: Path, caplog
     assert "verified by its size and MD5 of its store" in caplog.text
 
 
-@pytest.mark.slow
 def test_a_fetch_from_s3_goes_on_where_it_ended(bucket: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import s3fs
 
@@ -120,7 +121,6 @@ def test_without_keys_it_is_told_that_they_are_missing(bucket: str, monkeypatch:
         read(files.remote_file(f"{bucket}/a.tar"))
 
 
-@pytest.mark.slow
 def test_files_and_folders_are_written_read_and_deleted(bucket: str, tmp_path: Path) -> None:
     path = files.below(Path(f"{bucket}/five"), "a.tar")
     files.write_file(path, lambda local: local.write_bytes(DATA))
@@ -143,7 +143,6 @@ def files_below(folder: Path) -> dict[str, bytes]:
     }
 
 
-@pytest.mark.slow
 def test_a_local_folder_is_as_in_the_store_and_holds_nothing_else(bucket: str, tmp_path: Path) -> None:
     url = Path(f"{bucket}/six")
     for name, data in (("six/deep/1.b", b"1"), ("six/gone", b"2"), ("six/0.tar", DATA), ("six/deep/a", DATA)):

@@ -31,7 +31,7 @@ CASES = {
     "stage 3": Case(zero_stage=3, ranks=2),
     "stage 3, bf16, 4 ranks": Case(zero_stage=3, ranks=4, precision="bf16"),
 }
-SLOW = {"stage 0", "stage 1", "stage 2, bf16, muon", "stage 3", "stage 3, bf16, 4 ranks"}
+SLOW = {"stage 0", "stage 1", "stage 1, bf16", "stage 2, bf16, muon", "stage 3", "stage 3, bf16, 4 ranks"}
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])

@@ -302,7 +302,11 @@ def test_other_moves_between_stages_are_refused_in_words(
 
 
 @pytest.mark.parametrize(
-    ("stage", "precision"), [(0, "fp32"), (1, "fp32"), (2, "fp32"), (3, "fp32"), (1, "bf16"), (2, "bf16"), (3, "bf16")]
+    ("stage", "precision"),
+    [
+        *((0, "fp32"), (1, "fp32"), (2, "fp32"), (1, "bf16"), (2, "bf16")),
+        *(pytest.param(3, precision, marks=pytest.mark.slow) for precision in ("fp32", "bf16")),
+    ],
 )
 @pytest.mark.parametrize("clips", [(0.5, None), (None, 0.5), (None, None)])
 def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_with(
@@ -329,7 +333,7 @@ def test_a_run_goes_on_with_its_own_settings_and_not_with_those_it_was_saved_wit
     assert 0 < moved.abs().max() < 5e-3
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [1, 2, pytest.param(3, marks=pytest.mark.slow)])
 def test_resuming_prints_nothing(tmp_path: Path, ranks: Ranks, capfd: pytest.CaptureFixture[str], stage: int) -> None:
     engine_of(Objective(), config(zero_stage=stage, precision="bf16"), ranks).save(tmp_path, 1, {})
     engine = engine_of(Objective(), config(zero_stage=stage, precision="bf16"), ranks)

@@ -30,8 +30,6 @@ from training.plan.text import text
 from training.plan.types import Plan
 from training.recipes import recipe
 
-QUICK = {"stage 1, bf16", "stage 2", "stage 3", "PowerSGD", "PowerSGD, stage 1"}
-
 
 def counts(**options: int) -> Counts:
     with shapes_only():
@@ -46,8 +44,9 @@ def step_of(stage: int, **changes: object) -> Step:
 # ------------------------------------------------------------------------------------- against what is sent
 
 
-@pytest.mark.parametrize("n_ranks", [2, pytest.param(4, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("n_ranks", [2, 4])
+@pytest.mark.parametrize("name", CASES)
 def test_ranks_give_to_torch_what_the_plan_says(tmp_path: Path, name: str, n_ranks: int) -> None:
     planned = CASES[name].planned()
     # what is shared out is filled up to equal parts: a few numbers for each tensor

@@ -172,7 +172,10 @@ def test_a_training_that_lost_its_run_to_another_ends(
 # ------------------------------------------------------------------------------------------- a caller's settings
 
 
-@pytest.mark.parametrize("setting", ["autocast", "inference", "no_grad", "float64", "meta"])
+@pytest.mark.parametrize(
+    "setting",
+    ["autocast", "inference", "meta", *(pytest.param(s, marks=pytest.mark.slow) for s in ("no_grad", "float64"))],
+)
 def test_training_is_undisturbed_by_what_its_caller_has_set(tmp_path: Path, shards: Path, setting: str) -> None:
     def train(name: str) -> str:
         inputs = Inputs(data=[shards], out=tmp_path / name)

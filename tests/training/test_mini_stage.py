@@ -55,6 +55,7 @@ def train(begun: Path, out: Path, shards: Path, **changes: object) -> str:
     return directory_hash(train_transformer(chosen(**changes), inputs, join(), lambda line: None, **parts))
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_goes_on_to_the_same_weights(begun: Path, tmp_path: Path, shards: Path) -> None:
     settings: dict[str, object] = {"validate_every": 2, "sample_every": 2, "checkpoint_every": 2}
     whole = train(begun, tmp_path / "whole", shards, **settings)

@@ -225,6 +225,7 @@ def orders(ranks: Ranks, config: TrainConfig) -> list[str]:
     return done
 
 
+@pytest.mark.slow
 def test_ranks_orthogonalise_at_the_same_time_after_all_sums(tmp_path: Path) -> None:
     for done in on_ranks(tmp_path, orders, settings(zero_stage=2)):
         assert done == ["sum", "sum", "orthogonalise"] * (MATRICES // 2)

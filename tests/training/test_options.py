@@ -305,6 +305,7 @@ def test_help_of_all_shows_a_value_where_the_stages_agree(capsys: pytest.Capture
     assert "--transformer.compile" in groups["transformer options"]
 
 
+@pytest.mark.slow
 def test_every_recipe_has_values_for_every_option() -> None:
     for name in RECIPES:
         for verb in ("tokenizer", "dvae", "clip", "transformer", "all"):

@@ -155,6 +155,7 @@ def life(
     return losses, lists(averages_of(engine))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_model_drawn_in_parts_trains_as_one_that_every_rank_had(tmp_path: Path, precision: str, n_ranks: int) -> None:

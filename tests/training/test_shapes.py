@@ -236,6 +236,7 @@ def test_pictures_too_small_for_shapes_are_refused():
 # ---- reading pictures back
 
 
+@pytest.mark.slow
 def test_checker_accepts_real_drawings_and_rejects_one_changed_word():
     accepted, rejected = [], []
     for drawing in mixed_drawings(30, seed=11):

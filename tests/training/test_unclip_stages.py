@@ -300,6 +300,7 @@ def test_the_papers_recipes_have_the_papers_sizes() -> None:
     assert 900 < millions[4] < 1100
 
 
+@pytest.mark.slow
 def test_a_plan_tells_what_the_stages_need() -> None:
     plan = make_plan(recipe("unclip-paper"), PlanOptions(gpus=64))
     assert {name: round(stage.parameters["total"] / 1e6) for name, stage in plan.unclip.items()} == {

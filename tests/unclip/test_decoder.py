@@ -147,6 +147,7 @@ def test_guidance_1_is_no_guidance_bit_for_bit_and_0_is_no_condition(sampler: st
     assert not torch.allclose(drawn(3.0), drawn(1.0), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_decoding_what_was_inverted_gives_the_picture_back() -> None:
     # weights that are all random make no denoiser; a few steps of training do
     torch.manual_seed(0)

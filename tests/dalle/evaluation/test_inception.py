@@ -141,6 +141,7 @@ def scripted(state: dict[str, Tensor]) -> torch.jit.ScriptModule:
     return torch.jit.trace(root, torch.zeros(1))
 
 
+@pytest.mark.slow
 def test_a_torchscript_archive_with_the_names_of_the_state_dict_is_read(tmp_path: Path) -> None:
     scripted(small_state("tf")).save(tmp_path / "named.pt")
     file = load_inception(tmp_path / "named.pt")

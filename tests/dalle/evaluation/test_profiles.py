@@ -210,6 +210,7 @@ def test_the_lines_of_the_command_name_the_profile_that_was_asked_for(
     assert len({f"{value:.6g}" for value in found.values()}) == 3
 
 
+@pytest.mark.slow
 def test_blurring_the_reference_alone_gives_another_number_than_blurring_both() -> None:
     real, fake = pictures(16, 64, 64, 1), pictures(16, 64, 64, 2)
     net, profile = net_of("tf"), PROFILES["tf"]
