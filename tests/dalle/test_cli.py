@@ -270,6 +270,7 @@ def test_captions_of_any_characters_are_printed_and_named_safely(bundle, tmp_pat
     assert [line["caption"] for line in results(tmp_path / "out\x1b[2J")][::2] == captions
 
 
+@pytest.mark.slow
 def test_numbers_at_the_edge_of_their_range_end_in_words_or_pictures(bundle, tmp_path, capsys):
     options = ["generate", CAPTION, "--bundle", bundle, "--out", tmp_path / "out"]
     for wrong in (

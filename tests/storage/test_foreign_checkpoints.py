@@ -278,6 +278,7 @@ def test_the_code_in_a_script_archive_is_never_read(tmp_path: Path) -> None:
     assert not (tmp_path.parent.parent / "outside").exists()
 
 
+@pytest.mark.slow
 def test_containers_that_repeat_or_hold_themselves_end(tmp_path: Path) -> None:
     inner: list[Any] = [1] * 10
     for _ in range(9):

@@ -31,10 +31,10 @@ CASES = {
     "stage 3": Case(zero_stage=3, ranks=2),
     "stage 3, bf16, 4 ranks": Case(zero_stage=3, ranks=4, precision="bf16"),
 }
-SLOW = {"stage 0", "stage 1", "stage 1, bf16", "stage 2, bf16, muon", "stage 3", "stage 3, bf16, 4 ranks"}
 
 
-@pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n in SLOW else n for n in CASES])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CASES)
 def test_checkpoints_have_the_bytes_of_the_plan(tmp_path: Path, name: str) -> None:
     case = dataclasses.replace(CASES[name], config=SMALL)
     plan = case.planned(Speeds())

@@ -119,6 +119,7 @@ def values_handed_over(ranks: Ranks, dtype: torch.dtype) -> dict[str, list[float
     return lists({name: taken[id(parameter)] for name, parameter in model.named_parameters()})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_whole_tensors_are_handed_over_one_by_one_also_after_the_codebook(tmp_path: Path, dtype: torch.dtype) -> None:
     model = whole_model(from_codebook=True)

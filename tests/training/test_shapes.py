@@ -171,6 +171,7 @@ def test_every_split_holds_only_its_own_scenes():
                 assert not any(is_held_out_relation(a, scene.relation, b) for a, b in pairwise(pairs))
 
 
+@pytest.mark.slow
 def test_share_of_three_is_the_share_of_scenes_with_three_things():
     rng = np.random.default_rng(2)
     counts = Counter(len(random_scene(rng, share_of_three=0.25).things) for _ in range(400))

@@ -129,7 +129,6 @@ def codebook(model: DVAE) -> torch.Tensor:
     return (read.weight[:, :, 0, 0] + read.bias[:, None]).detach().T
 
 
-@pytest.mark.slow
 def test_a_warm_up_learns_to_reconstruct_without_tokens(warm_run: Path, warm: DVAE, images: torch.Tensor) -> None:
     learned = metric(warm_run, "psnr")
     assert learned[-1] > learned[0] + 4
