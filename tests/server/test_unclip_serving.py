@@ -254,6 +254,7 @@ def test_in_a_browser_dalle_2_varies_the_open_picture_and_draws_captions_if_chos
         draw(page)
         page.get_by_text("4 candidates, best first").wait_for()
         page.locator("#ranked button").first.click()
+        page.locator("#status").evaluate("status => (status.textContent = '')")  # of the first job
         page.get_by_role("button", name="Variations").click()
         page.locator("#status", has_text="candidates, best first, in").wait_for()
         page.locator("#ranked button").first.click()
@@ -262,7 +263,9 @@ def test_in_a_browser_dalle_2_varies_the_open_picture_and_draws_captions_if_chos
         assert "Log-likelihood" not in facts
         page.keyboard.press("Escape")
         page.locator("summary").click()
+        assert page.get_by_label("Temperature").is_enabled()
         page.get_by_label("Drawn by").select_option("DALL·E 2")
+        assert page.get_by_label("Temperature").is_disabled()
         draw(page, "a blue cube")
         page.locator("#status", has_text="candidates, best first, in").wait_for()
         page.locator("#ranked button").first.click()

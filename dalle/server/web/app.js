@@ -73,7 +73,7 @@ async function learn() {
   $("rank").value = info.defaults.rank;
   $("model").replaceChildren(new Option("automatic", ""), ...info.both.map((name) => new Option(NAMES[name.split("/").at(-1)], name)));
   for (const element of document.querySelectorAll(".models")) element.hidden = !info.both.length;
-  tellCost();
+  tellSettings();
   say("");
   return true;
 }
@@ -89,13 +89,16 @@ function bestOf() {
   return Math.min(2 ** Number($("best").value), info?.max_candidates ?? 512);
 }
 
-function seconds(n) {
-  const s = n * (info ? info.seconds_per_candidate[drawnBy(painting.mask ? "edits" : "generations")] : 0);
+function seconds(n, by) {
+  const s = n * (info ? info.seconds_per_candidate[by] : 0);
   return s < 1 ? "under a second" : s < 90 ? `about ${Math.round(s)} s` : `about ${Math.round(s / 60)} min`;
 }
 
-function tellCost() {
-  $("best-count").textContent = `${bestOf()}, ${seconds(bestOf())}`;
+// What the chosen model takes, and how long it draws.
+function tellSettings() {
+  const by = drawnBy(painting.mask ? "edits" : "generations");
+  for (const name of SETTINGS) $(name).disabled = by === "unclip"; // it draws no tokens
+  $("best-count").textContent = `${bestOf()}, ${seconds(bestOf(), by)}`;
   $("best").setAttribute("aria-valuetext", `${bestOf()} candidates`);
 }
 
@@ -108,7 +111,7 @@ function wanted() {
 
 function drawnBy(endpoint) {
   const named = $("model").value.split("/").at(-1);
-  return named || (info.by_unclip.includes(endpoint) ? "unclip" : "dalle");
+  return named || (info?.by_unclip.includes(endpoint) ? "unclip" : "dalle");
 }
 
 async function base64(blob) {
@@ -262,7 +265,7 @@ async function finished(data) {
   await remember({ at: Date.now(), asked, pictures });
   await listHistory();
   info = await (await ask("api/info")).json();
-  tellCost();
+  tellSettings();
 }
 
 // ---------------------------------------------------------------- ranked pictures
@@ -347,6 +350,7 @@ function command(asked) {
 async function edit(blob) {
   await painting.open(blob, info.size);
   $("edit").hidden = false;
+  tellSettings();
   $("edit-picture").focus();
 }
 
@@ -359,6 +363,7 @@ function painted() {
 function editOff() {
   painting.close();
   $("edit").hidden = true;
+  tellSettings();
 }
 
 async function vary() {
@@ -387,7 +392,8 @@ addEventListener("DOMContentLoaded", async () => {
       $("form").requestSubmit();
     }
   });
-  $("best").addEventListener("input", tellCost);
+  $("best").addEventListener("input", tellSettings);
+  $("model").addEventListener("input", tellSettings);
   $("cancel").addEventListener("click", cancel);
   $("more").addEventListener("click", () => list(shown.pictures.length));
   $("ranked").addEventListener("keydown", (event) => walk(event, $("ranked")));

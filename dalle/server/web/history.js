@@ -65,7 +65,7 @@ function restore(asked) {
   if (asked.best_of) $("best").value = Math.round(Math.log2(asked.best_of));
   for (const name of SETTINGS) if (asked[name] !== undefined) $(name).value = asked[name];
   $("model").value = asked.model ?? "";
-  tellCost();
+  tellSettings();
 }
 
 async function exportHistory() {
