@@ -72,7 +72,7 @@ def test_every_file_beside_the_code_is_installed() -> None:
     patterns = [f"{name.replace('.', '/')}/{one}" for name, some in settings["package-data"].items() for one in some]
     installed = {path for pattern in patterns for path in ROOT.glob(pattern)}
     files = {path for name in PACKAGES for path in (ROOT / name).rglob("*.*") if path.is_file()}
-    assert {path for path in files if path.suffix not in (".py", ".pyc")} == installed
+    assert {path for path in files if path.suffix != ".py" and "__pycache__" not in path.parts} == installed
 
 
 def test_the_changelog_has_an_entry_for_this_version() -> None:

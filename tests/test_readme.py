@@ -73,7 +73,7 @@ def parse(words: list[str]) -> Any:
 
 
 @pytest.mark.parametrize("words", our_commands(), ids=" ".join)
-def test_a_command_of_the_pages_parses(words: list[str]) -> None:
+def test_a_command_of_the_pages_parses_and_its_recipe_exists(words: list[str]) -> None:
     name = getattr(parse(words), "recipe", None)
     assert name is None or recipe(name).name == name
 

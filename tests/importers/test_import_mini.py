@@ -192,7 +192,7 @@ def test_a_flax_file_with_a_false_length_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("is_flax", [pytest.param(True, marks=pytest.mark.slow), False])
+@pytest.mark.parametrize("is_flax", [True, False])
 def test_importing_a_mini_holds_its_weights_once_and_one_tensor(
     tmp_path: Path, rise_of_memory: Callable[[Callable[[], object]], int], is_flax: bool
 ) -> None:

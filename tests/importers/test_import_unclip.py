@@ -28,7 +28,6 @@ def assert_same(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
             assert torch.equal(found[name], weight), name
 
 
-@pytest.mark.slow
 def test_every_weight_arrives_where_it_came_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     models = write_unclip(tmp_path / "karlo")
     clip = small_clip()

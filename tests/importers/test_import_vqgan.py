@@ -225,7 +225,7 @@ def test_a_vqgan_that_names_code_is_refused_and_runs_nothing(tmp_path: Path) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["torch.save", pytest.param("flax msgpack", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kind", ["torch.save", "flax msgpack"])
 def test_importing_a_vqgan_holds_the_weights_once_and_a_tensor(
     tmp_path: Path, kind: str, rise_of_memory: Callable[[Callable[[], object]], int]
 ) -> None:

@@ -103,21 +103,25 @@ class Garbage:
 
 def test_a_worker_leaves_the_garbage_of_its_parent_be() -> None:
     gc.disable()  # until it is asked for
+    readable, writable = os.pipe()
     try:
         garbage = Garbage()
         garbage.itself = garbage
-        readable, writable = os.pipe2(os.O_NONBLOCK)
+        os.set_blocking(readable, False)
         weakref.finalize(garbage, os.write, writable, b"ended").atexit = False
         del garbage
         worker = multiprocessing.get_context("fork").Process(target=gc.collect)
         with forking():
             worker.start()
         worker.join()
+        assert worker.exitcode == 0
         with pytest.raises(BlockingIOError):
             os.read(readable, 5)
         gc.collect()
         assert os.read(readable, 5) == b"ended"
     finally:
+        os.close(readable)
+        os.close(writable)
         gc.enable()
 
 

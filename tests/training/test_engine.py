@@ -283,7 +283,7 @@ def test_averaged_weights_are_the_exponential_moving_average(ranks: Ranks) -> No
 # -------------------------------------------------------------------------------------------------- checkpoints
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, pytest.param(3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_resumed_engine_goes_on_bit_for_bit(tmp_path: Path, ranks: Ranks, stage: int) -> None:
     straight = engine_of(Objective(), config(zero_stage=stage), ranks)
     expected = train(straight, range(6))

@@ -340,7 +340,6 @@ def lines(tmp_path_factory: pytest.TempPathFactory, shards: Path) -> dict[str, l
     return {stage: read_metrics(out / "training" / stage) for stage in stages}
 
 
-@pytest.mark.slow
 def test_every_stage_says_how_fast_it_is_and_what_it_takes(lines: dict[str, list[dict[str, Any]]]) -> None:
     for stage, found in lines.items():
         for line in found:

@@ -157,8 +157,8 @@ def life(
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("n_ranks", [1, pytest.param(2, marks=pytest.mark.slow)])
-@pytest.mark.parametrize("precision", ["fp32", pytest.param("bf16", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("n_ranks", [1, 2])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_a_model_drawn_in_parts_trains_as_one_that_every_rank_had(tmp_path: Path, precision: str, n_ranks: int) -> None:
     settings = config(zero_stage=3, precision=precision, ema_decay=0.7)
     whole, parts = (

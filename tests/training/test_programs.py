@@ -648,7 +648,7 @@ def test_metrics_of_later_steps_are_dropped_and_a_torn_last_line_is_ignored(tmp_
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(n, marks=pytest.mark.slow) if n.startswith("unclip-paper") else n for n in NAMES]
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n == "unclip-paper-1024" else n for n in NAMES]
 )
 def test_every_recipe_constructs_and_can_be_planned(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     chosen = recipe(name)

@@ -130,7 +130,6 @@ def with_dvae(given: Inputs, seed: int = 0) -> Inputs:
     return given
 
 
-@pytest.mark.slow
 def test_a_decoder_of_codes_trains_on_the_bundles_dvae_and_resumes_exactly(
     with_clip: Path, shards: Path, tmp_path: Path
 ) -> None:

@@ -125,7 +125,6 @@ def last_words(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return said
 
 
-@pytest.mark.slow
 def test_when_nothing_moves_the_stacks_are_written_and_the_job_ends(tmp_path: Path, last_words: list[str]) -> None:
     watch = Watch(timeout_s=0.6)
     watch.start()

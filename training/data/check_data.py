@@ -183,16 +183,19 @@ def _checked(paths: Sequence[Path], workers: int, tokenizer: Tokenizer | None) -
     # forked, like the loader's: a new interpreter would import torch for seconds, and hear Ctrl-C meanwhile
     workers = min(workers, max(1, len(paths)))
     pool = ProcessPoolExecutor(workers, get_context("fork"), initializer=obey_the_parent_alone, initargs=(os.getpid(),))
+
+    def submit() -> None:
+        for path in itertools.islice(waiting, 4 * workers - len(running)):
+            running[pool.submit(_check_quietly, path, tokenizer)] = path
+
     try:
-        while True:
-            with forking():  # the first submit forks
-                for path in itertools.islice(waiting, 4 * workers - len(running)):
-                    running[pool.submit(_check_quietly, path, tokenizer)] = path
-            if not running:
-                return
+        with forking():  # the first of them forks all workers
+            submit()
+        while running:
             done, _ = wait(running, return_when=FIRST_COMPLETED)
             for future in done:
                 yield running.pop(future), future.result()
+            submit()
     except BrokenProcessPool:
         raise OSError(
             "a process that checks shards was killed, perhaps for lack of memory: give fewer --workers; the same "

@@ -94,7 +94,7 @@ function seconds(n, by) {
   return s < 1 ? "under a second" : s < 90 ? `about ${Math.round(s)} s` : `about ${Math.round(s / 60)} min`;
 }
 
-// What the chosen model takes, and how long it draws.
+// What the model that draws next takes, and how long it draws; variations aside.
 function tellSettings() {
   const by = drawnBy(painting.mask ? "edits" : "generations");
   for (const name of SETTINGS) $(name).disabled = by === "unclip"; // it draws no tokens
