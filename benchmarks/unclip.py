@@ -33,7 +33,7 @@ from unclip.decoding import decode
 from unclip.sampling import Noise, Sampler
 
 CANDIDATES = 16
-SAMPLERS: tuple[tuple[Sampler, int], ...] = (("ddim", 20), ("ddim", 25), ("ddim", 50), ("ddpm", 250))
+SAMPLERS: tuple[tuple[Sampler, int], ...] = (("ddim", 10), ("ddim", 25), ("ddim", 50), ("ddpm", 250))
 HALF: tuple[Sampler, int] = ("ddim", 25)
 """What is also timed in bfloat16."""
 BATCHES = (1, 16)

@@ -220,7 +220,7 @@ def demo() -> Recipe:
             first_captions=FROM_ONE_END,
         ),
         clip=_demo_clip(),
-        decoder=cpu_decoder(1300, no_text=0.2),
+        decoder=cpu_decoder(1900, no_text=0.2),
         prior=cpu_prior(200),
     )
 
