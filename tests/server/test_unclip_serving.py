@@ -265,7 +265,7 @@ def test_in_a_browser_dalle_2_varies_the_open_picture_and_draws_captions_if_chos
         page.locator("summary").click()
         assert page.get_by_label("Temperature").is_enabled()
         page.locator("#ranked button").first.click()
-        page.get_by_role("button", name="Edit").click()
+        page.locator("#edit-this").click()
         page.locator("#edit-picture").wait_for()
         assert page.get_by_label("Temperature").is_disabled(), "DALL·E 2 edits"
         page.get_by_label("Drawn by").select_option("DALL·E")
