@@ -108,7 +108,7 @@ def test_a_worker_leaves_the_garbage_of_its_parent_be() -> None:
         garbage = Garbage()
         garbage.itself = garbage
         os.set_blocking(readable, False)
-        weakref.finalize(garbage, os.write, writable, b"ended").atexit = False
+        weakref.finalize(garbage, os.write, writable, b"ended")
         del garbage
         worker = multiprocessing.get_context("fork").Process(target=gc.collect)
         with forking():
