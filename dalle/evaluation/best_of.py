@@ -196,51 +196,13 @@ def evaluate_pictures(
         ValueError: a picture cannot be read.
     """
     watch = Stopwatch()
-    captions = [row.caption for row in rows]
+    seen = _look(files, [row.caption for row in rows], judge, checker, real, watch)
     all_rows = torch.ones(len(rows), dtype=torch.bool)
-    clip_features: tuple[Tensor, Tensor] | None = None
-    right_R: Tensor | None = None
-    features: dict[float, dict[str, Tensor]] = {}
-    if judge is not None:
-        with watch.timing("judging"), progress_bar("pictures judged") as progress:
-            images = []
-            for some in in_batches(files, EMBEDDED_AT_ONCE):
-                images.append(_embedded(judge.clip, some))
-                progress(sum(map(len, images)), len(files))
-            clip_features = (embed_captions(judge.clip, captions).cpu(), torch.cat(images))
-    if checker is not None:
-        with watch.timing("checking"):
-            right_R = torch.tensor(
-                [checker(open_image(file), caption) for file, caption in zip(files, captions, strict=True)]
-            )
-    if real is not None:
-        radii = [radius for radius in real.radii if real.at(radius) is not None]
-        with watch.timing("features"), progress_bar("pictures") as progress:
-            features = _features(real.network, files, radii, progress)
-
-    def of(keep_R: Tensor, sets: Iterator[OnProgress], *, kept: bool) -> BestOfN:
-        kept_features = None if clip_features is None else tuple(each[keep_R] for each in clip_features)
-        judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
-        right = None if right_R is None else rate(right_R[keep_R])
-        found = BestOfN(
-            captions=int(keep_R.sum()),
-            curve=[] if judged is None and right is None else [Point(rank=GIVEN, n=1, judge=judged, right=right)],
-            recalled=[] if kept_features is None else [recall(kept_features[0], kept_features[1], 1)],
-        )
-        measured: dict[float, Distances] = {}
-        for radius, each in features.items() if found.captions >= LEAST_FOR_DISTANCE else ():
-            assert real is not None
-            reference = real.at(radius, kept=kept)
-            assert reference is not None
-            logits = each["logits"][keep_R] if "logits" in each else None
-            measured[radius] = distances(each["features"][keep_R], reference, logits, progress=next(sets))
-        by_n = {1: measured[0]} if 0 in measured else {}
-        return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
-
+    n_sets = len(seen.features)
     with watch.timing("numbers"), progress_bar("distances") as progress:
-        sets = _each(progress, len(features) if keep_rows is None else 2 * len(features))
-        found = of(all_rows, sets, kept=False)
-        without = None if keep_rows is None else of(keep_rows, sets, kept=True)
+        each = _each(progress, n_sets if keep_rows is None else 2 * n_sets)
+        found = _of_pictures(seen, all_rows, real, each)
+        without = None if keep_rows is None else _of_pictures(seen, keep_rows, real, each, kept=True)
     return Result(
         protocol={**protocol, "judge": None if judge is None else judge.hash, "reference": _reference_of(real)},
         lines=[*lines, *_reference_lines(real)],
@@ -251,6 +213,73 @@ def evaluate_pictures(
         without=without,
         seconds=watch.seconds,
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Seen:
+    """What is seen in R pictures that are there."""
+
+    clip_features: tuple[Tensor, Tensor] | None
+    """The judge's unit features of captions and of pictures, (R,E) each."""
+    verdicts: Tensor | None
+    """The checker's, bool (R,)."""
+    features: Mapping[float, Mapping[str, Tensor]]
+    """The network's, by the radius of the blur; empty where there is nothing to compare with."""
+
+
+def _look(
+    files: Sequence[Path],
+    captions: Sequence[str],
+    judge: Judge | None,
+    checker: Checker | None,
+    real: Real | None,
+    watch: Stopwatch,
+) -> _Seen:
+    """Look at pictures, one of each caption."""
+    clip_features: tuple[Tensor, Tensor] | None = None
+    verdicts: Tensor | None = None
+    features: dict[float, dict[str, Tensor]] = {}
+    if judge is not None:
+        with watch.timing("judging"), progress_bar("pictures judged") as progress:
+            images = []
+            for some in in_batches(files, EMBEDDED_AT_ONCE):
+                images.append(_embedded(judge.clip, some))
+                progress(sum(map(len, images)), len(files))
+            clip_features = (embed_captions(judge.clip, captions).cpu(), torch.cat(images))
+    if checker is not None:
+        with watch.timing("checking"):
+            verdicts = torch.tensor(
+                [checker(open_image(file), caption) for file, caption in zip(files, captions, strict=True)]
+            )
+    if real is not None:
+        radii = [radius for radius in real.radii if real.at(radius) is not None]
+        with watch.timing("features"), progress_bar("pictures") as progress:
+            features = _features(real.network, files, radii, progress)
+    return _Seen(clip_features=clip_features, verdicts=verdicts, features=features)
+
+
+def _of_pictures(
+    seen: _Seen, keep_R: Tensor, real: Real | None, each: Iterator[OnProgress], *, kept: bool = False
+) -> BestOfN:
+    """Return the numbers of the pictures that are kept."""
+    kept_features = None if seen.clip_features is None else tuple(some[keep_R] for some in seen.clip_features)
+    judged = None if kept_features is None else cosines(kept_features[0], kept_features[1])
+    right = None if seen.verdicts is None else rate(seen.verdicts[keep_R])
+    found = BestOfN(
+        captions=int(keep_R.sum()),
+        curve=[] if judged is None and right is None else [Point(rank=GIVEN, n=1, judge=judged, right=right)],
+        recalled=[] if kept_features is None else [recall(kept_features[0], kept_features[1], 1)],
+    )
+    if real is None or found.captions < LEAST_FOR_DISTANCE:
+        return found
+    measured: dict[float, Distances] = {}
+    for radius, of_radius in seen.features.items():
+        reference = real.at(radius, kept=kept)
+        assert reference is not None
+        logits = of_radius["logits"][keep_R] if "logits" in of_radius else None
+        measured[radius] = distances(of_radius["features"][keep_R], reference, logits, progress=next(each))
+    by_n = {1: measured[0]} if 0 in measured else {}
+    return replace(found, distances=by_n, blurred=measured if len(measured) > 1 else {})
 
 
 def _features(
