@@ -1,6 +1,6 @@
 # The commands of the README. Each sets up .venv first, with the versions of constraints.txt.
 PYTHON ?= python3
-# With it, every program that a test starts would compile all modules anew.
+# With PYTHONDONTWRITEBYTECODE every program that a test starts would compile all modules anew.
 unexport PYTHONDONTWRITEBYTECODE
 VENV := .venv
 BIN := $(VENV)/bin

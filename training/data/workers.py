@@ -18,9 +18,10 @@ _PARENT_CHECK_S = 1.0
 
 @contextmanager
 def forking() -> Iterator[None]:
-    """Let a process that is forked meanwhile begin with SIGINT and SIGTERM blocked, and leave its parent's garbage be.
+    """Block SIGINT and SIGTERM in this thread, and freeze what the garbage collector has, while a process is forked.
 
-    Among the garbage are fsspec's sessions: closing one takes seconds in a process without the thread that it needs.
+    The process begins with the signals blocked, and never collects garbage of its parent. fsspec's sessions are among
+    it, and closing one takes seconds in a process without the thread that it needs.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
     gc.freeze()
