@@ -239,9 +239,12 @@ def test_memory_does_not_grow_with_the_samples(tmp_path: Path) -> None:
         for number in range(4):
             write_tar(folder / f"{number}.tar", samples_of(range(n)))
         opened(folder / "x")
-        tracemalloc.start()
-        data = opened(folder / "x")
-        sizes.append(tracemalloc.get_traced_memory()[0])
-        tracemalloc.stop()
-        assert len(data) == 4 * n
+        held = []
+        for _ in range(5):  # the least of them: other threads of the process allocate, too
+            tracemalloc.start()
+            data = opened(folder / "x")
+            held.append(tracemalloc.get_traced_memory()[0])
+            tracemalloc.stop()
+            assert len(data) == 4 * n
+        sizes.append(min(held))
     assert sizes[1] < 1.2 * sizes[0] + 2000

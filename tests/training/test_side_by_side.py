@@ -20,13 +20,18 @@ from training.ranks.stop import Interrupted
 FAKE = """
 import os, signal, sys, time
 name, do, folder = sys.argv[1:4]
-open(f"{folder}/{name}{os.environ.get('RANK', '')}", "w").write(str(os.getpid()))
 def stop(*_):
     print(f"stopped at step 1 of 2, saved in {name}", file=sys.stderr)
     sys.exit(0)
 signal.signal(signal.SIGTERM, stop)
-print(f"{name} 1/2  loss 0.5", flush=True)
-print("warning: something", flush=True)
+mine = f"{folder}/{name}{os.environ.get('RANK', '')}"
+with open(mine + ".part", "w") as file:
+    file.write(str(os.getpid()))
+os.rename(mine + ".part", mine)
+def say(line):
+    os.write(1, f"{line}\\n".encode())  # at once: print, unbuffered, can be stopped before the end of its line
+say(f"{name} 1/2  loss 0.5")
+say("warning: something")
 def wait(what):
     while not os.path.exists(f"{folder}/{what}"):
         time.sleep(0.02)
@@ -42,7 +47,7 @@ elif do == "be-restarted":
     print("error: a rank is lost", "supervisor: restart 1 of 3", sep="\\n")
 elif do == "talk":
     while True:
-        print("something", flush=True)
+        say("something")
         time.sleep(0.005)
 elif do == "say":
     print(os.environ["RANK"], os.environ["WORLD_SIZE"], os.environ["OMP_NUM_THREADS"])
@@ -72,7 +77,7 @@ def run(tmp_path: Path, said: list[str]) -> Iterator[Callable[..., None]]:
         run_jobs(jobs, TimeLeft([[{name: 10.0} for name in stages]]), said.append)
 
     yield run_stages
-    pids = [int(path.read_text()) for path in tmp_path.iterdir() if path.suffix != ".py"]
+    pids = [int(path.read_text()) for path in tmp_path.iterdir() if not path.suffix]
     assert pids
     assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
 
