@@ -137,9 +137,9 @@ def decode(
     """
     if len(noise) != len(embeddings):
         raise ValueError(f"{len(noise)} rows of noise for {len(embeddings)} embeddings; expected one for each")
-    side, device = decoder.config.image_size, embeddings.device
-    shape = [decoder.config.channels, side, side] if start is None else list(start.shape[1:])
-    first = noise.normal("decoder, start", shape, device) if start is None else start
+    device = embeddings.device
+    first = first_noise(decoder, noise, device) if start is None else start
+    shape = list(first.shape[1:])
     network = _network(decoder, embeddings, text, guidance, known)
     process = decoder.process.respaced(steps)
     predictor = Predictor(
@@ -159,6 +159,12 @@ def decode(
             eta=eta,
         )
     )
+
+
+def first_noise(decoder: Decoder, noise: Noise, device: torch.device, purpose: str = "decoder, start") -> Tensor:
+    """Return x_T (B, C, H, W) of B rows of noise; `decode` begins with it where it is given none."""
+    side = decoder.config.image_size
+    return noise.normal(purpose, [decoder.config.channels, side, side], device)
 
 
 @torch.no_grad()

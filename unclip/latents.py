@@ -1,4 +1,5 @@
-"""Manipulations of embeddings and noise: interpolation on the sphere, text differences, principal components.
+"""Manipulations of embeddings and noise: interpolation on the sphere, ways that do not return, text differences,
+principal components.
 
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 3 and 4. Pure functions; computed in float64.
 
@@ -6,6 +7,7 @@ Letters: B batch  N embeddings  E embedding  K components
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
@@ -15,6 +17,8 @@ from torch.nn import functional as F
 
 _PARALLEL = 1e-4
 """Sine of an angle below which two vectors count as parallel."""
+SAME_PLACE = 1e-6
+"""Difference of the dot products of one picture, embedded twice, at most."""
 
 
 def slerp(start: Tensor, end: Tensor, theta: float) -> Tensor:
@@ -58,6 +62,41 @@ def slerp_noise(start: Tensor, end: Tensor, theta: float) -> Tensor:
     if start.shape != end.shape:
         raise ValueError(f"noise of the shapes {tuple(start.shape)} and {tuple(end.shape)}; expected equal ones")
     return slerp(start.flatten(1), end.flatten(1), theta).view_as(start)
+
+
+def way_forward(candidates: Sequence[Tensor], wanted: Tensor) -> list[int]:
+    """Return which candidate to take at each place, so that the way from the first place to the last does not return.
+
+    How far a candidate is on the way is its dot product with the direction from the first place to the last. Of all
+    ways, those whose returns sum to the least are taken, and of these the one that has the largest sum of cosines.
+
+    Args:
+        candidates: for each place, unit embeddings (N, E) of what was drawn there; one at the first place and the last.
+        wanted: (places, E), the embeddings that they were drawn of.
+
+    Raises:
+        ValueError: there are several candidates at an end, or another number of wanted embeddings.
+    """
+    if len(candidates) != len(wanted) or not len(candidates[0]) == len(candidates[-1]) == 1:
+        raise ValueError(
+            f"{[len(some) for some in candidates]} candidates for {len(wanted)} places; expected one at both ends"
+        )
+    direction = candidates[-1][0].double() - candidates[0][0].double()
+    places = [(some.double() @ direction).tolist() for some in candidates]
+    cosines = [
+        F.cosine_similarity(some.double(), each.double(), dim=-1).tolist()
+        for some, each in zip(candidates, wanted, strict=True)
+    ]
+    ways = [(0.0, 0.0, [0])]  # the best to each candidate of a place: returns, cosines below 0, candidates taken
+    for before, here, fits in zip(places, places[1:], cosines[1:], strict=False):
+        ways = [
+            min(
+                (returns + max(0.0, last - place - SAME_PLACE), cost - fit, [*taken, candidate])
+                for (returns, cost, taken), last in zip(ways, before, strict=True)
+            )
+            for candidate, (place, fit) in enumerate(zip(here, fits, strict=True))
+        ]
+    return ways[0][2]
 
 
 def text_difference(before: Tensor, after: Tensor) -> Tensor:

@@ -10,7 +10,6 @@ from typing import NamedTuple, Self
 import torch
 from PIL import Image
 from torch import Tensor
-from torch.nn import functional as F
 
 from dalle.budget import check_memory
 from dalle.data.bundle import Precision, missing_part
@@ -164,7 +163,3 @@ class LoadedUnCLIP:
         view = resize_and_crop(picture, self.seen_size)
         pixels, shown = (to_tensor(each)[None].to(self.device) for each in (shrunk(view, side), view))
         return Seen(self.clip.encode_image(shown, normalise=self.decoder.config.normalised), pixels)
-
-    def cosines(self, images: Tensor, embeddings: Tensor) -> Tensor:
-        """Return CLIP's cosines of pictures (N, 3, H, W) with embeddings (N, E) or (1, E), float32 (N,)."""
-        return F.cosine_similarity(self.clip.encode_image(images), embeddings.float(), dim=-1)

@@ -28,9 +28,14 @@ from dalle.unclip.work import Work
 from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole
 from unclip.conditions import Text
-from unclip.decoding import GUIDANCE
-from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference
+from unclip.decoding import GUIDANCE, first_noise
+from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference, way_forward
 from unclip.sampling import Noise
+
+CANDIDATES_BETWEEN = 8
+"""Pictures drawn for each place between two."""
+APART = 0.5
+"""Share of the angle from the noise of a candidate to another noise, which is about a right one."""
 
 
 class Manipulations(LoadedUnCLIP):
@@ -74,10 +79,9 @@ class Manipulations(LoadedUnCLIP):
         work = self._work(drawing, 1, n, batch_size, progress, inversions=1, enlarged=n if keep is None else keep)
         text, seen = self.uncaptioned(), self.seen(picture)
         start, embeddings = work.inverted(seen, text), seen.embedding.expand(n, -1)
-        images, scores = self._drawn(work, embeddings, text, noise, start, eta)
-        if caption:
-            asked = embed_captions(self.clip, [caption])[0]
-            scores = torch.cat([embed_images(self.clip, some) @ asked for some in torch.split(images, work.size)]).cpu()
+        images, features = self._drawn(work, embeddings, text, noise, start, eta)
+        asked = embed_captions(self.clip, [caption]) if caption else embeddings
+        scores = _cosines(features, asked)
         order = torch.arange(n) if keep is None else scores.argsort(descending=True, stable=True)[:keep]
         numbers = order.tolist()
         large = work.large(images[order], Noise(tuple(noise.rows[k] for k in numbers)))
@@ -92,6 +96,7 @@ class Manipulations(LoadedUnCLIP):
         *,
         n: int = 9,
         keep_ends: bool = False,
+        candidates: int = CANDIDATES_BETWEEN,
         seed: int = 0,
         drawing: Drawing | None = None,
         batch_size: int | None = None,
@@ -105,7 +110,10 @@ class Manipulations(LoadedUnCLIP):
             n: pictures, at least 2, at equal distances.
             keep_ends: go from the noise of the one picture to that of the other too, so that both are drawn again at
                 the ends; otherwise all are drawn from the same new noise.
-            seed: of that noise, and of what is enlarged.
+            candidates: pictures drawn for each place between the ends, of which one is taken, so that the way does not
+                return by CLIP: `way_forward`. The first is the paper's, the others are from noise near to its own.
+                Deviation: the paper draws one.
+            seed: of all noise, and of what is enlarged.
             drawing: how; to keep the ends, with a guidance of 1 unless it is given.
             batch_size: pictures drawn at the same time.
             progress: told how many are done.
@@ -113,17 +121,28 @@ class Manipulations(LoadedUnCLIP):
         Raises:
             ValueError: fewer than 2 pictures, two embeddings that are opposite, or as `variations`.
         """
-        thetas, noise = _thetas(n, 1.0), _noise(seed, [0] * n)
+        thetas, rows = _thetas(n, 1.0), rows_between(n, candidates)
+        places, near = [place for place, _ in rows], _noise(seed, [place + n * number for place, number in rows])
         if keep_ends:
             _check_inverting(drawing)
-        work = self._work(drawing, 1 if keep_ends else GUIDANCE, n, batch_size, progress, inversions=2 * keep_ends)
+        how = {"enlarged": n, "inversions": 2 * keep_ends}
+        work = self._work(drawing, 1 if keep_ends else GUIDANCE, len(rows), batch_size, progress, **how)
         text, ends = self.uncaptioned(), [self.seen(picture) for picture in (a, b)]
         embeddings = torch.cat([slerp(ends[0].embedding, ends[1].embedding, theta) for theta in thetas])
-        start = None
         if keep_ends:
             first, last = (work.inverted(seen, text) for seen in ends)
-            start = torch.cat([slerp_noise(first, last, theta) for theta in thetas])
-        return self._series("", work, embeddings, text, noise, start, [{"theta": theta} for theta in thetas])
+        else:
+            first = last = first_noise(self.decoder, _noise(seed, [0]), self.device)
+        starts = torch.cat([slerp_noise(first, last, theta) for theta in thetas])
+        others = first_noise(self.decoder, near, self.device, "decoder, candidate")
+        is_first = torch.tensor([number == 0 for _, number in rows], device=self.device)[:, None, None, None]
+        start = torch.where(is_first, starts[places], slerp_noise(starts[places], others, APART))
+        images, features = self._drawn(work, embeddings[places], text, _noise(seed, [0] * len(rows)), start)
+        counts = [places.count(place) for place in range(n)]
+        taken = way_forward(torch.split(features, counts), embeddings.cpu())
+        chosen = [rows.index(row) for row in enumerate(taken)]
+        each = [{"theta": theta, "candidate": number} for theta, number in zip(thetas, taken, strict=True)]
+        return self._series("", work, (images[chosen], features[chosen]), embeddings, _noise(seed, [0] * n), each)
 
     @undisturbed()
     def text_diff(
@@ -168,7 +187,8 @@ class Manipulations(LoadedUnCLIP):
         direction = text_difference(*features) * seen.embedding.norm(dim=-1, keepdim=True)
         embeddings = torch.cat([slerp(seen.embedding, direction, share) for share in thetas])
         start = work.inverted(seen, text)
-        return self._series(after, work, embeddings, text, noise, start, [{"theta": theta} for theta in thetas])
+        drawn = self._drawn(work, embeddings, text, noise, start)
+        return self._series(after, work, drawn, embeddings, noise, [{"theta": theta} for theta in thetas])
 
     @undisturbed()
     def probe(
@@ -204,7 +224,8 @@ class Manipulations(LoadedUnCLIP):
         if self.decoder.config.normalised:
             embeddings = F.normalize(embeddings, dim=-1)
         each = [{"dimensions": count} for count in dimensions]
-        return self._series("", work, embeddings, self.uncaptioned(), noise, None, each)
+        drawn = self._drawn(work, embeddings, self.uncaptioned(), noise, None)
+        return self._series("", work, drawn, embeddings, noise, each)
 
     @undisturbed()
     def principal_components(self, pictures: Iterable[Image.Image]) -> Components:
@@ -256,14 +277,14 @@ class Manipulations(LoadedUnCLIP):
         self,
         caption: str,
         work: Work,
+        drawn: tuple[Tensor, Tensor],
         embeddings: Tensor,
-        text: Text,
         noise: Noise,
-        start: Tensor | None,
         each: Sequence[Mapping[str, float]],
     ) -> Series:
-        """Draw and enlarge pictures, as `_drawn` does."""
-        images, scores = self._drawn(work, embeddings, text, noise, start)
+        """Score what `_drawn` gave of embeddings, and enlarge it."""
+        images, features = drawn
+        scores = _cosines(features, embeddings)
         return Series(caption=caption, images=work.large(images, noise), scores=scores, each=tuple(each))
 
     def _drawn(
@@ -278,16 +299,33 @@ class Manipulations(LoadedUnCLIP):
         """Draw pictures of embeddings (N, E), each from its own start (N, 3, H, W), or all from one; on the CPU.
 
         Returns:
-            Pictures (N, 3, H, W), and CLIP's cosine of each with its embedding, (N,).
+            Pictures (N, 3, H, W), and CLIP's unit embeddings of them, float32 (N, E).
         """
-        images, scores = [], []
+        images, features = [], []
         for some in work.batches():
             rows = slice(some.start, some.stop)
             begin = None if start is None else (start.expand(len(some), -1, -1, -1) if len(start) == 1 else start[rows])
             drawn = work.decoded(embeddings[rows], text, Noise(noise.rows[rows]), start=begin, eta=eta)
-            scores.append(self.cosines(drawn, embeddings[rows]).cpu())
+            features.append(embed_images(self.clip, drawn).cpu())
             images.append(drawn.cpu())
-        return torch.cat(images), torch.cat(scores)
+        return torch.cat(images), torch.cat(features)
+
+
+def rows_between(n: int, candidates: int) -> list[tuple[int, int]]:
+    """Return what `interpolate` draws, in order: (place, candidate) with one candidate at both ends.
+
+    Raises:
+        ValueError: there are no candidates.
+    """
+    check_whole("candidates", candidates)
+    if candidates < 1:
+        raise ValueError(f"candidates is {candidates}; it must be at least 1 for each place between the ends")
+    return [(place, number) for place in range(n) for number in range(candidates if 0 < place < n - 1 else 1)]
+
+
+def _cosines(features: Tensor, embeddings: Tensor) -> Tensor:
+    """Return the cosines of features (N, E) on the CPU with embeddings (N, E) or (1, E), float32 (N,)."""
+    return F.cosine_similarity(features, embeddings.cpu().float(), dim=-1)
 
 
 def _check_inverting(drawing: Drawing | None) -> None:

@@ -38,12 +38,13 @@ class Series:
     scores: Tensor
     """float32 (N,): CLIP's cosine of each picture with the embedding that it was drawn of."""
     each: tuple[Mapping[str, float], ...]
-    """What each was drawn by: its number as a candidate, its theta, or how many principal components."""
+    """What each was drawn by: its theta, how many principal components, its number as a candidate."""
 
     def __repr__(self) -> str:
         n, _, height, width = self.images.shape
-        told = ", ".join(f"{name} {value:g}" for each in (self.each[0], self.each[-1]) for name, value in each.items())
-        return f"Series({n} of {width}×{height} pixels, {told})"
+        name = next(iter(self.each[0]))
+        first, last = self.each[0][name], self.each[-1][name]
+        return f"Series({n} of {width}×{height} pixels, {name} {first:g}, {name} {last:g})"
 
     def described(self) -> list[dict[str, Any]]:
         """Return what is to be said of each picture."""

@@ -1,3 +1,4 @@
+import itertools
 import math
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference
+from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference, way_forward
 
 
 def units(count: int, width: int = 16, seed: int = 0) -> Tensor:
@@ -49,6 +50,38 @@ def test_noise_between_noises_is_still_noise() -> None:
     assert float(between.std()) == pytest.approx(1.0, abs=0.03)
     assert float(((a + b) / 2).std()) == pytest.approx(math.sqrt(0.5), abs=0.03)  # a line loses a third
     torch.testing.assert_close(slerp_noise(a, b, 1.0), b)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_way_forward_is_the_best_of_all_ways(seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    counts = [1, 3, 4, 2, 1] if seed % 2 else [1, 2, 1, 1]  # with so few, many must return
+    candidates = [F.normalize(torch.randn(count, 6, generator=generator), dim=1) for count in counts]
+    wanted = torch.randn(len(counts), 6, generator=generator)
+    direction = candidates[-1][0] - candidates[0][0]
+
+    def cost(way: tuple[int, ...]) -> tuple[float, float]:
+        taken = torch.stack([some[k] for some, k in zip(candidates, way, strict=True)])
+        steps = (taken @ direction).diff()
+        return float(-steps.clamp(max=0).sum()), -float(F.cosine_similarity(taken, wanted, dim=1).sum())
+
+    best = min(itertools.product(*map(range, counts)), key=lambda way: (round(cost(way)[0], 5), cost(way)[1]))
+    assert way_forward(candidates, wanted) == list(best)
+
+
+def test_a_picture_that_is_embedded_twice_does_not_return() -> None:
+    here, there = torch.eye(4)[None, 0], torch.eye(4)[None, 1]
+    again = F.normalize(here - 1e-7 * there, dim=1)
+    beyond = F.normalize(here + there, dim=1)
+    # the second picture is the first with another rounding; it fits, the other does not
+    assert way_forward([here, torch.cat([again, beyond]), there], torch.cat([here, here, there])) == [0, 0, 0]
+
+
+def test_a_way_begins_and_ends_with_one_picture() -> None:
+    two, one = torch.eye(4)[:2], torch.eye(4)[:1]
+    for candidates in ([two, one], [one, two]):
+        with pytest.raises(ValueError, match="expected one at both ends"):
+            way_forward(candidates, torch.cat([one, one]))
 
 
 def test_a_text_difference_is_the_direction_between_two_captions() -> None:

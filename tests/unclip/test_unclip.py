@@ -13,10 +13,12 @@ import torch
 from PIL import Image
 from random_weights import with_random_weights
 from torch import Tensor
+from torch.nn import functional as F
 
 from dalle.best_of_n import Ranked, Request
 from dalle.unclip.components import Components
 from dalle.unclip.cost import unet_bytes
+from dalle.unclip.manipulations import APART
 from dalle.unclip.parts import kind_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -26,7 +28,7 @@ from rerank import score
 from storage.models.directory import directory_hash
 from unclip import Decoder, Upsampler
 from unclip.decoding import decode, invert
-from unclip.latents import slerp, text_difference
+from unclip.latents import slerp, slerp_noise, text_difference, way_forward
 from unclip.sampling import Noise
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import UpsamplerConfig, upsample
@@ -109,6 +111,7 @@ def test_progress_rises_to_the_number_of_pictures(editing_bundle: Path, pictures
         (lambda told: unclip.variations(pictures[0], n=3, drawing=DRAWING, batch_size=2, progress=told), 3),
         (lambda told: unclip.interpolate(*pictures, n=2, drawing=DRAWING, progress=told), 2),
         (lambda told: unclip.interpolate(*pictures, n=2, keep_ends=True, drawing=DRAWING, progress=told), 2),
+        (lambda told: unclip.interpolate(*pictures, n=3, candidates=3, drawing=DRAWING, progress=told), 5),
         (lambda told: unclip.text_diff(pictures[0], CAPTION, "a", n=2, drawing=DRAWING, progress=told), 2),
     ):
         told: list[tuple[float, int]] = []
@@ -172,22 +175,52 @@ def test_the_inversion_gives_the_picture_back_where_nothing_is_clamped(
 
 
 def test_kept_ends_are_the_pictures_drawn_again(small_unclip: UnCLIP, pictures: Pictures) -> None:
-    between = small_unclip.interpolate(*pictures, n=3, keep_ends=True, drawing=DRAWING)
+    between = small_unclip.interpolate(*pictures, n=3, keep_ends=True, candidates=2, drawing=DRAWING)
     for place, picture in ((0, pictures[0]), (2, pictures[1])):
         torch.testing.assert_close(between.images[place], drawn_again(small_unclip, picture), atol=1e-4, rtol=0)
     assert [said["theta"] for said in between.described()] == [0, 0.5, 1]
-    backwards = small_unclip.interpolate(*reversed(pictures), n=3, keep_ends=True, drawing=DRAWING)
-    torch.testing.assert_close(backwards.images.flip(0), between.images, atol=1e-3, rtol=0)
+    alone, backwards = (
+        small_unclip.interpolate(*two, n=3, keep_ends=True, candidates=1, drawing=DRAWING)
+        for two in (pictures, pictures[::-1])
+    )
+    torch.testing.assert_close(backwards.images.flip(0), alone.images, atol=1e-3, rtol=0)
 
 
 def test_without_kept_ends_all_are_drawn_from_one_noise(small_unclip: UnCLIP, pictures: Pictures) -> None:
-    between = small_unclip.interpolate(*pictures, n=3, seed=5, drawing=DRAWING)
+    between = small_unclip.interpolate(*pictures, n=3, candidates=1, seed=5, drawing=DRAWING)
     seen, text = [small_unclip.seen(picture) for picture in pictures], small_unclip.uncaptioned()
     middle = slerp(seen[0].embedding, seen[1].embedding, 0.5)
     expected = decode(small_unclip.decoder, middle, text, Noise.of(5, "", [0]), steps=3, guidance=3)[0]
     torch.testing.assert_close(between.images[1], expected, atol=1e-5, rtol=0)
     unlike = small_unclip.interpolate(*pictures, n=3, seed=6, drawing=DRAWING)
     assert not torch.allclose(unlike.images, between.images)
+
+
+def test_of_the_candidates_between_the_one_that_leads_on_is_drawn_from_noise_near_to_the_ways(
+    small_unclip: UnCLIP, pictures: Pictures
+) -> None:
+    unclip, count = small_unclip, 4
+    between = unclip.interpolate(*pictures, n=3, candidates=count, seed=5, drawing=DRAWING)
+    alone = unclip.interpolate(*pictures, n=3, candidates=1, seed=5, drawing=DRAWING)
+    assert [said["candidate"] for said in alone.described()] == [0, 0, 0]
+    for end in (0, -1):
+        torch.testing.assert_close(between.images[end], alone.images[end], atol=1e-5, rtol=0)
+
+    seen, text = [unclip.seen(picture) for picture in pictures], unclip.uncaptioned()
+    middle = slerp(seen[0].embedding, seen[1].embedding, 0.5)
+    shape = [unclip.decoder.config.channels, unclip.decoder.config.image_size, unclip.decoder.config.image_size]
+    own = Noise.of(5, "", [0]).normal("decoder, start", shape)
+    others = Noise.of(5, "", [1 + 3 * k for k in range(1, count)]).normal("decoder, candidate", shape)
+    starts = [own, *(slerp_noise(own, other[None], APART) for other in others)]
+    drawn = [
+        decode(unclip.decoder, middle, text, Noise.of(5, "", [0]), start=start, steps=3, guidance=3) for start in starts
+    ]
+    ends = [unclip.clip.encode_image(alone.images[place][None]) for place in (0, -1)]
+    features = torch.cat([unclip.clip.encode_image(image) for image in drawn])
+    [_, taken, _] = way_forward([ends[0], features, ends[1]], torch.cat([seen[0].embedding, middle, seen[1].embedding]))
+    assert between.described()[1]["candidate"] == taken
+    torch.testing.assert_close(between.images[1], drawn[taken][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(between.scores[1], F.cosine_similarity(features[taken], middle[0], dim=0))
 
 
 def test_a_text_difference_begins_with_the_picture_and_goes_to_the_other_caption(
@@ -373,6 +406,7 @@ def test_what_cannot_be_drawn_is_refused_in_words(unclip: UnCLIP, pictures: Pict
         "eta is 2; expected a number from 0 to 1": lambda: unclip.variations(picture, eta=2),
         "theta is -1; expected a number from 0 to 1": lambda: unclip.text_diff(picture, "a", "b", theta=-1),
         "n is 1; it must be at least 2": lambda: unclip.interpolate(picture, other, n=1),
+        "candidates is 0; it must be at least 1": lambda: unclip.interpolate(picture, other, candidates=0),
         "only ddim draws a picture again": lambda: unclip.variations(picture, drawing=Drawing(sampler="ddpm")),
         "both captions have the same embedding": lambda: unclip.text_diff(picture, CAPTION, CAPTION),
         "picture is 'a.png', of type str": lambda: unclip.variations("a.png"),  # type: ignore[arg-type]
