@@ -259,7 +259,7 @@ unclip.decoding:decode(decoder, embeddings, text, noise, start, steps, sampler, 
 unclip.decoding:invert(decoder, images, embeddings, text, steps, corrections, on_pass)
 unclip.upsampler:upsample(upsampler, small, noise, steps, sampler, eta, on_pass)
 unclip.latents:slerp(start, end, theta)
-unclip.latents:way_forward(candidates, wanted)
+unclip.latents:monotone_path(candidates, wanted)
 unclip.latents:text_difference(before, after)
 dalle.importers.unclip.importing:import_unclip(folder, clip)
 dalle.data.reader:ShardData.open(shards, captions, encoded)

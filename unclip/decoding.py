@@ -138,7 +138,7 @@ def decode(
     if len(noise) != len(embeddings):
         raise ValueError(f"{len(noise)} rows of noise for {len(embeddings)} embeddings; expected one for each")
     device = embeddings.device
-    first = first_noise(decoder, noise, device) if start is None else start
+    first = start_noise(decoder, noise).to(device) if start is None else start
     shape = list(first.shape[1:])
     network = _network(decoder, embeddings, text, guidance, known)
     process = decoder.process.respaced(steps)
@@ -161,10 +161,13 @@ def decode(
     )
 
 
-def first_noise(decoder: Decoder, noise: Noise, device: torch.device, purpose: str = "decoder, start") -> Tensor:
-    """Return x_T (B, C, H, W) of B rows of noise; `decode` begins with it where it is given none."""
+def start_noise(decoder: Decoder, noise: Noise, purpose: str = "decoder, start") -> Tensor:
+    """Return standard normal noise in the shape of x_T, (B, C, H, W) on the CPU, of B rows.
+
+    With the default purpose it is what `decode` starts from.
+    """
     side = decoder.config.image_size
-    return noise.normal(purpose, [decoder.config.channels, side, side], device)
+    return noise.normal(purpose, [decoder.config.channels, side, side])
 
 
 @torch.no_grad()

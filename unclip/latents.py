@@ -1,11 +1,11 @@
-"""Manipulations of embeddings and noise: interpolation on the sphere, ways that do not return, text differences,
-principal components.
+"""Manipulations of embeddings and noise: interpolation on the sphere, monotone paths, text differences, components.
 
 Source: Ramesh et al. 2022 (arXiv 2204.06125), 3 and 4. Pure functions; computed in float64.
 
 Letters: B batch  N embeddings  E embedding  K components
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 _PARALLEL = 1e-4
 """Sine of an angle below which two vectors count as parallel."""
 SAME_PLACE = 1e-6
-"""Difference of the dot products of one picture, embedded twice, at most."""
+"""Largest difference of the dot products of a picture that is embedded twice, with rounding; measured on a CPU."""
 
 
 def slerp(start: Tensor, end: Tensor, theta: float) -> Tensor:
@@ -64,39 +64,46 @@ def slerp_noise(start: Tensor, end: Tensor, theta: float) -> Tensor:
     return slerp(start.flatten(1), end.flatten(1), theta).view_as(start)
 
 
-def way_forward(candidates: Sequence[Tensor], wanted: Tensor) -> list[int]:
-    """Return which candidate to take at each place, so that the way from the first place to the last does not return.
+def monotone_path(candidates: Sequence[Tensor], wanted: Tensor) -> list[int]:
+    """Choose one candidate for each place, so that the pictures go from the first to the last with the least return.
 
-    How far a candidate is on the way is its dot product with the direction from the first place to the last. Of all
-    ways, those whose returns sum to the least are taken, and of these the one that has the largest sum of cosines.
+    Progress is the dot product with the last embedding minus the first. A fall of more than `SAME_PLACE` is a return.
+    Of all choices this is one with the smallest sum of returns, and among those the largest sum of cosines with
+    `wanted`.
 
     Args:
         candidates: for each place, unit embeddings (N, E) of what was drawn there; one at the first place and the last.
-        wanted: (places, E), the embeddings that they were drawn of.
+        wanted: (places, E), the embedding that each place was drawn of, of any length.
+
+    Returns:
+        The number of the candidate of each place.
 
     Raises:
-        ValueError: there are several candidates at an end, or another number of wanted embeddings.
+        ValueError: a place has no candidate, an end has several, or there are more or fewer places in `wanted`.
     """
-    if len(candidates) != len(wanted) or not len(candidates[0]) == len(candidates[-1]) == 1:
+    counts = [len(some) for some in candidates]
+    if len(counts) != len(wanted) or min(counts) < 1 or not counts[0] == counts[-1] == 1:
         raise ValueError(
-            f"{[len(some) for some in candidates]} candidates for {len(wanted)} places; expected one at both ends"
+            f"{counts} candidates for {len(wanted)} places; expected one at the first place and the last, and at least "
+            "one at each other"
         )
     direction = candidates[-1][0].double() - candidates[0][0].double()
-    places = [(some.double() @ direction).tolist() for some in candidates]
+    # in whole units: sums of returns that are equal are so exactly
+    progress = [(some.double() @ direction / SAME_PLACE).round().tolist() for some in candidates]
     cosines = [
         F.cosine_similarity(some.double(), each.double(), dim=-1).tolist()
         for some, each in zip(candidates, wanted, strict=True)
     ]
-    ways = [(0.0, 0.0, [0])]  # the best to each candidate of a place: returns, cosines below 0, candidates taken
-    for before, here, fits in zip(places, places[1:], cosines[1:], strict=False):
-        ways = [
+    paths = [(0.0, 0.0, [0])]  # the best to each candidate of a place: sum of returns, minus sum of cosines, choices
+    for (before, here), fits in zip(itertools.pairwise(progress), cosines[1:], strict=True):
+        paths = [
             min(
-                (returns + max(0.0, last - place - SAME_PLACE), cost - fit, [*taken, candidate])
-                for (returns, cost, taken), last in zip(ways, before, strict=True)
+                (returns + (last - now if last - now > 1 else 0.0), cost - fit, [*chosen, candidate])
+                for (returns, cost, chosen), last in zip(paths, before, strict=True)
             )
-            for candidate, (place, fit) in enumerate(zip(here, fits, strict=True))
+            for candidate, (now, fit) in enumerate(zip(here, fits, strict=True))
         ]
-    return ways[0][2]
+    return paths[0][2]
 
 
 def text_difference(before: Tensor, after: Tensor) -> Tensor:

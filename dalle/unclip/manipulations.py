@@ -28,14 +28,17 @@ from dalle.unclip.work import Work
 from rerank.score import embed_captions, embed_images
 from storage.errors import check_whole
 from unclip.conditions import Text
-from unclip.decoding import GUIDANCE, first_noise
-from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference, way_forward
+from unclip.decoding import GUIDANCE, start_noise
+from unclip.latents import PrincipalComponents, monotone_path, slerp, slerp_noise, text_difference
 from unclip.sampling import Noise
 
 CANDIDATES_BETWEEN = 8
-"""Pictures drawn for each place between two."""
-APART = 0.5
-"""Share of the angle from the noise of a candidate to another noise, which is about a right one."""
+"""Pictures drawn for each place between the ends of an interpolation, of which one is kept."""
+MAX_BETWEEN = 10_000
+"""Pictures drawn for an interpolation, at most: their noise is held all at once."""
+TURN = 0.5
+"""How far a candidate's noise is turned from its place's own noise towards independent noise, as a share of the angle
+between the two, some 90°. Of 0.25, 0.35 and 0.5 it is the least with which no picture went back, in 192 steps."""
 
 
 class Manipulations(LoadedUnCLIP):
@@ -86,7 +89,7 @@ class Manipulations(LoadedUnCLIP):
         numbers = order.tolist()
         large = work.large(images[order], Noise(tuple(noise.rows[k] for k in numbers)))
         each = tuple({"candidate": k} for k in numbers)
-        return Series(caption=caption, images=large, scores=scores[order].float(), each=each)
+        return Series(caption=caption, images=large, scores=scores[order], each=each)
 
     @undisturbed()
     def interpolate(
@@ -110,39 +113,40 @@ class Manipulations(LoadedUnCLIP):
             n: pictures, at least 2, at equal distances.
             keep_ends: go from the noise of the one picture to that of the other too, so that both are drawn again at
                 the ends; otherwise all are drawn from the same new noise.
-            candidates: pictures drawn for each place between the ends, of which one is taken, so that the way does not
-                return by CLIP: `way_forward`. The first is the paper's, the others are from noise near to its own.
-                Deviation: the paper draws one.
+            candidates: pictures to draw for each place between the ends; one is kept: see `monotone_path`. Candidate 0
+                is the paper's, the others are drawn from noise some 45° from its own. Deviation: the paper draws one.
             seed: of all noise, and of what is enlarged.
             drawing: how; to keep the ends, with a guidance of 1 unless it is given.
             batch_size: pictures drawn at the same time.
             progress: told how many are done.
 
         Raises:
-            ValueError: fewer than 2 pictures, two embeddings that are opposite, or as `variations`.
+            ValueError: fewer than 2 pictures, more than `MAX_BETWEEN` to draw, two embeddings that are opposite, or as
+                `variations`.
         """
         thetas, rows = _thetas(n, 1.0), rows_between(n, candidates)
-        places, near = [place for place, _ in rows], _noise(seed, [place + n * number for place, number in rows])
+        noise = _noise(seed, [number and place + n * number for place, number in rows])
+        guidance = 1 if keep_ends else GUIDANCE
         if keep_ends:
             _check_inverting(drawing)
-        how = {"enlarged": n, "inversions": 2 * keep_ends}
-        work = self._work(drawing, 1 if keep_ends else GUIDANCE, len(rows), batch_size, progress, **how)
+        work = self._work(drawing, guidance, len(rows), batch_size, progress, enlarged=n, inversions=2 * keep_ends)
         text, ends = self.uncaptioned(), [self.seen(picture) for picture in (a, b)]
         embeddings = torch.cat([slerp(ends[0].embedding, ends[1].embedding, theta) for theta in thetas])
         if keep_ends:
-            first, last = (work.inverted(seen, text) for seen in ends)
+            first, last = (work.inverted(seen, text).cpu() for seen in ends)
         else:
-            first = last = first_noise(self.decoder, _noise(seed, [0]), self.device)
-        starts = torch.cat([slerp_noise(first, last, theta) for theta in thetas])
-        others = first_noise(self.decoder, near, self.device, "decoder, candidate")
-        is_first = torch.tensor([number == 0 for _, number in rows], device=self.device)[:, None, None, None]
-        start = torch.where(is_first, starts[places], slerp_noise(starts[places], others, APART))
-        images, features = self._drawn(work, embeddings[places], text, _noise(seed, [0] * len(rows)), start)
-        counts = [places.count(place) for place in range(n)]
-        taken = way_forward(torch.split(features, counts), embeddings.cpu())
-        chosen = [rows.index(row) for row in enumerate(taken)]
-        each = [{"theta": theta, "candidate": number} for theta, number in zip(thetas, taken, strict=True)]
-        return self._series("", work, (images[chosen], features[chosen]), embeddings, _noise(seed, [0] * n), each)
+            first = last = start_noise(self.decoder, _noise(seed, [0]))
+        starts = []
+        for (place, number), row in zip(rows, noise.rows, strict=True):
+            own = slerp_noise(first, last, thetas[place])
+            other = start_noise(self.decoder, Noise((row,)), "decoder, candidate")
+            starts.append(slerp_noise(own, other, TURN) if number else own)
+        places = [place for place, _ in rows]
+        images, features = self._drawn(work, embeddings[places], text, noise, torch.cat(starts))
+        chosen = monotone_path(torch.split(features, [1, *[candidates] * (n - 2), 1]), embeddings.cpu())
+        kept = [k for k, (place, number) in enumerate(rows) if number == chosen[place]]
+        each = [{"theta": theta, "candidate": number} for theta, number in zip(thetas, chosen, strict=True)]
+        return self._series("", work, (images[kept], features[kept]), embeddings, _noise(seed, [0] * n), each)
 
     @undisturbed()
     def text_diff(
@@ -296,7 +300,7 @@ class Manipulations(LoadedUnCLIP):
         start: Tensor | None,
         eta: float = 0.0,
     ) -> tuple[Tensor, Tensor]:
-        """Draw pictures of embeddings (N, E), each from its own start (N, 3, H, W), or all from one; on the CPU.
+        """Draw pictures of embeddings (N, E), each from its own start (N, C, H, W), or all from one; on the CPU.
 
         Returns:
             Pictures (N, 3, H, W), and CLIP's unit embeddings of them, float32 (N, E).
@@ -304,7 +308,9 @@ class Manipulations(LoadedUnCLIP):
         images, features = [], []
         for some in work.batches():
             rows = slice(some.start, some.stop)
-            begin = None if start is None else (start.expand(len(some), -1, -1, -1) if len(start) == 1 else start[rows])
+            begin = start
+            if begin is not None:
+                begin = (begin.expand(len(some), -1, -1, -1) if len(begin) == 1 else begin[rows]).to(self.device)
             drawn = work.decoded(embeddings[rows], text, Noise(noise.rows[rows]), start=begin, eta=eta)
             features.append(embed_images(self.clip, drawn).cpu())
             images.append(drawn.cpu())
@@ -312,15 +318,25 @@ class Manipulations(LoadedUnCLIP):
 
 
 def rows_between(n: int, candidates: int) -> list[tuple[int, int]]:
-    """Return what `interpolate` draws, in order: (place, candidate) with one candidate at both ends.
+    """Return what `interpolate` draws, in order: (place, candidate), one candidate at each end.
 
     Raises:
-        ValueError: there are no candidates.
+        ValueError: there are fewer than 2 places, no candidates, or too much to draw.
     """
+    check_places(n)
     check_whole("candidates", candidates)
     if candidates < 1:
         raise ValueError(f"candidates is {candidates}; it must be at least 1 for each place between the ends")
+    if 2 + (n - 2) * candidates > MAX_BETWEEN:
+        raise ValueError(f"{n} pictures of {candidates} candidates each are too many: draw {MAX_BETWEEN:,} at most")
     return [(place, number) for place in range(n) for number in range(candidates if 0 < place < n - 1 else 1)]
+
+
+def check_places(n: int) -> None:
+    """Raise ValueError for a number of pictures that do not lead from one to another."""
+    check_n(n)
+    if n < 2:
+        raise ValueError(f"n is {n}; it must be at least 2, the first picture and the last")
 
 
 def _cosines(features: Tensor, embeddings: Tensor) -> Tensor:
@@ -338,9 +354,7 @@ def _check_inverting(drawing: Drawing | None) -> None:
 
 def _thetas(n: int, last: float) -> list[float]:
     """Return n numbers from 0 to the last, at equal distances."""
-    check_n(n)
-    if n < 2:
-        raise ValueError(f"n is {n}; it must be at least 2, the first picture and the last")
+    check_places(n)
     return [last * i / (n - 1) for i in range(n)]
 
 

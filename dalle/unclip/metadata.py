@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+from dalle.best_of_n import check_n
 from dalle.unclip.cost import prior_passes
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -26,7 +27,11 @@ def settings_of(
         n: pictures that are drawn.
         batch_size: of them at the same time; None for as many as fit the memory.
         of_captions: whether the prior draws.
+
+    Raises:
+        ValueError: n is out of range.
     """
+    check_n(n)
     settings = dataclasses.asdict(drawing)
     if not of_captions:
         settings = {name: value for name, value in settings.items() if not name.startswith("prior_")}

@@ -36,9 +36,11 @@ class Series:
     images: Tensor
     """float32 (N, 3, H, W) in [0, 1]."""
     scores: Tensor
-    """float32 (N,): CLIP's cosine of each picture with the embedding that it was drawn of."""
+    """float32 (N,): CLIP's cosine of each picture with the embedding that it was drawn of, or with the caption that the
+    best were chosen by."""
     each: tuple[Mapping[str, float], ...]
-    """What each was drawn by: its theta, how many principal components, its number as a candidate."""
+    """What each was drawn by, first what tells them apart: its theta, its number as a candidate, or how many principal
+    components."""
 
     def __repr__(self) -> str:
         n, _, height, width = self.images.shape

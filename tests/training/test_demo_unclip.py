@@ -129,7 +129,9 @@ def test_a_picture_that_stays_has_not_changed_as_named_and_all_else_is_as_it_was
         assert shares[f"{attribute}: both"] == {0.0}
 
 
-def test_an_interpolation_that_stands_still_and_then_jumps_never_goes_back(pictures: list[Image.Image]) -> None:
+def test_an_interpolation_that_stands_still_and_then_jumps_never_goes_back(
+    scenes: list[Scene], pictures: list[Image.Image]
+) -> None:
     ends = {False: pictures[:2], True: pictures[1::-1]}
 
     class Jumps(Model):
@@ -147,9 +149,12 @@ def test_an_interpolation_that_stands_still_and_then_jumps_never_goes_back(pictu
 
     for returns, two in ends.items():
         model: Any = Jumps(returns)
-        numbers = of_interpolations(model, two).numbers
+        numbers: Any = of_interpolations(model, two, [scenes[1], scenes[0]] if returns else scenes[:2]).numbers
+        assert numbers["1 candidate"] == numbers["8 candidates"]
+        numbers = numbers["1 candidate"]
         steps = (numbers["steps_forward"], numbers["steps_nowhere"], numbers["steps_back"])
         assert steps == ((2 / 8, 5 / 8, 1 / 8) if returns else (1 / 8, 7 / 8, 0))
+        assert numbers["steps_back_by_checker"] == returns / 8
         assert numbers["ends_psnr"] == pytest.approx(100)
 
 

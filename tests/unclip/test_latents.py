@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from unclip.latents import PrincipalComponents, slerp, slerp_noise, text_difference, way_forward
+from unclip.latents import PrincipalComponents, monotone_path, slerp, slerp_noise, text_difference
 
 
 def units(count: int, width: int = 16, seed: int = 0) -> Tensor:
@@ -52,21 +52,33 @@ def test_noise_between_noises_is_still_noise() -> None:
     torch.testing.assert_close(slerp_noise(a, b, 1.0), b)
 
 
-@pytest.mark.parametrize("seed", range(20))
-def test_the_way_forward_is_the_best_of_all_ways(seed: int) -> None:
+@pytest.mark.parametrize("seed", range(40))
+def test_the_monotone_path_is_the_best_of_all(seed: int) -> None:
     generator = torch.Generator().manual_seed(seed)
     counts = [1, 3, 4, 2, 1] if seed % 2 else [1, 2, 1, 1]  # with so few, many must return
-    candidates = [F.normalize(torch.randn(count, 6, generator=generator), dim=1) for count in counts]
+    candidates = [units(count, 6, int(torch.randint(1000, (), generator=generator))) for count in counts]
     wanted = torch.randn(len(counts), 6, generator=generator)
     direction = candidates[-1][0] - candidates[0][0]
 
-    def cost(way: tuple[int, ...]) -> tuple[float, float]:
-        taken = torch.stack([some[k] for some, k in zip(candidates, way, strict=True)])
-        steps = (taken @ direction).diff()
-        return float(-steps.clamp(max=0).sum()), -float(F.cosine_similarity(taken, wanted, dim=1).sum())
+    def cost(path: tuple[int, ...]) -> tuple[float, float]:
+        taken = torch.stack([some[k] for some, k in zip(candidates, path, strict=True)])
+        falls = -(taken @ direction).diff().clamp(max=0).sum()
+        return round(float(falls), 5), -float(F.cosine_similarity(taken, wanted, dim=1).sum())
 
-    best = min(itertools.product(*map(range, counts)), key=lambda way: (round(cost(way)[0], 5), cost(way)[1]))
-    assert way_forward(candidates, wanted) == list(best)
+    assert monotone_path(candidates, wanted) == list(min(itertools.product(*map(range, counts)), key=cost))
+
+
+def test_of_equal_returns_the_cosines_choose() -> None:
+    def at(progress: float, rest: int) -> Tensor:
+        """A unit embedding (1, 5), its progress in its first number, the rest of its length in another."""
+        vector = torch.zeros(1, 5)
+        vector[0, 0], vector[0, rest] = progress, (1 - progress**2) ** 0.5
+        return vector
+
+    first, last, peak = at(-0.5, 1), at(0.5, 1), at(0.9, 2)
+    along, back = at(0.9, 3), at(0.7, 4)  # from the peak to the last in one step or in two
+    wanted = torch.cat([first, peak, along, last])
+    assert monotone_path([first, peak, torch.cat([back, along]), last], wanted) == [0, 0, 1, 0]
 
 
 def test_a_picture_that_is_embedded_twice_does_not_return() -> None:
@@ -74,14 +86,14 @@ def test_a_picture_that_is_embedded_twice_does_not_return() -> None:
     again = F.normalize(here - 1e-7 * there, dim=1)
     beyond = F.normalize(here + there, dim=1)
     # the second picture is the first with another rounding; it fits, the other does not
-    assert way_forward([here, torch.cat([again, beyond]), there], torch.cat([here, here, there])) == [0, 0, 0]
+    assert monotone_path([here, torch.cat([again, beyond]), there], torch.cat([here, here, there])) == [0, 0, 0]
 
 
-def test_a_way_begins_and_ends_with_one_picture() -> None:
-    two, one = torch.eye(4)[:2], torch.eye(4)[:1]
-    for candidates in ([two, one], [one, two]):
-        with pytest.raises(ValueError, match="expected one at both ends"):
-            way_forward(candidates, torch.cat([one, one]))
+def test_a_path_has_a_candidate_at_each_place_and_one_at_both_ends() -> None:
+    one, two = torch.eye(4)[:1], torch.eye(4)[:2]
+    for candidates, count in (([two, one], 2), ([one, two], 2), ([one, one], 3), ([one, one[:0], one], 3)):
+        with pytest.raises(ValueError, match="expected one at the first place and the last"):
+            monotone_path(candidates, torch.ones(count, 4))
 
 
 def test_a_text_difference_is_the_direction_between_two_captions() -> None:

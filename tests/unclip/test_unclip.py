@@ -18,17 +18,16 @@ from torch.nn import functional as F
 from dalle.best_of_n import Ranked, Request
 from dalle.unclip.components import Components
 from dalle.unclip.cost import unet_bytes
-from dalle.unclip.manipulations import APART
 from dalle.unclip.parts import kind_of
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
 from dalle.unclip.work import Work
 from dvae.images import to_image
-from rerank import score
+from rerank import CLIP, score
 from storage.models.directory import directory_hash
 from unclip import Decoder, Upsampler
-from unclip.decoding import decode, invert
-from unclip.latents import slerp, slerp_noise, text_difference, way_forward
+from unclip.decoding import decode, invert, start_noise
+from unclip.latents import monotone_path, slerp, slerp_noise, text_difference
 from unclip.sampling import Noise
 from unclip.unet import UNet, UNetConfig
 from unclip.upsampler import UpsamplerConfig, upsample
@@ -192,35 +191,62 @@ def test_without_kept_ends_all_are_drawn_from_one_noise(small_unclip: UnCLIP, pi
     middle = slerp(seen[0].embedding, seen[1].embedding, 0.5)
     expected = decode(small_unclip.decoder, middle, text, Noise.of(5, "", [0]), steps=3, guidance=3)[0]
     torch.testing.assert_close(between.images[1], expected, atol=1e-5, rtol=0)
-    unlike = small_unclip.interpolate(*pictures, n=3, seed=6, drawing=DRAWING)
+    unlike = small_unclip.interpolate(*pictures, n=3, candidates=1, seed=6, drawing=DRAWING)
     assert not torch.allclose(unlike.images, between.images)
 
 
-def test_of_the_candidates_between_the_one_that_leads_on_is_drawn_from_noise_near_to_the_ways(
-    small_unclip: UnCLIP, pictures: Pictures
+@pytest.mark.parametrize(("keep_ends", "seed"), [(False, 3), (True, 4)])
+def test_of_the_candidates_between_the_one_that_leads_on_is_taken(
+    keep_ends: bool, seed: int, small_unclip: UnCLIP, pictures: Pictures
 ) -> None:
-    unclip, count = small_unclip, 4
-    between = unclip.interpolate(*pictures, n=3, candidates=count, seed=5, drawing=DRAWING)
-    alone = unclip.interpolate(*pictures, n=3, candidates=1, seed=5, drawing=DRAWING)
+    unclip, text = small_unclip, small_unclip.uncaptioned()
+    how: dict[str, Any] = {"keep_ends": keep_ends, "seed": seed, "drawing": DRAWING}
+    between = unclip.interpolate(*pictures, n=3, candidates=4, **how)
+    alone = unclip.interpolate(*pictures, n=3, candidates=1, **how)
     assert [said["candidate"] for said in alone.described()] == [0, 0, 0]
     for end in (0, -1):
         torch.testing.assert_close(between.images[end], alone.images[end], atol=1e-5, rtol=0)
 
-    seen, text = [unclip.seen(picture) for picture in pictures], unclip.uncaptioned()
-    middle = slerp(seen[0].embedding, seen[1].embedding, 0.5)
-    shape = [unclip.decoder.config.channels, unclip.decoder.config.image_size, unclip.decoder.config.image_size]
-    own = Noise.of(5, "", [0]).normal("decoder, start", shape)
-    others = Noise.of(5, "", [1 + 3 * k for k in range(1, count)]).normal("decoder, candidate", shape)
-    starts = [own, *(slerp_noise(own, other[None], APART) for other in others)]
+    seen = [unclip.seen(picture) for picture in pictures]
+    wanted = torch.cat([slerp(seen[0].embedding, seen[1].embedding, theta) for theta in (0, 0.5, 1)])
+    own = start_noise(unclip.decoder, Noise.of(seed, "", [0]))
+    if keep_ends:
+        own = slerp_noise(*(invert(unclip.decoder, s.pixels, s.embedding, text, steps=3) for s in seen), 0.5)
+    others = start_noise(unclip.decoder, Noise.of(seed, "", [1 + 3 * k for k in (1, 2, 3)]), "decoder, candidate")
+    starts = [own, *(slerp_noise(own, other[None], 0.5) for other in others)]
+    guidance, noise = 1 if keep_ends else 3, Noise.of(seed, "", [0])
     drawn = [
-        decode(unclip.decoder, middle, text, Noise.of(5, "", [0]), start=start, steps=3, guidance=3) for start in starts
+        decode(unclip.decoder, wanted[1:2], text, noise, start=start, steps=3, guidance=guidance) for start in starts
     ]
     ends = [unclip.clip.encode_image(alone.images[place][None]) for place in (0, -1)]
     features = torch.cat([unclip.clip.encode_image(image) for image in drawn])
-    [_, taken, _] = way_forward([ends[0], features, ends[1]], torch.cat([seen[0].embedding, middle, seen[1].embedding]))
-    assert between.described()[1]["candidate"] == taken
-    torch.testing.assert_close(between.images[1], drawn[taken][0], atol=1e-5, rtol=0)
-    torch.testing.assert_close(between.scores[1], F.cosine_similarity(features[taken], middle[0], dim=0))
+    [_, chosen, _] = monotone_path([ends[0], features, ends[1]], wanted)
+    assert between.described()[1]["candidate"] == chosen == 2  # not the first
+    torch.testing.assert_close(between.images[1], drawn[chosen][0], atol=1e-5, rtol=0)
+    torch.testing.assert_close(between.scores[1], F.cosine_similarity(features[chosen], wanted[1], dim=0))
+
+
+def test_an_interpolation_is_the_same_in_any_batch(small_unclip: UnCLIP, pictures: Pictures) -> None:
+    whole, parts = (
+        small_unclip.interpolate(*pictures, n=5, candidates=4, batch_size=size, drawing=DRAWING) for size in (None, 3)
+    )
+    assert parts.each == whole.each
+    torch.testing.assert_close(parts.images, whole.images, atol=1e-4, rtol=0)
+
+
+def test_candidates_between_differ_by_ddpm_too(small_unclip: UnCLIP, pictures: Pictures) -> None:
+    drawing = Drawing(steps=20, sampler="ddpm")
+    drawn: list[Tensor] = []
+
+    def keep(images: Tensor, **how: Any) -> Tensor:
+        drawn.append(images)
+        return CLIP.encode_image(small_unclip.clip, images, **how)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(small_unclip.clip, "encode_image", keep)
+        small_unclip.interpolate(*pictures, n=3, candidates=3, drawing=drawing)
+    candidates = drawn[-1][1:4]  # of the one place between the ends
+    assert all((a - b).abs().mean() > 0.01 for a, b in itertools.combinations(candidates, 2))
 
 
 def test_a_text_difference_begins_with_the_picture_and_goes_to_the_other_caption(
@@ -407,6 +433,9 @@ def test_what_cannot_be_drawn_is_refused_in_words(unclip: UnCLIP, pictures: Pict
         "theta is -1; expected a number from 0 to 1": lambda: unclip.text_diff(picture, "a", "b", theta=-1),
         "n is 1; it must be at least 2": lambda: unclip.interpolate(picture, other, n=1),
         "candidates is 0; it must be at least 1": lambda: unclip.interpolate(picture, other, candidates=0),
+        "9 pictures of 100000000 candidates each are too many": lambda: unclip.interpolate(
+            picture, other, candidates=10**8
+        ),
         "only ddim draws a picture again": lambda: unclip.variations(picture, drawing=Drawing(sampler="ddpm")),
         "both captions have the same embedding": lambda: unclip.text_diff(picture, CAPTION, CAPTION),
         "picture is 'a.png', of type str": lambda: unclip.variations("a.png"),  # type: ignore[arg-type]

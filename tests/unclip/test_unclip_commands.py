@@ -123,6 +123,8 @@ def test_blend_writes_a_strip_from_one_picture_to_another(
     assert Image.open(out / "strip.png").width > 5 * 128
     assert run("blend", *files, *given, "--candidates", 1) == 0
     written(out, unclip.hashes, keep_ends=False, candidates=1, guidance=3.0, **expected)
+    assert run("blend", *files, *given, "--precision", "bf16") == 0
+    written(out, unclip.hashes, batch_size=10, **expected)  # 8 in the middle and both ends, all at once
 
 
 def test_diff_writes_a_strip_from_a_picture_towards_a_caption(

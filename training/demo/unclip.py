@@ -18,7 +18,8 @@ from PIL import Image
 from torch import Tensor
 
 from dalle.output.sheets import INK, Section, contact_sheet, save_png
-from dalle.output.text import Say, aligned
+from dalle.output.text import Say, aligned, counted
+from dalle.unclip.manipulations import CANDIDATES_BETWEEN
 from dalle.unclip.parts import upsampler_chain
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -51,6 +52,7 @@ from unclip.decoder import KIND as DECODER
 from unclip.decoder import DecoderConfig
 from unclip.decoding import decode, invert
 from unclip.embeddings import sample_embeddings
+from unclip.latents import SAME_PLACE
 from unclip.sampling import Noise
 from unclip.upsampler import Upsampler, upsample
 
@@ -76,8 +78,6 @@ THETAS, LAST_THETA = 7, 0.6
 """Pictures of a text difference, and how far the last one goes."""
 BETWEEN = 9
 """Pictures of an interpolation."""
-NOWHERE = 1e-6
-"""Change of CLIP's numbers between two equal pictures, at most."""
 SHOWN = 4
 """Rows of a sheet."""
 
@@ -134,7 +134,7 @@ def measure(bundle: Path, folder: Path, say: Say, *, n_captions: int = CAPTIONS,
         ("inversion", lambda: of_inversion(unclip, pictures)),
         ("variations", lambda: of_variations(unclip, pictures, scenes)),
         ("text differences", lambda: of_differences(unclip, pictures, scenes)),
-        ("interpolation", lambda: of_interpolations(unclip, pictures)),
+        ("interpolation", lambda: of_interpolations(unclip, pictures, scenes)),
         ("edits", lambda: of_edits(unclip, pictures, scenes)),
     ]
     folder.mkdir(exist_ok=True, parents=True)
@@ -352,34 +352,51 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
     return Measured(rows=rows, numbers=numbers, sections=sections, columns=THETAS)
 
 
-def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image]) -> Measured:
-    """Measure interpolations: are the ends the pictures, and does CLIP see a way from one to the other without return.
+def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
+    """Measure interpolations: are the ends the pictures, and is there a way from one to the other without return.
 
-    A step between two equal pictures goes nowhere.
+    CLIP says so, which also chooses among candidates, and the checker. A step between two equal pictures goes nowhere.
     """
-    ends: list[float] = []
-    steps: list[float] = []
+    head = ["candidates", "ends, PSNR to the pictures", "steps that go forward, by CLIP", "nowhere", "back"]
+    rows = [[*head, "back, by the checker"]]
+    numbers: dict[str, object] = {}
     sections: list[Section] = []
-    for a, b in zip(pictures[::2], pictures[1::2], strict=True):
-        found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, drawing=FROM_NOISE)
-        for picture, image in ((a, found.images[0]), (b, found.images[-1])):
-            ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
-        embeddings = unclip.clip.encode_image(found.images)
-        towards = embeddings @ (embeddings[-1] - embeddings[0])
-        steps += towards.diff().tolist()
-        if len(sections) < SHOWN:
-            labels = [f"{each['theta']:.2f}" for each in found.each]
-            sections.append(Section("", [to_image(image) for image in found.images], labels))
-    went = np.array(steps)
-    shares = {
-        "steps_forward": float((went > NOWHERE).mean()),
-        "steps_nowhere": float((abs(went) <= NOWHERE).mean()),
-        "steps_back": float((went < -NOWHERE).mean()),
-    }
-    numbers: dict[str, object] = {"ends_psnr": float(np.mean(ends)), **shares}
-    rows = [["ends, PSNR to the pictures", "steps that go forward, by CLIP", "nowhere", "back"]]
-    rows.append([f"{np.mean(ends):.1f} dB", *map(percent, shares.values())])
+    told = [scene.canonical() for scene in scenes]
+    for candidates in (1, CANDIDATES_BETWEEN):
+        sections.clear()  # those of the last are shown
+        ends: list[float] = []
+        went: list[float] = []
+        said: list[int] = []
+        for a, b, first, last in zip(pictures[::2], pictures[1::2], told[::2], told[1::2], strict=True):
+            found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, candidates=candidates, drawing=FROM_NOISE)
+            for picture, image in ((a, found.images[0]), (b, found.images[-1])):
+                ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
+            embeddings = unclip.clip.encode_image(found.images)
+            went += (embeddings @ (embeddings[-1] - embeddings[0])).diff().tolist()
+            images = [to_image(image) for image in found.images]
+            said += np.diff([progress(read_scene(image), first, last) for image in images]).tolist()
+            if len(sections) < SHOWN:
+                sections.append(Section("", images, [f"{each['theta']:.2f}" for each in found.each]))
+        steps = np.array(went)
+        shares = {
+            "steps_forward": float((steps > SAME_PLACE).mean()),
+            "steps_nowhere": float((abs(steps) <= SAME_PLACE).mean()),
+            "steps_back": float((steps < -SAME_PLACE).mean()),
+            "steps_back_by_checker": float((np.array(said) < 0).mean()),
+        }
+        numbers[counted(candidates, "candidate")] = {"ends_psnr": float(np.mean(ends)), **shares}
+        rows.append([str(candidates), f"{np.mean(ends):.1f} dB", *map(percent, shares.values())])
     return Measured(rows=rows, numbers=numbers, sections=sections, columns=BETWEEN)
+
+
+def progress(found: Reading, first: Scene, last: Scene) -> int:
+    """Return how far a picture is from one scene to another: words that are the last's, minus those of the first."""
+    each = (
+        words_of
+        for name in ("background", "colour", "shape", "size")
+        for words_of in zip(words(found, name), words(first, name), words(last, name), strict=False)
+    )
+    return sum((word == after) - (word == before) for word, before, after in each)
 
 
 def of_edits(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:

@@ -12,6 +12,7 @@ from dalle.cli.computing import DeviceOptions
 from dalle.cli.options import DEFAULT_BUNDLE, UnCLIPBundle
 from dalle.cli.unclip.options import DecoderOptions
 from dalle.cli.unclip.writing import Sheet, write_pictures
+from dalle.unclip.manipulations import check_places
 from dalle.unclip.metadata import settings_of
 from dalle.unclip.settings import check_share
 from dvae.images import open_image, resize_and_crop
@@ -46,6 +47,7 @@ class Diff:
         for caption in (self.before, self.after):
             check_caption(caption)
         check_share("theta", self.theta)
+        check_places(self.n)
         drawing = self.decoding.drawing(self.guidance)
         image = open_image(self.picture)
         unclip = self.decoding.load(self.bundle, self.compute)
