@@ -67,9 +67,9 @@ def slerp_noise(start: Tensor, end: Tensor, theta: float) -> Tensor:
 def monotone_path(candidates: Sequence[Tensor], wanted: Tensor) -> list[int]:
     """Choose one candidate for each place, so that the pictures go from the first to the last with the least return.
 
-    Progress is the dot product with the last embedding minus the first. A fall of more than `SAME_PLACE` is a return.
-    Of all choices this is one with the smallest sum of returns, and among those the largest sum of cosines with
-    `wanted`.
+    A picture's position is its dot product with the last embedding minus the first. A step to a position that is lower
+    by more than `SAME_PLACE` is a return of so much. The choice has the smallest sum of returns, and of those the
+    largest sum of cosines with `wanted`.
 
     Args:
         candidates: for each place, unit embeddings (N, E) of what was drawn there; one at the first place and the last.
@@ -88,14 +88,14 @@ def monotone_path(candidates: Sequence[Tensor], wanted: Tensor) -> list[int]:
             "one at each other"
         )
     direction = candidates[-1][0].double() - candidates[0][0].double()
-    # in whole units: sums of returns that are equal are so exactly
-    progress = [(some.double() @ direction / SAME_PLACE).round().tolist() for some in candidates]
+    # in whole units, in which equal sums of returns are exactly equal
+    positions = [(some.double() @ direction / SAME_PLACE).round().tolist() for some in candidates]
     cosines = [
         F.cosine_similarity(some.double(), each.double(), dim=-1).tolist()
         for some, each in zip(candidates, wanted, strict=True)
     ]
     paths = [(0.0, 0.0, [0])]  # the best to each candidate of a place: sum of returns, minus sum of cosines, choices
-    for (before, here), fits in zip(itertools.pairwise(progress), cosines[1:], strict=True):
+    for (before, here), fits in zip(itertools.pairwise(positions), cosines[1:], strict=True):
         paths = [
             min(
                 (returns + (last - now if last - now > 1 else 0.0), cost - fit, [*chosen, candidate])

@@ -125,7 +125,7 @@ class Manipulations(LoadedUnCLIP):
                 `variations`.
         """
         thetas, rows = _thetas(n, 1.0), rows_between(n, candidates)
-        noise = _noise(seed, [number and place + n * number for place, number in rows])
+        noise = _noise(seed, [place + n * number if number else 0 for place, number in rows])
         guidance = 1 if keep_ends else GUIDANCE
         if keep_ends:
             _check_inverting(drawing)
@@ -136,11 +136,13 @@ class Manipulations(LoadedUnCLIP):
             first, last = (work.inverted(seen, text).cpu() for seen in ends)
         else:
             first = last = start_noise(self.decoder, _noise(seed, [0]))
-        starts = []
-        for (place, number), row in zip(rows, noise.rows, strict=True):
-            own = slerp_noise(first, last, thetas[place])
-            other = start_noise(self.decoder, Noise((row,)), "decoder, candidate")
-            starts.append(slerp_noise(own, other, TURN) if number else own)
+        own = [slerp_noise(first, last, theta) for theta in thetas]
+        starts = [
+            slerp_noise(own[place], start_noise(self.decoder, Noise((row,)), "decoder, candidate"), TURN)
+            if number
+            else own[place]
+            for (place, number), row in zip(rows, noise.rows, strict=True)
+        ]
         places = [place for place, _ in rows]
         images, features = self._drawn(work, embeddings[places], text, noise, torch.cat(starts))
         chosen = monotone_path(torch.split(features, [1, *[candidates] * (n - 2), 1]), embeddings.cpu())
@@ -258,7 +260,11 @@ class Manipulations(LoadedUnCLIP):
             drawing: how.
             guidance: of the decoder, unless it is given.
             of_captions: whether the prior draws their embeddings.
+
+        Raises:
+            ValueError: n is out of range.
         """
+        check_n(n)
         return self._work(drawing, guidance, n, None, None, of_captions=of_captions).size
 
     def _work(

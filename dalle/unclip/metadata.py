@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-from dalle.best_of_n import check_n
 from dalle.unclip.cost import prior_passes
 from dalle.unclip.pipeline import UnCLIP
 from dalle.unclip.settings import Drawing
@@ -29,9 +28,8 @@ def settings_of(
         of_captions: whether the prior draws.
 
     Raises:
-        ValueError: n is out of range.
+        ValueError: n is out of range, where the batch has to be known.
     """
-    check_n(n)
     settings = dataclasses.asdict(drawing)
     if not of_captions:
         settings = {name: value for name, value in settings.items() if not name.startswith("prior_")}

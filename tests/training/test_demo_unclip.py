@@ -32,6 +32,7 @@ from training.demo.unclip import (
     of_edits,
     of_interpolations,
     of_variations,
+    position,
     run_unclip_demo,
     some_scenes,
     words,
@@ -127,6 +128,21 @@ def test_a_picture_that_stays_has_not_changed_as_named_and_all_else_is_as_it_was
         assert shares[f"{attribute}: changed as named"] == {0.0}
         assert shares[f"{attribute}: all else as it was"] == {1.0}
         assert shares[f"{attribute}: both"] == {0.0}
+
+
+def test_a_picture_of_one_end_is_as_far_from_the_middle_as_one_of_the_other(
+    scenes: list[Scene], pictures: list[Image.Image]
+) -> None:
+    first, last = scenes[:2]
+    there, back = (position(read_scene(picture), first, last) for picture in (pictures[1], pictures[0]))
+    differ = [
+        before != after
+        for name in ("background", "colour", "shape", "size")
+        for before, after in zip(words(first, name), words(last, name), strict=True)
+    ]
+    assert (there, back) == (sum(differ), -sum(differ))
+    assert sum(differ) > 0
+    assert position(read_scene(pictures[0]), first, first) == 0
 
 
 def test_an_interpolation_that_stands_still_and_then_jumps_never_goes_back(

@@ -179,6 +179,9 @@ def test_options_of_the_other_model_are_refused(
         "eta is 2.0; expected a number from 0 to 1": ["vary", files[0], "--eta", 2, "--bundle", unclip_bundle],
         "theta is 2.0; expected": ["diff", files[0], "a", "b", "--theta", 2, "--bundle", unclip_bundle],
         "the caption is empty": ["diff", files[0], "a", " ", "--bundle", unclip_bundle],
+        "n is 0; at least 1": ["vary", files[0], "-n", 0, "--precision", "bf16", "--bundle", unclip_bundle],
+        "n is 1; it must be at least 2": ["diff", files[0], "a", "b", "-n", 1, "--bundle", unclip_bundle],
+        "n is -3; at least 1": ["blend", *files, "-n", -3, "--precision", "bf16", "--bundle", unclip_bundle],
         "no picture at nothing.png": ["blend", files[0], "nothing.png", "--bundle", unclip_bundle],
     }.items():
         assert run(*arguments, "--out", tmp_path / "out") == 1

@@ -353,48 +353,55 @@ def of_differences(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequ
 
 
 def of_interpolations(unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene]) -> Measured:
-    """Measure interpolations: are the ends the pictures, and is there a way from one to the other without return.
+    """Measure interpolations with one candidate for each place, and with several, which are shown.
 
-    CLIP says so, which also chooses among candidates, and the checker. A step between two equal pictures goes nowhere.
+    Are the ends the pictures, and does no step between them go back? CLIP says so, which also chooses among candidates,
+    and the checker. A step between two equal pictures goes nowhere.
     """
     head = ["candidates", "ends, PSNR to the pictures", "steps that go forward, by CLIP", "nowhere", "back"]
-    rows = [[*head, "back, by the checker"]]
-    numbers: dict[str, object] = {}
-    sections: list[Section] = []
-    told = [scene.canonical() for scene in scenes]
+    rows, numbers, sections = [[*head, "back, by the checker"]], {}, list[Section]()
     for candidates in (1, CANDIDATES_BETWEEN):
-        sections.clear()  # those of the last are shown
-        ends: list[float] = []
-        went: list[float] = []
-        said: list[int] = []
-        for a, b, first, last in zip(pictures[::2], pictures[1::2], told[::2], told[1::2], strict=True):
-            found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, candidates=candidates, drawing=FROM_NOISE)
-            for picture, image in ((a, found.images[0]), (b, found.images[-1])):
-                ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
-            embeddings = unclip.clip.encode_image(found.images)
-            went += (embeddings @ (embeddings[-1] - embeddings[0])).diff().tolist()
-            images = [to_image(image) for image in found.images]
-            said += np.diff([progress(read_scene(image), first, last) for image in images]).tolist()
-            if len(sections) < SHOWN:
-                sections.append(Section("", images, [f"{each['theta']:.2f}" for each in found.each]))
-        steps = np.array(went)
-        shares = {
-            "steps_forward": float((steps > SAME_PLACE).mean()),
-            "steps_nowhere": float((abs(steps) <= SAME_PLACE).mean()),
-            "steps_back": float((steps < -SAME_PLACE).mean()),
-            "steps_back_by_checker": float((np.array(said) < 0).mean()),
-        }
-        numbers[counted(candidates, "candidate")] = {"ends_psnr": float(np.mean(ends)), **shares}
-        rows.append([str(candidates), f"{np.mean(ends):.1f} dB", *map(percent, shares.values())])
+        found, sections = _interpolated(unclip, pictures, [scene.canonical() for scene in scenes], candidates)
+        numbers[counted(candidates, "candidate")] = found
+        ends, *shares = found.values()
+        rows.append([str(candidates), f"{ends:.1f} dB", *map(percent, shares)])
     return Measured(rows=rows, numbers=numbers, sections=sections, columns=BETWEEN)
 
 
-def progress(found: Reading, first: Scene, last: Scene) -> int:
-    """Return how far a picture is from one scene to another: words that are the last's, minus those of the first."""
+def _interpolated(
+    unclip: UnCLIP, pictures: Sequence[Image.Image], scenes: Sequence[Scene], candidates: int
+) -> tuple[dict[str, float], list[Section]]:
+    """Return the PSNR of the ends in dB, shares of steps, and a strip of each pair of pictures."""
+    ends: list[float] = []
+    steps: list[float] = []
+    steps_by_checker: list[int] = []
+    sections: list[Section] = []
+    for a, b, first, last in zip(pictures[::2], pictures[1::2], scenes[::2], scenes[1::2], strict=True):
+        found = unclip.interpolate(a, b, n=BETWEEN, keep_ends=True, candidates=candidates, drawing=FROM_NOISE)
+        for picture, image in ((a, found.images[0]), (b, found.images[-1])):
+            ends.append(_decibels(unclip.seen(picture).pixels, image[None]))
+        embeddings = unclip.clip.encode_image(found.images)
+        steps += (embeddings @ (embeddings[-1] - embeddings[0])).diff().tolist()
+        images = [to_image(image) for image in found.images]
+        steps_by_checker += np.diff([position(read_scene(image), first, last) for image in images]).tolist()
+        if len(sections) < SHOWN:
+            sections.append(Section("", images, [f"{each['theta']:.2f}" for each in found.each]))
+    went = np.array(steps)
+    return {
+        "ends_psnr": float(np.mean(ends)),
+        "steps_forward": float((went > SAME_PLACE).mean()),
+        "steps_nowhere": float((abs(went) <= SAME_PLACE).mean()),
+        "steps_back": float((went < -SAME_PLACE).mean()),
+        "steps_back_by_checker": float((np.array(steps_by_checker) < 0).mean()),
+    }, sections
+
+
+def position(found: Reading, first: Scene, last: Scene) -> int:
+    """Return where a picture is between two scenes: its words that are the last's, less those that are the first's."""
     each = (
-        words_of
+        three
         for name in ("background", "colour", "shape", "size")
-        for words_of in zip(words(found, name), words(first, name), words(last, name), strict=False)
+        for three in zip(words(found, name), words(first, name), words(last, name), strict=False)
     )
     return sum((word == after) - (word == before) for word, before, after in each)
 
